@@ -1,0 +1,124 @@
+"""The decode operator: choice of implementation and the checks that all of them share."""
+
+import importlib
+import importlib.util
+from typing import Protocol, cast
+
+import torch
+
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+
+IMPLEMENTATIONS = {
+    "reference": "topt_vllm.attention.reference",
+    "cpu": "topt_vllm.attention.cpu.launcher",
+}
+_AUTO = {"cpu": "cpu"}
+
+
+class Implementation(Protocol):
+    """What a module named in ``IMPLEMENTATIONS`` offers."""
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        thetas: Thetas | None,
+        policy: Policy,
+        scale: float,
+        softcap: float,
+        out: torch.Tensor,
+        statistics: torch.Tensor | None,
+    ) -> None: ...
+
+
+def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
+    """Imports an implementation and does its one-time work (compiling), so that the first step is not slow.
+
+    Args:
+        name: ``auto``, or a key of ``IMPLEMENTATIONS``. A named one loads or raises; only ``auto`` picks.
+        device_type: torch device type of the KV cache, such as ``cpu``.
+
+    Returns:
+        The name that was chosen, and the module.
+
+    Raises:
+        ValueError: No such implementation, or none for this device.
+        RuntimeError: It can't run here (no compiler, say); the message has the remedy.
+    """
+    chosen = _AUTO.get(device_type) if name == "auto" else name
+    if chosen is None or chosen not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {name!r} is not available for {device_type} tensors in this release; "
+            f"available: {', '.join(sorted(IMPLEMENTATIONS))}"
+        )
+    module = importlib.import_module(IMPLEMENTATIONS[chosen])
+    if hasattr(module, "prepare"):
+        module.prepare()
+    return chosen, cast(Implementation, module)
+
+
+def decode(
+    implementation: Implementation,
+    query: torch.Tensor,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    thetas: Thetas | None,
+    policy: Policy,
+    scale: float,
+    softcap: float = 0.0,
+    out: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Top-Theta attention of the rows of a decode batch over a paged KV cache.
+
+    Args:
+        implementation: From :func:`load_implementation`.
+        query: [R, H, D].
+        cache: K, V and V sums of the layer.
+        batch: Rows, context lengths and block table.
+        thetas: Thresholds of the layer's query heads; None for θ = −inf, which keeps every row.
+        policy: Selection and compensation.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        out: [R, H, D] to write into; allocated when None.
+        statistics: float64 accumulators to add to (:class:`~topt_vllm.attention.common.Stat`).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: Shapes or options that contradict each other.
+    """
+    _check(query, cache, batch, thetas, policy)
+    if out is None:
+        out = torch.empty_like(query)
+    if query.shape[0]:
+        implementation.decode(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
+    return out
+
+
+def _check(
+    query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, thetas: Thetas | None, policy: Policy
+) -> None:
+    num_heads, head_dim = query.shape[1:]
+    num_blocks, num_kv_heads, _, value_dim = cache.value.shape
+    if cache.key.shape != cache.value.shape:
+        raise ValueError(
+            f"key cache {tuple(cache.key.shape)} and value cache {tuple(cache.value.shape)} differ"
+        )
+    if value_dim != head_dim or num_heads % num_kv_heads:
+        raise ValueError(
+            f"query [R, H={num_heads}, D={head_dim}] doesn't fit a cache with Hkv={num_kv_heads}, D={value_dim}"
+        )
+    if batch.query_start_loc.shape[0] != batch.seq_lens.shape[0] + 1:
+        raise ValueError("query_start_loc must have one entry more than seq_lens")
+    if thetas is not None and thetas.theta.shape != (num_heads, thetas.lengths.shape[0]):
+        raise ValueError(
+            f"theta {tuple(thetas.theta.shape)} must be [H={num_heads}, L={thetas.lengths.shape[0]}]"
+        )
+    needs_sums = policy.compensation == "vmean" and thetas is not None
+    if needs_sums and (
+        cache.value_sums is None or cache.value_sums.shape != (num_blocks, num_kv_heads, head_dim)
+    ):
+        raise ValueError(f"vmean needs value_sums [B={num_blocks}, Hkv={num_kv_heads}, D={head_dim}]")

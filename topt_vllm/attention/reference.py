@@ -1,0 +1,138 @@
+"""Top-Theta attention in eager PyTorch with fp32 accumulation: the specification of every other implementation.
+
+For one query row of one head, with scaled (and softcapped) scores s_j over its context of n keys:
+
+1. a key is kept when s_j >= θ(n), or it is a sink token, or a recent token, or n <= min_seq_len;
+   with ``vmean`` also when it lies in the row's unfinished last block;
+2. a V row is read when any query head of the GQA group keeps it; ``group_keep: union`` lets all of them use it;
+3. p_j = exp(s_j − max s) / Σ exp(s − max s) over **all** keys, dropped ones too;
+4. out = Σ_kept p_j v_j + c, where c is 0 (``none``) or (1 − Σ_kept p) · mean(v_0 .. v_{n−1}) (``vmean``).
+
+A score equal to θ is kept. θ = −inf keeps everything and gives dense attention. A NaN score is never kept by its
+own rule, and makes the row NaN through the denominator, as dense attention would.
+Source: Top-Theta attention, arXiv 2502.08363, section 3 (thresholds) and its exact-denominator compensation.
+"""
+
+import torch
+
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+
+
+def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    """Scores of one row: query [H, D] against key [Hkv, n, D], float32 [H, n]."""
+    num_kv_heads, _, head_dim = key.shape
+    grouped = query.float().view(num_kv_heads, -1, head_dim)
+    scores = (grouped @ key.float().transpose(1, 2)).flatten(0, 1) * scale
+    return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
+
+
+def select(scores: torch.Tensor, theta: torch.Tensor | None, policy: Policy, dense_from: int) -> torch.Tensor:
+    """Each head's own rule.
+
+    Args:
+        scores: float32 [H, n].
+        theta: float32 [H], or None for θ = −inf.
+        policy: What is kept whatever its score.
+        dense_from: Keys from here on are kept.
+
+    Returns:
+        bool [H, n].
+    """
+    n = scores.shape[1]
+    if theta is None or n <= policy.min_seq_len:
+        return torch.ones_like(scores, dtype=torch.bool)
+    keep = scores >= theta[:, None]
+    # A NaN score is not >= −inf, but dense attention would read the row.
+    keep |= torch.isneginf(theta)[:, None]
+    keep[:, : policy.sink_tokens] = True
+    keep[:, max(0, n - policy.recent_tokens) :] = True
+    keep[:, dense_from:] = True
+    return keep
+
+
+def attend_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    theta: torch.Tensor | None,
+    policy: Policy,
+    scale: float,
+    softcap: float = 0.0,
+    dense_from: int | None = None,
+    statistics: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One query row over plain tensors.
+
+    Args:
+        query: [H, D].
+        key: [Hkv, n, D].
+        value: [Hkv, n, D].
+        theta: float32 [H] at this n, or None for θ = −inf.
+        policy: Selection and compensation.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        dense_from: First key of the unfinished last block; None when there is no paging.
+        statistics: Accumulators to add to, indexed by :class:`Stat`.
+
+    Returns:
+        float32 [H, D].
+    """
+    num_kv_heads, n, _ = key.shape
+    group = query.shape[0] // num_kv_heads
+    scores = scaled_scores(query, key, scale, softcap)
+    kept = select(scores, theta, policy, n if dense_from is None else dense_from)
+    read = kept.view(num_kv_heads, group, n).any(dim=1)
+    used = read.repeat_interleave(group, dim=0) if policy.group_keep == "union" else kept
+
+    probabilities = torch.softmax(scores, dim=-1)
+    # where, not a product: a dropped V row is never touched, so a NaN in it must not spread.
+    weights = torch.where(used, probabilities, 0.0).view(num_kv_heads, group, n)
+    rows = torch.where(read[:, :, None], value.float(), 0.0)
+    out = (weights @ rows).flatten(0, 1)
+    dropped = torch.where(used, 0.0, probabilities).sum(dim=-1)
+    if policy.compensation == "vmean" and not bool(used.all()):
+        mean = value.float().mean(dim=1).repeat_interleave(group, dim=0)
+        out += dropped[:, None] * mean
+
+    if statistics is not None:
+        statistics[Stat.ROWS] += 1
+        statistics[Stat.ELEMENTS] += kept.numel()
+        statistics[Stat.KEPT_ELEMENTS] += kept.sum()
+        statistics[Stat.V_ROWS] += read.numel()
+        statistics[Stat.V_ROWS_READ] += read.sum()
+        statistics[Stat.DROPPED_MASS] += dropped.sum()
+    return out
+
+
+def decode(
+    query: torch.Tensor,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    thetas: Thetas | None,
+    policy: Policy,
+    scale: float,
+    softcap: float,
+    out: torch.Tensor,
+    statistics: torch.Tensor | None,
+) -> None:
+    """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
+    block_size = cache.value.shape[2]
+    starts = batch.query_start_loc.tolist()
+    for sequence, last_len in enumerate(batch.seq_lens.tolist()):
+        first, end = starts[sequence], starts[sequence + 1]
+        blocks = batch.block_table[sequence, : -(-last_len // block_size)].long()
+        key = cache.key[blocks].transpose(0, 1).flatten(1, 2)
+        value = cache.value[blocks].transpose(0, 1).flatten(1, 2)
+        for row in range(first, end):
+            n = last_len - (end - 1 - row)
+            out[row] = attend_row(
+                query[row],
+                key[:, :n],
+                value[:, :n],
+                None if thetas is None else thetas.at(n),
+                policy,
+                scale,
+                softcap,
+                dense_from=n // block_size * block_size if policy.compensation == "vmean" else None,
+                statistics=statistics,
+            ).to(out.dtype)

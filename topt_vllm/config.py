@@ -1,0 +1,117 @@
+"""The plugin's configuration: ``--additional-config '{"toptheta": {...}}'``."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+from topt_vllm.attention.common import Compensation, GroupKeep, Policy
+
+NO_THRESHOLDS = "none"
+
+
+class ConfigError(ValueError):
+    """A setting that can't be used; the message has key, value, allowed values and remedy."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_int(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _one_of(*names: str) -> _Rule:
+    return _Rule(" | ".join(names), lambda value: value in names)
+
+
+_RULES = {
+    "thresholds": _Rule(
+        'a path, or "none" for θ = −inf',
+        lambda value: value is None or (isinstance(value, str) and value != ""),
+    ),
+    "k": _Rule("an integer of at least 1", lambda value: value is None or _is_int(value, 1)),
+    "min_seq_len": _Rule("an integer of at least 0 (tokens)", lambda value: _is_int(value, 0)),
+    "sink_tokens": _Rule("an integer of at least 0 (tokens)", lambda value: _is_int(value, 0)),
+    "recent_tokens": _Rule("an integer of at least 1 (tokens)", lambda value: _is_int(value, 1)),
+    "group_keep": _one_of("head", "union"),
+    "compensation": _one_of("none", "vmean"),
+    "implementation": _one_of("auto", "cpu", "triton", "reference"),
+    "on_missing": _one_of("error", "dense"),
+}
+
+
+@dataclass(frozen=True)
+class TopThetaConfig:
+    """Settings of the backend; each is a key of ``toptheta`` in ``--additional-config``.
+
+    Attributes:
+        thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table_search.py``).
+        k: Which budget of the table; unset for its largest.
+        min_seq_len: Contexts up to this many tokens are attended densely.
+        sink_tokens: First tokens of the context that are always kept.
+        recent_tokens: Last tokens of the context that are always kept.
+        group_keep: Whether the heads of a GQA group share the V rows that any of them keeps.
+        compensation: What stands in for the dropped rows.
+        implementation: Kernel; a named one runs or start-up fails.
+        on_missing: Without a table, fail at start-up (``error``) or keep every row (``dense``).
+    """
+
+    thresholds: str | None = None
+    k: int | None = None
+    min_seq_len: int = 0
+    sink_tokens: int = 0
+    recent_tokens: int = 1
+    group_keep: GroupKeep = "union"
+    compensation: Compensation = "vmean"
+    implementation: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    on_missing: Literal["error", "dense"] = "error"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, rule = getattr(self, field.name), _RULES[field.name]
+            if not rule.accepts(value):
+                raise ConfigError(
+                    f"toptheta.{field.name} is {value!r} ({type(value).__name__}); allowed: {rule.allowed}. "
+                    "Mend it in --additional-config or leave it out for the default."
+                )
+        if self.thresholds == NO_THRESHOLDS and self.k is not None:
+            raise ConfigError(
+                f'toptheta.k is {self.k}, but toptheta.thresholds is "none", which has no budgets. '
+                "Leave k out, or name a table."
+            )
+        if self.thresholds is not None and self.on_missing == "dense":
+            raise ConfigError(
+                'toptheta.on_missing is "dense", but toptheta.thresholds says where the table is. '
+                "Leave one of them out."
+            )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> "TopThetaConfig":
+        """Reads the key ``toptheta`` of vLLM's ``additional_config``; other keys belong to others.
+
+        Raises:
+            ConfigError: An unknown key, a wrong type or contradictory values.
+        """
+        section = additional_config.get("toptheta", {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(section, Mapping):
+            raise ConfigError(
+                f"toptheta is {section!r}; an object is expected, such as "
+                """--additional-config '{"toptheta": {"k": 128}}'"""
+            )
+        unknown = [key for key in section if key not in _RULES]
+        if unknown:
+            raise ConfigError(
+                f"toptheta.{unknown[0]} (value {section[unknown[0]]!r}) is not a setting; "
+                f"allowed: {', '.join(_RULES)}. Mend the name or remove it."
+            )
+        return cls(**cast(dict[str, Any], dict(section)))
+
+    @property
+    def policy(self) -> Policy:
+        """The part that the operator needs."""
+        return Policy(
+            self.min_seq_len, self.sink_tokens, self.recent_tokens, self.group_keep, self.compensation
+        )
