@@ -1,0 +1,44 @@
+"""TOPTHETA's static facts; vLLM's CPU backend answers for everything that is not Top-Theta."""
+
+from typing import ClassVar
+
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from topt_vllm.backend import compat
+from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.backend.metadata import TopThetaMetadataBuilder
+
+
+class TopThetaBackend(CPUAttentionBackend):
+    """Top-Theta decode on vLLM's CPU cache layout; prefill and cache writes are vLLM's own."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[TopThetaImpl]:
+        return TopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TopThetaMetadataBuilder]:
+        return TopThetaMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [size for size in super().get_supported_head_sizes() if size <= 256]
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

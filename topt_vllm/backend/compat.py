@@ -1,0 +1,79 @@
+"""Everything that depends on vLLM's version, with the version it was read in and when it can go."""
+
+import copyreg
+import logging
+from typing import Any
+
+BACKEND_NAME = "TOPTHETA"
+BACKEND_PATH = "topt_vllm.backend.backend.TopThetaBackend"
+
+logger = logging.getLogger("vllm.topt_vllm")
+
+
+def register_backend() -> None:
+    """Registers TOPTHETA with vLLM, once per process.
+
+    With ``VLLM_TARGET_DEVICE=cpu`` vLLM (0.32) loads no platform plugin, and its own CPU platform runs CPU_ATTN
+    whatever backend is named. Then TOPTHETA stays unregistered, so that naming it fails instead of running dense.
+    """
+    from vllm import envs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.backends.registry import register_backend as vllm_register_backend
+
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        logger.warning(
+            "TOPTHETA is not available: VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins. Unset it; "
+            "vLLM's CPU build needs no such variable at run time."
+        )
+        return
+    # register_backend raises on a name that exists (0.32).
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        vllm_register_backend(BACKEND_NAME, BACKEND_PATH)
+    copyreg.pickle(AttentionBackendEnum, _reduce_backend)  # type: ignore[arg-type]
+
+
+def _reduce_backend(member: Any) -> tuple[Any, ...]:
+    """Pickles TOPTHETA by name.
+
+    An Enum pickles by value, and a spawned engine unpickles its configuration before it loads plugins: "is not a
+    valid AttentionBackendEnum" (0.32). Goes when vLLM loads general plugins before unpickling.
+    """
+    if member.name == BACKEND_NAME:
+        return _restore_backend, ()
+    return type(member), (member.value,)
+
+
+def _restore_backend() -> Any:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register_backend()
+    return AttentionBackendEnum[BACKEND_NAME]
+
+
+def cpu_platform_in_force() -> str | None:
+    """Qualified name of the CPU platform vLLM itself would use (plain or Zen), None when it would use none."""
+    from vllm.platforms import cpu_platform_plugin
+
+    return cpu_platform_plugin()
+
+
+def cpu_platform_class() -> Any:
+    """The class named by :func:`cpu_platform_in_force`."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    name = cpu_platform_in_force()
+    if name is None:
+        raise RuntimeError("vLLM runs on no CPU platform here")
+    return resolve_obj_by_qualname(name)
+
+
+def is_chosen(vllm_config: Any) -> bool:
+    """Whether some layers of this engine are to run on TOPTHETA."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
+
+
+def is_draft_layer(layer_name: str) -> bool:
+    """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
+    return layer_name.startswith("draft_model.")

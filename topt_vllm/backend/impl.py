@@ -1,0 +1,120 @@
+"""One attention layer on TOPTHETA: refusals at construction, then one call per step."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import PagedCache, Policy, Thetas, update_value_sums
+from topt_vllm.backend.metrics import recorder
+
+if TYPE_CHECKING:
+    from topt_vllm.backend.metadata import TopThetaMetadata
+
+
+@dataclass
+class TopThetaLayer:
+    """What a layer needs to decode.
+
+    Attributes:
+        implementation: The kernel.
+        policy: Selection and compensation.
+        thetas: Thresholds of this rank's query heads; None for θ = −inf.
+        dense_reason: Why thetas is None, for the counters.
+        block_size: Slots of a block, as the metadata builder counts them.
+        statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
+        value_sums: float32 [B, Hkv, D]; made with the first cache seen, when the compensation needs it.
+    """
+
+    implementation: api.Implementation
+    policy: Policy
+    thetas: Thetas | None
+    dense_reason: str | None
+    block_size: int
+    statistics: torch.Tensor
+    value_sums: torch.Tensor | None = None
+
+    @property
+    def needs_value_sums(self) -> bool:
+        """Whether dropped rows are compensated with the mean of V."""
+        return self.policy.compensation == "vmean" and self.thetas is not None
+
+
+class TopThetaImpl(CPUAttentionBackendImpl):
+    """Decode rows go to the Top-Theta operator, prefill rows to vLLM's kernel."""
+
+    bound: TopThetaLayer | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.alibi_slopes is not None:
+            raise NotImplementedError("TOPTHETA doesn't support ALiBi (alibi_slopes); use CPU_ATTN")
+        if self.sinks is not None:
+            raise NotImplementedError("TOPTHETA doesn't support attention sinks (sinks); use CPU_ATTN")
+        # A window is short already: vLLM's kernel serves such a layer, and the rows are counted as dense.
+        self.platform_reason = "sliding_window" if self.sliding_window != -1 else None
+
+    def forward(  # type: ignore[override]
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: "TopThetaMetadata | None",
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One step of one layer; shapes as vLLM's ``CPUAttentionBackendImpl.forward``."""
+        if attn_metadata is None:  # vLLM's warm-up
+            return output
+        scales = (output_scale, output_block_scale)
+        rows = attn_metadata.num_decode_rows
+        if self.platform_reason:
+            recorder().count_platform_rows(
+                self.platform_reason,
+                attn_metadata.decode_lengths.clamp(max=self.sliding_window),
+                self.num_kv_heads,
+            )
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output, *scales)
+
+        if self.bound is None:
+            raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
+        cache = self._paged_cache(self.bound, kv_cache)
+        update_value_sums(cache, attn_metadata.finished_blocks)
+        if attn_metadata.prefill is not None:
+            super().forward(
+                layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:], *scales
+            )
+        if attn_metadata.decode is not None:
+            recorder().count_dense_rows(self.bound.dense_reason, rows)
+            api.decode(
+                self.bound.implementation,
+                query[:rows],
+                cache,
+                attn_metadata.decode,
+                self.bound.thetas,
+                self.bound.policy,
+                self.scale,
+                self.logits_soft_cap,
+                output[:rows],
+                self.bound.statistics,
+            )
+        return output
+
+    def _paged_cache(self, bound: TopThetaLayer, kv_cache: torch.Tensor) -> PagedCache:
+        """Views of vLLM's CPU cache [B, Hkv, P, 2D]: first all of a block's K as [D, P], then its V as [P, D]."""
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        if block_size != bound.block_size:
+            raise RuntimeError(
+                f"cache blocks have {block_size} slots, {bound.block_size} expected; this is a bug"
+            )
+        halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, self.head_size)
+        key, value = halves.chunk(2, dim=2)
+        key = key.view(num_blocks, num_kv_heads, self.head_size, block_size).transpose(2, 3)
+        if bound.needs_value_sums and bound.value_sums is None:
+            bound.value_sums = torch.zeros(num_blocks, num_kv_heads, self.head_size)
+        return PagedCache(key, value, bound.value_sums)

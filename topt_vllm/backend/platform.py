@@ -1,0 +1,54 @@
+"""vLLM's CPU platform, with TOPTHETA honoured.
+
+The stock platform (0.32) ignores every backend name but its own and runs CPU_ATTN. When TOPTHETA is not chosen,
+this class does what its base does.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from topt_vllm.backend import compat
+
+_CpuPlatform: Any = compat.cpu_platform_class()
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class TopThetaCpuPlatform(_CpuPlatform):
+    """The CPU platform in force (plain or Zen) plus TOPTHETA."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        """Also checks the plugin's settings, so that a mistake stops the front end before anything is loaded."""
+        super().check_and_update_config(vllm_config)
+        if vllm_config.model_config is not None and compat.is_chosen(vllm_config):
+            from topt_vllm.backend.startup import resolve
+
+            resolve(vllm_config)
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """Returns TOPTHETA's class path when it is chosen and can serve the layer.
+
+        Encoder layers keep no cache to skip in and stay with vLLM's backend.
+
+        Raises:
+            ValueError: TOPTHETA can't serve such a layer; the message has every reason.
+        """
+        if getattr(selected_backend, "name", None) != compat.BACKEND_NAME:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        if attn_selector_config.attn_type in ("encoder", "encoder_only"):
+            return super().get_attn_backend_cls(None, attn_selector_config, num_heads)
+        from topt_vllm.backend.backend import TopThetaBackend
+
+        reasons = TopThetaBackend.validate_configuration(
+            **attn_selector_config._asdict(), device_capability=None
+        )
+        if reasons:
+            raise ValueError(
+                f"TOPTHETA can't serve this model here: {'; '.join(reasons)}. "
+                f"Use another --attention-backend, or change the option. ({attn_selector_config})"
+            )
+        return compat.BACKEND_PATH

@@ -1,0 +1,91 @@
+"""Where the threshold table of a served model comes from."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from topt_vllm import envs
+from topt_vllm.calibration.command import calibrate_command
+from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
+from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.thresholds import ThresholdTable, ThresholdTableError, load
+
+MODEL_FOLDER_NAME = "toptheta.yaml"
+
+
+def find_table(
+    config: TopThetaConfig, identity: ModelIdentity, model: str, revision: str | None
+) -> tuple[ThresholdTable, Path] | None:
+    """Finds, loads and checks the table of a model.
+
+    The first of these that exists is used: ``config.thresholds``; the environment variable ``TOPT_THRESHOLDS``;
+    ``toptheta.yaml`` in the model's folder; a shipped table of the same fingerprint.
+
+    Args:
+        config: The plugin's configuration.
+        identity: Identity of the served model.
+        model: Its folder or hub id.
+        revision: Its hub revision, where given.
+
+    Returns:
+        The table and its path, or None for θ = −inf: by choice (``none``), or with ``on_missing: dense``.
+
+    Raises:
+        ThresholdTableError: No table, a broken one, or one of another model.
+    """
+    named = config.thresholds or envs.get("TOPT_THRESHOLDS")
+    if named == NO_THRESHOLDS:
+        return None
+    candidates = (
+        [Path(named).expanduser()] if named else [*_model_folder(model, revision), *_shipped(identity)]
+    )
+    if not candidates:
+        if config.on_missing == "dense":
+            return None
+        raise ThresholdTableError(
+            f"no threshold table for {model}: toptheta.thresholds and TOPT_THRESHOLDS are unset, its folder "
+            f"has no {MODEL_FOLDER_NAME}, and no shipped table has the fingerprint {identity.fingerprint}. "
+            f"Calibrate one (minutes, once per model):\n    {calibrate_command(model)}\n"
+            'or serve with every row kept: --additional-config \'{"toptheta": {"thresholds": "none"}}\''
+        )
+    path = candidates[0]
+    table = _load(path)
+    difference = identity.difference(table.model)
+    if difference:
+        raise ThresholdTableError(
+            f"{path}: model: this table belongs to {table.model.id}, not to {model}: {difference} "
+            f"(served model against table). Calibrate one:\n    {calibrate_command(model)}"
+        )
+    return table, path
+
+
+# The front end checks the table before the engine starts, and each layer of a worker asks again.
+_load = lru_cache(maxsize=2)(load)
+
+
+def _model_folder(model: str, revision: str | None) -> list[Path]:
+    folder = Path(model)
+    if folder.is_dir():
+        path = folder / MODEL_FOLDER_NAME
+        return [path] if path.is_file() else []
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, MODEL_FOLDER_NAME, revision=revision)
+    return [Path(cached)] if isinstance(cached, str) else []
+
+
+def _shipped(identity: ModelIdentity) -> list[Path]:
+    """Shipped tables of this model: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        found = [
+            path for path in sorted(folder.glob("*.yaml")) if _names_fingerprint(path, identity.fingerprint)
+        ]
+        if found:
+            return found
+    return []
+
+
+def _names_fingerprint(path: Path, fingerprint: str) -> bool:
+    # The identity stands at the top; a look at it is cheaper than parsing every shipped table.
+    with path.open(encoding="utf-8") as file:
+        return fingerprint in file.read(4096)
