@@ -1,0 +1,90 @@
+# Shared by the scripts beside it; sourced, not run.
+# shellcheck shell=bash
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+CACHE="${TOPT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/topt_vllm}"
+DEMO_MODEL="$CACHE/models/SmolLM2-135M-Instruct"
+CHILD=""
+
+say() { printf '%s\n' "$*"; }
+
+step() { printf '\n== %s\n' "$*"; }
+
+# die MESSAGE...: one line each, to stderr, then exit 1.
+die() {
+    printf 'error: %s\n' "$1" >&2
+    shift
+    (($# == 0)) || printf '       %s\n' "$@" >&2
+    exit 1
+}
+
+# Prints the comment at the head of a script, which is its help text.
+show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
+
+# The interpreter for .venv: $PYTHON, or the first of these that vLLM's CPU build has wheels for.
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3.14 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    die "Python 3.11 to 3.14 was not found." \
+        "Install it (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev), or name it: PYTHON=/path/to/python $0"
+}
+
+# What .venv is made with must have venv and, for the kernels compiled on first use, the headers.
+check_python() {
+    "$1" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "$1 can't make virtual environments." "Install them (Debian, Ubuntu: apt-get install python3-venv)."
+    "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+        die "$1 has no header Python.h, which compiling kernels needs." \
+            "Install it (Debian, Ubuntu: apt-get install python3-dev)."
+}
+
+check_compiler() {
+    local candidate
+    for candidate in ${CXX:+"$CXX"} g++ c++; do
+        if command -v "$candidate" >/dev/null; then return; fi
+    done
+    die "no C++ compiler was found (looked for \$CXX, g++, c++)." \
+        "The CPU kernel is compiled on first use. Install one (Debian, Ubuntu: apt-get install g++)."
+}
+
+# forward COMMAND...: runs it so that signals to this shell take effect at once (bash holds them back while a
+# foreground command runs).
+forward() {
+    "$@" &
+    CHILD=$!
+    local status=0
+    wait "$CHILD" || status=$?
+    CHILD=""
+    return "$status"
+}
+
+stop_child() {
+    [[ -z $CHILD ]] || kill -TERM "$CHILD" 2>/dev/null || true
+}
+
+# logged LABEL LOG COMMAND...: output goes to LOG; a line of progress every 15 seconds.
+logged() {
+    local label=$1 log=$2 started=$SECONDS next=15 status=0
+    shift 2
+    say "$label (log: $log)"
+    "$@" >>"$log" 2>&1 &
+    CHILD=$!
+    while kill -0 "$CHILD" 2>/dev/null; do
+        sleep 0.5
+        if ((SECONDS - started >= next)); then
+            say "  $((SECONDS - started)) s: $(last_line "$log")"
+            next=$((next + 15))
+        fi
+    done
+    wait "$CHILD" || status=$?
+    CHILD=""
+    return "$status"
+}
+
+last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-110; }
