@@ -170,7 +170,11 @@ class ThresholdTable(_Strict):
         """Thresholds of the budget's sparse layers, by layer index, float32 over all query heads."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         return {
-            entry.layer: Thetas(lengths, torch.tensor(entry.theta), torch.tensor(entry.law))
+            entry.layer: Thetas(
+                lengths,
+                torch.tensor(entry.theta, dtype=torch.float32),
+                torch.tensor(entry.law, dtype=torch.float32),
+            )
             for entry in budget.layers
             if entry.layer not in budget.dense_layers
         }

@@ -74,11 +74,8 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         scales = (output_scale, output_block_scale)
         rows = attn_metadata.num_decode_rows
         if self.platform_reason:
-            recorder().count_platform_rows(
-                self.platform_reason,
-                attn_metadata.decode_lengths.clamp(max=self.sliding_window),
-                self.num_kv_heads,
-            )
+            keys = attn_metadata.decode_lengths.clamp(max=self.sliding_window)
+            recorder().count_platform_rows(self.platform_reason, keys, self.num_heads, self.num_kv_heads)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output, *scales)
 
         if self.bound is None:
@@ -116,5 +113,5 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         key, value = halves.chunk(2, dim=2)
         key = key.view(num_blocks, num_kv_heads, self.head_size, block_size).transpose(2, 3)
         if bound.needs_value_sums and bound.value_sums is None:
-            bound.value_sums = torch.zeros(num_blocks, num_kv_heads, self.head_size)
+            bound.value_sums = torch.zeros(num_blocks, num_kv_heads, self.head_size, dtype=torch.float32)
         return PagedCache(key, value, bound.value_sums)

@@ -1,0 +1,305 @@
+"""Metadata builder and implementation on vLLM's CPU cache, without an engine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from transformers import LlamaConfig
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from topt_vllm.attention import reference
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 32
+SCALE = HEAD_DIM**-0.5
+LAYER = "model.layers.1.self_attn.attn"
+
+
+@dataclass
+class BatchSpec:
+    """One step: context length (this step's tokens included) and query length of every request."""
+
+    name: str
+    seq_lens: list[int]
+    query_lens: list[int]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BATCHES = [
+    BatchSpec("single_decode", [300], [1]),
+    BatchSpec("ragged_decode", [1, 128, 129, 700], [1, 1, 1, 1]),
+    BatchSpec("prefill_only", [130, 40], [130, 40]),
+    BatchSpec("mixed", [256, 511, 90], [1, 1, 90]),
+    BatchSpec("mixed_chunked_prefill", [640, 400], [1, 150]),
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    LlamaConfig(
+        hidden_size=256,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        vocab_size=64,
+        max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vllm_config(model_folder: Path) -> Iterator[Any]:
+    load_general_plugins()
+    current_platform.import_kernels()
+    config = EngineArgs(
+        model=str(model_folder),
+        attention_backend="TOPTHETA",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        additional_config={"toptheta": {"thresholds": "none"}},
+    ).create_engine_config()
+    with set_current_vllm_config(config):
+        yield config
+
+
+def build(
+    vllm_config: Any, policy: Policy | None = None, thetas: Thetas | None = None, **options: Any
+) -> Any:
+    """A builder and an attention layer bound to it, as the engine would make them."""
+    context = vllm_config.compilation_config.static_forward_context
+    context.clear()
+    with set_default_torch_dtype(torch.bfloat16):
+        layer = Attention(NUM_HEADS, HEAD_DIM, SCALE, NUM_KV_HEADS, prefix=LAYER, **options)
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
+    )
+    builder = layer.attn_backend.get_builder_cls()(spec, [LAYER], vllm_config, torch.device("cpu"))
+    if policy is not None:
+        layer.impl.bound.policy = policy
+    layer.impl.bound.thetas = thetas
+    return builder, layer
+
+
+def common_metadata(batch: BatchSpec, block_table: torch.Tensor) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *torch.tensor(batch.query_lens).cumsum(0).tolist()], dtype=torch.int32)
+    slots = []
+    for request, (seq_len, query_len) in enumerate(zip(batch.seq_lens, batch.query_lens, strict=True)):
+        positions = torch.arange(seq_len - query_len, seq_len)
+        slots.append(
+            block_table[request, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        )
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(batch.seq_lens, dtype=torch.int32),
+        num_reqs=len(batch.seq_lens),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=max(batch.query_lens),
+        max_seq_len=max(batch.seq_lens),
+        block_table_tensor=block_table,
+        slot_mapping=torch.cat(slots),
+    )
+
+
+def fill_contexts(
+    builder: Any, layer: Any, batch: BatchSpec, block_table: torch.Tensor, kv_cache: torch.Tensor
+) -> None:
+    """Writes the tokens of earlier steps, as prefill steps would have."""
+    earlier = [
+        seq_len - query_len for seq_len, query_len in zip(batch.seq_lens, batch.query_lens, strict=True)
+    ]
+    for request, length in enumerate(earlier):
+        if length:
+            step(
+                builder,
+                layer,
+                BatchSpec("earlier", [length], [length]),
+                block_table[request : request + 1],
+                kv_cache,
+            )
+
+
+def step(
+    builder: Any, layer: Any, batch: BatchSpec, block_table: torch.Tensor, kv_cache: torch.Tensor
+) -> Any:
+    """One step of one layer; returns its query rows and output."""
+    common = common_metadata(batch, block_table)
+    metadata = builder.build(0, common)
+    rows = common.num_actual_tokens
+    query = torch.randn(rows, NUM_HEADS, HEAD_DIM).bfloat16()
+    key, value = torch.randn(2, rows, NUM_KV_HEADS, HEAD_DIM).bfloat16()
+    layer.impl.do_kv_cache_update(layer, key, value, kv_cache, common.slot_mapping)
+    output = torch.full_like(query, torch.nan)
+    layer.impl.forward(layer, query, key, value, kv_cache, metadata, output)
+    return query, output, metadata
+
+
+def new_cache() -> tuple[torch.Tensor, torch.Tensor]:
+    """A poisoned cache and a scattered block table [requests, blocks].
+
+    The poison is finite: vLLM's prefill kernel multiplies slots beyond the context by zero. The operator's own
+    tests use NaN.
+    """
+    shape = (NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    kv_cache = torch.full(shape, 1000.0, dtype=torch.bfloat16)
+    return kv_cache, torch.randperm(NUM_BLOCKS, dtype=torch.int32).view(4, 8)
+
+
+def reference_output(
+    layer: Any,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: DecodeBatch,
+    value_sums: torch.Tensor | None,
+) -> torch.Tensor:
+    bound = layer.impl.bound
+    cache = layer.impl._paged_cache(bound, kv_cache)
+    cache = PagedCache(cache.key, cache.value, value_sums)
+    out = torch.empty_like(query, dtype=torch.float32)
+    reference.decode(query, cache, batch, bound.thetas, bound.policy, SCALE, 0.0, out, None)
+    return out
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_every_row_kept_is_dense_attention(vllm_config: Any, batch: BatchSpec):
+    """θ = −inf on any batch equals the reference run as dense attention over all rows, prefill rows included."""
+    torch.manual_seed(0)
+    builder, layer = build(vllm_config)
+    kv_cache, block_table = new_cache()
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    query, output, _ = step(builder, layer, batch, block_table, kv_cache)
+    common = common_metadata(batch, block_table)
+    rows = DecodeBatch(common.query_start_loc, common.seq_lens, block_table)
+    expected = reference_output(layer, query, kv_cache, rows, None)
+    # bf16 output and, in vLLM's prefill kernel, bf16 probabilities: a few units of 2^-8 of values around 1.
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_decode_rows_are_sparse_and_prefill_rows_are_not(
+    vllm_config: Any, batch: BatchSpec, compensation: Any
+):
+    torch.manual_seed(1)
+    lengths = torch.tensor([64, 1024], dtype=torch.int32)
+    thetas = Thetas(lengths, torch.full((NUM_HEADS, 2), 1.0), torch.tensor([[1.0, 0.0]] * NUM_HEADS))
+    builder, layer = build(vllm_config, Policy(compensation=compensation), thetas)
+    kv_cache, block_table = new_cache()
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    layer.impl.bound.statistics.zero_()
+    query, output, metadata = step(builder, layer, batch, block_table, kv_cache)
+    decoded = metadata.num_decode_rows
+    assert decoded == sum(length for length in batch.query_lens if length == 1)
+    assert layer.impl.bound.statistics[Stat.ROWS] == decoded
+    assert output.isfinite().all()
+    if decoded:
+        assert metadata.decode is not None
+        sums = layer.impl.bound.value_sums
+        expected = reference_output(layer, query[:decoded], kv_cache, metadata.decode, sums)
+        torch.testing.assert_close(output[:decoded].float(), expected, atol=2e-2, rtol=2e-2)
+        read = layer.impl.bound.statistics[Stat.V_ROWS_READ] / layer.impl.bound.statistics[Stat.V_ROWS]
+        if max(batch.seq_lens) > 4 * BLOCK_SIZE:
+            assert read < 0.7
+
+
+def test_value_sums_follow_rewritten_blocks(vllm_config: Any):
+    """A reused block, or a rejected draft token, leaves no trace in the sum."""
+    torch.manual_seed(2)
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.zeros(NUM_HEADS, 1), torch.zeros(NUM_HEADS, 2)
+    )
+    builder, layer = build(vllm_config, Policy(), thetas)
+    kv_cache, block_table = new_cache()
+    block_table = block_table[:1]
+    for _ in range(2):
+        step(builder, layer, BatchSpec("prefill", [300], [300]), block_table, kv_cache)
+        cache = layer.impl._paged_cache(layer.impl.bound, kv_cache)
+        finished = block_table[0, :2].long()
+        expected = cache.value[finished].float().sum(dim=2)
+        torch.testing.assert_close(cache.value_sums[finished], expected, rtol=1e-5, atol=1e-4)
+    step(builder, layer, BatchSpec("decode to the last slot", [384], [84]), block_table, kv_cache)
+    last = int(block_table[0, 2])
+    torch.testing.assert_close(
+        cache.value_sums[last], cache.value[last].float().sum(dim=1), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_speculative_rows_decode_together(vllm_config: Any):
+    torch.manual_seed(3)
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.full((NUM_HEADS, 1), 0.5), torch.tensor([[0.5, 0.0]] * 4)
+    )
+    builder, layer = build(vllm_config, Policy(), thetas)
+    builder.reorder_batch_threshold = 5
+    kv_cache, block_table = new_cache()
+    batch = BatchSpec("verify", [258, 131, 600], [5, 3, 1])
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    query, output, metadata = step(builder, layer, batch, block_table, kv_cache)
+    assert metadata.num_decode_rows == 9
+    assert metadata.decode_lengths.tolist() == [254, 255, 256, 257, 258, 129, 130, 131, 600]
+    expected = reference_output(layer, query, kv_cache, metadata.decode, layer.impl.bound.value_sums)
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("alibi_slopes", [0.5] * NUM_HEADS), ("sinks", torch.zeros(NUM_HEADS))],
+    ids=["alibi", "sinks"],
+)
+def test_unsupported_layers_are_refused_by_name(vllm_config: Any, option: str, value: Any):
+    with pytest.raises((NotImplementedError, ValueError), match=option):
+        build(vllm_config, **{option: value})
+
+
+def test_sliding_window_layers_stay_with_vllm_and_are_counted(vllm_config: Any):
+    from topt_vllm.backend.metrics import recorder
+
+    torch.manual_seed(4)
+    builder, layer = build(vllm_config, per_layer_sliding_window=64)
+    kv_cache, block_table = new_cache()
+    batch = BatchSpec("decode", [300, 20], [1, 1])
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    before = recorder().totals()
+    _, output, _ = step(builder, layer, batch, block_table, kv_cache)
+    after = recorder().totals()
+    assert output.isfinite().all()
+    assert after["dense_rows:sliding_window"] - before.get("dense_rows:sliding_window", 0) == 2
+    assert after["toptheta_v_rows_read"] - before["toptheta_v_rows_read"] == (64 + 20) * NUM_KV_HEADS
+
+
+def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    import vllm.distributed
+
+    from topt_vllm.backend.layers import bind_layer
+    from topt_vllm.backend.startup import resolve
+
+    _, layer = build(vllm_config)
+    resolved = resolve(vllm_config)
+    theta = torch.arange(NUM_HEADS, dtype=torch.float32)[:, None]
+    whole = Thetas(torch.tensor([1], dtype=torch.int32), theta, theta.expand(-1, 2))
+    resolved.thetas[1] = whole
+    layer.impl.num_heads = NUM_HEADS // 2
+    for rank, heads in enumerate(([0.0, 1.0], [2.0, 3.0])):
+        monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=2)
+        assert layer.impl.bound.thetas.theta[:, 0].tolist() == heads
+    with pytest.raises(ValueError, match="divides the heads"):
+        bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
