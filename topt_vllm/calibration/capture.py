@@ -1,0 +1,135 @@
+"""Looks into a transformers model's attention layers through transformers' AttentionInterface.
+
+The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only a
+softcap, which SDPA drops, and top-k attention, if asked for, are computed here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.calibration.scores import LayerCall, attend
+from topt_vllm.model_identity import ModelIdentity
+
+NAME = "toptheta_capture"
+
+# Arguments that change the scores or the softmax in ways that a threshold on q·k knows nothing of.
+_REFUSED = ("position_bias", "s_aux", "sinks")
+
+Observer = Callable[[LayerCall], None]
+
+
+class _Capture:
+    """The attention function of one run.
+
+    Attributes:
+        top_k: Keys each query head keeps in the sparse layers; None for dense attention.
+    """
+
+    def __init__(
+        self, identity: ModelIdentity, observe: Observer, top_k: int | None, dense: list[int]
+    ) -> None:
+        self._identity = identity
+        self._observe = observe
+        self._top_k = top_k
+        self._dense = dense
+        self._windowed = set(identity.sliding_window_layers)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        call = LayerCall(
+            layer=module.layer_idx,
+            query=query[0],
+            key=key[0],
+            value=value[0],
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap or 0.0,
+            mask=None if attention_mask is None else _visible(attention_mask),
+        )
+        self._check_heads(call)
+        windowed = call.layer in self._windowed
+        if not windowed:
+            _check_plain_causal(call, kwargs)
+            self._observe(call)
+        top_k = None if windowed or call.layer in self._dense else self._top_k
+        if softcap or top_k is not None:
+            return attend(call, top_k).transpose(0, 1).unsqueeze(0), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def _check_heads(self, call: LayerCall) -> None:
+        expected = (self._identity.num_query_heads, self._identity.num_kv_heads, self._identity.head_dim)
+        found = (call.query.shape[0], call.key.shape[0], call.query.shape[2])
+        # Gemma 4 and others give the two kinds of layer different heads; only calibrated ones must agree.
+        if found != expected and call.layer not in self._windowed:
+            raise CalibrationError(
+                f"layer {call.layer} has {found[0]} query heads, {found[1]} KV heads and head_dim {found[2]}, "
+                f"but the configuration says {expected[0]}, {expected[1]} and {expected[2]}; "
+                "such models are not supported"
+            )
+
+
+@contextmanager
+def captured(
+    model: Any,
+    identity: ModelIdentity,
+    observe: Observer,
+    top_k: int | None = None,
+    dense: list[int] | None = None,
+) -> Iterator[None]:
+    """Within it, every full-attention layer of ``model`` is shown to ``observe`` before its output is computed.
+
+    Args:
+        model: A transformers model; run it with a batch of one sequence and no cache.
+        identity: Of the model; its sliding-window layers are passed through unseen.
+        observe: Gets each layer's call, in order.
+        top_k: Attend with each head's top k keys and V-mean compensation; None for dense attention.
+        dense: Layers that stay dense under ``top_k``.
+    """
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, _Capture(identity, observe, top_k, dense or []))
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(NAME)
+        AttentionMaskInterface._global_mapping.pop(NAME)
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """bool [n, n] from a mask [1, 1 or H, n, n], boolean or additive."""
+    first = mask[0, 0]
+    return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
+
+
+def _check_plain_causal(call: LayerCall, kwargs: dict[str, Any]) -> None:
+    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
+    n = call.query.shape[1]
+    if kwargs.get("is_causal") is False:
+        refused.append("is_causal=False")
+    window = kwargs.get("sliding_window")
+    if window is not None and window < n:
+        refused.append(f"sliding_window={window}")
+    if call.mask is not None and not torch.equal(call.mask, torch.ones_like(call.mask).tril()):
+        refused.append("a mask that isn't causal")
+    if refused:
+        raise CalibrationError(
+            f"layer {call.layer} attends with {', '.join(refused)}, "
+            "but its configuration says full causal attention; such models are not supported"
+        )

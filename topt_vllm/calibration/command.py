@@ -1,0 +1,38 @@
+"""The command lines that messages show. Imports nothing heavy: error messages of the server use it."""
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+TABLE_IN_MODEL_FOLDER = "toptheta.yaml"
+
+
+def default_output(model: str) -> Path:
+    """Where the table goes without ``--output``: the model's folder, where the server looks by itself."""
+    if os.path.isdir(model):
+        return Path(model) / TABLE_IN_MODEL_FOLDER
+    return Path(model.rstrip("/").rsplit("/", 1)[-1] + ".yaml")
+
+
+def calibrate_command(model: str) -> str:
+    """The command that makes a model's threshold table; the text file is the user's to choose.
+
+    Args:
+        model: Folder or hub id.
+    """
+    return f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --k 64 128 256"
+
+
+def serve_command(model: str, table: Path) -> str:
+    """The command that serves a model with a table.
+
+    Args:
+        model: Folder or hub id.
+        table: The table; left out of the command where the server finds it by itself.
+    """
+    command = f"vllm serve {shlex.quote(model)} --attention-backend TOPTHETA"
+    if os.path.isdir(model) and table.resolve() == Path(model).resolve() / TABLE_IN_MODEL_FOLDER:
+        return command
+    settings = json.dumps({"toptheta": {"thresholds": str(table.resolve())}}, ensure_ascii=False)
+    return f"{command} --additional-config {shlex.quote(settings)}"

@@ -1,0 +1,101 @@
+"""Scores of chosen query rows of one layer, and attention computed from them chunk by chunk.
+
+Shapes as in :mod:`topt_vllm.attention.common`; here ``n`` is the length of the whole sequence, and query row i
+sees the keys 0..i.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Scores held at once, [H, rows, n]: 64 MiB in fp32. Softmax, masks and selections make a few copies of it.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What one attention layer was called with.
+
+    Attributes:
+        layer: Index in the model.
+        query: [H, n, D].
+        key: [Hkv, n, D].
+        value: [Hkv, n, Dv].
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        mask: bool [n, n], true where a row sees a key; None for plain causal attention.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scale: float
+    softcap: float = 0.0
+    mask: torch.Tensor | None = None
+
+    def visible(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which keys the rows see: bool [rows, m], m being one more than the last row's index."""
+        m = int(rows.max()) + 1
+        if self.mask is not None:
+            return self.mask[rows, :m]
+        return torch.arange(m, device=rows.device) <= rows[:, None]
+
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scaled, softcapped scores, float32 [H, rows, m], −inf where a row doesn't see a key.
+
+        Args:
+            rows: int64 [rows], ascending indices of query rows.
+        """
+        m = int(rows.max()) + 1
+        num_kv_heads = self.key.shape[0]
+        query = self.query[:, rows].float().reshape(num_kv_heads, -1, self.query.shape[-1])
+        scores = query @ self.key[:, :m].float().transpose(1, 2)
+        scores = scores.view(self.query.shape[0], len(rows), m).mul_(self.scale)
+        if self.softcap > 0:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        return scores.masked_fill_(~self.visible(rows), float("-inf"))
+
+    def chunks(self, rows: torch.Tensor) -> Iterator[slice]:
+        """Parts of ``rows`` whose scores fit in memory."""
+        step = max(1, _CHUNK_ELEMENTS // (self.query.shape[0] * self.key.shape[1]))
+        for start in range(0, len(rows), step):
+            yield slice(start, min(start + step, len(rows)))
+
+
+def attend(call: LayerCall, top_k: int | None) -> torch.Tensor:
+    """Attention of every row, for what torch's fused kernel can't do: softcap, or top-k with V-mean compensation.
+
+    Args:
+        call: The layer.
+        top_k: Keys that each query head keeps of each row; None for all.
+
+    Returns:
+        [H, n, Dv] in the query's dtype.
+    """
+    num_heads, n, _ = call.query.shape
+    num_kv_heads, _, value_dim = call.value.shape
+    group = num_heads // num_kv_heads
+    out = call.query.new_empty(num_heads, n, value_dim)
+    rows = torch.arange(n, device=call.query.device)
+    means = _running_mean(call.value) if top_k is not None else None
+    for part in call.chunks(rows):
+        scores = call.scores(rows[part])
+        weights = torch.softmax(scores, dim=-1)
+        if top_k is not None and scores.shape[-1] > top_k:
+            cut = scores.topk(top_k, dim=-1).values[..., -1:]
+            weights.masked_fill_(scores < cut, 0.0)
+        used = weights.view(num_kv_heads, -1, weights.shape[-1])
+        result = (used @ call.value[:, : weights.shape[-1]].float()).view(num_heads, -1, value_dim)
+        if means is not None:
+            dropped = 1.0 - weights.sum(dim=-1, keepdim=True)
+            result += dropped * means[:, part].repeat_interleave(group, dim=0)
+        out[:, part] = result.to(out.dtype)
+    return out
+
+
+def _running_mean(value: torch.Tensor) -> torch.Tensor:
+    """Mean of V over each row's context, float32 [Hkv, n, Dv]."""
+    counts = torch.arange(1, value.shape[1] + 1, device=value.device)
+    return value.float().cumsum(dim=1) / counts[:, None]

@@ -1,0 +1,63 @@
+"""What a table says, as text for people."""
+
+from topt_vllm.thresholds import Budget, Quality, ThresholdTable
+
+
+def describe(table: ThresholdTable) -> str:
+    """Identity, origin, budgets and their quality, and the range of θ in each layer."""
+    return "\n".join([*_heading(table), "", *_budgets(table), "", *_theta_ranges(table)])
+
+
+def _heading(table: ThresholdTable) -> list[str]:
+    model, origin = table.model, table.calibration
+    revision = f" at {model.revision}" if model.revision else ""
+    windowed = len(model.sliding_window_layers)
+    texts = ", ".join(source.name for source in origin.data)
+    return [
+        f"model        {model.id}{revision} ({model.architecture})",
+        f"             {model.num_layers} layers"
+        + (f", {windowed} of them without thresholds (sliding window)" if windowed else "")
+        + f"; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}",
+        f"             {model.fingerprint}",
+        f"calibrated   {origin.date} by {table.producer.name} {table.producer.version} on {texts}",
+        f"             {origin.num_samples} × {origin.max_seq_length} tokens, seed {origin.seed}",
+        f"             {', '.join(f'{name} {value}' for name, value in origin.options.items())}",
+        f"             {', '.join(f'{name} {value}' for name, value in origin.libraries.items())}",
+        f"lengths      {', '.join(map(str, table.lengths))} tokens; dense below, extrapolated above",
+    ]
+
+
+def _budgets(table: ThresholdTable) -> list[str]:
+    lines = [
+        f"{'k':>6}  {'kept/k p5':>9} {'p50':>5} {'p95':>5}  {'V rows read':>11}  {'dropped mass':>12}  dense layers"
+    ]
+    for budget in table.budgets:
+        dense = ", ".join(map(str, budget.dense_layers)) or "none"
+        lines.append(f"{budget.k:>6}  {_quality(budget.quality)}  {dense}")
+    tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
+    if tokens is not None:
+        lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
+    return lines
+
+
+def _quality(quality: Quality | None) -> str:
+    if quality is None:
+        return f"{'not measured':<45}"
+    spread = quality.kept_over_k
+    return (
+        f"{spread.p5:>9.2f} {spread.p50:>5.2f} {spread.p95:>5.2f}  "
+        f"{quality.v_rows_read:>11.1%}  {quality.dropped_mass:>12.1%}"
+    )
+
+
+def _theta_ranges(table: ThresholdTable) -> list[str]:
+    lines = ["θ over query heads and lengths", " layer" + "".join(f"{f'k={b.k}':>18}" for b in table.budgets)]
+    for position, entry in enumerate(table.budgets[0].layers):
+        ranges = "".join(f"{_range(budget, position):>18}" for budget in table.budgets)
+        lines.append(f"{entry.layer:>6}{ranges}")
+    return lines
+
+
+def _range(budget: Budget, position: int) -> str:
+    numbers = [number for row in budget.layers[position].theta for number in row]
+    return f"{min(numbers):.2f} … {max(numbers):.2f}"

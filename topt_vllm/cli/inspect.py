@@ -1,0 +1,38 @@
+"""``topt-vllm inspect``: what a threshold table holds."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topt_vllm.cli import UserError
+
+if TYPE_CHECKING:
+    from topt_vllm.thresholds import ThresholdTable
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the command's options."""
+    parser = subparsers.add_parser("inspect", help="show what a threshold table holds")
+    parser.add_argument("table", type=Path, help="YAML file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object without the thresholds")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table's identity, origin, lengths and budgets."""
+    from topt_vllm.calibration.summary import describe
+    from topt_vllm.thresholds import ThresholdTableError, load
+
+    try:
+        table = load(args.table)
+    except ThresholdTableError as error:
+        raise UserError(str(error)) from error
+    print(json.dumps(_facts(table), ensure_ascii=False) if args.json else describe(table))
+    return 0
+
+
+def _facts(table: "ThresholdTable") -> dict[str, Any]:
+    facts = table.model_dump(exclude={"budgets"})
+    facts["budgets"] = [budget.model_dump(exclude={"layers"}) for budget in table.budgets]
+    return facts
