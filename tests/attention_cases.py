@@ -1,0 +1,245 @@
+"""Random paged caches in vLLM's CPU layout, hostile where an implementation must not look, and an fp64 oracle."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from topt_vllm.attention import api, common
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+
+NAN = float("nan")
+GARBAGE_BLOCK = 2**31 - 1
+
+
+def implementation(name: str) -> api.Implementation:
+    """An implementation by test name; ``cpu-scalar`` is the plain loop that checks the CPU kernel."""
+    if name == "cpu-scalar":
+        module = api.load_implementation("cpu", "cpu")[1]
+        return SimpleNamespace(decode=partial(module.decode, scalar=True))
+    return api.load_implementation(name, "cpu")[1]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode call.
+
+    Attributes:
+        query: [R, H, D].
+        cache: Blocks of K stored [D, P].
+        batch: Rows and block table.
+        thetas: Thresholds or None.
+        policy: Selection and compensation.
+        scale: Factor of q·k.
+        softcap: 0 for none.
+    """
+
+    query: torch.Tensor
+    cache: PagedCache
+    batch: DecodeBatch
+    thetas: Thetas | None
+    policy: Policy
+    scale: float
+    softcap: float = 0.0
+
+    def run(self, name: str, statistics: torch.Tensor | None = None) -> torch.Tensor:
+        """Output of an implementation, written into a buffer full of NaN."""
+        out = torch.full_like(self.query, NAN)
+        return api.decode(
+            implementation(name),
+            self.query,
+            self.cache,
+            self.batch,
+            self.thetas,
+            self.policy,
+            self.scale,
+            self.softcap,
+            out,
+            statistics,
+        )
+
+    def rows(self) -> list[tuple[int, int, int]]:
+        """(row, sequence, n) of every query row."""
+        starts = self.batch.query_start_loc.tolist()
+        found = []
+        for sequence, last in enumerate(self.batch.seq_lens.tolist()):
+            end = starts[sequence + 1]
+            found += [(row, sequence, last - (end - 1 - row)) for row in range(starts[sequence], end)]
+        return found
+
+    def gather(self, sequence: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the first n tokens, each [Hkv, n, D]."""
+        blocks = self.batch.block_table[sequence, : -(-n // self.cache.value.shape[2])].long()
+        pick = lambda part: part[blocks].transpose(0, 1).flatten(1, 2)[:, :n]  # noqa: E731
+        return pick(self.cache.key), pick(self.cache.value)
+
+    def scores64(self, row: int, sequence: int, n: int) -> torch.Tensor:
+        """float64 [H, n]."""
+        key, _ = self.gather(sequence, n)
+        query = self.query[row].double().view(key.shape[0], -1, key.shape[2])
+        scores = (query @ key.double().transpose(1, 2)).flatten(0, 1) * self.scale
+        return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
+
+def paged_cache(key: torch.Tensor, value: torch.Tensor) -> PagedCache:
+    """A cache in the CPU layout.
+
+    Args:
+        key: [B, Hkv, P, D].
+        value: [B, Hkv, P, D].
+    """
+    blocks, heads, size, dim = key.shape
+    memory = torch.empty(blocks, heads, 2, size * dim, dtype=key.dtype)
+    cache = PagedCache(
+        memory[:, :, 0].unflatten(2, (dim, size)).transpose(2, 3),
+        memory[:, :, 1].unflatten(2, (size, dim)),
+        torch.full((blocks, heads, dim), NAN),
+    )
+    cache.key.copy_(key)
+    cache.value.copy_(value)
+    return cache
+
+
+def random_case(
+    contexts: list[tuple[int, int]],
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    query_dtype: torch.dtype | None = None,
+    policy: Policy | None = None,
+    keep: float | None = 0.15,
+    softcap: float = 0.0,
+    seed: int = 0,
+) -> Case:
+    """Sequences scattered over a block table; whatever lies outside them is NaN or an absurd block number.
+
+    Args:
+        contexts: (query rows, context length of the last row) of each sequence.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: D.
+        block_size: P.
+        dtype: Of the cache.
+        query_dtype: Of query and output; the cache's when None.
+        policy: Default: the policy's defaults.
+        keep: Share of scores above θ, which lies in a gap between scores; None for no thresholds.
+        softcap: 0 for none.
+        seed: Of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-context // block_size) for _, context in contexts]
+    total = sum(counts) + 3
+    order = torch.randperm(total, generator=generator)[: sum(counts)]
+    table = torch.full((len(contexts), max(counts, default=0) + 2), GARBAGE_BLOCK, dtype=torch.int32)
+    shape = (total, kv_heads, block_size, head_dim)
+    key, value = torch.full(shape, NAN), torch.full(shape, NAN)
+    sums = torch.full((total, kv_heads, head_dim), NAN)
+    for sequence, ((_, context), blocks) in enumerate(zip(contexts, order.split(counts), strict=True)):
+        table[sequence, : len(blocks)] = blocks.int()
+        for block, start in zip(blocks.tolist(), range(0, context, block_size), strict=True):
+            used = min(block_size, context - start)
+            key[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator)
+            value[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator) + 0.3
+    cache = paged_cache(key.to(dtype), value.to(dtype))
+    finished = cache.value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
+    cache = replace(cache, value_sums=sums)
+    common.update_value_sums(cache, finished)
+    rows = [rows for rows, _ in contexts]
+    starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
+    # Rows, heads and dimensions of the query are all strided.
+    packed = 1.5 * torch.randn(sum(rows), heads + 1, head_dim + 16, generator=generator)
+    case = Case(
+        packed.to(query_dtype or dtype)[:, 1:, :head_dim],
+        cache,
+        DecodeBatch(starts, torch.tensor([n for _, n in contexts], dtype=torch.int32), table),
+        None,
+        policy or Policy(),
+        head_dim**-0.5,
+        softcap,
+    )
+    return case if keep is None else replace(case, thetas=thetas_in_gaps(case, keep))
+
+
+def thetas_in_gaps(case: Case, keep: float) -> Thetas:
+    """θ per head and context length, in the widest gap between the scores near a quantile."""
+    by_length: dict[int, list[torch.Tensor]] = {}
+    for row, sequence, n in case.rows():
+        by_length.setdefault(n, []).append(case.scores64(row, sequence, n))
+    lengths = sorted(by_length)
+    columns = []
+    for n in lengths:
+        scores = torch.cat(by_length[n], dim=1).sort(dim=1).values
+        count = scores.shape[1]
+        low, high = int((1 - keep) * 0.95 * count), min(count, int((1 - keep) * 1.05 * count) + 2)
+        window = scores[:, low:high]
+        if window.shape[1] < 2:
+            columns.append(window[:, 0] - 0.5)
+            continue
+        gap = window.diff(dim=1)
+        widest = gap.argmax(dim=1, keepdim=True)
+        columns.append((window.gather(1, widest) + gap.gather(1, widest) / 2).flatten())
+    theta = torch.stack(columns, dim=1).float()
+    return Thetas(torch.tensor(lengths, dtype=torch.int32), theta, torch.zeros(theta.shape[0], 2))
+
+
+def kept_sets(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """fp64 oracle of selection: (kept by each head [H, n], used by each head [H, n]) of every row."""
+    found = []
+    policy, size = case.policy, case.cache.value.shape[2]
+    for row, sequence, n in case.rows():
+        scores = case.scores64(row, sequence, n)
+        position = torch.arange(n)
+        always = (
+            (position < policy.sink_tokens)
+            | (position >= n - policy.recent_tokens)
+            | (n <= policy.min_seq_len)
+        )
+        if policy.compensation == "vmean":
+            always = always | (position >= n // size * size)
+        theta = torch.full((scores.shape[0],), -torch.inf) if case.thetas is None else case.thetas.at(n)
+        kept = (scores >= theta.double()[:, None]) | always
+        group = scores.shape[0] // case.cache.value.shape[1]
+        read = kept.unflatten(0, (-1, group)).any(dim=1).repeat_interleave(group, dim=0)
+        found.append((kept, read if policy.group_keep == "union" else kept))
+    return found
+
+
+def attend(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """The operator on the oracle's kept set with every operation in ``dtype``: [R, H, D].
+
+    float64 is the oracle; the cache's own dtype is the eager error that a kernel may have, too.
+    """
+    out = torch.empty(case.query.shape, dtype=dtype)
+    for (row, sequence, n), (_, used) in zip(case.rows(), kept_sets(case), strict=True):
+        key, value = (part.to(dtype) for part in case.gather(sequence, n))
+        group = used.shape[0] // key.shape[0]
+        query = case.query[row].to(dtype).view(key.shape[0], group, -1)
+        scores = (query @ key.transpose(1, 2)) * case.scale
+        scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
+        probabilities = torch.softmax(scores, dim=-1).flatten(0, 1)
+        weights = (probabilities * used).to(dtype).view(key.shape[0], group, n)
+        result = (weights @ value).flatten(0, 1)
+        if case.policy.compensation == "vmean" and not bool(used.all()):
+            dropped = (probabilities * ~used).sum(dim=-1, keepdim=True)
+            result = result + dropped * value.mean(dim=1).repeat_interleave(group, dim=0)
+        out[row] = result
+    return out
+
+
+def poison_unread_values(case: Case) -> Case:
+    """A copy whose V rows are NaN where no head of any row needs them; V sums stay those of the real rows."""
+    value = case.cache.value.clone()
+    size = value.shape[2]
+    needed = torch.zeros(value.shape[:3], dtype=torch.bool)
+    for (_, sequence, n), (kept, _) in zip(case.rows(), kept_sets(case), strict=True):
+        read = kept.unflatten(0, (value.shape[1], -1)).any(dim=1)
+        blocks = case.batch.block_table[sequence].long()
+        for start in range(0, n, size):
+            part = read[:, start : start + size]
+            needed[blocks[start // size], :, : part.shape[1]] |= part
+    value[~needed] = NAN
+    poisoned = paged_cache(case.cache.key, value)
+    return replace(case, cache=replace(poisoned, value_sums=case.cache.value_sums))

@@ -1,0 +1,494 @@
+"""The operator's semantics, over every implementation: hand-computed cases first, then random hostile ones."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import (
+    NAN,
+    Case,
+    attend,
+    implementation,
+    kept_sets,
+    paged_cache,
+    poison_unread_values,
+    random_case,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import DecodeBatch, Policy, Stat, Thetas, new_statistics
+
+IMPLS = ["reference", "cpu", "cpu-scalar"]
+KERNELS = [name for name in IMPLS if name != "reference"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PLAIN = Policy(group_keep="head", compensation="none")
+
+every_implementation = pytest.mark.parametrize("impl", IMPLS)
+kernels_only = pytest.mark.parametrize("impl", KERNELS)
+
+
+def hand_case(
+    scores: list[list[float]], policy: Policy, theta: list[float] | None, block_size: int = 16
+) -> Case:
+    """Heads of one KV head with given scores: key j is (score of head 0, score of head 1, ...), query h is e_h.
+
+    V row j is e_j, so that output[h, j] is the weight of key j, and the mean of V is 1/n everywhere.
+    """
+    table = torch.tensor(scores)
+    heads, n = table.shape
+    dim = 16 * -(-max(n, heads) // 16)
+    blocks = -(-n // block_size)
+    key, value = torch.full((2, 1, blocks * block_size, dim), NAN)
+    key[:, :n] = 0
+    key[0, :n, :heads] = table.T
+    value[0, :n] = torch.eye(n, dim)
+    split = lambda part: part.view(1, blocks, block_size, dim).transpose(0, 1)  # noqa: E731
+    cache = paged_cache(split(key), split(value))
+    cache = replace(cache, value_sums=cache.value.sum(dim=2, dtype=torch.float32))
+    batch = DecodeBatch(
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([n], dtype=torch.int32),
+        torch.arange(blocks, dtype=torch.int32)[None],
+    )
+    thetas = None
+    if theta is not None:
+        thetas = Thetas(
+            torch.tensor([n], dtype=torch.int32), torch.tensor(theta)[:, None], torch.zeros(heads, 2)
+        )
+    return Case(torch.eye(heads, dim)[None], cache, batch, thetas, policy, 1.0)
+
+
+def softmax(scores: list[float]) -> torch.Tensor:
+    return torch.tensor(scores, dtype=torch.float64).softmax(dim=0).float()
+
+
+def close(got: torch.Tensor, expected: torch.Tensor | list[float]) -> None:
+    torch.testing.assert_close(got, torch.as_tensor(expected), rtol=2e-6, atol=1e-7)
+
+
+@every_implementation
+def test_score_equal_to_theta_is_kept(impl: str) -> None:
+    scores = [0.5, 2.0, 1.9999, 3.0, 0.0]
+    p = softmax(scores)
+    got = hand_case([scores], PLAIN, [2.0]).run(impl)[0, 0, :5]
+    # The last key is recent; the others stand in the denominator only.
+    close(got, [0.0, p[1], 0.0, p[3], p[4]])
+
+
+@every_implementation
+def test_no_thresholds_is_dense(impl: str) -> None:
+    scores = [0.5, -2.0, 1.0]
+    close(hand_case([scores], PLAIN, None).run(impl)[0, 0, :3], softmax(scores))
+
+
+@every_implementation
+def test_theta_minus_infinity_is_dense(impl: str) -> None:
+    scores = [0.5, -2.0, 1.0]
+    close(hand_case([scores], PLAIN, [-math.inf]).run(impl)[0, 0, :3], softmax(scores))
+
+
+@every_implementation
+def test_theta_plus_infinity_keeps_the_recent_token_only(impl: str) -> None:
+    scores = [9.0, 1.0, 2.0]
+    close(hand_case([scores], PLAIN, [math.inf]).run(impl)[0, 0, :3], [0.0, 0.0, softmax(scores)[2]])
+
+
+@every_implementation
+def test_sink_and_recent_tokens_are_kept(impl: str) -> None:
+    scores = [0.1 * j for j in range(20)]
+    p = softmax(scores)
+    policy = replace(PLAIN, sink_tokens=3, recent_tokens=2)
+    got = hand_case([scores], policy, [math.inf]).run(impl)[0, 0, :20]
+    close(got, torch.where((torch.arange(20) < 3) | (torch.arange(20) >= 18), p, 0.0))
+
+
+@every_implementation
+@pytest.mark.parametrize(("n", "dense"), [(17, True), (18, False)])
+def test_min_seq_len_is_inclusive(impl: str, n: int, dense: bool) -> None:
+    policy = replace(PLAIN, min_seq_len=17)
+    got = hand_case([[0.0] * n], policy, [1.0]).run(impl)[0, 0, :n]
+    assert int((got > 0).sum()) == (n if dense else 1)
+
+
+@every_implementation
+def test_union_lets_the_group_use_what_one_head_keeps(impl: str) -> None:
+    scores = [[3.0, 0.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]]
+    first, second = softmax(scores[0]), softmax(scores[1])
+    got = hand_case(scores, replace(PLAIN, group_keep="union"), [2.0, 2.0]).run(impl)[0, :, :4]
+    close(got[0], [first[0], first[1], 0.0, first[3]])
+    close(got[1], [second[0], second[1], 0.0, second[3]])
+    got = hand_case(scores, PLAIN, [2.0, 2.0]).run(impl)[0, :, :4]
+    close(got[0], [first[0], 0.0, 0.0, first[3]])
+    close(got[1], [0.0, second[1], 0.0, second[3]])
+
+
+@every_implementation
+def test_vmean_adds_the_dropped_mass_times_the_mean(impl: str) -> None:
+    scores = [0.0] * 30 + [4.0, 0.0]
+    p = softmax(scores)
+    got = hand_case([scores], Policy(group_keep="head"), [2.0]).run(impl)[0, 0]
+    dropped = p[:30].sum()
+    close(got, torch.where(torch.arange(32) >= 30, p, 0.0) + dropped / 32)
+
+
+@every_implementation
+def test_vmean_attends_the_unfinished_block_densely(impl: str) -> None:
+    scores = [0.0] * 20
+    got = hand_case([scores], Policy(), [1.0]).run(impl)[0, 0, :20]
+    # 16 keys of the finished block are dropped: 0.8 of the mass; every V row has mean 1/20.
+    close(got, [0.8 / 20] * 16 + [0.05 + 0.8 / 20] * 4)
+
+
+@every_implementation
+def test_without_vmean_the_unfinished_block_is_selected(impl: str) -> None:
+    got = hand_case([[0.0] * 20], PLAIN, [1.0]).run(impl)[0, 0, :20]
+    close(got, [0.0] * 19 + [0.05])
+
+
+@every_implementation
+def test_softcap_comes_before_the_threshold(impl: str) -> None:
+    scores = [10.0, 1.0, 0.0]
+    capped = [2.0 * math.tanh(s / 2.0) for s in scores]
+    case = replace(hand_case([scores], PLAIN, [1.9]), softcap=2.0)
+    p = softmax(capped)
+    close(case.run(impl)[0, 0, :3], [p[0], 0.0, p[2]])
+    # Above the cap no score is kept by its own rule.
+    case = replace(hand_case([scores], PLAIN, [2.1]), softcap=2.0)
+    close(case.run(impl)[0, 0, :3], [0.0, 0.0, p[2]])
+
+
+@every_implementation
+def test_nan_score_poisons_its_row_only(impl: str) -> None:
+    got = hand_case([[0.0, NAN, 1.0], [0.0, 0.0, 1.0]], PLAIN, [0.5, 0.5])
+    # The NaN sits in key 1's first dimension, which the second head multiplies with zero.
+    got.cache.key[0, 0, 1, 0] = math.inf
+    out = got.run(impl)
+    assert out[0, 0, :3].isnan().any()
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(15, -math.inf), (16, 1.0), (32, 1.5), (64, 2.0), (128, 0.5 + 0.25 * math.log(128))],
+    ids=["below", "first", "between", "last", "law"],
+)
+def test_theta_follows_the_context_length(impl: str, n: int, expected: float) -> None:
+    offsets = [-1e-3, 1e-3]
+    scores = [0.0] * n
+    base = expected if math.isfinite(expected) else 0.0
+    scores[0], scores[1] = base + offsets[0], base + offsets[1]
+    case = hand_case([scores], PLAIN, None)
+    thetas = Thetas(
+        torch.tensor([16, 64], dtype=torch.int32), torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, 0.25]])
+    )
+    got = replace(case, thetas=thetas).run(impl)[0, 0]
+    assert got[1] > 0
+    assert bool(got[0] > 0) == (expected == -math.inf)
+
+
+@every_implementation
+def test_statistics_count_rows_pairs_and_mass(impl: str) -> None:
+    scores = [[3.0, 0.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]]
+    statistics = new_statistics()
+    statistics += 1
+    hand_case(scores, replace(PLAIN, group_keep="union"), [2.0, 2.0]).run(impl, statistics)
+    p = softmax(scores[0])
+    expected = [1, 8, 4, 4, 3, 2 * float(p[2])]
+    close(statistics - 1, torch.tensor(expected, dtype=torch.float64))
+
+
+@every_implementation
+def test_each_row_of_a_sequence_has_its_own_context(impl: str) -> None:
+    case = hand_case([[0.0] * 20], PLAIN, None)
+    batch = replace(case.batch, query_start_loc=torch.tensor([0, 3], dtype=torch.int32))
+    case = replace(case, batch=batch, query=case.query.repeat(3, 1, 1))
+    got = case.run(impl)[:, 0, :20]
+    for row, n in enumerate((18, 19, 20)):
+        close(got[row], [1 / n] * n + [0.0] * (20 - n))
+
+
+@every_implementation
+def test_sequence_without_rows_is_skipped(impl: str) -> None:
+    case = random_case([(1, 40), (0, 0), (2, 33)])
+    torch.testing.assert_close(case.run(impl), case.run("reference"), rtol=2e-2, atol=2e-3)
+
+
+@every_implementation
+def test_batch_without_rows(impl: str) -> None:
+    case = random_case([(1, 5)])
+    empty = replace(
+        case,
+        query=case.query[:0],
+        batch=replace(case.batch, query_start_loc=torch.zeros(2, dtype=torch.int32)),
+    )
+    assert empty.run(impl).shape == (0, 4, 64)
+
+
+@every_implementation
+def test_rows_outside_the_batch_stay_as_they_are(impl: str) -> None:
+    case = random_case([(1, 40), (1, 33)])
+    padded = replace(case, query=torch.cat([case.query, case.query]))
+    out = padded.run(impl)
+    assert out[:2].isfinite().all()
+    assert out[2:].isnan().all()
+
+
+def oracle_error(case: Case, got: torch.Tensor) -> tuple[float, float]:
+    """Largest error against fp64: of ``got``, and of eager attention in the cache's dtype."""
+    exact = attend(case, torch.float64)
+    coarsest = min((case.query.dtype, case.cache.key.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+    eager = attend(case, coarsest)
+    return float((got.double() - exact).abs().max()), float((eager.double() - exact).abs().max())
+
+
+def check_against_oracle(impl: str, case: Case) -> None:
+    """Output, survivors and statistics; poisoned V rows must not be touched."""
+    statistics = new_statistics()
+    got = poison_unread_values(case).run(impl, statistics)
+    error, eager = oracle_error(case, got)
+    # Rounding of the output itself, and summation order in float32, come on top of what eager attention loses.
+    band = torch.finfo(case.query.dtype).eps * float(got.abs().max()) + 2e-6
+    assert error <= 2 * eager + band, (error, eager, band)
+    sets = kept_sets(case)
+    kv_heads = case.cache.value.shape[1]
+    read = [kept.unflatten(0, (kv_heads, -1)).any(dim=1) for kept, _ in sets]
+    expected = {
+        Stat.ROWS: len(sets),
+        Stat.ELEMENTS: sum(kept.numel() for kept, _ in sets),
+        Stat.KEPT_ELEMENTS: sum(int(kept.sum()) for kept, _ in sets),
+        Stat.V_ROWS: sum(part.numel() for part in read),
+        Stat.V_ROWS_READ: sum(int(part.sum()) for part in read),
+    }
+    assert {stat: int(statistics[stat]) for stat in expected} == expected
+    mass = sum(
+        float((case.scores64(*row).softmax(dim=-1) * ~used).sum())
+        for row, (_, used) in zip(case.rows(), sets, strict=True)
+    )
+    assert float(statistics[Stat.DROPPED_MASS]) == pytest.approx(mass, rel=1e-4, abs=1e-5)
+
+
+@kernels_only
+@pytest.mark.parametrize("n", [1, 15, 63, 127, 128, 129, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_context_lengths(impl: str, n: int, dtype: torch.dtype) -> None:
+    check_against_oracle(impl, random_case([(1, n)], block_size=128, dtype=dtype, seed=n))
+
+
+@kernels_only
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (9, 3), (8, 1), (10, 2), (16, 1)])
+@pytest.mark.parametrize("group_keep", ["head", "union"])
+def test_groups(impl: str, heads: int, kv_heads: int, group_keep: str) -> None:
+    policy = Policy(group_keep=group_keep, sink_tokens=2)
+    check_against_oracle(impl, random_case([(1, 300), (1, 65)], heads, kv_heads, policy=policy))
+
+
+@kernels_only
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 112, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims(impl: str, head_dim: int, dtype: torch.dtype) -> None:
+    check_against_oracle(impl, random_case([(1, 200)], head_dim=head_dim, dtype=dtype))
+
+
+@kernels_only
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128, 256])
+def test_block_sizes(impl: str, block_size: int) -> None:
+    check_against_oracle(impl, random_case([(1, 300), (1, 256)], block_size=block_size))
+
+
+@kernels_only
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_compensations(impl: str, compensation: str) -> None:
+    policy = Policy(compensation=compensation, recent_tokens=5, min_seq_len=64)
+    check_against_oracle(impl, random_case([(1, 64), (1, 65), (1, 500)], policy=policy))
+
+
+@kernels_only
+@pytest.mark.parametrize("rows", [2, 3, 8, 11])
+def test_multi_row_queries(impl: str, rows: int) -> None:
+    check_against_oracle(impl, random_case([(rows, 100), (1, 70), (rows, 66)], 4, 2, block_size=32))
+
+
+@kernels_only
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_mix(impl: str, dtype: torch.dtype, query_dtype: torch.dtype) -> None:
+    check_against_oracle(impl, random_case([(1, 150)], dtype=dtype, query_dtype=query_dtype))
+
+
+@kernels_only
+def test_softcap_random(impl: str) -> None:
+    check_against_oracle(impl, random_case([(1, 300)], softcap=3.0))
+
+
+@kernels_only
+def test_long_context_is_split_and_merged(impl: str) -> None:
+    check_against_oracle(impl, random_case([(1, 9000), (2, 130)], heads=2, kv_heads=1, block_size=64))
+
+
+@kernels_only
+def test_scores_that_grow_rescale_the_sums(impl: str) -> None:
+    case = random_case([(1, 2000)], heads=2, kv_heads=1, dtype=torch.float32, keep=None)
+    ramp = torch.linspace(0.1, 6.0, case.cache.key.shape[0])[case.batch.block_table[0, :63].long().argsort()]
+    order = case.batch.block_table[0, :63].long().sort().values
+    case.cache.key[order] *= ramp[: len(order), None, None, None]
+    check_against_oracle(impl, case)
+
+
+@kernels_only
+def test_strided_output(impl: str) -> None:
+    case = random_case([(2, 100)])
+    out = torch.full((2, 4, 128), NAN, dtype=torch.bfloat16)
+    api.decode(
+        implementation(impl),
+        case.query,
+        case.cache,
+        case.batch,
+        case.thetas,
+        case.policy,
+        case.scale,
+        out=out[:, :, :64],
+    )
+    assert torch.equal(out[:, :, :64], case.run(impl))
+    assert out[:, :, 64:].isnan().all()
+
+
+# The scalar loops are left out: they would take most of the time, and every other test runs them.
+@pytest.mark.parametrize("impl", ["cpu"])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    contexts=st.lists(st.tuples(st.integers(1, 3), st.integers(3, 300)), min_size=1, max_size=3),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 3, 5]),
+    head_dim=st.sampled_from([32, 64, 80]),
+    block_size=st.sampled_from([16, 32, 128]),
+    dtype=st.sampled_from(DTYPES),
+    policy=st.builds(
+        Policy,
+        min_seq_len=st.sampled_from([0, 50]),
+        sink_tokens=st.integers(0, 20),
+        recent_tokens=st.integers(1, 40),
+        group_keep=st.sampled_from(["head", "union"]),
+        compensation=st.sampled_from(["none", "vmean"]),
+    ),
+    keep=st.sampled_from([None, 0.02, 0.2, 0.8]),
+    seed=st.integers(0, 1000),
+)
+def test_random_batches(
+    impl: str,
+    contexts: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    policy: Policy,
+    keep: float | None,
+    seed: int,
+) -> None:
+    case = random_case(
+        contexts,
+        kv_heads * group,
+        kv_heads,
+        head_dim,
+        block_size,
+        dtype,
+        policy=policy,
+        keep=keep,
+        seed=seed,
+    )
+    check_against_oracle(impl, case)
+
+
+def used_by(impl: str, case: Case) -> torch.Tensor:
+    """Which keys an implementation used in a one-row case, bool [H, n], read off its output.
+
+    V row j of each window of D keys is e_j and all others are 0, so that output[h, j] > 0 says that j was used.
+    """
+    ((_, sequence, n),) = case.rows()
+    size, dim = case.cache.value.shape[2:]
+    used = torch.zeros(case.query.shape[1], n, dtype=torch.bool)
+    for window in range(0, n, dim):
+        value = torch.zeros_like(case.cache.value)
+        for j in range(window, min(n, window + dim)):
+            value[case.batch.block_table[sequence, j // size], :, j % size, j - window] = 1
+        out = replace(case, cache=replace(case.cache, value=value)).run(impl)[0]
+        used[:, window : window + dim] = out[:, : n - window] > 0
+    return used
+
+
+@kernels_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kept_set_equals_reference_but_for_ties(impl: str, dtype: torch.dtype) -> None:
+    case = random_case(
+        [(1, 700)], 4, 2, 128, 128, dtype, query_dtype=torch.float32, policy=PLAIN, keep=0.1, seed=3
+    )
+    scores = case.scores64(0, 0, 700)
+    # θ lies exactly on a score, where rounding may decide either way.
+    theta = scores.sort(dim=1).values[:, 630].float()
+    case = replace(
+        case, thetas=Thetas(torch.tensor([700], dtype=torch.int32), theta[:, None], torch.zeros(4, 2))
+    )
+    differs = used_by(impl, case) != used_by("reference", case)
+    # Two float32 sums of D products differ by at most about D eps Σ|q k|.
+    key, _ = case.gather(0, 700)
+    magnitude = (case.query[0].double().abs().view(2, 2, -1) @ key.double().abs().transpose(1, 2)).flatten(
+        0, 1
+    )
+    band = 128 * 2**-24 * magnitude * case.scale
+    near = (scores - theta.double()[:, None]).abs() <= band
+    assert not (differs & ~near).any()
+    assert float(near.float().mean()) < 0.005
+
+
+@kernels_only
+def test_result_does_not_depend_on_the_threads(impl: str) -> None:
+    case = random_case([(1, 5000), (1, 70), (3, 900)], dtype=torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run(impl))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "key.stride": (
+        lambda case: replace(case, cache=replace(case.cache, key=case.cache.key.contiguous())),
+        r"key: expected blocks stored \[D, P\]",
+    ),
+    "value.stride": (
+        lambda case: replace(case, cache=replace(case.cache, value=case.cache.value.mT.contiguous().mT)),
+        r"value: expected blocks stored \[P, D\]",
+    ),
+    "value.dtype": (
+        lambda case: replace(case, cache=replace(case.cache, value=case.cache.value.float())),
+        "value: expected the dtype of key",
+    ),
+    "int64 metadata": (
+        lambda case: replace(case, batch=replace(case.batch, seq_lens=case.batch.seq_lens.long())),
+        "seq_lens: expected Int, got Long",
+    ),
+    "query.dtype": (
+        lambda case: replace(case, query=case.query.double()),
+        "query: expected bfloat16, float16 or float32, got Double",
+    ),
+    "block table too short": (
+        lambda case: replace(case, batch=replace(case.batch, block_table=case.batch.block_table[:, :1])),
+        "seq_lens: expected at most 32 tokens",
+    ),
+}
+
+
+@kernels_only
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals_name_argument_expected_and_got(impl: str, what: str) -> None:
+    change, message = REFUSED[what]
+    with pytest.raises(RuntimeError, match=message):
+        change(random_case([(1, 100)])).run(impl)

@@ -1,0 +1,190 @@
+// torch.ops.topt.decode: checks, raw pointers and threads around the kernel.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "kernel.h"
+
+#ifndef TOPT_LIBRARY
+#error "TOPT_LIBRARY names the operator library; jit.py sets it"
+#endif
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+topt::DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16: return topt::DType::kBFloat16;
+    case at::kHalf: return topt::DType::kHalf;
+    case at::kFloat: return topt::DType::kFloat;
+    default: TORCH_CHECK(false, name, ": expected bfloat16, float16 or float32, got ", t.scalar_type());
+  }
+}
+
+void check(const Tensor& t, const char* name, int64_t dims, at::ScalarType dtype) {
+  TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got shape ", t.sizes());
+  TORCH_CHECK(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK(dims == 0 || t.size(-1) == 0 || t.stride(-1) == 1, name, ": expected a contiguous last dimension, got strides ",
+              t.strides());
+  TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got ", t.device());
+}
+
+topt::Rows rows_of(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() == 3 && t.device().is_cpu(), name, ": expected a CPU tensor [R, H, D], got ", t.sizes(), " on ",
+              t.device());
+  return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums) {
+  TORCH_CHECK(key.dim() == 4 && key.sizes() == value.sizes(), "key, value: expected the same [B, Hkv, P, D], got ",
+              key.sizes(), " and ", value.sizes());
+  TORCH_CHECK(key.scalar_type() == value.scalar_type(), "value: expected the dtype of key, ", key.scalar_type(),
+              ", got ", value.scalar_type());
+  TORCH_CHECK(key.stride(2) == 1, "key: expected blocks stored [D, P], so stride(2) == 1, got strides ", key.strides());
+  TORCH_CHECK(value.stride(3) == 1, "value: expected blocks stored [P, D], so stride(3) == 1, got strides ",
+              value.strides());
+  p.head_dim = static_cast<int>(key.size(3));
+  p.block_size = static_cast<int>(key.size(2));
+  p.num_kv_heads = static_cast<int>(key.size(1));
+  TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim >= 16, "key: expected a head dimension that is a multiple of 16, got ",
+              p.head_dim);
+  TORCH_CHECK(p.block_size % 16 == 0 && p.block_size >= 16, "key: expected a block size that is a multiple of 16, got ",
+              p.block_size);
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+  p.key_block_stride = key.stride(0), p.key_head_stride = key.stride(1), p.key_dim_stride = key.stride(3);
+  p.value_block_stride = value.stride(0), p.value_head_stride = value.stride(1);
+  p.value_token_stride = value.stride(2);
+  p.value_sums = nullptr;
+  p.sums_block_stride = p.sums_head_stride = 0;
+  if (value_sums) {
+    check(*value_sums, "value_sums", 3, at::kFloat);
+    p.value_sums = value_sums->const_data_ptr<float>();
+    p.sums_block_stride = value_sums->stride(0), p.sums_head_stride = value_sums->stride(1);
+  }
+}
+
+void set_batch(topt::Problem& p, const Tensor& starts, const Tensor& seq_lens, const Tensor& block_table) {
+  check(starts, "query_start_loc", 1, at::kInt);
+  check(seq_lens, "seq_lens", 1, at::kInt);
+  check(block_table, "block_table", 2, at::kInt);
+  TORCH_CHECK(starts.size(0) == seq_lens.size(0) + 1 && block_table.size(0) >= seq_lens.size(0),
+              "query_start_loc, seq_lens, block_table: expected S + 1, S and S rows, got ", starts.size(0), ", ",
+              seq_lens.size(0), " and ", block_table.size(0));
+  p.query_start_loc = starts.const_data_ptr<int32_t>();
+  p.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  p.block_table = block_table.const_data_ptr<int32_t>();
+  p.block_table_stride = block_table.stride(0);
+  p.num_sequences = static_cast<int>(seq_lens.size(0));
+  for (int i = 0; i < p.num_sequences; ++i) {
+    TORCH_CHECK(p.query_start_loc[i] <= p.query_start_loc[i + 1], "query_start_loc: expected ascending rows, got ",
+                p.query_start_loc[i], " before ", p.query_start_loc[i + 1]);
+    const bool empty = p.query_start_loc[i] == p.query_start_loc[i + 1];
+    TORCH_CHECK(empty || p.seq_lens[i] <= block_table.size(1) * p.block_size, "seq_lens: expected at most ",
+                block_table.size(1) * p.block_size, " tokens, which the block table holds, got ", p.seq_lens[i]);
+  }
+}
+
+void set_thetas(topt::Problem& p, const optional<Tensor>& lengths, const optional<Tensor>& theta,
+                const optional<Tensor>& law) {
+  p.lengths = nullptr;
+  p.theta = p.law = nullptr;
+  p.num_lengths = 0;
+  if (!lengths) return;
+  TORCH_CHECK(theta && law, "theta, law: expected with lengths, got none");
+  check(*lengths, "lengths", 1, at::kInt);
+  check(*theta, "theta", 2, at::kFloat);
+  check(*law, "law", 2, at::kFloat);
+  p.num_lengths = static_cast<int>(lengths->size(0));
+  TORCH_CHECK(p.num_lengths > 0 && theta->is_contiguous() && law->is_contiguous() && theta->size(0) == p.num_heads &&
+                  theta->size(1) == p.num_lengths && law->size(0) == p.num_heads && law->size(1) == 2,
+              "theta, law: expected contiguous [H, L] and [H, 2] with H = ", p.num_heads, ", L = ", p.num_lengths,
+              ", got ", theta->sizes(), " and ", law->sizes());
+  p.lengths = lengths->const_data_ptr<int32_t>();
+  p.theta = theta->const_data_ptr<float>();
+  p.law = law->const_data_ptr<float>();
+  TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
+}
+
+void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped, bool scalar) {
+  if (scalar) return topt::run_scalar(p, cache, counts, dropped);
+  // One workspace per calling thread; it grows to the largest call and stays.
+  static thread_local topt::Shared shared;
+  topt::prepare_call(p, cache, at::get_num_threads(), shared);
+  const int workers = std::min(at::get_num_threads(), shared.schedule.units);
+  // The lambda runs on other threads, whose own thread_local it must not name.
+  topt::Shared* call = &shared;
+  at::parallel_for(0, workers, 1, [&p, call, cache](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      topt::run_call(p, cache, *call, static_cast<int>(worker));
+    }
+  });
+  for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read;
+  for (const double item : shared.dropped) dropped += item;
+}
+
+void add_statistics(const topt::Problem& p, const topt::Counts& counts, double dropped, const Tensor& statistics) {
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.numel() == 6,
+              "statistics: expected float64 [6], got ", statistics.scalar_type(), " ", statistics.sizes());
+  double rows = 0, tokens = 0;
+  for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
+    for (int row = p.query_start_loc[sequence]; row < p.query_start_loc[sequence + 1]; ++row) {
+      rows += 1;
+      tokens += std::max(0, topt::row_length(p, sequence, row));
+    }
+  }
+  // The order of common.Stat.
+  const double added[] = {rows, tokens * p.num_heads, static_cast<double>(counts.kept), tokens * p.num_kv_heads,
+                          static_cast<double>(counts.read), dropped};
+  double* target = statistics.data_ptr<double>();
+  for (int i = 0; i < 6; ++i) target[i] += added[i];
+}
+
+void decode(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums,
+            const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& block_table,
+            const optional<Tensor>& lengths, const optional<Tensor>& theta, const optional<Tensor>& law,
+            int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens, bool keep_union, bool vmean, double scale,
+            double softcap, Tensor out, const optional<Tensor>& statistics, bool scalar) {
+  topt::Problem p{};
+  p.query = rows_of(query, "query");
+  p.out = rows_of(out, "out");
+  TORCH_CHECK(out.sizes() == query.sizes(), "out: expected the shape of query, ", query.sizes(), ", got ", out.sizes());
+  p.num_heads = static_cast<int>(query.size(1));
+  p.vmean = vmean;
+  p.keep_union = keep_union;
+  set_cache(p, key, value, value_sums);
+  TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
+              p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
+  set_batch(p, query_start_loc, seq_lens, block_table);
+  TORCH_CHECK(p.query_start_loc[0] >= 0 && p.query_start_loc[p.num_sequences] <= query.size(0),
+              "query_start_loc: expected rows up to ", query.size(0), ", got ", p.query_start_loc[p.num_sequences]);
+  set_thetas(p, lengths, theta, law);
+  p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
+  p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
+  p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  if (p.query_start_loc[p.num_sequences] == p.query_start_loc[0]) return;
+  topt::Counts counts;
+  double dropped = 0;
+  run(p, dtype_of(key, "key"), counts, dropped, scalar);
+  if (statistics) add_statistics(p, counts, dropped, *statistics);
+}
+
+}  // namespace
+
+// The library's name carries the build key, so that two builds can live in one process. TORCH_LIBRARY quotes its
+// argument before macros in it are expanded.
+#define TOPT_REGISTER(name, m) TORCH_LIBRARY(name, m)
+TOPT_REGISTER(TOPT_LIBRARY, m) {
+  m.def(
+      "decode(Tensor query, Tensor key, Tensor value, Tensor? value_sums, Tensor query_start_loc, Tensor seq_lens, "
+      "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, int min_seq_len, int sink_tokens, "
+      "int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
+      "Tensor(b!)? statistics, bool scalar) -> ()");
+  m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));
+}

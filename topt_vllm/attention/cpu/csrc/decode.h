@@ -1,0 +1,408 @@
+// Top-Theta decode of a batch: one pass over K per item, V rows gathered for the survivors, exact merge of splits.
+#pragma once
+
+#include <cstring>
+
+#include "accumulate.h"
+#include "schedule.h"
+#include "score.h"
+
+namespace topt {
+
+// Running softmax of the query vectors of an item over a part of its context.
+struct State {
+  float* max;      // [M], reference of the exponents, not above the true maximum by construction of `raise`
+  float* used;     // [M], sum of exp over keys whose V row was used
+  float* dropped;  // [M], sum of exp over the others
+  float* acc;      // [M, D]
+  float* sums;     // [rows, D], sum of V over the context, for vmean
+  float* skipped;  // [rows], keys that some head dropped: more than 0 calls for compensation
+
+  static int64_t size(const Problem& p) {
+    return static_cast<int64_t>(kMaxItemRows) * ((p.group() + 1) * (p.head_dim + 3) + 64);
+  }
+  State(const Problem& p, int rows, float* memory) {
+    const int vectors = rows * p.group();
+    acc = memory;
+    sums = acc + static_cast<int64_t>(vectors) * p.head_dim;
+    max = sums + static_cast<int64_t>(rows) * p.head_dim;
+    used = max + vectors;
+    dropped = used + vectors;
+    skipped = dropped + vectors;
+  }
+  void clear(const Problem& p, int rows) {
+    const int vectors = rows * p.group();
+    std::memset(acc, 0, sizeof(float) * (static_cast<int64_t>(vectors + rows) * p.head_dim));
+    std::fill_n(max, vectors, std::numeric_limits<float>::lowest());
+    std::memset(used, 0, sizeof(float) * (2 * vectors + rows));
+  }
+};
+
+// Exponents may exceed the reference by this much before it is raised: fewer rescales, far from overflow.
+constexpr float kMaxSlack = 8.0f;
+// V rows that make it worth loading the accumulators.
+constexpr int kFlushRows = 32;
+
+// Everything one thread needs, carved from one allocation that outlives the call.
+template <typename T>
+struct Scratch {
+  float *scores, *query, *weights, *state;
+  c10::BFloat16* pairs;
+  const T** rows;
+  uint32_t *kept, *read;
+  KeepRule* rules;
+  int count[kMaxItemRows];
+
+  static int64_t capacity(const Problem& p) { return kFlushRows + tile_tokens(p) + kLanes; }
+  static int64_t bytes(const Problem& p) {
+    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
+    const int64_t words = tile / kLanes * (p.group() + 1);
+    int64_t total = 4 * (vectors * tile + vectors * p.head_dim + vectors * capacity(p) + State::size(p) + words);
+    total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
+    return (total + 10 * 64 + 4095) / 4096 * 4096;
+  }
+  Scratch(const Problem& p, char* memory) {
+    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
+    auto carve = [&](auto*& pointer, int64_t count) {
+      using Element = std::remove_reference_t<decltype(*pointer)>;
+      pointer = reinterpret_cast<Element*>(memory);
+      memory += (count * sizeof(Element) + 63) / 64 * 64;
+    };
+    carve(scores, vectors * tile);
+    carve(query, vectors * p.head_dim);
+    carve(weights, vectors * capacity(p));
+    carve(state, State::size(p));
+    carve(pairs, vectors * p.head_dim);
+    carve(rows, kMaxItemRows * capacity(p));
+    carve(kept, tile / kLanes * p.group());
+    carve(read, tile / kLanes);
+    carve(rules, vectors);
+  }
+};
+
+inline float load_element(const Rows& rows, int64_t row, int64_t head, int64_t dim) {
+  const int64_t at = row * rows.row_stride + head * rows.head_stride + dim * rows.dim_stride;
+  switch (rows.dtype) {
+    case DType::kBFloat16: return static_cast<const c10::BFloat16*>(rows.data)[at];
+    case DType::kHalf: return static_cast<const c10::Half*>(rows.data)[at];
+    default: return static_cast<const float*>(rows.data)[at];
+  }
+}
+
+inline void store_element(const Rows& rows, int64_t row, int64_t head, int64_t dim, float value) {
+  const int64_t at = row * rows.row_stride + head * rows.head_stride + dim * rows.dim_stride;
+  switch (rows.dtype) {
+    case DType::kBFloat16: static_cast<c10::BFloat16*>(rows.data)[at] = value; break;
+    case DType::kHalf: static_cast<c10::Half*>(rows.data)[at] = value; break;
+    default: static_cast<float*>(rows.data)[at] = value;
+  }
+}
+
+template <typename T>
+class Decoder {
+ public:
+  Decoder(const Problem& problem, Scratch<T>& scratch) : p(problem), s(scratch), group(problem.group()) {}
+
+  // Adds tiles [begin, end) of an item to a cleared state. `after` is the item that follows in this unit, or null.
+  void segment(const Item& item, int begin, int end, const Item* after, State& state, Counts& counts) {
+    load_queries(item);
+    std::fill_n(s.count, item.rows, 0);
+    for (int tile = begin; tile < end; ++tile) {
+      score(item, tile, end, after);
+      for (int row = 0; row < item.rows; ++row) {
+        if (s.count[row] >= kFlushRows) flush(row, state);
+        const int n = s.rules[row * group].n, start = tile * tile_tokens(p);
+        if (n > start) select(item, row, start, std::min(n - start, tile_tokens(p)), state, counts);
+      }
+    }
+    for (int row = 0; row < item.rows; ++row) flush(row, state);
+  }
+
+  // Writes the rows of an item from its finished state; returns the dropped probability, summed over its heads.
+  double finish(const Item& item, const State& state) {
+    double dropped = 0;
+    for (int row = 0; row < item.rows; ++row) {
+      const int n = row_length(p, item.sequence, item.row + row);
+      const float* sums = state.sums + static_cast<int64_t>(row) * p.head_dim;
+      const bool compensate = p.vmean && state.skipped[row] > 0;
+      for (int g = 0; g < group; ++g) {
+        const int m = row * group + g, head = item.kv_head * group + g;
+        const float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
+        const float total = state.used[m] + state.dropped[m];
+        const float share = n > 0 ? state.dropped[m] / total : 0.0f;
+        const float norm = n > 0 ? 1.0f / total : 0.0f;
+        const float mean = compensate ? share / static_cast<float>(n) : 0.0f;
+        dropped += share;
+        for (int d = 0; d < p.head_dim; ++d) {
+          const float value = acc[d] * norm;
+          store_element(p.out, item.row + row, head, d, compensate ? value + mean * sums[d] : value);
+        }
+      }
+    }
+    return dropped;
+  }
+
+ private:
+  const Problem& p;
+  Scratch<T>& s;
+  const int group;
+  Queries queries{};
+
+  void load_queries(const Item& item) {
+    queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
+    for (int row = 0; row < item.rows; ++row) {
+      const int n = row_length(p, item.sequence, item.row + row);
+      for (int g = 0; g < group; ++g) {
+        const int m = row * group + g, head = item.kv_head * group + g;
+        s.rules[m] = keep_rule(p, head, n);
+        for (int d = 0; d < p.head_dim; ++d) {
+          const float value = load_element(p.query, item.row + row, head, d);
+          s.query[m * p.head_dim + d] = value;
+          s.pairs[m * p.head_dim + d] = value;
+        }
+      }
+    }
+  }
+
+  const T* key_block(const Item& item, int block) const {
+    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
+    return static_cast<const T*>(p.key) + physical * p.key_block_stride + item.kv_head * p.key_head_stride;
+  }
+
+  const T* value_block(const Item& item, int block) const {
+    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
+    return static_cast<const T*>(p.value) + physical * p.value_block_stride + item.kv_head * p.value_head_stride;
+  }
+
+  static int blocks(const Problem& p, const Item& item) {
+    return item.context > 0 ? (item.context + p.block_size - 1) / p.block_size : 0;
+  }
+
+  Prefetcher ahead(const Item& item, int block, int last, const Item* after) const {
+    const Item* owner = &item;
+    if (block >= last) {
+      owner = after;
+      block -= last;
+    }
+    if (!owner || block >= blocks(p, *owner)) return {};
+    const char* key = reinterpret_cast<const char*>(key_block(*owner, block));
+    return {key, key + p.head_dim * p.key_dim_stride * sizeof(T)};
+  }
+
+  void score(const Item& item, int tile, int end_tile, const Item* after) {
+    const int per_tile = blocks_per_tile(p), first = tile * per_tile;
+    const int last = std::min(end_tile * per_tile, blocks(p, item));
+    for (int block = first; block < std::min(first + per_tile, last); ++block) {
+      const int tokens = std::min(p.block_size, item.context - block * p.block_size);
+      score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
+                  s.scores + (block - first) * p.block_size, tile_tokens(p),
+                  ahead(item, block + per_tile, last, after));
+    }
+  }
+
+  // Selection, softmax sums and survivors of `count` scored tokens from `start` on, for one query row.
+  void select(const Item& item, int row, int start, int count, State& state, Counts& counts) {
+    const int words = (count + kLanes - 1) / kLanes;
+    std::fill_n(s.read, words, 0u);
+    bool dense = true;
+    for (int g = 0; g < group; ++g) {
+      const int m = row * group + g;
+      dense &= s.rules[m].dense;
+      const float best = keep_head(m, g, start, count, counts);
+      if (best > state.max[m] + kMaxSlack) {
+        flush(row, state);
+        raise(m, best, state);
+      }
+    }
+    const int pending = s.count[row];
+    gather(item, row, start, words, counts);
+    if (s.count[row] - pending < count) state.skipped[row] += 1;
+    for (int g = 0; g < group; ++g) {
+      const int m = row * group + g;
+      state.skipped[row] += weigh(m, g, words, s.weights + m * s.capacity(p) + pending, state);
+    }
+    if (p.vmean && !dense) add_sums(item, row, start, count, state);
+  }
+
+  // Scales the scores of one vector in place, marks what its own rule keeps, and returns the largest score.
+  float keep_head(int m, int g, int start, int count, Counts& counts) {
+    const KeepRule& rule = s.rules[m];
+    float* scores = s.scores + static_cast<int64_t>(m) * tile_tokens(p);
+    uint32_t* kept = s.kept + g * (tile_tokens(p) / kLanes);
+    Vec16 best(-kInfinity);
+    for (int t = 0; t < count; t += kLanes) {
+      const uint32_t valid = below(count - t);
+      Vec16 score = load16(scores + t) * Vec16(p.scale);
+      if (p.softcap > 0) score = softcap16(score, p.softcap);
+      if (valid != 0xffff) score = select16(score, valid, -kInfinity);
+      store16(scores + t, score);
+      best = max16(score, best);
+      uint32_t mask = valid;
+      if (!rule.dense) {
+        mask &= ge16(score, rule.theta) | below(rule.low - start - t) | ~below(rule.high - start - t);
+      }
+      kept[t / kLanes] = mask;
+      s.read[t / kLanes] |= mask;
+      counts.kept += std::popcount(mask);
+    }
+    return max_lane16(best);
+  }
+
+  // Lanes whose index is below `limit`.
+  static uint32_t below(int limit) { return limit >= kLanes ? 0xffffu : limit <= 0 ? 0u : (1u << limit) - 1; }
+
+  void raise(int m, float best, State& state) {
+    const float factor = std::exp(state.max[m] - best);
+    state.max[m] = best;
+    state.used[m] *= factor;
+    state.dropped[m] *= factor;
+    float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
+    for (int d = 0; d < p.head_dim; d += kLanes) store16(acc + d, load16(acc + d) * Vec16(factor));
+  }
+
+  // Queues the V rows that some head keeps and asks for them.
+  void gather(const Item& item, int row, int start, int words, Counts& counts) {
+    const T** rows = s.rows + row * s.capacity(p);
+    int pending = s.count[row];
+    for (int word = 0; word < words; ++word) {
+      if (!s.read[word]) continue;
+      const int token = start + word * kLanes;
+      const T* base = value_block(item, token / p.block_size) + token % p.block_size * p.value_token_stride;
+      for (uint32_t left = s.read[word]; left; left &= left - 1) {
+        const T* value = base + std::countr_zero(left) * p.value_token_stride;
+        const char* line = reinterpret_cast<const char*>(value);
+        for (int64_t at = 0; at < p.head_dim * static_cast<int64_t>(sizeof(T)); at += 64) {
+          __builtin_prefetch(line + at, 0, 3);
+        }
+        rows[pending++] = value;
+      }
+    }
+    counts.read += pending - s.count[row];
+    s.count[row] = pending;
+  }
+
+  // Adds one vector's exponentials to its sums and writes the weights of the queued rows; returns whether it drops.
+  bool weigh(int m, int g, int words, float* weights, State& state) {
+    const float* scores = s.scores + static_cast<int64_t>(m) * tile_tokens(p);
+    const uint32_t* used = p.keep_union ? s.read : s.kept + g * (tile_tokens(p) / kLanes);
+    const Vec16 reference(state.max[m]);
+    Vec16 used_sum(0.0f), dropped_sum(0.0f);
+    bool drops = false;
+    for (int word = 0; word < words; ++word) {
+      const uint32_t read = s.read[word];
+      drops |= used[word] != read;
+      split16(exp16(load16(scores + word * kLanes) - reference), read, used[word], used_sum, dropped_sum, weights);
+      weights += std::popcount(read);
+    }
+    state.used[m] += sum16(used_sum);
+    state.dropped[m] += sum16(dropped_sum);
+    return drops;
+  }
+
+  // Adds the V sums of finished blocks; the rows of the unfinished one, which are all kept, are added themselves.
+  void add_sums(const Item& item, int row, int start, int count, State& state) {
+    float* sums = state.sums + static_cast<int64_t>(row) * p.head_dim;
+    for (int at = start; at < start + count; at += p.block_size) {
+      const int block = at / p.block_size, tokens = start + count - at;
+      if (tokens >= p.block_size) {
+        const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
+        const float* stored = p.value_sums + physical * p.sums_block_stride + item.kv_head * p.sums_head_stride;
+        for (int d = 0; d < p.head_dim; d += kLanes) store16(sums + d, load16(sums + d) + load16(stored + d));
+        continue;
+      }
+      const T* value = value_block(item, block);
+      for (int t = 0; t < tokens; ++t, value += p.value_token_stride) {
+        for (int d = 0; d < p.head_dim; d += kLanes) store16(sums + d, load16(sums + d) + load16(value + d));
+      }
+    }
+  }
+
+  void flush(int row, State& state) {
+    const int m = row * group;
+    accumulate(state.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
+               s.capacity(p), s.rows + row * s.capacity(p), s.count[row]);
+    s.count[row] = 0;
+  }
+};
+
+// Adds `part` to `total`, both over the same item.
+inline void merge(const Problem& p, int rows, const State& part, State& total) {
+  const int group = p.group();
+  for (int m = 0; m < rows * group; ++m) {
+    const float reference = std::max(part.max[m], total.max[m]);
+    const float ours = std::exp(total.max[m] - reference), theirs = std::exp(part.max[m] - reference);
+    total.max[m] = reference;
+    total.used[m] = total.used[m] * ours + part.used[m] * theirs;
+    total.dropped[m] = total.dropped[m] * ours + part.dropped[m] * theirs;
+    float* acc = total.acc + static_cast<int64_t>(m) * p.head_dim;
+    const float* other = part.acc + static_cast<int64_t>(m) * p.head_dim;
+    for (int d = 0; d < p.head_dim; ++d) acc[d] = acc[d] * ours + other[d] * theirs;
+  }
+  for (int i = 0; i < rows * p.head_dim; ++i) total.sums[i] += part.sums[i];
+  for (int row = 0; row < rows; ++row) total.skipped[row] += part.skipped[row];
+}
+
+// Sizes everything for a call; memory only grows, so a call in steady state allocates nothing.
+template <typename T>
+void prepare(const Problem& p, int threads, Shared& shared) {
+  plan(p, threads, shared.schedule);
+  const auto units = static_cast<size_t>(shared.schedule.units);
+  auto grow = [](auto& memory, size_t size) {
+    if (memory.size() < size) memory.resize(size);
+  };
+  grow(shared.slots, 2 * units * State::size(p));
+  grow(shared.scratch, threads * Scratch<T>::bytes(p) + 64);
+  shared.counts.assign(units, Counts{});
+  shared.dropped.assign(shared.schedule.items.size(), 0.0);
+  shared.next_unit = 0;
+}
+
+// Merges an item that was divided, in the order of its segments, into the first one.
+inline State merge_segments(const Problem& p, Shared& shared, const Item& item) {
+  const Schedule& schedule = shared.schedule;
+  const int first = schedule.unit_of(item.first_tile), last = schedule.unit_of(item.first_tile + item.tiles - 1);
+  auto state = [&](int unit) {
+    return State(p, item.rows, shared.slots.data() + schedule.slot(unit, item) * State::size(p));
+  };
+  State total = state(first);
+  for (int unit = first + 1; unit <= last; ++unit) merge(p, item.rows, state(unit), total);
+  return total;
+}
+
+template <typename T>
+void run_unit(const Problem& p, Shared& shared, int unit, Scratch<T>& scratch) {
+  Schedule& schedule = shared.schedule;
+  Decoder<T> decoder(p, scratch);
+  int64_t at = schedule.unit_begin(unit);
+  const int64_t end = schedule.unit_begin(unit + 1);
+  auto after = std::upper_bound(schedule.items.begin(), schedule.items.end(), at,
+                                [](int64_t tile, const Item& item) { return tile < item.first_tile; });
+  for (size_t i = after - schedule.items.begin() - 1; at < end; ++i) {
+    const Item& item = schedule.items[i];
+    const int begin = static_cast<int>(at - item.first_tile);
+    const int stop = static_cast<int>(std::min<int64_t>(item.tiles, end - item.first_tile));
+    const bool whole = begin == 0 && stop == item.tiles;
+    State state(p, item.rows, whole ? scratch.state
+                                    : shared.slots.data() + schedule.slot(unit, item) * State::size(p));
+    state.clear(p, item.rows);
+    at = item.first_tile + stop;
+    decoder.segment(item, begin, stop, at < end ? &schedule.items[i + 1] : nullptr, state, shared.counts[unit]);
+    if (whole) {
+      shared.dropped[i] = decoder.finish(item, state);
+    } else if (std::atomic_ref(schedule.remaining[i]).fetch_sub(stop - begin) == stop - begin) {
+      shared.dropped[i] = decoder.finish(item, merge_segments(p, shared, item));
+    }
+  }
+}
+
+// Takes units until none is left.
+template <typename T>
+void run_worker(const Problem& p, Shared& shared, int worker) {
+  auto base = reinterpret_cast<uintptr_t>(shared.scratch.data());
+  Scratch<T> scratch(p, reinterpret_cast<char*>((base + 63) / 64 * 64) + worker * Scratch<T>::bytes(p));
+  for (int unit; (unit = shared.next_unit.fetch_add(1)) < shared.schedule.units;) {
+    run_unit(p, shared, unit, scratch);
+  }
+}
+
+}  // namespace topt

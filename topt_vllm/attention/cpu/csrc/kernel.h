@@ -1,0 +1,13 @@
+// The kernel's entry points, one set for all dtypes of the cache: what binding.cpp calls and kernel.cpp builds.
+#pragma once
+
+#include "problem.h"
+#include "schedule.h"
+
+namespace topt {
+
+void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
+void run_call(const Problem& p, DType cache, Shared& shared, int worker);
+void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass);
+
+}  // namespace topt

@@ -1,0 +1,87 @@
+// One decode call in raw pointers. No torch type appears in it, so the kernel can be read and built alone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace topt {
+
+enum class DType : int { kBFloat16, kHalf, kFloat };
+
+// Strides are in elements.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t row_stride;
+  int64_t head_stride;
+  int64_t dim_stride;
+};
+
+struct Problem {
+  Rows query;  // [R, H, D]
+  Rows out;    // [R, H, D]
+
+  const void* key;    // [B, Hkv, D, P]: the tokens of a block are contiguous
+  const void* value;  // [B, Hkv, P, D]
+  int64_t key_block_stride, key_head_stride, key_dim_stride;
+  int64_t value_block_stride, value_head_stride, value_token_stride;
+  const float* value_sums;  // [B, Hkv, D], or null
+  int64_t sums_block_stride, sums_head_stride;
+
+  const int32_t* query_start_loc;  // [S + 1]
+  const int32_t* seq_lens;         // [S]
+  const int32_t* block_table;      // [S, max blocks]
+  int64_t block_table_stride;
+
+  const int32_t* lengths;  // [L], null for theta = -inf everywhere
+  const float* theta;      // [H, L]
+  const float* law;        // [H, 2]
+  int num_lengths;
+
+  int num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+  int min_seq_len, sink_tokens, recent_tokens;
+  bool keep_union, vmean;
+  float scale, softcap;
+
+  int group() const { return num_heads / num_kv_heads; }
+};
+
+// Context length of a query row of a sequence.
+inline int row_length(const Problem& p, int sequence, int row) {
+  return p.seq_lens[sequence] - (p.query_start_loc[sequence + 1] - 1 - row);
+}
+
+// theta(n) of one head, with the roundings of Thetas.at in common.py.
+inline float theta_at(const Problem& p, int head, int n) {
+  const int last = p.num_lengths - 1;
+  if (p.num_lengths == 0 || n < p.lengths[0]) return -std::numeric_limits<float>::infinity();
+  if (n > p.lengths[last]) {
+    return p.law[2 * head] + p.law[2 * head + 1] * static_cast<float>(std::log(static_cast<double>(n)));
+  }
+  const float* theta = p.theta + static_cast<int64_t>(head) * p.num_lengths;
+  int right = 0;
+  while (p.lengths[right] < n) ++right;
+  if (p.lengths[right] == n) return theta[right];
+  const double low = p.lengths[right - 1];
+  const float weight = static_cast<float>(std::log2(n / low) / std::log2(p.lengths[right] / low));
+  const float start = theta[right - 1], end = theta[right];
+  return weight < 0.5f ? std::fma(weight, end - start, start) : std::fma(weight - 1.0f, end - start, end);
+}
+
+// What one row of one head keeps whatever its score: keys below `low`, keys from `high` on, or all of them.
+struct KeepRule {
+  int n;
+  int low, high;
+  float theta;
+  bool dense;
+};
+
+inline KeepRule keep_rule(const Problem& p, int head, int n) {
+  KeepRule rule{n, p.sink_tokens, n - p.recent_tokens, theta_at(p, head, n), false};
+  if (p.vmean && n / p.block_size * p.block_size < rule.high) rule.high = n / p.block_size * p.block_size;
+  rule.dense = n <= p.min_seq_len || rule.theta == -std::numeric_limits<float>::infinity();
+  return rule;
+}
+
+}  // namespace topt

@@ -1,0 +1,184 @@
+// Sixteen floats at a time: at::vec where it has the operation, intrinsics where it lacks one or where one pays.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <bit>
+#include <cstdint>
+
+#if defined(CPU_CAPABILITY_AVX512)
+#include <immintrin.h>
+#define TOPT_AVX512 1
+#endif
+
+namespace topt {
+
+constexpr int kLanes = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+using Vec = at::vec::Vectorized<float>;
+using Vec16 = at::vec::VectorizedN<float, kLanes / Vec::size()>;
+constexpr int kParts = kLanes / Vec::size();
+
+// Register tiles: accumulators of [vectors, 16-lane columns] that fit the register file.
+#if TOPT_AVX512
+constexpr int kTileRows = 4, kTileColumns = 4;
+#else
+constexpr int kTileRows = 4, kTileColumns = 1;
+#endif
+
+inline Vec16 load16(const float* source) {
+  Vec16 out;
+  for (int i = 0; i < kParts; ++i) out[i] = Vec::loadu(source + i * Vec::size());
+  return out;
+}
+
+inline Vec16 load16(const c10::BFloat16* source) {
+#if TOPT_AVX512
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+  return Vec16(Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))));
+#else
+  Vec16 out;
+  for (int i = 0; i < kParts; ++i) at::vec::load_to_float(source + i * Vec::size(), out[i]);
+  return out;
+#endif
+}
+
+inline Vec16 load16(const c10::Half* source) {
+#if TOPT_AVX512
+  return Vec16(Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))));
+#else
+  Vec16 out;
+  for (int i = 0; i < kParts; ++i) at::vec::load_to_float(source + i * Vec::size(), out[i]);
+  return out;
+#endif
+}
+
+inline void store16(float* target, const Vec16& v) {
+  for (int i = 0; i < kParts; ++i) v[i].store(target + i * Vec::size());
+}
+
+inline Vec16 fma16(const Vec16& a, const Vec16& b, const Vec16& c) {
+  Vec16 out;
+  for (int i = 0; i < kParts; ++i) out[i] = at::vec::fmadd(a[i], b[i], c[i]);
+  return out;
+}
+
+inline float sum16(const Vec16& v) {
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  // Pairwise, so that every capability adds in the same order.
+  for (int width = kLanes / 2; width; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+#if TOPT_AVX512
+
+// Lanes that are >= limit; a NaN lane is not.
+inline uint32_t ge16(const Vec16& v, float limit) {
+  return _mm512_cmp_ps_mask(v[0], _mm512_set1_ps(limit), _CMP_GE_OQ);
+}
+
+// Lanes outside `mask` become `fill`.
+inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
+  return Vec16(Vec(_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(mask), v[0])));
+}
+
+// Larger of the two; `b` where either is NaN.
+inline Vec16 max16(const Vec16& a, const Vec16& b) { return Vec16(Vec(_mm512_max_ps(a[0], b[0]))); }
+
+inline float max_lane16(const Vec16& v) { return _mm512_reduce_max_ps(v[0]); }
+
+// exp for x <= 88, relative error below 2e-7; NaN stays NaN and -inf gives 0.
+inline Vec16 exp16(const Vec16& x) {
+  // The limit is the first operand: _mm512_max_ps returns the second when either is NaN.
+  const __m512 v = _mm512_max_ps(_mm512_set1_ps(-104.0f), x[0]);
+  const __m512 n = _mm512_roundscale_ps(
+      _mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 poly = _mm512_set1_ps(1.9875691500e-4f);
+  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.3981999507e-3f));
+  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(8.3334519073e-3f));
+  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(4.1665795894e-2f));
+  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.6666665459e-1f));
+  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(5.0000001201e-1f));
+  poly = _mm512_fmadd_ps(poly, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return Vec16(Vec(_mm512_scalef_ps(poly, n)));
+}
+
+// Splits probabilities into used and dropped sums, and writes those of the `read` lanes, zero where unused, to
+// target[0 .. popcount(read)). Up to 16 floats are written there.
+inline void split16(const Vec16& p, uint32_t read, uint32_t used, Vec16& used_sum, Vec16& dropped_sum,
+                    float* target) {
+  const auto use = static_cast<__mmask16>(used);
+  const __m512 kept = _mm512_maskz_mov_ps(use, p[0]);
+  used_sum = Vec16(Vec(_mm512_add_ps(used_sum[0], kept)));
+  dropped_sum = Vec16(Vec(_mm512_mask_add_ps(dropped_sum[0], _knot_mask16(use), dropped_sum[0], p[0])));
+  // Compress in a register and store: the compressing store is microcoded on Zen 4.
+  if (read) _mm512_storeu_ps(target, _mm512_maskz_compress_ps(static_cast<__mmask16>(read), kept));
+}
+
+#else
+
+inline uint32_t ge16(const Vec16& v, float limit) {
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(lanes[i] >= limit) << i;
+  return mask;
+}
+
+inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
+  if (mask == 0xffff) return v;
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = (mask >> i & 1) ? lanes[i] : fill;
+  return load16(lanes);
+}
+
+inline Vec16 max16(const Vec16& a, const Vec16& b) {
+  Vec16 out;
+  for (int i = 0; i < kParts; ++i) out[i] = at::vec::maximum(a[i], b[i]);
+  return out;
+}
+
+inline float max_lane16(const Vec16& v) {
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  float best = lanes[0];
+  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+inline Vec16 exp16(const Vec16& x) { return x.exp(); }
+
+inline void split16(const Vec16& p, uint32_t read, uint32_t used, Vec16& used_sum, Vec16& dropped_sum,
+                    float* target) {
+  if (used == 0xffff) {
+    used_sum = used_sum + p;
+    store16(target, p);
+    return;
+  }
+  if (!read) {
+    dropped_sum = dropped_sum + p;
+    return;
+  }
+  const Vec16 kept = select16(p, used, 0.0f);
+  used_sum = used_sum + kept;
+  dropped_sum = dropped_sum + select16(p, ~used & 0xffff, 0.0f);
+  alignas(64) float lanes[kLanes];
+  store16(lanes, kept);
+  for (uint32_t left = read; left; left &= left - 1) *target++ = lanes[std::countr_zero(left)];
+}
+
+#endif
+
+inline Vec16 softcap16(const Vec16& v, float cap) {
+  return (v / Vec16(cap)).tanh() * Vec16(cap);
+}
+
+}  // namespace topt

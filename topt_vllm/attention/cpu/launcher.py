@@ -1,0 +1,78 @@
+"""The C++ implementation: hands tensors to the compiled operator. Arguments as in attention/reference.py."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.cpu import jit
+
+_FOLDER = Path(__file__).parent / "csrc"
+
+
+@cache
+def _operators() -> Any:
+    library = jit.torch_library("topt", _FOLDER, ("binding.cpp", "kernel.cpp"))
+    jit.load(library)
+    return getattr(torch.ops, library.namespace)
+
+
+def prepare() -> None:
+    """Compiles the kernel if this machine has not yet, and loads it.
+
+    Raises:
+        RuntimeError: No compiler, or it failed; the message has its output and the remedy.
+    """
+    _operators()
+
+
+def decode(
+    query: torch.Tensor,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    thetas: Thetas | None,
+    policy: Policy,
+    scale: float,
+    softcap: float,
+    out: torch.Tensor,
+    statistics: torch.Tensor | None,
+    scalar: bool = False,
+) -> None:
+    """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
+
+    Args:
+        query: [R, H, D].
+        cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D].
+        batch: Rows, context lengths and block table, int32.
+        thetas: Thresholds, or None for θ = −inf.
+        policy: Selection and compensation.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        out: [R, H, D], written.
+        statistics: float64 [6] to add to, or None.
+        scalar: Run the plain loops that check the vector kernel; slow.
+    """
+    _operators().decode(
+        query,
+        cache.key,
+        cache.value,
+        cache.value_sums,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        None if thetas is None else thetas.lengths,
+        None if thetas is None else thetas.theta,
+        None if thetas is None else thetas.law,
+        policy.min_seq_len,
+        policy.sink_tokens,
+        policy.recent_tokens,
+        policy.group_keep == "union",
+        policy.compensation == "vmean",
+        scale,
+        softcap,
+        out,
+        statistics,
+        scalar,
+    )
