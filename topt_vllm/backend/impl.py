@@ -22,7 +22,7 @@ class TopThetaLayer:
         implementation: The kernel.
         policy: Selection and compensation.
         thetas: Thresholds of this rank's query heads; None for θ = −inf.
-        dense_reason: Why thetas is None, for the counters.
+        dense_reason: Why thetas is None, for the counters; None when it is not.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
         value_sums: float32 [B, Hkv, D]; made with the first cache seen, when the compensation needs it.
@@ -87,7 +87,10 @@ class TopThetaImpl(CPUAttentionBackendImpl):
                 layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:], *scales
             )
         if attn_metadata.decode is not None:
-            recorder().count_dense_rows(self.bound.dense_reason, rows)
+            if self.bound.thetas is None:
+                recorder().count_dense_rows(self.bound.dense_reason, rows)
+            else:
+                recorder().count_dense_rows("short_context", attn_metadata.short_rows)
             api.decode(
                 self.bound.implementation,
                 query[:rows],

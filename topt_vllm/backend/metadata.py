@@ -36,6 +36,7 @@ class TopThetaMetadata:
         decode_lengths: int64 [decode rows], context length of each decode row (tokens).
         prefill: vLLM's metadata of the rows after the decode rows; None without any.
         whole: vLLM's metadata of the whole batch, for layers that stay dense; None when no layer does.
+        short_rows: Decode rows whose context is too short for thresholds.
         finished_blocks: int64, physical blocks whose last slot is written in this step.
     """
 
@@ -45,6 +46,7 @@ class TopThetaMetadata:
     decode_lengths: torch.Tensor
     prefill: CPUAttentionMetadata | None
     whole: CPUAttentionMetadata | None
+    short_rows: int
     finished_blocks: torch.Tensor
 
 
@@ -55,6 +57,7 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.isa: str
         if self.isa == "amx":
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
@@ -69,6 +72,7 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
+        self._dense_up_to = resolved.dense_up_to
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             if isinstance(layer.impl, TopThetaImpl):
@@ -102,13 +106,15 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         if num_decode_rows < common.num_actual_tokens:
             prefill = super().build(0, _rows_after(common, num_decodes, num_decode_rows), fast_build)
         whole = super().build(0, common, fast_build) if self._any_layer_stays_dense else None
+        lengths = _row_lengths(decode)
         return TopThetaMetadata(
             common.num_actual_tokens,
             num_decode_rows,
             decode,
-            _row_lengths(decode),
+            lengths,
             prefill,
             whole,
+            int((lengths <= self._dense_up_to).sum()),
             self._finished_blocks(common.slot_mapping[: common.num_actual_tokens]),
         )
 

@@ -56,7 +56,7 @@ class Recorder:
         self._layers.append(statistics)
 
     def count_dense_rows(self, reason: str | None, rows: int) -> None:
-        """Counts decode rows of a layer that has no thresholds; ``None`` counts nothing."""
+        """Counts decode rows that read every V row; the first of each reason is logged."""
         if reason is None or rows == 0:
             return
         if reason not in self._dense_rows:

@@ -37,6 +37,12 @@ class Resolved:
     thetas: dict[int, Thetas]
     description: str
 
+    @property
+    def dense_up_to(self) -> int:
+        """Longest context that is attended densely for being short (tokens)."""
+        shortest = [int(thetas.lengths[0]) - 1 for thetas in self.thetas.values()]
+        return max([self.config.min_seq_len, *shortest])
+
 
 def resolve(vllm_config: "VllmConfig") -> Resolved:
     """Checks everything that can be known before the model is loaded, and compiles the kernel.
