@@ -1,0 +1,97 @@
+"""The whole engine: ``vllm serve`` with the platform's backend and with TOPTHETA, in turns, on the same prompts."""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.benchmarks.client import Measurement, measure
+from topt_vllm.benchmarks.server import serve
+
+PLATFORM_BACKEND = "CPU_ATTN"
+
+
+@dataclass(frozen=True)
+class ServeBenchmark:
+    """What to measure.
+
+    Attributes:
+        model: Folder or hub id.
+        text: Source of the prompts; each request takes its own stretch.
+        concurrency: Requests sent at once.
+        prompt_tokens: Tokens of each prompt.
+        max_tokens: Tokens of each answer.
+        rounds: How often both are served.
+        toptheta: The plugin's settings.
+        dtype: Of weights and cache.
+    """
+
+    model: str
+    text: str
+    concurrency: int
+    prompt_tokens: int
+    max_tokens: int
+    rounds: int
+    toptheta: dict[str, Any]
+    dtype: str = "bfloat16"
+
+    def run(self, report: Callable[[str], None]) -> dict[str, Any]:
+        """Serves both backends ``rounds`` times in turns.
+
+        Args:
+            report: Called with a line per measurement.
+
+        Returns:
+            ``platform`` and ``toptheta`` (medians and every round), ``ratio_decode`` and the settings.
+        """
+        prompts = self._prompts()
+        measured: dict[str, list[Measurement]] = {"platform": [], "toptheta": []}
+        for round_number in range(self.rounds):
+            for name in measured:
+                result = self._measure(name, prompts)
+                measured[name].append(result)
+                report(
+                    f"round {round_number + 1}, {name}: {result.decode_tokens_per_second:.1f} tokens/s, "
+                    f"{result.itl_ms_median:.1f} ms between tokens, {result.ttft_ms_median:.0f} ms to the first"
+                )
+        outcome: dict[str, Any] = {name: _median(results) for name, results in measured.items()}
+        ratio = (
+            outcome["toptheta"]["decode_tokens_per_second"] / outcome["platform"]["decode_tokens_per_second"]
+        )
+        settings = asdict(self) | {
+            "text": f"{len(self.text)} characters",
+            "platform_backend": PLATFORM_BACKEND,
+        }
+        return outcome | {"ratio_decode": ratio, "settings": settings}
+
+    def _prompts(self) -> list[list[int]]:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        needed = self.concurrency * self.prompt_tokens
+        if len(ids) < needed:
+            raise ValueError(f"the text has {len(ids)} tokens; {needed} are needed for different prompts")
+        return [ids[start : start + self.prompt_tokens] for start in range(0, needed, self.prompt_tokens)]
+
+    def _measure(self, name: str, prompts: Sequence[Sequence[int]]) -> Measurement:
+        context = self.prompt_tokens + self.max_tokens
+        options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
+        options += ["--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", "4G"]
+        backend, toptheta = (PLATFORM_BACKEND, None) if name == "platform" else ("TOPTHETA", self.toptheta)
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "server.log"
+            with serve(self.model, backend, toptheta, options, log) as url:
+                # The first request of a server compiles and warms up; it is not measured.
+                measure(url, self.model, [prompts[0][:64], prompts[0][64:128]], 8)
+                return measure(url, self.model, prompts, self.max_tokens)
+
+
+def _median(results: Sequence[Measurement]) -> dict[str, Any]:
+    keys = ("decode_tokens_per_second", "itl_ms_median", "ttft_ms_median")
+    medians: dict[str, Any] = {
+        key: statistics.median(getattr(result, key) for result in results) for key in keys
+    }
+    return medians | {"rounds": [asdict(result) for result in results]}

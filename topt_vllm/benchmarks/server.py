@@ -1,0 +1,91 @@
+"""Starts and stops a real ``vllm serve`` around a measurement."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_POLL_SECONDS = 0.5
+_STOP_SECONDS = 30
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serve(
+    model: str,
+    backend: str,
+    toptheta: dict[str, Any] | None,
+    options: Sequence[str],
+    log: Path,
+    timeout: float = 900,
+) -> Iterator[str]:
+    """Runs ``vllm serve`` until the block ends, whatever ends it.
+
+    Args:
+        model: Folder or hub id.
+        backend: Attention backend.
+        toptheta: The plugin's settings; None for none.
+        options: More options of ``vllm serve``.
+        log: File for the server's output.
+        timeout: Seconds until /health must answer.
+
+    Yields:
+        The server's base URL.
+
+    Raises:
+        ServerError: It ended or did not answer in time.
+    """
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--attention-backend", backend, *options]
+    if toptheta is not None:
+        command += ["--additional-config", json.dumps({"toptheta": toptheta})]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(url, process, log, timeout)
+        yield url
+    finally:
+        _stop(process)
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(_POLL_SECONDS)
+    state = "did not answer in time" if process.poll() is None else f"ended with status {process.returncode}"
+    raise ServerError(f"vllm serve {state}; the end of {log}:\n{log.read_text()[-3000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the server's whole process group: its engine and workers are processes of their own."""
+    for signal_number in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signal_number)
+            process.wait(_STOP_SECONDS)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
