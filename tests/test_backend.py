@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+from topt_vllm.backend import page
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 32
 SCALE = HEAD_DIM**-0.5
@@ -158,8 +159,11 @@ def new_cache() -> tuple[torch.Tensor, torch.Tensor]:
     The poison is finite: vLLM's prefill kernel multiplies slots beyond the context by zero. The operator's own
     tests use NaN.
     """
-    shape = (NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
-    kv_cache = torch.full(shape, 1000.0, dtype=torch.bfloat16)
+    content = NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_DIM
+    pages = torch.full(
+        (NUM_BLOCKS, content + page.tail_bytes(NUM_KV_HEADS, HEAD_DIM) // 2), 1000.0
+    ).bfloat16()
+    kv_cache = pages[:, :content].view(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     return kv_cache, torch.randperm(NUM_BLOCKS, dtype=torch.int32).view(4, 8)
 
 

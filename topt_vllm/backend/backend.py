@@ -1,11 +1,11 @@
 """TOPTHETA's static facts; vLLM's CPU backend answers for everything that is not Top-Theta."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from topt_vllm.backend import compat
+from topt_vllm.backend import compat, page
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.metadata import TopThetaMetadataBuilder
 
@@ -30,6 +30,10 @@ class TopThetaBackend(CPUAttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return [size for size in super().get_supported_head_sizes() if size <= 256]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        return page.with_tail(spec)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

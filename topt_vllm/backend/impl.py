@@ -8,6 +8,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Thetas, update_value_sums
+from topt_vllm.backend import page
 from topt_vllm.backend.metrics import recorder
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class TopThetaLayer:
         dense_reason: Why thetas is None, for the counters; None when it is not.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
-        value_sums: float32 [B, Hkv, D]; made with the first cache seen, when the compensation needs it.
+        value_sums: float32 [B, Hkv, D], a view of the cache pages, when the compensation needs it.
     """
 
     implementation: api.Implementation
@@ -116,5 +117,5 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         key, value = halves.chunk(2, dim=2)
         key = key.view(num_blocks, num_kv_heads, self.head_size, block_size).transpose(2, 3)
         if bound.needs_value_sums and bound.value_sums is None:
-            bound.value_sums = torch.zeros(num_blocks, num_kv_heads, self.head_size, dtype=torch.float32)
+            bound.value_sums = page.value_sums(kv_cache)
         return PagedCache(key, value, bound.value_sums)
