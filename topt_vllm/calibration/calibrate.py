@@ -173,8 +173,9 @@ def _measure(
         here = rows.to(call.query.device)
         for part in call.chunks(here):
             scores = call.scores(here[part])
+            probabilities = torch.softmax(scores, dim=-1)
             for collector in collectors:
-                collector.add(call, scores, here[part], part)
+                collector.add(call.layer, scores, probabilities, here[part], part)
         progress()
 
     _run(model, plan, plan.sequences.held_back, observe)

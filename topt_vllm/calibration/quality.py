@@ -7,7 +7,6 @@ The unfinished block that the server keeps dense is left out, for its size is th
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.model_identity import ModelIdentity
 from topt_vllm.thresholds import Quality, Spread
@@ -36,24 +35,27 @@ class HeldBackQuality:
         self._kept: list[torch.Tensor] = []
         self._dropped: list[torch.Tensor] = []
 
-    def add(self, call: LayerCall, scores: torch.Tensor, rows: torch.Tensor, part: slice) -> None:
+    def add(
+        self, layer: int, scores: torch.Tensor, probabilities: torch.Tensor, rows: torch.Tensor, part: slice
+    ) -> None:
         """Adds some rows of one layer; dense layers are ignored.
 
         Args:
-            call: The layer.
+            layer: Index in the model.
             scores: float32 [H, r, m], −inf where a row doesn't see a key.
+            probabilities: float32 [H, r, m], their softmax.
             rows: int64 [r], the rows.
             part: Where they lie in the rows given at construction.
         """
-        if call.layer not in self._thetas:
+        if layer not in self._thetas:
             return
-        theta = self._thetas[call.layer][:, part].to(scores.device)
+        theta = self._thetas[layer][:, part].to(scores.device)
         kept = scores >= theta[..., None]
         kept |= torch.arange(scores.shape[-1], device=scores.device) == rows[:, None]
         num_kv_heads = self._identity.num_kv_heads
         read = kept.view(num_kv_heads, -1, *kept.shape[1:]).any(dim=1)
         used = read.repeat_interleave(kept.shape[0] // num_kv_heads, dim=0)
-        dropped = torch.softmax(scores, dim=-1).masked_fill_(used, 0.0).sum(dim=-1)
+        dropped = probabilities.masked_fill(used, 0.0).sum(dim=-1)
         self._read += int(read.sum())
         self._kept.append(kept.sum(dim=-1).flatten().cpu())
         self._dropped.append(dropped.flatten().cpu())

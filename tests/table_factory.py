@@ -1,0 +1,81 @@
+"""A small valid threshold table, and the tiny model that it would belong to."""
+
+from typing import Any
+
+from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.thresholds import (
+    SCHEMA_VERSION,
+    Budget,
+    LayerThresholds,
+    Producer,
+    Provenance,
+    Quality,
+    Spread,
+    TextSource,
+    ThresholdTable,
+)
+
+LENGTHS = [256, 512, 1024]
+
+
+def make_identity(**changes: Any) -> ModelIdentity:
+    """Three layers, the second with a sliding window; four query heads over two KV heads."""
+    facts: dict[str, Any] = {
+        "id": "tiny",
+        "revision": None,
+        "architecture": "LlamaForCausalLM",
+        "num_layers": 3,
+        "num_query_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "sliding_window_layers": [1],
+        "fingerprint": "sha256:" + "0" * 64,
+    }
+    return ModelIdentity(**facts | changes)
+
+
+def make_table(
+    identity: ModelIdentity | None = None,
+    ks: tuple[int, ...] = (64, 128),
+    lengths: list[int] | None = None,
+    dense_layers: tuple[int, ...] = (0,),
+) -> ThresholdTable:
+    """A table whose θ of (layer, head, length) can be told apart: −layer − head/10 − length index/100 − k/1000."""
+    identity = identity or make_identity()
+    lengths = lengths or LENGTHS
+    return ThresholdTable(
+        schema_version=SCHEMA_VERSION,
+        producer=Producer(name="topt-vllm", version="0"),
+        model=identity,
+        calibration=Provenance(
+            data=[TextSource(name="play.txt", sha256="ab" * 32)],
+            num_samples=2,
+            tokens=2 * lengths[-1],
+            max_seq_length=lengths[-1],
+            seed=0,
+            options={"sigma": 0.0, "topk_at_calibration": None, "dtype": "float32"},
+            libraries={"torch": "2"},
+            date="2026-01-31",
+        ),
+        lengths=lengths,
+        budgets=[_budget(identity, k, lengths, list(dense_layers)) for k in ks],
+    )
+
+
+def _budget(identity: ModelIdentity, k: int, lengths: list[int], dense_layers: list[int]) -> Budget:
+    layers = [
+        LayerThresholds(
+            layer=layer,
+            law=[[0.5, -0.125] for _ in range(identity.num_query_heads)],
+            theta=[
+                [round(-layer - head / 10 - i / 100 - k / 1000, 4) for i in range(len(lengths))]
+                for head in range(identity.num_query_heads)
+            ],
+        )
+        for layer in range(identity.num_layers)
+        if layer not in identity.sliding_window_layers
+    ]
+    quality = Quality(
+        kept_over_k=Spread(p5=0.5, p50=1.0, p95=2.0), v_rows_read=0.25, dropped_mass=0.03, tokens=lengths[-1]
+    )
+    return Budget(k=k, dense_layers=dense_layers, quality=quality, layers=layers)

@@ -1,0 +1,105 @@
+"""The plugin's configuration: every setting checked, every refusal with key, value, allowed values and remedy."""
+
+from dataclasses import FrozenInstanceError, asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from topt_vllm.attention.common import Policy
+from topt_vllm.config import ConfigError, TopThetaConfig
+
+
+def test_defaults_are_the_operators():
+    assert TopThetaConfig().policy == Policy()
+    assert TopThetaConfig.from_additional_config(None) == TopThetaConfig()
+    assert TopThetaConfig.from_additional_config({"other_plugin": {"x": 1}}) == TopThetaConfig()
+
+
+def test_settings_reach_the_policy():
+    config = TopThetaConfig.from_additional_config(
+        {"toptheta": {"min_seq_len": 99, "sink_tokens": 4, "recent_tokens": 8, "group_keep": "head"}}
+    )
+    assert config.policy == Policy(99, 4, 8, "head", "vmean")
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        TopThetaConfig().k = 3  # type: ignore[misc]
+
+
+REFUSED = {
+    "unknown key": ({"treshold": "x"}, ["toptheta.treshold", "'x'", "thresholds, k, min_seq_len"]),
+    "k is zero": ({"k": 0}, ["toptheta.k is 0", "at least 1"]),
+    "k is text": ({"k": "128"}, ["toptheta.k is '128' (str)", "an integer of at least 1"]),
+    "k is a fraction": ({"k": 1.5}, ["toptheta.k is 1.5 (float)"]),
+    "k is true": ({"k": True}, ["toptheta.k is True (bool)"]),
+    "no path": ({"thresholds": ""}, ["toptheta.thresholds is ''", "a path"]),
+    "path is a number": ({"thresholds": 3}, ["toptheta.thresholds is 3"]),
+    "negative length": ({"min_seq_len": -1}, ["toptheta.min_seq_len is -1", "at least 0"]),
+    "no recent token": ({"recent_tokens": 0}, ["toptheta.recent_tokens is 0", "at least 1"]),
+    "sinks unset": ({"sink_tokens": None}, ["toptheta.sink_tokens is None"]),
+    "group rule": ({"group_keep": "all"}, ["toptheta.group_keep is 'all'", "head | union"]),
+    "compensation": ({"compensation": "mean"}, ["toptheta.compensation", "none | vmean"]),
+    "implementation": ({"implementation": "cuda"}, ["auto | cpu | triton | reference"]),
+    "unhashable": ({"implementation": ["cpu"]}, ["toptheta.implementation is ['cpu']"]),
+    "on_missing": ({"on_missing": "ignore"}, ["error | dense"]),
+    "budget of no table": ({"thresholds": "none", "k": 64}, ["toptheta.k is 64", "no budgets"]),
+    "missing though named": ({"thresholds": "t.yaml", "on_missing": "dense"}, ["on_missing", "Leave one"]),
+}
+
+
+@pytest.mark.parametrize(("section", "parts"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_setting_is_refused(section, parts):
+    with pytest.raises(ConfigError) as refusal:
+        TopThetaConfig.from_additional_config({"toptheta": section})
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("section", [None, "on", 3, ["k"]])
+def test_section_must_be_an_object(section):
+    with pytest.raises(ConfigError, match="an object is expected"):
+        TopThetaConfig.from_additional_config({"toptheta": section})
+
+
+VALID = st.fixed_dictionaries(
+    {},
+    optional={
+        "thresholds": st.none() | st.text(min_size=1).filter(lambda name: name != "none"),
+        "k": st.none() | st.integers(min_value=1),
+        "min_seq_len": st.integers(min_value=0),
+        "sink_tokens": st.integers(min_value=0),
+        "recent_tokens": st.integers(min_value=1),
+        "group_keep": st.sampled_from(["head", "union"]),
+        "compensation": st.sampled_from(["none", "vmean"]),
+        "implementation": st.sampled_from(["auto", "cpu", "triton", "reference"]),
+    },
+)
+ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+
+
+@settings(deadline=None)
+@given(VALID)
+def test_every_valid_section_is_taken_as_it_is(section):
+    config = TopThetaConfig.from_additional_config({"toptheta": section})
+    assert {key: asdict(config)[key] for key in section} == section
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(asdict(TopThetaConfig()))), ANYTHING)
+def test_any_value_is_taken_or_refused_by_name(key, value):
+    try:
+        config = TopThetaConfig.from_additional_config({"toptheta": {key: value}})
+    except ConfigError as error:
+        assert f"toptheta.{key} is" in str(error)
+    else:
+        assert getattr(config, key) == value
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_other_key_is_refused(key):
+    if key not in asdict(TopThetaConfig()):
+        with pytest.raises(ConfigError, match="is not a setting"):
+            TopThetaConfig.from_additional_config({"toptheta": {key: 1}})
