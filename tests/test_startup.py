@@ -1,0 +1,160 @@
+"""What stops start-up, and with which words: settings, tables, vLLM's own options."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from table_factory import make_table
+from transformers import LlamaConfig
+
+from topt_vllm.backend.startup import resolve
+from topt_vllm.config import ConfigError
+from topt_vllm.model_identity import identify
+from topt_vllm.thresholds import ThresholdTable, ThresholdTableError, dump
+
+
+@pytest.fixture
+def hf_config() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path, hf_config: LlamaConfig) -> Path:
+    folder = tmp_path / "a model"
+    hf_config.architectures = ["LlamaForCausalLM"]
+    hf_config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def table(hf_config: LlamaConfig) -> ThresholdTable:
+    return make_table(identify(hf_config, "a model"))
+
+
+@pytest.fixture
+def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls resolve() as the platform hook does, for the tiny model and given settings."""
+    monkeypatch.delenv("TOPT_THRESHOLDS", raising=False)
+
+    def start(settings: object, **options: Any) -> Any:
+        return resolve(
+            SimpleNamespace(
+                additional_config={"toptheta": settings},
+                model_config=SimpleNamespace(hf_config=hf_config, model=str(model), revision=None),
+                kv_transfer_config=options.get("kv_transfer_config"),
+                cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
+                device_config=SimpleNamespace(device_type="cpu"),
+            )
+        )
+
+    return start
+
+
+def test_the_key_wins_then_the_environment_then_the_folder(
+    start: Any, table: ThresholdTable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    reference = {"implementation": "reference"}
+    dump(table, model / "toptheta.yaml")
+    assert str(model / "toptheta.yaml") in start(reference).description
+    dump(table, tmp_path / "from environment.yaml")
+    monkeypatch.setenv("TOPT_THRESHOLDS", str(tmp_path / "from environment.yaml"))
+    assert "from environment.yaml" in start(reference).description
+    dump(table, tmp_path / "from key.yaml")
+    resolved = start(reference | {"thresholds": str(tmp_path / "from key.yaml")})
+    assert "from key.yaml" in resolved.description
+    sparse = set(range(2)) - set(table.budgets[-1].dense_layers)
+    assert set(resolved.thetas) == sparse
+
+
+def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path):
+    with pytest.raises(ThresholdTableError) as error:
+        start({})
+    # The folder's name has a space: the command must be ready for a shell.
+    assert f"topt-vllm calibrate --model '{model}'" in str(error.value)
+
+
+def test_dense_is_a_choice(start: Any):
+    assert "θ = −inf)" in start({"thresholds": "none"}).description
+    assert "no table found" in start({"on_missing": "dense"}).description
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"thersholds": "x.yaml"},
+            "toptheta.thersholds (value 'x.yaml') is not a setting; allowed: thresholds, k",
+        ),
+        ({"k": "128"}, "toptheta.k is '128' (str); allowed: an integer of at least 1"),
+        ({"recent_tokens": 0}, "toptheta.recent_tokens is 0"),
+        ({"thresholds": "none", "k": 64}, "has no budgets"),
+        ({"implementation": "cuda"}, "allowed: auto | cpu | triton | reference"),
+        ("none", "an object is expected"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_wrong_setting_is_refused(start: Any, settings: object, message: str):
+    with pytest.raises(ConfigError) as error:
+        start(settings)
+    assert message in str(error.value)
+
+
+def test_a_table_of_another_model_is_refused(start: Any, table: ThresholdTable, tmp_path: Path):
+    other = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    path = tmp_path / "other.yaml"
+    dump(make_table(identify(other, "another model")), path)
+    with pytest.raises(ThresholdTableError, match=r"belongs to another model.*num_layers: 2 against 3"):
+        start({"thresholds": str(path)})
+
+
+def test_a_broken_table_is_refused(start: Any, table: ThresholdTable, tmp_path: Path):
+    path = tmp_path / "broken.yaml"
+    dump(table, path)
+    path.write_text(path.read_text().replace("schema_version: 1", "schema_version: 7"))
+    with pytest.raises(ThresholdTableError, match=r"broken.yaml: schema_version is 7"):
+        start({"thresholds": str(path)})
+
+
+def test_a_budget_that_the_table_lacks_is_refused(start: Any, table: ThresholdTable, model: Path):
+    dump(table, model / "toptheta.yaml")
+    with pytest.raises(ThresholdTableError, match="k is 7, but the table has budgets"):
+        start({"k": 7})
+
+
+def test_vllm_options_that_would_break_the_sums_are_refused(start: Any):
+    with pytest.raises(ConfigError, match="KV connector"):
+        start({"thresholds": "none"}, kv_transfer_config=SimpleNamespace(is_kv_transfer_instance=True))
+    with pytest.raises(ConfigError, match="kv-sharing-fast-prefill"):
+        start({"thresholds": "none"}, fast_prefill=True)
+
+
+def test_a_named_implementation_runs_or_fails(start: Any):
+    with pytest.raises(ValueError, match=r"'triton' is not available for cpu tensors"):
+        start({"thresholds": "none", "implementation": "triton"})
+    assert start({"thresholds": "none", "implementation": "reference"}).implementation_name == "reference"
+    assert start({"thresholds": "none"}).implementation_name == "cpu"
+
+
+@pytest.mark.engine
+def test_vllm_serve_stops_before_it_loads_anything(model: Path):
+    """The message reaches the person who typed the command, from the front end, without weights to load."""
+    vllm = shutil.which("vllm", path=str(Path(sys.executable).parent))
+    assert vllm, "the vllm command is missing from the environment"
+    run = subprocess.run(
+        [vllm, "serve", str(model), "--attention-backend", "TOPTHETA", "--skip-tokenizer-init"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode != 0
+    assert "topt-vllm calibrate --model" in run.stdout + run.stderr
+    assert "Starting to load model" not in run.stdout + run.stderr

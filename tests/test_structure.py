@@ -1,0 +1,50 @@
+"""Arrows between the parts point one way (docs/design.md); read off the import statements."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "topt_vllm"
+
+
+def imports(folder: str) -> dict[Path, set[str]]:
+    """Every module imported anywhere in a file, also inside functions, by file."""
+    found = {}
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[path] = names
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        (
+            "attention",
+            ("vllm", "transformers", "topt_vllm.backend", "topt_vllm.thresholds", "topt_vllm.config"),
+        ),
+        ("attention/cpu", ("topt_vllm.attention.reference", "topt_vllm.attention.api")),
+        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli")),
+        ("backend", ("topt_vllm.cli", "topt_vllm.attention.cpu", "topt_vllm.attention.reference")),
+        ("benchmarks", ("topt_vllm.cli", "topt_vllm.backend")),
+    ],
+)
+def test_a_part_does_not_import_what_lies_above_or_beside_it(folder: str, forbidden: tuple[str, ...]):
+    for path, names in imports(folder).items():
+        wrong = [
+            name for name in names if any(name == bad or name.startswith(f"{bad}.") for bad in forbidden)
+        ]
+        assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+
+
+def test_only_the_adapter_and_the_benchmarks_know_vllm():
+    for path, names in imports("").items():
+        part = path.relative_to(PACKAGE).parts[0]
+        if part not in ("backend", "benchmarks"):
+            assert not [name for name in names if name == "vllm" or name.startswith("vllm.")], path
