@@ -6,8 +6,8 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from topt_vllm.backend import compat, page
+from topt_vllm.backend.builder import TopThetaMetadataBuilder
 from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.metadata import TopThetaMetadataBuilder
 
 
 class TopThetaBackend(CPUAttentionBackend):

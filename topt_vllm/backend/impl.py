@@ -1,7 +1,7 @@
 """One attention layer on TOPTHETA: refusals at construction, then one call per step."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -9,10 +9,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Thetas, update_value_sums
 from topt_vllm.backend import page
+from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.metrics import recorder
-
-if TYPE_CHECKING:
-    from topt_vllm.backend.metadata import TopThetaMetadata
 
 
 @dataclass
@@ -64,7 +62,7 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: "TopThetaMetadata | None",
+        attn_metadata: TopThetaMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,

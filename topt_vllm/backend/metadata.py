@@ -1,28 +1,11 @@
-"""Batch metadata: which rows decode, which are prefill, and which blocks were finished by this step."""
+"""What a layer is told about one step."""
 
-import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
-from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.layers import bind_layer
-from topt_vllm.backend.startup import resolve
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
-logger = logging.getLogger("vllm.topt_vllm")
-
-# ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
-_READABLE_ISAS = ("vec", "vec16")
 
 
 @dataclass
@@ -48,103 +31,3 @@ class TopThetaMetadata:
     whole: CPUAttentionMetadata | None
     short_rows: int
     finished_blocks: torch.Tensor
-
-
-class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Splits each batch, and gives the layers of its KV cache group their thresholds when it is made."""
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.isa: str
-        if self.isa == "amx":
-            self.isa = "vec"
-            self._set_isa_to_layers(layer_names)
-            logger.info("TOPTHETA: prefill uses vLLM's vector kernels instead of AMX, whose K layout differs")
-        if self.isa not in _READABLE_ISAS:
-            raise NotImplementedError(
-                f"TOPTHETA reads the cache layouts {_READABLE_ISAS}, but vLLM uses {self.isa!r} on this CPU. "
-                "Use --attention-backend CPU_ATTN here."
-            )
-        # Drafted tokens of speculative decoding are decode rows too.
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-
-        resolved = resolve(vllm_config)
-        logger.info(resolved.description)
-        self._dense_up_to = resolved.dense_up_to
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        for name, layer in layers.items():
-            if isinstance(layer.impl, TopThetaImpl):
-                tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
-                bind_layer(layer, name, resolved, self.block_size, tensor_parallel_size)
-        self._any_layer_stays_dense = any(
-            isinstance(layer.impl, TopThetaImpl) and layer.impl.platform_reason for layer in layers.values()
-        )
-
-    def build(  # type: ignore[override]
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> TopThetaMetadata:
-        """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
-        common = common_attn_metadata
-        num_decodes, num_decode_rows = 0, 0
-        if common.causal is True:
-            num_decodes, _, num_decode_rows, _ = split_decodes_and_prefills(
-                common, decode_threshold=self.reorder_batch_threshold or 1
-            )
-        decode = None
-        if num_decodes:
-            decode = DecodeBatch(
-                common.query_start_loc[: num_decodes + 1],
-                common.seq_lens[:num_decodes],
-                common.block_table_tensor[:num_decodes],
-            )
-        prefill = None
-        if num_decode_rows < common.num_actual_tokens:
-            prefill = super().build(0, _rows_after(common, num_decodes, num_decode_rows), fast_build)
-        whole = super().build(0, common, fast_build) if self._any_layer_stays_dense else None
-        lengths = _row_lengths(decode)
-        return TopThetaMetadata(
-            common.num_actual_tokens,
-            num_decode_rows,
-            decode,
-            lengths,
-            prefill,
-            whole,
-            int((lengths <= self._dense_up_to).sum()),
-            self._finished_blocks(common.slot_mapping[: common.num_actual_tokens]),
-        )
-
-    def _finished_blocks(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        last = (slot_mapping >= 0) & (slot_mapping % self.block_size == self.block_size - 1)
-        return slot_mapping[last] // self.block_size
-
-
-def _rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int) -> CommonAttentionMetadata:
-    """The batch without its first requests."""
-    if num_decodes == 0:
-        return common
-    return common.replace(
-        query_start_loc=common.query_start_loc[num_decodes:] - num_rows,
-        query_start_loc_cpu=common.query_start_loc_cpu[num_decodes:] - num_rows,
-        seq_lens=common.seq_lens[num_decodes:],
-        num_reqs=common.num_reqs - num_decodes,
-        num_actual_tokens=common.num_actual_tokens - num_rows,
-        block_table_tensor=common.block_table_tensor[num_decodes:],
-        slot_mapping=common.slot_mapping[num_rows:],
-    )
-
-
-def _row_lengths(decode: DecodeBatch | None) -> torch.Tensor:
-    """Context length of every decode row, int64 [rows]."""
-    if decode is None:
-        return torch.empty(0, dtype=torch.int64)
-    starts = decode.query_start_loc.long()
-    rows_per_sequence = starts[1:] - starts[:-1]
-    # Row r of a sequence that ends before row e sees seq_len - (e - 1 - r) tokens.
-    base = decode.seq_lens.long() - starts[1:] + 1
-    rows = torch.arange(int(starts[-1]))
-    return torch.repeat_interleave(base, rows_per_sequence) + rows
