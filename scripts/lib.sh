@@ -4,6 +4,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 CACHE="${TOPT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/topt_vllm}"
+CACHE="${CACHE/#\~/$HOME}"
 DEMO_MODEL="$CACHE/models/SmolLM2-135M-Instruct"
 CHILD=""
 
@@ -45,12 +46,13 @@ check_python() {
 }
 
 check_compiler() {
-    local candidate
-    for candidate in ${CXX:+"$CXX"} g++ c++; do
+    local candidate wanted=(g++ clang++)
+    [[ -z ${CXX:-} ]] || wanted=("$CXX")
+    for candidate in "${wanted[@]}"; do
         if command -v "$candidate" >/dev/null; then return; fi
     done
-    die "no C++ compiler was found (looked for \$CXX, g++, c++)." \
-        "The CPU kernel is compiled on first use. Install one (Debian, Ubuntu: apt-get install g++)."
+    die "no C++ compiler was found (looked for: ${wanted[*]})." \
+        "The CPU kernel is compiled on first use. Install one (Debian, Ubuntu: apt-get install g++), or name it with CXX."
 }
 
 # forward COMMAND...: runs it so that signals to this shell take effect at once (bash holds them back while a
@@ -87,4 +89,4 @@ logged() {
     return "$status"
 }
 
-last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-110; }
+last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -vE '^[[:space:]]*$|^WARNING: Location' | tail -n 1 | cut -c 1-110; }

@@ -260,23 +260,28 @@ def prepare_texts(target: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Prepares what was asked for and prints where it is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2", help="default: %(default)s")
-    options = parser.parse_args(argv)
-    model, cache = MODELS[options.model], cache_dir()
+    parser.add_argument(
+        "--model", nargs="+", choices=list(MODELS), default=["smollm2"], help="default: smollm2"
+    )
+    models = [MODELS[name] for name in parser.parse_args(argv).model]
+    cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
-    checkpoint, texts = cache / "models" / model.folder, cache / "texts"
+    texts = cache / "texts"
     try:
         with FileLock(cache / "prepare.lock"):
             if not is_prepared(texts, (PLAYS, CODE)):
                 print("Texts for calibration and for the demo", flush=True)
                 prepare_texts(texts)
-            if not is_prepared(checkpoint, model.packages):
-                print(f"Model {model.folder}", flush=True)
-                prepare_model(model, checkpoint)
+            for model in models:
+                checkpoint = cache / "models" / model.folder
+                if not is_prepared(checkpoint, model.packages):
+                    print(f"Model {model.folder}", flush=True)
+                    prepare_model(model, checkpoint)
+                print(f"Model: {checkpoint}")
     except PrepareError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"Texts: {texts}\nModel: {checkpoint}")
+    print(f"Texts: {texts}")
     return 0
 
 

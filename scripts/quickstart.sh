@@ -1,0 +1,209 @@
+#!/usr/bin/env bash
+# From nothing to an answer through Top-Theta attention: sets up .venv, prepares a small model, serves it with an
+# unmodified `vllm serve --attention-backend TOPTHETA` and asks it a question about a long text.
+#
+# Usage: ./scripts/quickstart.sh [--calibrate] [--keep] [--port N]
+#
+#   --calibrate  calibrate the model first (minutes) instead of using the shipped table
+#   --keep       leave the server running, and say how to talk to it and how to stop it
+#   --port N     serve on this port of 127.0.0.1 (default 8000)
+#
+# The last line is QUICKSTART and a JSON object: v_rows_read, decode_tokens_per_second, answer.
+# Environment: TOPT_CACHE_DIR is where model, texts and kernels go (default ~/.cache/topt_vllm).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+PORT=8000
+KEEP=""
+CALIBRATE=""
+BUDGET=128
+SHIPPED="$ROOT/configs/SmolLM2-135M-Instruct.yaml"
+OWN_TABLE="$CACHE/tables/SmolLM2-135M-Instruct.yaml"
+TABLE="$SHIPPED"
+SERVER=""
+SCRATCH=""
+LOG=""
+
+parse() {
+    while (($# > 0)); do
+        case $1 in
+            --calibrate) CALIBRATE=1 ;;
+            --keep) KEEP=1 ;;
+            --port)
+                [[ ${2:-} =~ ^[0-9]+$ ]] && ((10#$2 >= 1 && 10#$2 <= 65535)) ||
+                    die "--port needs a number from 1 to 65535, got '${2:-}'"
+                PORT=$2
+                shift
+                ;;
+            --help | -h) show_help "$0"; exit 0 ;;
+            *) die "unknown option $1; see $0 --help" ;;
+        esac
+        shift
+    done
+}
+
+check_port() {
+    "$1" - "$PORT" <<'PYTHON' || die "port $PORT of 127.0.0.1 is taken or not allowed." "Stop what listens there, or choose another: $0 --port N"
+import socket, sys
+with socket.socket() as probe:
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        probe.bind(("127.0.0.1", int(sys.argv[1])))
+    except OSError:
+        sys.exit(1)
+PYTHON
+}
+
+# Stops the server and all its processes.
+stop_server() {
+    local waited=0
+    [[ -n $SERVER ]] || return 0
+    kill -TERM -- "-$SERVER" 2>/dev/null || true
+    while kill -0 -- "-$SERVER" 2>/dev/null && ((waited < 100)); do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
+    kill -KILL -- "-$SERVER" 2>/dev/null || true
+    SERVER=""
+}
+
+cleanup() {
+    local status=$?
+    trap '' HUP INT TERM
+    stop_child
+    [[ -n $KEEP && $status == 0 ]] || stop_server
+    [[ -z $SCRATCH || -n $SERVER ]] || rm -rf "$SCRATCH"
+    exit "$status"
+}
+
+plays() {
+    local play
+    for play in "$@"; do printf '%s\n' "$CACHE/texts/$play.txt"; done
+}
+
+# Prints an array of words as a command to paste.
+command_line() { printf '%q ' "$@"; }
+
+prepare_table() {
+    local calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --k 64 128 256 --max-seq-length 8192)
+    mapfile -t -O "${#calibrate[@]}" calibrate < <(printf '%s\n' --dataset && plays macbeth lear othello julius_caesar tempest)
+    calibrate+=(--output "$OWN_TABLE" --force)
+    if [[ -z $CALIBRATE ]]; then
+        say "The shipped table is used: configs/${SHIPPED##*/}. To calibrate one, run with --calibrate, or:"
+        say "  $(command_line "${calibrate[@]}")"
+        return
+    fi
+    mkdir -p "${OWN_TABLE%/*}"
+    TABLE="$OWN_TABLE"
+    forward "${calibrate[@]}" || die "the calibration failed."
+}
+
+start_server() {
+    local settings command
+    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "k": int(sys.argv[2])}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    command=("$VENV/bin/vllm" serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
+        --attention-backend TOPTHETA --additional-config "$settings"
+        --max-model-len 8192 --dtype bfloat16 --host 127.0.0.1 --port "$PORT")
+    if [[ $VENV == *[[:space:]]* ]]; then
+        say "note: torch.compile can't use compilers from a folder with a space in its name, so it is left out."
+        command+=(--enforce-eager)
+    fi
+    say "$(command_line "${command[@]}")"
+    # Here the workers leave their counters, which the server adds to its /metrics.
+    mkdir "$SCRATCH/prometheus"
+    PROMETHEUS_MULTIPROC_DIR="$SCRATCH/prometheus" VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}" \
+        setsid "${command[@]}" >"$LOG" 2>&1 </dev/null &
+    SERVER=$!
+}
+
+is_healthy() {
+    local status=""
+    {
+        exec 3<>"/dev/tcp/127.0.0.1/$PORT" || return 1
+        printf 'GET /health HTTP/1.0\r\n\r\n' >&3
+        read -r -t 5 status <&3 || true
+        exec 3>&-
+    } 2>/dev/null
+    [[ $status == *" 200 "* ]]
+}
+
+wait_for_health() {
+    local started=$SECONDS next=10
+    say "Waiting for the server, which compiles kernels the first time (log: $LOG)"
+    until is_healthy; do
+        # The engine can die and leave a front end that waits for it.
+        if ! kill -0 "$SERVER" 2>/dev/null || grep -q 'EngineCore failed to start' "$LOG"; then
+            show_log
+            die "the server failed to start; the end of its log is above."
+        fi
+        if ((SECONDS - started > 900)); then
+            show_log
+            die "the server was not ready after 15 minutes; the end of its log is above."
+        fi
+        if ((SECONDS - started >= next)); then
+            say "  $((SECONDS - started)) s: $(last_line "$LOG")"
+            next=$((next + 10))
+        fi
+        sleep 1
+    done
+    grep -o 'TOPTHETA: .* kernel.*' "$LOG" | head -n 1 || true
+}
+
+show_log() {
+    say "--- last lines of $LOG" >&2
+    tail -n 40 "$LOG" >&2
+    say "---" >&2
+}
+
+explain_keep() {
+    cat <<TEXT
+The server keeps running at http://127.0.0.1:$PORT/v1 (log: $LOG).
+  curl http://127.0.0.1:$PORT/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": "What is gravity?"}]}'
+  Python: OpenAI(base_url="http://127.0.0.1:$PORT/v1", api_key="none").chat.completions.create(…)
+  stop it: kill -- -$SERVER; rm -r $(printf '%q' "$SCRATCH")
+TEXT
+}
+
+main() {
+    parse "$@"
+    local python
+    python="$(find_python)"
+    check_port "$python"
+    check_compiler
+    [[ -n $CALIBRATE || -f $SHIPPED ]] || die "the shipped table $SHIPPED is missing." "Run with --calibrate to make one."
+    trap cleanup EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    # A proxy must not see what goes to this machine itself.
+    export NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}" no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"
+    SCRATCH="$(mktemp -d)"
+    mkdir -p "$CACHE/logs"
+    LOG="$CACHE/logs/quickstart-$PORT.log"
+
+    step "1/5 Environment"
+    forward "$ROOT/scripts/install.sh"
+    step "2/5 Model and texts"
+    forward "$VENV/bin/python" "$ROOT/scripts/prepare_demo.py"
+    step "3/5 Thresholds"
+    prepare_table
+    step "4/5 Server"
+    start_server
+    wait_for_health
+    step "5/5 A question about a long text"
+    forward "$VENV/bin/python" "$ROOT/scripts/ask.py" --url "http://127.0.0.1:$PORT" \
+        --text "$CACHE/texts/romeo_and_juliet.txt" --result "$SCRATCH/result.json"
+    if [[ -n $KEEP ]]; then
+        say ""
+        explain_keep
+    else
+        stop_server
+        say ""
+        say "The server is stopped; --keep leaves it running."
+    fi
+    say ""
+    say "QUICKSTART $(<"$SCRATCH/result.json")"
+}
+
+main "$@"

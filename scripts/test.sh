@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands, from nothing: set-up, lint, types, tests.
+#
+# Usage: ./scripts/test.sh [--fast] [PYTEST OPTIONS]
+#
+#   --fast  leave out the tests that start a vLLM engine on a real model
+#
+# Everything after that goes to pytest: ./scripts/test.sh --fast -k operator -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+FAST=""
+case ${1:-} in
+    --help | -h) show_help "$0"; exit 0 ;;
+    --fast) FAST=1; shift ;;
+esac
+
+# check NAME COMMAND...: shows how long it took.
+check() {
+    local name=$1 started=$SECONDS
+    shift
+    "$@" || die "$name failed."
+    say "  $name: passed in $((SECONDS - started)) s"
+}
+
+step "Environment"
+"$ROOT/scripts/install.sh"
+cd "$ROOT"
+
+if [[ -z $FAST ]]; then
+    step "Demo models and texts"
+    "$VENV/bin/python" scripts/prepare_demo.py --model smollm2 gemma3
+fi
+
+step "Lint and types"
+check "ruff check" "$VENV/bin/ruff" check .
+check "ruff format" "$VENV/bin/ruff" format --check .
+check "mypy" "$VENV/bin/mypy" topt_vllm scripts
+
+step "Tests"
+# A table in the caller's environment would take the place of the one that a test expects.
+unset TOPT_THRESHOLDS
+selection=()
+[[ -z $FAST ]] || selection=(-m "not engine")
+exec "$VENV/bin/python" -m pytest --durations=8 -rs "${selection[@]}" "$@"

@@ -1,0 +1,41 @@
+"""Fixtures that several test files share: what scripts/prepare_demo.py puts into the cache folder."""
+
+from pathlib import Path
+
+import pytest
+
+from topt_vllm import envs
+
+
+def prepared(part: str) -> Path:
+    """A file or folder of the cache; the test is skipped where it has not been prepared."""
+    path = envs.cache_dir() / part
+    if not path.exists():
+        pytest.skip(
+            f"{path} is missing; run: .venv/bin/python scripts/prepare_demo.py --model smollm2 gemma3"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Checkpoint of SmolLM2-135M-Instruct."""
+    return prepared("models/SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    """Checkpoint of Gemma 3 270M."""
+    return prepared("models/gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def texts() -> Path:
+    """Folder of plays (NAME.txt) and code (human_eval.txt, human_eval.jsonl)."""
+    return prepared("texts")
+
+
+@pytest.fixture(scope="session")
+def unseen_play(texts: Path) -> Path:
+    """A play that no shipped table was calibrated on."""
+    return texts / "romeo_and_juliet.txt"
