@@ -64,7 +64,7 @@ class _Capture:
         self._check_heads(call)
         windowed = call.layer in self._windowed
         if not windowed:
-            _check_plain_causal(call, kwargs)
+            _check_plain_causal(module, call, kwargs)
             self._observe(call)
         top_k = None if windowed or call.layer in self._dense else self._top_k
         if softcap or top_k is not None:
@@ -100,11 +100,24 @@ def captured(
         top_k: Attend with each head's top k keys and V-mean compensation; None for dense attention.
         dense: Layers that stay dense under ``top_k``.
     """
+    with _selected(model, _Capture(identity, observe, top_k, dense or [])):
+        yield
+
+
+def can_be_captured(model: Any) -> bool:
+    """Whether the model takes its attention from the AttentionInterface; a model on the meta device will do."""
+    with _selected(model, sdpa_attention_forward):
+        return model.config.get_text_config()._attn_implementation == NAME
+
+
+@contextmanager
+def _selected(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
     before = model.config._attn_implementation
-    AttentionInterface.register(NAME, _Capture(identity, observe, top_k, dense or []))
+    AttentionInterface.register(NAME, attention)
+    # The masks of SDPA: none for plain causal attention, so no [n, n] tensor is made.
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation(NAME)
         yield
     finally:
         model.set_attn_implementation(before)
@@ -118,10 +131,11 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
     return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
 
 
-def _check_plain_causal(call: LayerCall, kwargs: dict[str, Any]) -> None:
+def _check_plain_causal(module: torch.nn.Module, call: LayerCall, kwargs: dict[str, Any]) -> None:
     refused = [name for name in _REFUSED if kwargs.get(name) is not None]
     n = call.query.shape[1]
-    if kwargs.get("is_causal") is False:
+    asked = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if asked is None else asked):
         refused.append("is_causal=False")
     window = kwargs.get("sliding_window")
     if window is not None and window < n:

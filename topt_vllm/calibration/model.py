@@ -1,5 +1,7 @@
 """The model to calibrate: what can be known from its configuration, and its weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from topt_vllm.calibration.capture import can_be_captured
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.model_identity import ModelIdentity, identify
 
@@ -35,6 +38,17 @@ class Subject:
     def max_seq_length(self) -> int:
         """Tokens of each sequence."""
         return self.lengths[-1]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' warnings off the terminal where our own message says it better."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def examine(options: CalibrationOptions) -> Subject:
@@ -108,15 +122,16 @@ def _read(loader: Any, model: str, **arguments: Any) -> Any:
 
 
 def _require_attention_interface(config: Any, model: str) -> None:
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in mapping:
+    try:
+        with _quiet(), torch.device("meta"):
+            skeleton = transformers.AutoModelForCausalLM.from_config(config)
+            supported = can_be_captured(skeleton)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CalibrationError(f"{model}: not a causal language model for transformers: {reason}") from error
+    if not supported:
         raise CalibrationError(
-            f"{model}: transformers has no causal language model for {type(config).__name__}"
-        )
-    architecture = mapping[type(config)]
-    if not architecture.is_backend_compatible():
-        raise CalibrationError(
-            f"{model}: transformers' {architecture.__name__} does not call its AttentionInterface, "
+            f"{model}: transformers' {type(skeleton).__name__} does not call its AttentionInterface, "
             "through which the calibrator sees the scores; this architecture can't be calibrated"
         )
 

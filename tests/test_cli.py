@@ -1,0 +1,220 @@
+"""``topt-vllm``: what it prints, what it refuses, and how."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from table_factory import make_table
+from tiny_models import SMALL, save_model, save_text
+from transformers import BloomConfig, LlamaConfig, MistralConfig, T5Config
+
+from topt_vllm.calibration.command import calibrate_command, default_output, serve_command
+from topt_vllm.cli.main import main
+from topt_vllm.thresholds import dump, load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny model and a text of 4000 tokens."""
+    path = tmp_path_factory.mktemp("cli")
+    save_model(path / "model", LlamaConfig(**SMALL))
+    save_text(path / "text.txt", 4000)
+    return path
+
+
+def calibrate(folder: Path, *extra: str, output: str = "out.yaml", model: str = "model") -> list[str]:
+    """A command line that works, with changes."""
+    return shlex.split(
+        f"calibrate --model {folder / model} --dataset {folder / 'text.txt'} --output {folder / output} "
+        f"--num-samples 2 --max-seq-length 512 --k 16 {shlex.join(extra)}"
+    )
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
+    )
+
+
+def test_help_needs_nothing_heavy():
+    code = (
+        "import sys\nfrom topt_vllm.cli.main import main\ntry:\n    main(['--help'])\n"
+        "except SystemExit:\n    print({'torch', 'transformers', 'vllm', 'triton'} & set(sys.modules))"
+    )
+    result = run("-c", code)
+    assert result.stdout.endswith("set()\n"), result.stderr
+    assert "calibrate" in result.stdout
+    assert "inspect" in result.stdout
+
+
+def test_package_import_is_light():
+    code = "import sys, topt_vllm; print({'torch', 'transformers', 'vllm', 'triton', 'numpy'} & set(sys.modules))"
+    assert run("-c", code).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("script", [["-m", "topt_vllm.cli.main", "calibrate"], ["scripts/calibrate.py"]])
+def test_user_error_is_one_line_and_status_2(tmp_path, script):
+    arguments = [
+        "--model",
+        str(tmp_path / "none"),
+        "--dataset",
+        "x.txt",
+        "--output",
+        str(tmp_path / "o.yaml"),
+    ]
+    root = Path(__file__).parent.parent
+    script = [str(root / part) if part.endswith(".py") else part for part in script]
+    result = run(*script, *arguments, HF_HUB_OFFLINE="1")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("topt-vllm: error: --model ")
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """Runs a command that must fail as the user's fault; returns its message."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("topt-vllm: error: ")
+    return captured.err
+
+
+REFUSED = {
+    "no samples": (["--num-samples", "0"], "--num-samples is 0"),
+    "k of zero": (["--k", "0", "16"], "--k is [0, 16]"),
+    "k twice": (["--k", "16", "16"], "--k is [16, 16]"),
+    "k too large": (["--k", "300"], "--k 300 needs sequences of at least 1024 tokens"),
+    "context too short": (["--max-seq-length", "4096"], "is 4096, but the model's context is 2048"),
+    "text too short": (
+        ["--num-samples", "7"],
+        "the text has 4000 tokens; 7 calibration sequences and one held back of 512 tokens need 4096",
+    ),
+    "no such layer": (
+        ["--dense-layers", "0", "9"],
+        "[9] are not layers that get thresholds; those are 0 to 2",
+    ),
+    "all layers dense": (["--dense-layers", "0", "1", "2"], "nothing would be sparse"),
+    "sigma": (["--sigma", "nan"], "--sigma is nan"),
+    "no such text": (["--dataset", "missing.txt"], "--dataset missing.txt: no such file"),
+    "no such device": (["--device", "cuda:77"], "--device cuda:77 can't be used here"),
+    "nonsense device": (["--device", "gpu"], "--device gpu can't be used here"),
+    "no such folder": (["--output", "/nowhere/t.yaml"], "the folder /nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize(("extra", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_option_is_refused_before_the_weights(folder, capsys, monkeypatch, extra, message):
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_model", pytest.fail)
+    assert message in refused(capsys, calibrate(folder, *extra))
+    assert not (folder / "out.yaml").exists()
+
+
+def test_bad_records_are_refused(folder, capsys):
+    for text, message in (
+        ('{"text": "fine"}\n{"prompt": "x"}', ':2: an object with a string "text" was expected'),
+        ('{"text": 3}', ':1: an object with a string "text" was expected'),
+        ("\n{oops", ":2: not valid JSON"),
+    ):
+        (folder / "bad.jsonl").write_text(text, encoding="utf-8")
+        assert message in refused(capsys, calibrate(folder, "--dataset", str(folder / "bad.jsonl")))
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    assert "can't be read as UTF-8" in refused(
+        capsys, calibrate(folder, "--dataset", str(folder / "bytes.txt"))
+    )
+
+
+def test_hub_dataset_without_the_library(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in refused(capsys, calibrate(folder, "--dataset", "some/dataset"))
+
+
+MODELS = {
+    "encoder-decoder": (T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2), "encoder-decoder"),
+    "own attention": (
+        BloomConfig(hidden_size=32, n_layer=1, n_head=2),
+        "does not call its AttentionInterface",
+    ),
+    "all windows": (MistralConfig(**SMALL, sliding_window=8), "every layer has a sliding window"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), MODELS.values(), ids=MODELS.keys())
+def test_unsupported_model_is_refused_by_its_configuration(folder, capsys, tmp_path, config, message):
+    config.save_pretrained(tmp_path / "model")
+    assert message in refused(capsys, calibrate(folder, "--model", str(tmp_path / "model")))
+
+
+def test_existing_table_is_refused_at_once(folder, capsys):
+    (folder / "mine.yaml").write_text("mine", encoding="utf-8")
+    message = refused(capsys, calibrate(folder, output="mine.yaml"))
+    assert "mine.yaml exists; give another --output, or --force" in message
+    assert (folder / "mine.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_dry_run_writes_nothing(folder, capsys, monkeypatch):
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_model", pytest.fail)
+    assert main(calibrate(folder, "--dry-run", "--k", "32", "16")) == 0
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["k"] == "16, 32"
+    assert printed["lengths"] == "256, 512"
+    assert not (folder / "out.yaml").exists()
+
+
+def test_calibrate_ends_with_quality_and_the_command_to_serve(folder, capsys):
+    assert main(calibrate(folder, "--k", "16", "32", output="done.yaml")) == 0
+    out = capsys.readouterr().out
+    assert "kept/k p5" in out
+    assert "V rows read" in out
+    assert "vllm serve" in out
+    assert "--attention-backend TOPTHETA" in out
+    assert str(folder / "done.yaml") in out
+    table = load(folder / "done.yaml")
+    assert [budget.k for budget in table.budgets] == [16, 32]
+    assert table.calibration.data[0].name == "text.txt"
+
+
+def test_inspect(tmp_path, capsys):
+    dump(make_table(), tmp_path / "t.yaml")
+    assert main(["inspect", str(tmp_path / "t.yaml"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["model"]["num_query_heads"] == 4
+    assert facts["lengths"] == [256, 512, 1024]
+    assert [budget["k"] for budget in facts["budgets"]] == [64, 128]
+    assert facts["budgets"][0]["dense_layers"] == [0]
+    assert facts["budgets"][0]["quality"]["kept_over_k"] == {"p5": 0.5, "p50": 1.0, "p95": 2.0}
+    assert "layers" not in facts["budgets"][0]
+
+    assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
+    text = capsys.readouterr().out
+    for part in ("tiny (LlamaForCausalLM)", "256, 512, 1024 tokens", "25.0%", "sliding window"):
+        assert part in text
+
+
+def test_inspect_of_a_broken_table(tmp_path, capsys):
+    (tmp_path / "t.yaml").write_text("schema_version: 9", encoding="utf-8")
+    assert "schema_version is 9" in refused(capsys, ["inspect", str(tmp_path / "t.yaml")])
+    assert "can't be read" in refused(capsys, ["inspect", str(tmp_path / "none.yaml")])
+
+
+def test_command_lines_can_be_pasted(tmp_path):
+    model = tmp_path / "my model"
+    model.mkdir()
+    words = shlex.split(calibrate_command(str(model)))
+    assert words[:4] == ["topt-vllm", "calibrate", "--model", str(model)]
+    assert default_output(str(model)) == model / "toptheta.yaml"
+    assert default_output("org/name-7B") == Path("name-7B.yaml")
+
+    found = shlex.split(serve_command(str(model), model / "toptheta.yaml"))
+    assert found == ["vllm", "serve", str(model), "--attention-backend", "TOPTHETA"]
+    named = shlex.split(serve_command(str(model), tmp_path / "it's.yaml"))
+    assert json.loads(named[-1]) == {"toptheta": {"thresholds": str(tmp_path / "it's.yaml")}}

@@ -1,0 +1,50 @@
+"""Tiny random models and texts on disk: whatever a test needs of transformers without a download."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 257,
+    "max_position_embeddings": 2048,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte; token 256 is BOS, which the tokenizer does not add by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def save_model(folder: Path, config: Any) -> Path:
+    """A model with random weights, loud enough for its scores to differ, and its tokenizer."""
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(20)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_text(path: Path, characters: int) -> Path:
+    """Random words."""
+    source = random.Random(0)
+    path.write_text("".join(source.choices("abcdefgh ", k=characters)), encoding="utf-8")
+    return path
