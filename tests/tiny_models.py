@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
 
 SMALL = {
@@ -20,13 +20,17 @@ SMALL = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte; token 256 is BOS, which the tokenizer does not add by itself."""
+def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token per byte; token 256 is BOS, put before a text with ``add_bos``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: i for i, symbol in enumerate(alphabet)} | {"<s>": 256}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if add_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 256)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 

@@ -1,0 +1,351 @@
+"""The calibrator: scores as the operator sees them, thresholds from known scores, and whole runs on tiny models."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import SMALL, byte_tokenizer, save_model, save_text
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
+
+from topt_vllm.attention.common import Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.reference import attend_row, scaled_scores
+from topt_vllm.calibration import scores as scores_module
+from topt_vllm.calibration.calibrate import calibrate, prepare
+from topt_vllm.calibration.capture import captured
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
+from topt_vllm.calibration.quality import HeldBackQuality
+from topt_vllm.calibration.scores import LayerCall, attend
+from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
+from topt_vllm.calibration.texts import cut_sequences
+from topt_vllm.model_identity import identify
+from topt_vllm.thresholds import ThresholdTable, dumps
+
+TEXT = 2700
+GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "gemma2, softcap": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "gemma3, windows": Gemma3TextConfig(**SMALL, **GEMMA),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of a few rows, so that every test crosses their edges."""
+    monkeypatch.setattr(scores_module, "_CHUNK_ELEMENTS", 1000)
+
+
+def random_call(n: int = 70, softcap: float = 0.0) -> LayerCall:
+    torch.manual_seed(1)
+    return LayerCall(
+        layer=5,
+        query=torch.randn(4, n, 8),
+        key=torch.randn(2, n, 8),
+        value=torch.randn(2, n, 8),
+        scale=0.7,
+        softcap=softcap,
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_scores_are_the_operators(softcap):
+    call = random_call(softcap=softcap)
+    scores = call.scores(torch.tensor([0, 3, 41]))
+    for i, row in enumerate((0, 3, 41)):
+        expected = scaled_scores(call.query[:, row], call.key[:, : row + 1], 0.7, softcap)
+        torch.testing.assert_close(scores[:, i, : row + 1], expected)
+        assert torch.isneginf(scores[:, i, row + 1 :]).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.usefixtures("small_chunks")
+def test_attention_in_chunks_is_the_operators(softcap):
+    call = random_call(softcap=softcap)
+    out = attend(call, None)
+    for row in (0, 1, 13, 69):
+        expected = attend_row(
+            call.query[:, row], call.key[:, : row + 1], call.value[:, : row + 1], None, Policy(), 0.7, softcap
+        )
+        torch.testing.assert_close(out[:, row], expected)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_top_k_attention_is_the_operators_with_theta_at_the_kth_score():
+    call = random_call()
+    out = attend(call, 6)
+    for row in (2, 5, 6, 33, 69):
+        key, value = call.key[:, : row + 1], call.value[:, : row + 1]
+        scores = scaled_scores(call.query[:, row], key, 0.7)
+        theta = scores.topk(min(6, row + 1), dim=-1).values[:, -1]
+        # One recent token is kept even below θ; it has to be among the top ones for the two to agree.
+        heads = scores[:, -1] >= theta
+        expected = attend_row(call.query[:, row], key, value, theta, Policy(group_keep="head"), 0.7)
+        torch.testing.assert_close(out[heads, row], expected[heads])
+
+
+def known_scores(n: int, factor: float) -> LayerCall:
+    """Key j of head h scores factor·(h+1)·rank(j), ranks being a permutation: the k-th largest is plain."""
+    torch.manual_seed(0)
+    return LayerCall(
+        layer=2,
+        query=torch.tensor([1.0, 2.0])[:, None, None].expand(2, n, 1),
+        key=torch.randperm(n)[None, :, None].float(),
+        value=torch.zeros(1, n, 1),
+        scale=factor,
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_known_scores_give_known_kth_scores():
+    call = known_scores(300, 0.5)
+    # The last row sees all ranks 0..299: its k-th largest is 300 − k.
+    values = kth_scores(call, torch.tensor([99, 299]), (1, 4, 64))
+    assert values[:, 0, 1].tolist() == [149.5, 148.0, 118.0]
+    assert values[:, 1, 1].tolist() == [299.0, 296.0, 236.0]
+    seen = call.key[0, :100, 0].sort(descending=True).values
+    assert values[:, 0, 0].tolist() == [0.5 * seen[k - 1] for k in (1, 4, 64)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_score_that_is_no_number_names_layer_and_head(value):
+    call = known_scores(100, 1.0)
+    query = call.query.clone()
+    query[1, 70] = value
+    broken = LayerCall(call.layer, query, call.key + 1, call.value, 1.0)
+    with pytest.raises(CalibrationError, match=rf"layer 2, query head 1: a score is {value}"):
+        kth_scores(broken, torch.tensor([50, 70]), (4,))
+
+
+@pytest.mark.parametrize(
+    ("longest", "k", "lengths"),
+    [
+        (2048, 64, [256, 512, 1024, 2048]),
+        (8192, 256, [512, 1024, 2048, 4096, 8192]),
+        (1000, 128, [256, 512, 1000]),
+        (300, 100, [256, 300]),
+        (256, 1, [256]),
+        (1024, 257, [1024]),
+    ],
+)
+def test_calibrated_lengths(longest, k, lengths):
+    assert calibrated_lengths(longest, k) == lengths
+
+
+def test_sampled_rows_lie_around_their_lengths():
+    sample = sample_rows([256, 512, 600], torch.Generator().manual_seed(3))
+    again = sample_rows([256, 512, 600], torch.Generator().manual_seed(3))
+    assert torch.equal(sample.rows, again.rows)
+    contexts = sample.rows + 1
+    assert bool((contexts.diff() >= 0).all())
+    assert int(contexts.max()) <= 600
+    for index, length in enumerate((256, 512, 600)):
+        mine = contexts[sample.length_of == index]
+        assert len(set(mine.tolist())) == 64
+        assert int(mine.min()) > length / math.sqrt(2)
+        assert int(mine.max()) <= length * math.sqrt(2)
+
+
+def test_fit_recovers_a_law():
+    """Rows of the longest length lie below it only; the law's slope must carry θ to the length itself."""
+    lengths = [256, 512, 1024]
+    moments = KthScoreMoments(2, 1, lengths)
+    for seed in range(3):
+        sample = sample_rows(lengths, torch.Generator().manual_seed(seed))
+        log_n = (sample.rows + 1).double().log()
+        moments.add(sample, torch.stack([3.0 + 0.5 * log_n, 1.0 - 2.0 * log_n])[:, None])
+    for budget, (c0, c1) in enumerate([(3.0, 0.5), (1.0, -2.0)]):
+        law, theta = moments.fit(budget, sigma=0.0).rounded()
+        assert law == [[c0, c1]]
+        assert theta[0] == pytest.approx([c0 + c1 * math.log(length) for length in lengths], abs=1e-4)
+
+
+def test_sigma_shifts_by_the_spread_within_a_length():
+    lengths = [256, 512]
+    moments = KthScoreMoments(1, 2, lengths)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sample = sample_rows(lengths, generator)
+        noise = torch.randn(2, len(sample.rows), generator=generator) * torch.tensor([[0.5], [2.0]])
+        moments.add(sample, (noise + 1.5 * (sample.rows + 1).log())[None])
+    plain, shifted = moments.fit(0, 0.0), moments.fit(0, 1.0)
+    expected = torch.tensor([[0.5], [2.0]], dtype=torch.float64)
+    torch.testing.assert_close(shifted.theta - plain.theta, expected.expand(2, 2), rtol=0.03, atol=0)
+    torch.testing.assert_close(shifted.law[:, :1] - plain.law[:, :1], expected, rtol=0.03, atol=0)
+    assert torch.equal(shifted.law[:, 1], plain.law[:, 1])
+
+
+def test_one_row_gives_its_own_score():
+    moments = KthScoreMoments(1, 1, [256])
+    moments.add(RowSample(torch.tensor([255]), torch.tensor([0])), torch.tensor([[[1.25]]]))
+    law, theta = moments.fit(0, sigma=2.0).rounded()
+    assert (law, theta) == ([[1.25, 0.0]], [[1.25]])
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_quality_is_what_the_operator_counts():
+    identity = identify(LlamaConfig(**SMALL), "tiny")
+    call = random_call()
+    rows = torch.tensor([30, 45, 69])
+    thetas = Thetas(torch.tensor([16, 70]), torch.tensor([[1.0, 2.0]] * 4), torch.zeros(4, 2))
+    quality = HeldBackQuality(identity, 10, {5: thetas}, rows, window=0)
+    for part in call.chunks(rows):
+        scores = call.scores(rows[part])
+        quality.add(5, scores, torch.softmax(scores, dim=-1), rows[part], part)
+    result = quality.result(tokens=70)
+
+    statistics = new_statistics()
+    for row in rows.tolist():
+        n = row + 1
+        attend_row(
+            call.query[:, row],
+            call.key[:, :n],
+            call.value[:, :n],
+            thetas.at(n),
+            Policy(),
+            0.7,
+            statistics=statistics,
+        )
+    contexts, layers = 31 + 46 + 70, identity.num_layers
+    read = statistics[Stat.V_ROWS_READ].item() + (layers - 1) * 2 * contexts
+    assert result.v_rows_read == pytest.approx(read / (layers * 2 * contexts), abs=1e-4)
+    assert result.dropped_mass == pytest.approx(statistics[Stat.DROPPED_MASS].item() / 12, abs=1e-4)
+    assert result.kept_over_k.p5 <= result.kept_over_k.p50 <= result.kept_over_k.p95
+
+
+def test_windowed_layers_count_their_window():
+    identity = identify(Gemma3TextConfig(**SMALL, **GEMMA), "tiny")
+    rows = torch.tensor([19, 99])
+    quality = HeldBackQuality(
+        identity, 4, {1: Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))}, rows, 32
+    )
+    scores = torch.full((4, 2, 100), -1.0)
+    quality.add(1, scores, torch.softmax(scores, dim=-1), rows, slice(0, 2))
+    # Two windowed layers read 20 and 32 rows; the full one keeps only the recent token of 20 and 100.
+    assert quality.result(100).v_rows_read == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_capture_leaves_the_model_as_it_is(tmp_path, config):
+    """Hidden states under capture are those of the eager model, softcap and windows included."""
+    model = transformers.AutoModel.from_pretrained(
+        save_model(tmp_path, config), attn_implementation="eager", dtype=torch.float32
+    )
+    tokens = torch.randint(0, 256, (1, 90), generator=torch.Generator().manual_seed(0))
+    identity = identify(model.config, "tiny")
+    seen: list[LayerCall] = []
+    with torch.inference_mode():
+        expected = model(tokens, use_cache=False).last_hidden_state
+        with captured(model, identity, seen.append):
+            found = model(tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert [call.layer for call in seen] == [i for i in range(3) if i not in identity.sliding_window_layers]
+    assert model.config._attn_implementation == "eager"
+
+
+def test_model_whose_layers_are_not_what_its_configuration_says(tmp_path):
+    config = Gemma3TextConfig(**SMALL, **GEMMA)
+    model = transformers.AutoModel.from_pretrained(save_model(tmp_path, config))
+    claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
+    with (
+        torch.inference_mode(),
+        captured(model, claimed, lambda call: None),
+        pytest.raises(CalibrationError, match="layer 0 attends with sliding_window=32"),
+    ):
+        model(torch.zeros(1, 90, dtype=torch.long), use_cache=False)
+
+
+def test_sequences_do_not_overlap_and_the_last_part_is_held_back():
+    tokenizer = byte_tokenizer()
+    documents = ["a" * 40, "b" * 37, "c" * 53]
+    stream = tokenizer("".join(documents))["input_ids"]
+    found = cut_sequences(tokenizer, documents, 3, 30)
+    assert found.held_back == stream[-30:]
+    assert found.calibration == [stream[0:30], stream[35:65], stream[70:100]]
+
+
+def test_sequences_start_as_the_tokenizer_starts_a_text():
+    tokenizer = byte_tokenizer(add_bos=True)
+    assert tokenizer("a")["input_ids"][0] == 256
+    found = cut_sequences(tokenizer, ["abcdefghij"], 1, 6)
+    assert all(
+        len(sequence) == 6 and sequence[0] == 256 for sequence in (*found.calibration, found.held_back)
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """One tiny model of each kind, each with a text."""
+    made = {}
+    for name, config in CONFIGS.items():
+        made[name] = save_model(tmp_path_factory.mktemp("model"), config)
+        save_text(made[name] / "text.txt", TEXT)
+    return made
+
+
+def run(folder: Path, **changes: object) -> ThresholdTable:
+    options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 32), "device": "cpu"} | changes
+    return calibrate(
+        prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options))
+    )
+
+
+def test_same_seed_gives_the_same_bytes(folders, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    first, second = (dumps(run(folders["llama"], seed=7)) for _ in range(2))
+    assert first == second
+    assert "date: '1970-01-02'" in first
+    assert dumps(run(folders["llama"], seed=8)) != first
+
+
+def test_thresholds_keep_about_k_keys(folders):
+    table = run(folders["llama"])
+    assert table.lengths == [256, 512, 600]
+    for budget in table.budgets:
+        assert budget.dense_layers == [0]
+        assert [entry.layer for entry in budget.layers] == [0, 1, 2]
+        assert budget.quality is not None
+        assert 0.7 < budget.quality.kept_over_k.p50 < 1.3
+        assert budget.quality.v_rows_read < 0.7
+    few, many = (budget.quality for budget in table.budgets)
+    assert few.v_rows_read < many.v_rows_read
+    assert few.dropped_mass > many.dropped_mass
+
+
+def test_higher_sigma_keeps_fewer(folders):
+    plain, shifted = (run(folders["llama"], sigma=sigma).budgets[0].quality for sigma in (0.0, 1.0))
+    assert shifted.kept_over_k.p50 < plain.kept_over_k.p50
+
+
+def test_top_k_attention_changes_what_later_layers_see(folders):
+    dense, sparse = (
+        run(folders["llama"], ks=(8,), topk_at_calibration=on, dense_layers=(0,)) for on in (False, True)
+    )
+    layers = [
+        (a.theta == b.theta) for a, b in zip(dense.budgets[0].layers, sparse.budgets[0].layers, strict=True)
+    ]
+    # Layer 0 is dense, so layer 1's input is the same; layer 2 gets what sparse layer 1 gives.
+    assert layers == [True, True, False]
+    assert sparse.calibration.options["topk_at_calibration"] == 8
+
+
+@pytest.mark.parametrize("name", ["gemma2, softcap", "gemma3, windows"])
+def test_windowed_layers_carry_no_thresholds(folders, name):
+    table = run(folders[name])
+    assert table.model.sliding_window_layers == [0, 2]
+    assert [entry.layer for entry in table.budgets[0].layers] == [1]
+    assert table.budgets[0].dense_layers == []
+    if name.startswith("gemma2"):
+        assert all(abs(theta) <= 2.0 for row in table.budgets[0].layers[0].theta for theta in row)
+
+
+def test_broken_weights_are_reported(folders, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[10] = math.nan
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    save_text(tmp_path / "text.txt", TEXT)
+    with pytest.raises(CalibrationError, match="layer 1, query head 1: a score is nan"):
+        run(tmp_path)
