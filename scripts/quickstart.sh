@@ -85,9 +85,11 @@ plays() {
 command_line() { printf '%q ' "$@"; }
 
 prepare_table() {
-    local calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --k 64 128 256 --max-seq-length 8192)
-    mapfile -t -O "${#calibrate[@]}" calibrate < <(printf '%s\n' --dataset && plays macbeth lear othello julius_caesar tempest)
-    calibrate+=(--output "$OWN_TABLE" --force)
+    # The options that the shipped table was made with.
+    local texts calibrate
+    mapfile -t texts < <(plays hamlet othello richard_iii)
+    calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --dataset "${texts[@]}" --num-samples 8
+        --max-seq-length 8192 --k 64 128 256 --dense-layers 0 2 --output "$OWN_TABLE" --force)
     if [[ -z $CALIBRATE ]]; then
         say "The shipped table is used: configs/${SHIPPED##*/}. To calibrate one, run with --calibrate, or:"
         say "  $(command_line "${calibrate[@]}")"
