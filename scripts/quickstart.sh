@@ -82,7 +82,12 @@ plays() {
 }
 
 # Prints an array of words as a command to paste.
-command_line() { printf '%q ' "$@"; }
+command_line() {
+    local word
+    for word in "$@"; do
+        if [[ $word =~ ^[[:alnum:]_./:=,+@%-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
+    done
+}
 
 prepare_table() {
     # The options that the shipped table was made with.
@@ -103,14 +108,11 @@ prepare_table() {
 start_server() {
     local settings command
     settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "k": int(sys.argv[2])}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    # Eager, for compiling the model takes longer than the one answer; serve without it for a longer run.
     command=("$VENV/bin/vllm" serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
         --attention-backend TOPTHETA --additional-config "$settings"
-        --max-model-len 8192 --dtype bfloat16 --host 127.0.0.1 --port "$PORT")
-    if [[ $VENV == *[[:space:]]* ]]; then
-        say "note: torch.compile can't use compilers from a folder with a space in its name, so it is left out."
-        command+=(--enforce-eager)
-    fi
-    say "$(command_line "${command[@]}")"
+        --max-model-len 8192 --dtype bfloat16 --enforce-eager --host 127.0.0.1 --port "$PORT")
+    say "  $(command_line "${command[@]}")"
     # Here the workers leave their counters, which the server adds to its /metrics.
     mkdir "$SCRATCH/prometheus"
     : >"$LOG"
@@ -132,7 +134,7 @@ is_healthy() {
 
 wait_for_health() {
     local started=$SECONDS next=10
-    say "Waiting for the server, which compiles kernels the first time (log: $LOG)"
+    say "Waiting for the server, which compiles the decode kernel the first time (log: $LOG)"
     until is_healthy; do
         # The engine can die and leave a front end that waits for it.
         if ! kill -0 "$SERVER" 2>/dev/null || grep -q 'EngineCore failed to start' "$LOG"; then
