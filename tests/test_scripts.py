@@ -164,7 +164,7 @@ def test_quickstart_ends_with_its_result_and_leaves_nothing(checkout: Path, tmp_
         TMPDIR=str(scratch),
     )
     assert done.returncode == 0, done.stderr
-    assert "topt-vllm calibrate" in done.stdout
+    assert "calibrate --model" in done.stdout
     name, _, result = done.stdout.splitlines()[-1].partition(" ")
     assert name == "QUICKSTART"
     assert json.loads(result)["v_rows_read"] == 0.1
