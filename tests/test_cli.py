@@ -1,11 +1,14 @@
 """``topt-vllm``: what it prints, what it refuses, and how."""
 
+import itertools
 import json
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from table_factory import make_table
@@ -136,6 +139,23 @@ def test_bad_records_are_refused(folder, capsys):
 def test_hub_dataset_without_the_library(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in refused(capsys, calibrate(folder, "--dataset", "some/dataset"))
+
+
+def test_hub_dataset(folder, capsys, monkeypatch):
+    """The library's own streaming call, with as many records as are needed and no more."""
+    asked: list[object] = []
+
+    def load_dataset(name: str, config: str | None, split: str, streaming: bool) -> Iterator[dict[str, str]]:
+        asked.append((name, config, split, streaming))
+        for count in itertools.count():
+            asked[1:] = [count]
+            yield {"text": "some words " * 100}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert main(calibrate(folder, "--dry-run", "--dataset", "org/name:part:test")) == 0
+    assert "org/name:part:test" in capsys.readouterr().out
+    assert asked[0] == ("org/name", "part", "test", True)
+    assert asked[1] < 100
 
 
 MODELS = {
