@@ -89,4 +89,5 @@ logged() {
     return "$status"
 }
 
-last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -vE '^[[:space:]]*$|^WARNING: Location' | tail -n 1 | cut -c 1-110; }
+# Last line of a log that says something; pip's warnings about optional folders don't.
+last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -vE '^[[:space:]]*$|^WARNING: Location' | tail -n 1 | cut -c 1-110 || true; }

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -164,13 +165,12 @@ def prepare_model(model: DemoModel, target: Path) -> None:
 
 def convert(model: DemoModel, gguf: Path, target: Path) -> None:
     """Writes a bfloat16 checkpoint with tokenizer and generation settings from a GGUF file."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # four bars for a few seconds
     say(f"convert to a bfloat16 checkpoint ({gguf.stat().st_size / 2**20:.0f} MiB of GGUF)")
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     network = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
