@@ -76,3 +76,8 @@ def decode(
         statistics,
         scalar,
     )
+
+
+def stream(memory: torch.Tensor) -> int:
+    """Reads all of a tensor with every thread, to measure bandwidth; the sum of its words."""
+    return _operators().stream(memory)

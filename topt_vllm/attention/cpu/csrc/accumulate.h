@@ -9,18 +9,25 @@ template <int MT, int C, typename T>
 inline void accumulate_tile(float* acc, int64_t acc_stride, const float* weights, int64_t weight_stride,
                             const T* const* rows, int count, int dim) {
   Vec16 sum[MT][C];
+TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
+TOPT_UNROLL
     for (int c = 0; c < C; ++c) sum[m][c] = load16(acc + m * acc_stride + dim + c * kLanes);
   }
   for (int i = 0; i < count; ++i) {
     Vec16 row[C];
+TOPT_UNROLL
     for (int c = 0; c < C; ++c) row[c] = load16(rows[i] + dim + c * kLanes);
+TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       const Vec16 weight(weights[m * weight_stride + i]);
+TOPT_UNROLL
       for (int c = 0; c < C; ++c) sum[m][c] = fma16(weight, row[c], sum[m][c]);
     }
   }
+TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
+TOPT_UNROLL
     for (int c = 0; c < C; ++c) store16(acc + m * acc_stride + dim + c * kLanes, sum[m][c]);
   }
 }

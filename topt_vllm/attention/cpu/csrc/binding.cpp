@@ -54,6 +54,7 @@ void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const o
               p.head_dim);
   TORCH_CHECK(p.block_size % 16 == 0 && p.block_size >= 16, "key: expected a block size that is a multiple of 16, got ",
               p.block_size);
+  p.blocks_per_tile = topt::choose_blocks_per_tile(p.head_dim, p.block_size, static_cast<int>(key.element_size()));
   p.key = key.const_data_ptr();
   p.value = value.const_data_ptr();
   p.key_block_stride = key.stride(0), p.key_head_stride = key.stride(1), p.key_dim_stride = key.stride(3);
@@ -175,6 +176,20 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   if (statistics) add_statistics(p, counts, dropped, *statistics);
 }
 
+// Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
+int64_t stream(const Tensor& memory) {
+  TORCH_CHECK(memory.is_contiguous() && memory.device().is_cpu(), "memory: expected a contiguous CPU tensor, got strides ",
+              memory.strides());
+  const auto* words = static_cast<const char*>(memory.const_data_ptr());
+  std::atomic<int64_t> total{0};
+  const int64_t chunk = 1 << 20;
+  const int64_t chunks = static_cast<int64_t>(memory.nbytes()) / chunk;
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    total += topt::sum_words(words + begin * chunk, (end - begin) * chunk);
+  });
+  return total;
+}
+
 }  // namespace
 
 // The library's name carries the build key, so that two builds can live in one process. TORCH_LIBRARY quotes its
@@ -186,5 +201,7 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, int min_seq_len, int sink_tokens, "
       "int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, bool scalar) -> ()");
+  m.def("stream(Tensor memory) -> int");
+  m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));
   m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));
 }

@@ -7,6 +7,9 @@
 #include "schedule.h"
 #include "score.h"
 
+#ifndef TOPT_VHINT
+#define TOPT_VHINT 2
+#endif
 namespace topt {
 
 // Running softmax of the query vectors of an item over a part of its context.
@@ -80,22 +83,29 @@ struct Scratch {
   }
 };
 
-inline float load_element(const Rows& rows, int64_t row, int64_t head, int64_t dim) {
-  const int64_t at = row * rows.row_stride + head * rows.head_stride + dim * rows.dim_stride;
-  switch (rows.dtype) {
-    case DType::kBFloat16: return static_cast<const c10::BFloat16*>(rows.data)[at];
-    case DType::kHalf: return static_cast<const c10::Half*>(rows.data)[at];
-    default: return static_cast<const float*>(rows.data)[at];
+template <typename F>
+auto with_dtype(DType dtype, F&& visit) {
+  switch (dtype) {
+    case DType::kBFloat16: return visit(c10::BFloat16());
+    case DType::kHalf: return visit(c10::Half());
+    default: return visit(float());
   }
 }
 
-inline void store_element(const Rows& rows, int64_t row, int64_t head, int64_t dim, float value) {
-  const int64_t at = row * rows.row_stride + head * rows.head_stride + dim * rows.dim_stride;
-  switch (rows.dtype) {
-    case DType::kBFloat16: static_cast<c10::BFloat16*>(rows.data)[at] = value; break;
-    case DType::kHalf: static_cast<c10::Half*>(rows.data)[at] = value; break;
-    default: static_cast<float*>(rows.data)[at] = value;
-  }
+// One row of one head to or from float32 [D].
+inline void load_row(const Rows& rows, int64_t row, int64_t head, int dim, float* target) {
+  with_dtype(rows.dtype, [&](auto element) {
+    const auto* from = static_cast<const decltype(element)*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+    for (int d = 0; d < dim && rows.dim_stride == 1; d += kLanes) store16(target + d, load16(from + d));
+    for (int d = 0; d < dim && rows.dim_stride != 1; ++d) target[d] = from[d * rows.dim_stride];
+  });
+}
+
+inline void store_row(const Rows& rows, int64_t row, int64_t head, int dim, const float* source) {
+  with_dtype(rows.dtype, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(rows.data) + row * rows.row_stride + head * rows.head_stride;
+    for (int d = 0; d < dim; ++d) to[d * rows.dim_stride] = source[d];
+  });
 }
 
 template <typename T>
@@ -131,12 +141,14 @@ class Decoder {
         const float total = state.used[m] + state.dropped[m];
         const float share = n > 0 ? state.dropped[m] / total : 0.0f;
         const float norm = n > 0 ? 1.0f / total : 0.0f;
-        const float mean = compensate ? share / static_cast<float>(n) : 0.0f;
         dropped += share;
-        for (int d = 0; d < p.head_dim; ++d) {
-          const float value = acc[d] * norm;
-          store_element(p.out, item.row + row, head, d, compensate ? value + mean * sums[d] : value);
+        float* result = s.query;
+        for (int d = 0; d < p.head_dim; d += kLanes) store16(result + d, load16(acc + d) * Vec16(norm));
+        const Vec16 mean(share / static_cast<float>(n));
+        for (int d = 0; d < p.head_dim && compensate; d += kLanes) {
+          store16(result + d, fma16(mean, load16(sums + d), load16(result + d)));
         }
+        store_row(p.out, item.row + row, head, p.head_dim, result);
       }
     }
     return dropped;
@@ -147,19 +159,20 @@ class Decoder {
   Scratch<T>& s;
   const int group;
   Queries queries{};
+  bool dense = false;  // every head of every row keeps everything
 
   void load_queries(const Item& item) {
+    dense = true;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
     for (int row = 0; row < item.rows; ++row) {
       const int n = row_length(p, item.sequence, item.row + row);
       for (int g = 0; g < group; ++g) {
         const int m = row * group + g, head = item.kv_head * group + g;
         s.rules[m] = keep_rule(p, head, n);
-        for (int d = 0; d < p.head_dim; ++d) {
-          const float value = load_element(p.query, item.row + row, head, d);
-          s.query[m * p.head_dim + d] = value;
-          s.pairs[m * p.head_dim + d] = value;
-        }
+        dense &= s.rules[m].dense;
+        float* wide = s.query + m * p.head_dim;
+        load_row(p.query, item.row + row, head, p.head_dim, wide);
+        for (int d = 0; d < p.head_dim && queries.pairs; ++d) s.pairs[m * p.head_dim + d] = wide[d];
       }
     }
   }
@@ -174,29 +187,30 @@ class Decoder {
     return static_cast<const T*>(p.value) + physical * p.value_block_stride + item.kv_head * p.value_head_stride;
   }
 
-  static int blocks(const Problem& p, const Item& item) {
-    return item.context > 0 ? (item.context + p.block_size - 1) / p.block_size : 0;
+  const float* sums_of(const Item& item, int block) const {
+    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
+    return p.value_sums + physical * p.sums_block_stride + item.kv_head * p.sums_head_stride;
   }
 
-  Prefetcher ahead(const Item& item, int block, int last, const Item* after) const {
-    const Item* owner = &item;
-    if (block >= last) {
-      owner = after;
-      block -= last;
-    }
-    if (!owner || block >= blocks(p, *owner)) return {};
-    const char* key = reinterpret_cast<const char*>(key_block(*owner, block));
-    return {key, key + p.head_dim * p.key_dim_stride * sizeof(T)};
+  // K of a block of an item, of the item that follows when `block` lies past the end, or null.
+  const T* later_key(const Item& item, int block, int end, const Item* after) const {
+    if (block < end) return key_block(item, block);
+    return after && block - end < blocks_of(p, *after) ? key_block(*after, block - end) : nullptr;
   }
 
   void score(const Item& item, int tile, int end_tile, const Item* after) {
-    const int per_tile = blocks_per_tile(p), first = tile * per_tile;
-    const int last = std::min(end_tile * per_tile, blocks(p, item));
-    for (int block = first; block < std::min(first + per_tile, last); ++block) {
+    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+    const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
+    const int slices = p.head_dim / (2 * kStripes);
+    const int slice_bytes = 2 * kStripes * p.block_size * static_cast<int>(sizeof(T));
+    const int distance = (kPrefetchBytes + slice_bytes - 1) / slice_bytes;
+    for (int block = first; block < last; ++block) {
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
+      const int near = block + distance / slices;
+      const Ahead<T> ahead{later_key(item, near, end, after), later_key(item, near + 1, end, after),
+                           distance % slices};
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
-                  s.scores + (block - first) * p.block_size, tile_tokens(p),
-                  ahead(item, block + per_tile, last, after));
+                  s.scores + (block - first) * p.block_size, tile_tokens(p), ahead);
     }
   }
 
@@ -204,10 +218,10 @@ class Decoder {
   void select(const Item& item, int row, int start, int count, State& state, Counts& counts) {
     const int words = (count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    bool dense = true;
+    bool keeps_all = true;
     for (int g = 0; g < group; ++g) {
       const int m = row * group + g;
-      dense &= s.rules[m].dense;
+      keeps_all &= s.rules[m].dense;
       const float best = keep_head(m, g, start, count, counts);
       if (best > state.max[m] + kMaxSlack) {
         flush(row, state);
@@ -221,7 +235,7 @@ class Decoder {
       const int m = row * group + g;
       state.skipped[row] += weigh(m, g, words, s.weights + m * s.capacity(p) + pending, state);
     }
-    if (p.vmean && !dense) add_sums(item, row, start, count, state);
+    if (p.vmean && !keeps_all) add_sums(item, row, start, count, state);
   }
 
   // Scales the scores of one vector in place, marks what its own rule keeps, and returns the largest score.
@@ -270,11 +284,11 @@ class Decoder {
       const T* base = value_block(item, token / p.block_size) + token % p.block_size * p.value_token_stride;
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
         const T* value = base + std::countr_zero(left) * p.value_token_stride;
+        rows[pending++] = value;
         const char* line = reinterpret_cast<const char*>(value);
         for (int64_t at = 0; at < p.head_dim * static_cast<int64_t>(sizeof(T)); at += 64) {
-          __builtin_prefetch(line + at, 0, 3);
+          __builtin_prefetch(line + at, 0, TOPT_VHINT);
         }
-        rows[pending++] = value;
       }
     }
     counts.read += pending - s.count[row];
@@ -305,8 +319,7 @@ class Decoder {
     for (int at = start; at < start + count; at += p.block_size) {
       const int block = at / p.block_size, tokens = start + count - at;
       if (tokens >= p.block_size) {
-        const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
-        const float* stored = p.value_sums + physical * p.sums_block_stride + item.kv_head * p.sums_head_stride;
+        const float* stored = sums_of(item, block);
         for (int d = 0; d < p.head_dim; d += kLanes) store16(sums + d, load16(sums + d) + load16(stored + d));
         continue;
       }

@@ -10,4 +10,7 @@ void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
 void run_call(const Problem& p, DType cache, Shared& shared, int worker);
 void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass);
 
+// Sum of the 64-bit words of some memory.
+int64_t sum_words(const char* memory, int64_t bytes);
+
 }  // namespace topt

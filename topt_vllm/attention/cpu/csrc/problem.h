@@ -44,8 +44,19 @@ struct Problem {
   bool keep_union, vmean;
   float scale, softcap;
 
+  // A tile is the K that is scored before selection: one block, or several small ones.
+  int blocks_per_tile;
+
   int group() const { return num_heads / num_kv_heads; }
 };
+
+inline int tile_tokens(const Problem& p) { return p.blocks_per_tile * p.block_size; }
+
+// Tiles of about eight pages of K, which prefetch.h walks side by side, and of 128 tokens at least.
+inline int choose_blocks_per_tile(int head_dim, int block_size, int element_size) {
+  const int bytes = 32768 / (head_dim * block_size * element_size), tokens = 128 / block_size;
+  return bytes > tokens ? (bytes > 1 ? bytes : 1) : (tokens > 1 ? tokens : 1);
+}
 
 // Context length of a query row of a sequence.
 inline int row_length(const Problem& p, int sequence, int row) {

@@ -12,7 +12,7 @@ namespace topt {
 template <typename T>
 void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
   const int group = p.group();
-  std::vector<float> scores, sums(p.head_dim), value_row(p.head_dim);
+  std::vector<float> scores, sums(p.head_dim), query(p.head_dim), result(p.head_dim);
   std::vector<char> kept, read;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     const int32_t* table = p.block_table + sequence * p.block_table_stride;
@@ -24,13 +24,12 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
         read.assign(n, 0);
         for (int g = 0; g < group; ++g) {
           const KeepRule rule = keep_rule(p, kv_head * group + g, n);
+          load_row(p.query, row, kv_head * group + g, p.head_dim, query.data());
           for (int j = 0; j < n; ++j) {
             const T* key = static_cast<const T*>(p.key) + table[j / p.block_size] * p.key_block_stride +
                            kv_head * p.key_head_stride + j % p.block_size;
             float score = 0;
-            for (int d = 0; d < p.head_dim; ++d) {
-              score += load_element(p.query, row, kv_head * group + g, d) * static_cast<float>(key[d * p.key_dim_stride]);
-            }
+            for (int d = 0; d < p.head_dim; ++d) score += query[d] * static_cast<float>(key[d * p.key_dim_stride]);
             score *= p.scale;
             if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
             const bool keep = rule.dense || score >= rule.theta || j < rule.low || j >= rule.high;
@@ -75,8 +74,9 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
           for (int d = 0; d < p.head_dim; ++d) {
             double value = n > 0 ? acc[d] / total : 0.0;
             if (p.vmean && drops) value += dropped / total * sums[d] / n;
-            store_element(p.out, row, kv_head * group + g, d, static_cast<float>(value));
+            result[d] = static_cast<float>(value);
           }
+          store_row(p.out, row, kv_head * group + g, p.head_dim, result.data());
         }
       }
     }

@@ -12,9 +12,6 @@ namespace topt {
 
 constexpr int kMaxItemRows = 8;
 
-// A tile is the K that is scored before selection: one block, or several small ones.
-constexpr int kTileTokens = 128;
-
 struct Item {
   int sequence, kv_head;
   int row, rows;        // query rows, at most kMaxItemRows
@@ -54,8 +51,9 @@ struct Shared {
   std::atomic<int> next_unit{0};
 };
 
-inline int blocks_per_tile(const Problem& p) { return std::max(1, kTileTokens / p.block_size); }
-inline int tile_tokens(const Problem& p) { return blocks_per_tile(p) * p.block_size; }
+inline int blocks_of(const Problem& p, const Item& item) {
+  return item.context > 0 ? (item.context + p.block_size - 1) / p.block_size : 0;
+}
 
 // Fills `s` in place, so that its memory is reused from call to call.
 inline void plan(const Problem& p, int threads, Schedule& s) {
