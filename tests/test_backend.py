@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
-from topt_vllm.backend import page
+from topt_vllm.backend.page import Tail
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 32
 SCALE = HEAD_DIM**-0.5
@@ -160,9 +160,7 @@ def new_cache() -> tuple[torch.Tensor, torch.Tensor]:
     tests use NaN.
     """
     content = NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_DIM
-    pages = torch.full(
-        (NUM_BLOCKS, content + page.tail_bytes(NUM_KV_HEADS, HEAD_DIM) // 2), 1000.0
-    ).bfloat16()
+    pages = torch.full((NUM_BLOCKS, content + Tail(NUM_KV_HEADS, HEAD_DIM).bytes // 2), 1000.0).bfloat16()
     kv_cache = pages[:, :content].view(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     return kv_cache, torch.randperm(NUM_BLOCKS, dtype=torch.int32).view(4, 8)
 
@@ -175,7 +173,7 @@ def reference_output(
     value_sums: torch.Tensor | None,
 ) -> torch.Tensor:
     bound = layer.impl.bound
-    cache = layer.impl._paged_cache(bound, kv_cache)
+    cache = bound.paged_cache(kv_cache)
     cache = PagedCache(cache.key, cache.value, value_sums)
     out = torch.empty_like(query, dtype=torch.float32)
     reference.decode(query, cache, batch, bound.thetas, bound.policy, SCALE, 0.0, out, None)
@@ -216,7 +214,7 @@ def test_decode_rows_are_sparse_and_prefill_rows_are_not(
     assert output.isfinite().all()
     if decoded:
         assert metadata.decode is not None
-        sums = layer.impl.bound.value_sums
+        sums = layer.impl.bound.cache.value_sums
         expected = reference_output(layer, query[:decoded], kv_cache, metadata.decode, sums)
         torch.testing.assert_close(output[:decoded].float(), expected, atol=2e-2, rtol=2e-2)
         read = layer.impl.bound.statistics[Stat.V_ROWS_READ] / layer.impl.bound.statistics[Stat.V_ROWS]
@@ -235,7 +233,7 @@ def test_value_sums_follow_rewritten_blocks(vllm_config: Any):
     block_table = block_table[:1]
     for _ in range(2):
         step(builder, layer, BatchSpec("prefill", [300], [300]), block_table, kv_cache)
-        cache = layer.impl._paged_cache(layer.impl.bound, kv_cache)
+        cache = layer.impl.bound.paged_cache(kv_cache)
         finished = block_table[0, :2].long()
         expected = cache.value[finished].float().sum(dim=2)
         torch.testing.assert_close(cache.value_sums[finished], expected, rtol=1e-5, atol=1e-4)
@@ -259,7 +257,7 @@ def test_speculative_rows_decode_together(vllm_config: Any):
     query, output, metadata = step(builder, layer, batch, block_table, kv_cache)
     assert metadata.num_decode_rows == 9
     assert metadata.decode_lengths.tolist() == [254, 255, 256, 257, 258, 129, 130, 131, 600]
-    expected = reference_output(layer, query, kv_cache, metadata.decode, layer.impl.bound.value_sums)
+    expected = reference_output(layer, query, kv_cache, metadata.decode, layer.impl.bound.cache.value_sums)
     torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
 
 

@@ -32,6 +32,18 @@ class Implementation(Protocol):
     ) -> None: ...
 
 
+class ScreenImplementation(Implementation, Protocol):
+    """An implementation that can drop keys without reading their K; ``k_screen`` asks for one."""
+
+    def screen_bytes(self, head_dim: int, block_size: int) -> int:
+        """Bytes of ``PagedCache.key_screen`` for one KV head of one block."""
+        ...
+
+    def update_screen(self, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
+        """Writes the low-bit copies of blocks (int64, physical numbers) from their K."""
+        ...
+
+
 def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
     """Imports an implementation and does its one-time work (compiling), so that the first step is not slow.
 
@@ -56,6 +68,37 @@ def load_implementation(name: str, device_type: str) -> tuple[str, Implementatio
     if hasattr(module, "prepare"):
         module.prepare()
     return chosen, cast(Implementation, module)
+
+
+def screening(implementation: Implementation) -> ScreenImplementation:
+    """The implementation as one that has a K screen.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not hasattr(implementation, "update_screen"):
+        raise ValueError("this implementation has no K screen; of those here, cpu has one")
+    return cast(ScreenImplementation, implementation)
+
+
+def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
+    """Brings what is stored per block up to date after the last slot of blocks was written.
+
+    Everything is computed from the block's rows again instead of updated, which makes it idempotent: preemption,
+    block reuse and rejected speculative tokens can't corrupt it.
+
+    Args:
+        implementation: From :func:`load_implementation`.
+        cache: The layer's cache; ``value_sums`` and ``key_screen`` are written where present.
+        finished_blocks: int64 [any], physical block numbers.
+    """
+    if not finished_blocks.numel():
+        return
+    if cache.value_sums is not None:
+        sums = cache.value[finished_blocks].sum(dim=2, dtype=torch.float32)
+        cache.value_sums.index_copy_(0, finished_blocks, sums)
+    if cache.key_screen is not None:
+        screening(implementation).update_screen(cache, finished_blocks)
 
 
 def decode(

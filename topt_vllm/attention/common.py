@@ -16,7 +16,7 @@ Compensation = Literal["none", "vmean"]
 
 
 class Stat(IntEnum):
-    """Index of each accumulator in the float64 statistics tensor [6]. Every decoded row adds to all of them."""
+    """Index of each accumulator in the float64 statistics tensor [7]. Every decoded row adds to all of them."""
 
     ROWS = 0  # query rows decoded
     ELEMENTS = 1  # (query head, key) pairs in context: sum of n * H
@@ -24,6 +24,7 @@ class Stat(IntEnum):
     V_ROWS = 3  # (KV head, key) pairs in context: sum of n * Hkv
     V_ROWS_READ = 4  # pairs whose V row some head of the group keeps
     DROPPED_MASS = 5  # probability that was not multiplied with V, summed over query heads
+    K_ROWS_READ = 6  # (KV head, key) pairs whose K was read in full: all of them without a K screen
 
 
 def new_statistics(device: torch.device | str = "cpu") -> torch.Tensor:
@@ -101,11 +102,14 @@ class PagedCache:
         key: [B, Hkv, P, D]. On vLLM's CPU build a block of K is stored column-major: stride(2) == 1.
         value: [B, Hkv, P, D].
         value_sums: float32 [B, Hkv, D], the sum of each finished block's V rows; needed for ``vmean`` only.
+        key_screen: uint8 [B, Hkv, bytes], a low-bit copy of each finished block's K in the implementation's own
+            layout; with it, keys that can't reach θ are dropped without reading their K. None for none.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     value_sums: torch.Tensor | None = None
+    key_screen: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,18 +125,3 @@ class DecodeBatch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-
-
-def update_value_sums(cache: PagedCache, finished_blocks: torch.Tensor) -> None:
-    """Recomputes the V sums of blocks whose last slot was just written.
-
-    Reading the rows again instead of adding to a running sum makes it idempotent: preemption, block reuse and
-    rejected speculative tokens can't corrupt a sum.
-
-    Args:
-        cache: The layer's cache; ``value_sums`` is written.
-        finished_blocks: int64 [any], physical block numbers.
-    """
-    if cache.value_sums is not None and finished_blocks.numel():
-        sums = cache.value[finished_blocks].sum(dim=2, dtype=torch.float32)
-        cache.value_sums.index_copy_(0, finished_blocks, sums)

@@ -101,6 +101,7 @@ def attend_row(
         statistics[Stat.V_ROWS] += read.numel()
         statistics[Stat.V_ROWS_READ] += read.sum()
         statistics[Stat.DROPPED_MASS] += dropped.sum()
+        statistics[Stat.K_ROWS_READ] += read.numel()
     return out
 
 

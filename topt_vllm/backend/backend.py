@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from topt_vllm.backend import compat, page
+from topt_vllm.attention.api import load_implementation, screening
+from topt_vllm.backend import compat
 from topt_vllm.backend.builder import TopThetaMetadataBuilder
 from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.backend.page import Tail
 
 
 class TopThetaBackend(CPUAttentionBackend):
@@ -33,7 +35,7 @@ class TopThetaBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return page.with_tail(spec)
+        return Tail(spec.num_kv_heads, spec.head_size).extend(spec)
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -46,3 +48,13 @@ class TopThetaBackend(CPUAttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+
+class TopThetaScreenBackend(TopThetaBackend):
+    """TOPTHETA with ``k_screen``: pages also carry the low-bit copy of their K."""
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        _, implementation = load_implementation("auto", "cpu")
+        screen_bytes = screening(implementation).screen_bytes(spec.head_size, spec.block_size)
+        return Tail(spec.num_kv_heads, spec.head_size, screen_bytes).extend(spec)

@@ -7,10 +7,10 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Policy, Thetas, update_value_sums
-from topt_vllm.backend import page
+from topt_vllm.attention.common import PagedCache, Policy, Thetas
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.metrics import recorder
+from topt_vllm.backend.page import Tail
 
 
 @dataclass
@@ -24,7 +24,9 @@ class TopThetaLayer:
         dense_reason: Why thetas is None, for the counters; None when it is not.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
-        value_sums: float32 [B, Hkv, D], a view of the cache pages, when the compensation needs it.
+        tail: What the cache pages carry behind K and V.
+        cache: Views of ``source``; made when it is first seen.
+        source: vLLM's tensor of the layer's cache.
     """
 
     implementation: api.Implementation
@@ -32,13 +34,36 @@ class TopThetaLayer:
     thetas: Thetas | None
     dense_reason: str | None
     block_size: int
+    tail: Tail
     statistics: torch.Tensor
-    value_sums: torch.Tensor | None = None
+    cache: PagedCache | None = None
+    source: torch.Tensor | None = None
 
-    @property
-    def needs_value_sums(self) -> bool:
-        """Whether dropped rows are compensated with the mean of V."""
-        return self.policy.compensation == "vmean" and self.thetas is not None
+    def paged_cache(self, kv_cache: torch.Tensor) -> PagedCache:
+        """Views of vLLM's CPU cache [B, Hkv, P, 2D]: first all of a block's K as [D, P], then its V as [P, D].
+
+        Raises:
+            RuntimeError: The cache isn't what the metadata builder was told.
+        """
+        if self.cache is None or self.source is not kv_cache:
+            num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+            if block_size != self.block_size:
+                raise RuntimeError(
+                    f"cache blocks have {block_size} slots, {self.block_size} expected; this is a bug"
+                )
+            head_dim = self.tail.head_dim
+            key, value = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
+            key = key.view(num_blocks, num_kv_heads, head_dim, block_size).transpose(2, 3)
+            needs_sums = self.policy.compensation == "vmean" and self.thetas is not None
+            needs_screen = self.tail.screen_bytes > 0 and self.thetas is not None
+            self.source = kv_cache
+            self.cache = PagedCache(
+                key,
+                value,
+                self.tail.value_sums(kv_cache) if needs_sums else None,
+                self.tail.key_screen(kv_cache) if needs_screen else None,
+            )
+        return self.cache
 
 
 class TopThetaImpl(CPUAttentionBackendImpl):
@@ -79,8 +104,8 @@ class TopThetaImpl(CPUAttentionBackendImpl):
 
         if self.bound is None:
             raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
-        cache = self._paged_cache(self.bound, kv_cache)
-        update_value_sums(cache, attn_metadata.finished_blocks)
+        cache = self.bound.paged_cache(kv_cache)
+        api.finish_blocks(self.bound.implementation, cache, attn_metadata.finished_blocks)
         if attn_metadata.prefill is not None:
             super().forward(
                 layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:], *scales
@@ -103,17 +128,3 @@ class TopThetaImpl(CPUAttentionBackendImpl):
                 self.bound.statistics,
             )
         return output
-
-    def _paged_cache(self, bound: TopThetaLayer, kv_cache: torch.Tensor) -> PagedCache:
-        """Views of vLLM's CPU cache [B, Hkv, P, 2D]: first all of a block's K as [D, P], then its V as [P, D]."""
-        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        if block_size != bound.block_size:
-            raise RuntimeError(
-                f"cache blocks have {block_size} slots, {bound.block_size} expected; this is a bug"
-            )
-        halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, self.head_size)
-        key, value = halves.chunk(2, dim=2)
-        key = key.view(num_blocks, num_kv_heads, self.head_size, block_size).transpose(2, 3)
-        if bound.needs_value_sums and bound.value_sums is None:
-            bound.value_sums = page.value_sums(kv_cache)
-        return PagedCache(key, value, bound.value_sums)

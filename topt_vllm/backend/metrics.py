@@ -26,6 +26,7 @@ _COUNTERS = {
     Stat.KEPT_ELEMENTS: ("toptheta_kept_elements", "Pairs that a query head's own rule kept"),
     Stat.V_ROWS: ("toptheta_v_rows", "(KV head, key) pairs in context of decoded rows"),
     Stat.V_ROWS_READ: ("toptheta_v_rows_read", "V rows read: pairs that some head of the GQA group kept"),
+    Stat.K_ROWS_READ: ("toptheta_k_rows_read", "(KV head, key) pairs whose K was read in full"),
     Stat.DROPPED_MASS: (
         "toptheta_dropped_mass",
         "Attention probability not multiplied with V, over query heads",
@@ -52,7 +53,7 @@ class Recorder:
         threading.Thread(target=self._run, name="toptheta-metrics", daemon=True).start()
 
     def add_layer(self, statistics: torch.Tensor) -> None:
-        """Includes a layer's accumulators (float64 [6]) from now on."""
+        """Includes a layer's accumulators (float64 [7]) from now on."""
         self._layers.append(statistics)
 
     def count_dense_rows(self, reason: str | None, rows: int) -> None:
@@ -82,6 +83,7 @@ class Recorder:
             Stat.KEPT_ELEMENTS: keys * num_heads,
             Stat.V_ROWS: keys * num_kv_heads,
             Stat.V_ROWS_READ: keys * num_kv_heads,
+            Stat.K_ROWS_READ: keys * num_kv_heads,
         }
         for stat, amount in added.items():
             self._platform[stat] += amount

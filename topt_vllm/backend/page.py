@@ -1,50 +1,76 @@
 """The tail of a cache page: per-block data of Top-Theta behind the block's K and V.
 
-A page of vLLM's cache may be padded. TOPTHETA's pages carry the V sums of their block in the padding, so they are
-counted in vLLM's cache budget, live and die with the block, and need no allocation of their own.
+A page of vLLM's cache may be padded. TOPTHETA's pages carry the V sums of their block in the padding, and a low-bit
+copy of its K where that is asked for: both count in its cache budget, live and die with the block, and need no
+allocation of their own.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 _SUM_BYTES = 4  # float32
+_ALIGNMENT = 64  # a cache line
 
 
-def tail_bytes(num_kv_heads: int, head_dim: int) -> int:
-    """Bytes behind K and V of one block: V sums, float32 [Hkv, D]."""
-    return num_kv_heads * head_dim * _SUM_BYTES
+@dataclass(frozen=True)
+class Tail:
+    """What lies behind K and V of one block.
 
-
-def with_tail(spec: Any) -> Any:
-    """A vLLM ``AttentionSpec`` whose pages have room for the tail."""
-    page = spec.unpadded_page_size_bytes + tail_bytes(spec.num_kv_heads, spec.head_size)
-    return replace(spec, page_size_padded=max(page, spec.page_size_padded or 0))
-
-
-def value_sums(kv_cache: torch.Tensor) -> torch.Tensor:
-    """V sums of every block as a view into the pages' tails.
-
-    Args:
-        kv_cache: [B, Hkv, P, 2D], pages padded by :func:`with_tail`.
-
-    Returns:
-        float32 [B, Hkv, D].
-
-    Raises:
-        RuntimeError: The pages have no room for the tail.
+    Attributes:
+        num_kv_heads: KV heads of the layer on this rank.
+        head_dim: D.
+        screen_bytes: Bytes of the low-bit copy of K for one KV head; 0 for none.
     """
-    num_blocks, num_kv_heads, block_size, width = kv_cache.shape
-    head_dim = width // 2
-    item = kv_cache.element_size()
-    page, content = kv_cache.stride(0) * item, num_kv_heads * block_size * width * item
-    if page - content < tail_bytes(num_kv_heads, head_dim):
-        raise RuntimeError(
-            f"cache pages of {page} bytes have no room behind {content} bytes of K and V; this is a bug"
-        )
-    first = kv_cache.storage_offset() * item + content
-    flat = torch.empty(0, dtype=torch.float32).set_(kv_cache.untyped_storage())
-    return flat.as_strided(
-        (num_blocks, num_kv_heads, head_dim), (page // _SUM_BYTES, head_dim, 1), first // _SUM_BYTES
-    )
+
+    num_kv_heads: int
+    head_dim: int
+    screen_bytes: int = 0
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the V sums, float32 [Hkv, D], up to a cache line."""
+        return _aligned(self.num_kv_heads * self.head_dim * _SUM_BYTES)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the whole tail."""
+        return self.sums_bytes + _aligned(self.num_kv_heads * self.screen_bytes)
+
+    def extend(self, spec: Any) -> Any:
+        """A vLLM ``AttentionSpec`` whose pages have room for the tail."""
+        page = spec.unpadded_page_size_bytes + self.bytes
+        return replace(spec, page_size_padded=max(page, spec.page_size_padded or 0))
+
+    def value_sums(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """V sums of every block, a view float32 [B, Hkv, D] of ``kv_cache`` [B, Hkv, P, 2D]."""
+        first, page = self._place(kv_cache)
+        flat = torch.empty(0, dtype=torch.float32).set_(kv_cache.untyped_storage())
+        shape = (kv_cache.shape[0], self.num_kv_heads, self.head_dim)
+        return flat.as_strided(shape, (page // _SUM_BYTES, self.head_dim, 1), first // _SUM_BYTES)
+
+    def key_screen(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Low-bit copies of K, a view uint8 [B, Hkv, screen_bytes] of ``kv_cache`` [B, Hkv, P, 2D]."""
+        first, page = self._place(kv_cache)
+        flat = torch.empty(0, dtype=torch.uint8).set_(kv_cache.untyped_storage())
+        shape = (kv_cache.shape[0], self.num_kv_heads, self.screen_bytes)
+        return flat.as_strided(shape, (page, self.screen_bytes, 1), first + self.sums_bytes)
+
+    def _place(self, kv_cache: torch.Tensor) -> tuple[int, int]:
+        """Byte at which the first block's tail begins, and bytes of a page.
+
+        Raises:
+            RuntimeError: The pages have no room for the tail.
+        """
+        item = kv_cache.element_size()
+        page, content = kv_cache.stride(0) * item, kv_cache[0].numel() * item
+        if page - content < self.bytes:
+            raise RuntimeError(
+                f"cache pages of {page} bytes have no {self.bytes} bytes behind {content} of K and V; this is a bug"
+            )
+        return kv_cache.storage_offset() * item + content, page
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -7,6 +7,7 @@ this class does what its base does.
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.backend import compat
+from topt_vllm.config import TopThetaConfig
 
 _CpuPlatform: Any = compat.cpu_platform_class()
 
@@ -51,4 +52,7 @@ class TopThetaCpuPlatform(_CpuPlatform):
                 f"TOPTHETA can't serve this model here: {'; '.join(reasons)}. "
                 f"Use another --attention-backend, or change the option. ({attn_selector_config})"
             )
-        return compat.BACKEND_PATH
+        from vllm.config import get_current_vllm_config
+
+        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        return compat.BACKEND_PATH if config.k_screen == "off" else compat.SCREEN_BACKEND_PATH

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topt_vllm.attention.api import Implementation, load_implementation
+from topt_vllm.attention.api import Implementation, load_implementation, screening
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import NO_THRESHOLDS, ConfigError, TopThetaConfig
 from topt_vllm.model_identity import ModelIdentity, identify
@@ -58,6 +58,8 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
     found = find_table(config, identity, model_config.model, model_config.revision)
     name, implementation = load_implementation(config.implementation, vllm_config.device_config.device_type)
+    if config.k_screen != "off":
+        screening(implementation)
     thetas: dict[int, Thetas] = {}
     if found is None:
         rows = "every V row is read (θ = −inf" + (
@@ -68,7 +70,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         budget = table.budget(config.k)
         thetas = table.thetas(budget)
         rows = f"table {path}, budget k = {budget.k}, dense layers {budget.dense_layers or 'none'}"
-    return Resolved(config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}")
+    screen = "" if config.k_screen == "off" else f", {config.k_screen} copy of K in the cache"
+    return Resolved(
+        config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}{screen}"
+    )
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:
