@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from topt_vllm.attention import api, common
+from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
 
 NAN = float("nan")
@@ -146,7 +146,7 @@ def random_case(
     cache = paged_cache(key.to(dtype), value.to(dtype))
     finished = cache.value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
     cache = replace(cache, value_sums=sums)
-    common.update_value_sums(cache, finished)
+    api.finish_blocks(implementation("reference"), cache, finished)
     rows = [rows for rows, _ in contexts]
     starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
     # Rows, heads and dimensions of the query are all strided.

@@ -196,7 +196,7 @@ def test_statistics_count_rows_pairs_and_mass(impl: str) -> None:
     statistics += 1
     hand_case(scores, replace(PLAIN, group_keep="union"), [2.0, 2.0]).run(impl, statistics)
     p = softmax(scores[0])
-    expected = [1, 8, 4, 4, 3, 2 * float(p[2])]
+    expected = [1, 8, 4, 4, 3, 2 * float(p[2]), 4]
     close(statistics - 1, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -261,6 +261,7 @@ def check_against_oracle(impl: str, case: Case) -> None:
         Stat.KEPT_ELEMENTS: sum(int(kept.sum()) for kept, _ in sets),
         Stat.V_ROWS: sum(part.numel() for part in read),
         Stat.V_ROWS_READ: sum(int(part.sum()) for part in read),
+        Stat.K_ROWS_READ: sum(part.numel() for part in read),
     }
     assert {stat: int(statistics[stat]) for stat in expected} == expected
     mass = sum(

@@ -51,7 +51,8 @@ def capability_flags(name: str) -> tuple[str, ...]:
     """Compiler flags of a capability; named features instead of -march=native, for a cache may be shared."""
     select = (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}")
     if name == "avx512":
-        bf16 = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+        # Every CPU with AVX512-BF16 has VNNI too.
+        bf16 = ("-mavx512bf16", "-mavx512vnni") if torch.cpu._is_avx512_bf16_supported() else ()
         return (*select, *_AVX512, *bf16)
     return (*select, *_AVX2) if name == "avx2" else select
 

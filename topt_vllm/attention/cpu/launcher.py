@@ -51,7 +51,7 @@ def decode(
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, D], written.
-        statistics: float64 [6] to add to, or None.
+        statistics: float64 [7] to add to, or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
     _operators().decode(
@@ -74,6 +74,7 @@ def decode(
         softcap,
         out,
         statistics,
+        cache.key_screen,
         scalar,
     )
 
@@ -81,3 +82,13 @@ def decode(
 def stream(memory: torch.Tensor) -> int:
     """Reads all of a tensor with every thread, to measure bandwidth; the sum of its words."""
     return _operators().stream(memory)
+
+
+def screen_bytes(head_dim: int, block_size: int) -> int:
+    """Bytes of the 8-bit copy of K for one KV head of one block; csrc/screen.h has the layout."""
+    return _operators().screen_bytes(head_dim, block_size)
+
+
+def update_screen(cache: PagedCache, finished_blocks: torch.Tensor) -> None:
+    """Writes the 8-bit copies of blocks (int64, physical numbers) from their K."""
+    _operators().encode_screen(cache.key, finished_blocks, cache.key_screen)

@@ -39,14 +39,21 @@ topt::Rows rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums) {
-  TORCH_CHECK(key.dim() == 4 && key.sizes() == value.sizes(), "key, value: expected the same [B, Hkv, P, D], got ",
-              key.sizes(), " and ", value.sizes());
-  TORCH_CHECK(key.scalar_type() == value.scalar_type(), "value: expected the dtype of key, ", key.scalar_type(),
-              ", got ", value.scalar_type());
+void set_screen(topt::Problem& p, const optional<Tensor>& screen) {
+  p.screen = nullptr;
+  p.screen_block_stride = 0;
+  if (!screen) return;
+  const int64_t bytes = topt::ScreenBlock::bytes(p.head_dim, p.block_size);
+  check(*screen, "key_screen", 3, at::kByte);
+  TORCH_CHECK(screen->size(1) == p.num_kv_heads && screen->size(2) == bytes && screen->stride(1) == bytes,
+              "key_screen: expected [B, Hkv, ", bytes, "] bytes, contiguous in a block, got ", screen->sizes());
+  p.screen = reinterpret_cast<char*>(screen->data_ptr<uint8_t>());
+  p.screen_block_stride = screen->stride(0);
+}
+
+void set_key(topt::Problem& p, const Tensor& key) {
+  TORCH_CHECK(key.dim() == 4, "key: expected [B, Hkv, P, D], got ", key.sizes());
   TORCH_CHECK(key.stride(2) == 1, "key: expected blocks stored [D, P], so stride(2) == 1, got strides ", key.strides());
-  TORCH_CHECK(value.stride(3) == 1, "value: expected blocks stored [P, D], so stride(3) == 1, got strides ",
-              value.strides());
   p.head_dim = static_cast<int>(key.size(3));
   p.block_size = static_cast<int>(key.size(2));
   p.num_kv_heads = static_cast<int>(key.size(1));
@@ -54,10 +61,19 @@ void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const o
               p.head_dim);
   TORCH_CHECK(p.block_size % 16 == 0 && p.block_size >= 16, "key: expected a block size that is a multiple of 16, got ",
               p.block_size);
-  p.blocks_per_tile = topt::choose_blocks_per_tile(p.head_dim, p.block_size, static_cast<int>(key.element_size()));
   p.key = key.const_data_ptr();
-  p.value = value.const_data_ptr();
   p.key_block_stride = key.stride(0), p.key_head_stride = key.stride(1), p.key_dim_stride = key.stride(3);
+}
+
+void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums) {
+  set_key(p, key);
+  TORCH_CHECK(key.sizes() == value.sizes(), "value: expected the shape of key, ", key.sizes(), ", got ", value.sizes());
+  TORCH_CHECK(key.scalar_type() == value.scalar_type(), "value: expected the dtype of key, ", key.scalar_type(),
+              ", got ", value.scalar_type());
+  TORCH_CHECK(value.stride(3) == 1, "value: expected blocks stored [P, D], so stride(3) == 1, got strides ",
+              value.strides());
+  p.blocks_per_tile = topt::choose_blocks_per_tile(p.head_dim, p.block_size, static_cast<int>(key.element_size()));
+  p.value = value.const_data_ptr();
   p.value_block_stride = value.stride(0), p.value_head_stride = value.stride(1);
   p.value_token_stride = value.stride(2);
   p.value_sums = nullptr;
@@ -124,13 +140,13 @@ void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double
       topt::run_call(p, cache, *call, static_cast<int>(worker));
     }
   });
-  for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read;
+  for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read, counts.keys += unit.keys;
   for (const double item : shared.dropped) dropped += item;
 }
 
 void add_statistics(const topt::Problem& p, const topt::Counts& counts, double dropped, const Tensor& statistics) {
-  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.numel() == 6,
-              "statistics: expected float64 [6], got ", statistics.scalar_type(), " ", statistics.sizes());
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.numel() == 7,
+              "statistics: expected float64 [7], got ", statistics.scalar_type(), " ", statistics.sizes());
   double rows = 0, tokens = 0;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     for (int row = p.query_start_loc[sequence]; row < p.query_start_loc[sequence + 1]; ++row) {
@@ -140,16 +156,17 @@ void add_statistics(const topt::Problem& p, const topt::Counts& counts, double d
   }
   // The order of common.Stat.
   const double added[] = {rows, tokens * p.num_heads, static_cast<double>(counts.kept), tokens * p.num_kv_heads,
-                          static_cast<double>(counts.read), dropped};
+                          static_cast<double>(counts.read), dropped, static_cast<double>(counts.keys)};
   double* target = statistics.data_ptr<double>();
-  for (int i = 0; i < 6; ++i) target[i] += added[i];
+  for (int i = 0; i < 7; ++i) target[i] += added[i];
 }
 
 void decode(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums,
             const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& block_table,
             const optional<Tensor>& lengths, const optional<Tensor>& theta, const optional<Tensor>& law,
             int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens, bool keep_union, bool vmean, double scale,
-            double softcap, Tensor out, const optional<Tensor>& statistics, bool scalar) {
+            double softcap, Tensor out, const optional<Tensor>& statistics, const optional<Tensor>& key_screen,
+            bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -158,6 +175,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.vmean = vmean;
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
+  set_screen(p, key_screen);
   TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
               p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
   set_batch(p, query_start_loc, seq_lens, block_table);
@@ -174,6 +192,25 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   double dropped = 0;
   run(p, dtype_of(key, "key"), counts, dropped, scalar);
   if (statistics) add_statistics(p, counts, dropped, *statistics);
+}
+
+int64_t screen_bytes(int64_t head_dim, int64_t block_size) {
+  return topt::ScreenBlock::bytes(static_cast<int>(head_dim), static_cast<int>(block_size));
+}
+
+// Writes the 8-bit copies of finished blocks.
+void encode_screen(const Tensor& key, const Tensor& blocks, Tensor key_screen) {
+  topt::Problem p{};
+  set_key(p, key);
+  set_screen(p, key_screen);
+  check(blocks, "blocks", 1, at::kLong);
+  const auto* block = blocks.const_data_ptr<int64_t>();
+  const topt::DType dtype = dtype_of(key, "key");
+  at::parallel_for(0, blocks.size(0) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      topt::encode_screen_block(p, dtype, block[i / p.num_kv_heads], static_cast<int>(i % p.num_kv_heads));
+    }
+  });
 }
 
 // Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
@@ -200,7 +237,10 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "decode(Tensor query, Tensor key, Tensor value, Tensor? value_sums, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, int min_seq_len, int sink_tokens, "
       "int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
-      "Tensor(b!)? statistics, bool scalar) -> ()");
+      "Tensor(b!)? statistics, Tensor? key_screen, bool scalar) -> ()");
+  m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
+  m.def("encode_screen(Tensor key, Tensor blocks, Tensor(a!) key_screen) -> ()");
+  m.impl("encode_screen", c10::DispatchKey::CPU, TORCH_FN(encode_screen));
   m.def("stream(Tensor memory) -> int");
   m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));
   m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));

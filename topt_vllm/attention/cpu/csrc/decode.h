@@ -6,6 +6,7 @@
 #include "accumulate.h"
 #include "schedule.h"
 #include "score.h"
+#include "screen.h"
 
 #ifndef TOPT_VHINT
 #define TOPT_VHINT 2
@@ -52,17 +53,20 @@ struct Scratch {
   float *scores, *query, *weights, *state;
   c10::BFloat16* pairs;
   const T** rows;
-  uint32_t *kept, *read;
+  uint32_t *kept, *read, *candidates;
   KeepRule* rules;
+  ScreenQueries screen;
   int count[kMaxItemRows];
 
   static int64_t capacity(const Problem& p) { return kFlushRows + tile_tokens(p) + kLanes; }
   static int64_t bytes(const Problem& p) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
-    const int64_t words = tile / kLanes * (p.group() + 1);
-    int64_t total = 4 * (vectors * tile + vectors * p.head_dim + vectors * capacity(p) + State::size(p) + words);
+    const int64_t words = tile / kLanes * (p.group() + 3), groups = p.head_dim / scale_channels(p.head_dim);
+    // Scores and candidates of two tiles: the screen runs one ahead.
+    int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + State::size(p) + words);
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    return (total + 10 * 64 + 4095) / 4096 * 4096;
+    total += vectors * (p.head_dim + 4 * (2 * groups + 2));
+    return (total + 16 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
@@ -71,7 +75,7 @@ struct Scratch {
       pointer = reinterpret_cast<Element*>(memory);
       memory += (count * sizeof(Element) + 63) / 64 * 64;
     };
-    carve(scores, vectors * tile);
+    carve(scores, 2 * vectors * tile);
     carve(query, vectors * p.head_dim);
     carve(weights, vectors * capacity(p));
     carve(state, State::size(p));
@@ -79,7 +83,15 @@ struct Scratch {
     carve(rows, kMaxItemRows * capacity(p));
     carve(kept, tile / kLanes * p.group());
     carve(read, tile / kLanes);
+    carve(candidates, 2 * (tile / kLanes));
     carve(rules, vectors);
+    const int64_t groups = p.head_dim / scale_channels(p.head_dim);
+    carve(screen.codes, vectors * p.head_dim);
+    carve(screen.half_l1, vectors * groups);
+    carve(screen.offset, vectors * groups);
+    carve(screen.step, vectors);
+    carve(screen.limit, vectors);
+    screen.dim = p.head_dim;
   }
 };
 
@@ -117,8 +129,15 @@ class Decoder {
   void segment(const Item& item, int begin, int end, const Item* after, State& state, Counts& counts) {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
+    if (screened) screen(item, begin);
     for (int tile = begin; tile < end; ++tile) {
-      score(item, tile, end, after);
+      if (screened && tile + 1 < end) screen(item, tile + 1);
+      turn_to(tile);
+      if (screened) {
+        recheck(item, tile, counts);
+      } else {
+        score(item, tile, end, after, counts);
+      }
       for (int row = 0; row < item.rows; ++row) {
         if (s.count[row] >= kFlushRows) flush(row, state);
         const int n = s.rules[row * group].n, start = tile * tile_tokens(p);
@@ -159,10 +178,23 @@ class Decoder {
   Scratch<T>& s;
   const int group;
   Queries queries{};
-  bool dense = false;  // every head of every row keeps everything
+  bool dense = false;     // every head of every row keeps everything
+  bool screened = false;  // every head of every row has a threshold, and blocks have a low-bit copy of K
+  float* scores = nullptr;                // of the tile in turn, [M, tile]
+  uint32_t* candidates = nullptr;         // of the tile in turn, a bit per token
+  int forced_below = 0, forced_from = 0;  // tokens outside [forced_below, forced_from) are candidates
+
+  // With a screen, tiles alternate between two sets of scores.
+  void turn_to(int tile) {
+    const int set = screened ? tile & 1 : 0;
+    scores = s.scores + set * static_cast<int64_t>(queries.count) * tile_tokens(p);
+    candidates = s.candidates + set * (tile_tokens(p) / kLanes);
+  }
 
   void load_queries(const Item& item) {
     dense = true;
+    screened = p.screen != nullptr;
+    forced_below = 0, forced_from = item.context;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
     for (int row = 0; row < item.rows; ++row) {
       const int n = row_length(p, item.sequence, item.row + row);
@@ -170,10 +202,17 @@ class Decoder {
         const int m = row * group + g, head = item.kv_head * group + g;
         s.rules[m] = keep_rule(p, head, n);
         dense &= s.rules[m].dense;
+        screened &= !s.rules[m].dense;
+        forced_below = std::max(forced_below, s.rules[m].low);
+        forced_from = std::min(forced_from, s.rules[m].high);
         float* wide = s.query + m * p.head_dim;
         load_row(p.query, item.row + row, head, p.head_dim, wide);
         for (int d = 0; d < p.head_dim && queries.pairs; ++d) s.pairs[m * p.head_dim + d] = wide[d];
       }
+    }
+    s.screen.count = queries.count;
+    for (int m = 0; m < queries.count && screened; ++m) {
+      encode_query(s.screen, m, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, p.scale, p.softcap);
     }
   }
 
@@ -192,13 +231,21 @@ class Decoder {
     return p.value_sums + physical * p.sums_block_stride + item.kv_head * p.sums_head_stride;
   }
 
+  ScreenBlock screen_of(const Item& item, int block) const {
+    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
+    char* memory = p.screen + physical * p.screen_block_stride;
+    return ScreenBlock(memory + item.kv_head * ScreenBlock::bytes(p.head_dim, p.block_size), p.head_dim, p.block_size);
+  }
+
+  bool is_finished(const Item& item, int block) const { return (block + 1) * p.block_size <= item.context; }
+
   // K of a block of an item, of the item that follows when `block` lies past the end, or null.
   const T* later_key(const Item& item, int block, int end, const Item* after) const {
     if (block < end) return key_block(item, block);
     return after && block - end < blocks_of(p, *after) ? key_block(*after, block - end) : nullptr;
   }
 
-  void score(const Item& item, int tile, int end_tile, const Item* after) {
+  void score(const Item& item, int tile, int end_tile, const Item* after, Counts& counts) {
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
     const int slices = p.head_dim / (2 * kStripes);
@@ -210,7 +257,62 @@ class Decoder {
       const Ahead<T> ahead{later_key(item, near, end, after), later_key(item, near + 1, end, after),
                            distance % slices};
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
-                  s.scores + (block - first) * p.block_size, tile_tokens(p), ahead);
+                  scores + (block - first) * p.block_size, tile_tokens(p), ahead);
+      count_keys(item, block * p.block_size, tokens, counts);
+    }
+  }
+
+  // K rows read in full, once for each query row that sees them.
+  void count_keys(const Item& item, int start, int tokens, Counts& counts) const {
+    for (int row = 0; row < item.rows; ++row) {
+      counts.keys += std::clamp(s.rules[row * group].n - start, 0, tokens);
+    }
+  }
+
+  // Approximate scores of a tile's finished blocks; marks candidates and asks for their K.
+  void screen(const Item& item, int tile) {
+    turn_to(tile);
+    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+    const int words = p.block_size / kLanes;
+    for (int block = first; block < last; ++block) {
+      uint32_t* marks = candidates + (block - first) * words;
+      if (!is_finished(item, block)) {
+        std::fill_n(marks, words, 0xffffu);
+        continue;
+      }
+      std::fill_n(marks, words, 0u);
+      const int later = block + kScreenAhead;
+      screen_block(s.screen, screen_of(item, block), p.block_size, scores + (block - first) * p.block_size,
+                   tile_tokens(p), marks, is_finished(item, later) ? screen_of(item, later).codes : nullptr);
+      const T* key = key_block(item, block);
+      for (int t = 0; t < p.block_size; t += kLineTokens) {
+        if (!is_candidate(marks, block, t)) continue;
+        for (int d = 0; d < p.head_dim; ++d) __builtin_prefetch(key + d * p.key_dim_stride + t, 0, 2);
+      }
+    }
+  }
+
+  // Whether some of the kLineTokens tokens from `t` on may be kept.
+  bool is_candidate(const uint32_t* marks, int block, int t) const {
+    const int token = block * p.block_size + t, end = std::min(p.block_size, t + kLineTokens);
+    uint32_t any = token < forced_below || token + kLineTokens > forced_from;
+    for (int at = t; at < end; at += kLanes) any |= marks[at / kLanes];
+    return any != 0;
+  }
+
+  // Exact scores for the candidates of a screened tile.
+  void recheck(const Item& item, int tile, Counts& counts) {
+    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+    for (int block = first; block < last; ++block) {
+      const uint32_t* marks = candidates + (block - first) * (p.block_size / kLanes);
+      const int tokens = std::min(p.block_size, item.context - block * p.block_size);
+      for (int t = 0; t < tokens; t += kLineTokens) {
+        if (!is_candidate(marks, block, t)) continue;
+        const int count = std::min(kLineTokens, tokens - t);
+        score_block(queries, key_block(item, block) + t, p.key_dim_stride, (count + kLanes - 1) / kLanes * kLanes,
+                    scores + (block - first) * p.block_size + t, tile_tokens(p), Ahead<T>{nullptr, nullptr, 0});
+        count_keys(item, block * p.block_size + t, count, counts);
+      }
     }
   }
 
@@ -241,7 +343,7 @@ class Decoder {
   // Scales the scores of one vector in place, marks what its own rule keeps, and returns the largest score.
   float keep_head(int m, int g, int start, int count, Counts& counts) {
     const KeepRule& rule = s.rules[m];
-    float* scores = s.scores + static_cast<int64_t>(m) * tile_tokens(p);
+    float* scores = this->scores + static_cast<int64_t>(m) * tile_tokens(p);
     uint32_t* kept = s.kept + g * (tile_tokens(p) / kLanes);
     Vec16 best(-kInfinity);
     for (int t = 0; t < count; t += kLanes) {
@@ -297,7 +399,7 @@ class Decoder {
 
   // Adds one vector's exponentials to its sums and writes the weights of the queued rows; returns whether it drops.
   bool weigh(int m, int g, int words, float* weights, State& state) {
-    const float* scores = s.scores + static_cast<int64_t>(m) * tile_tokens(p);
+    const float* scores = this->scores + static_cast<int64_t>(m) * tile_tokens(p);
     const uint32_t* used = p.keep_union ? s.read : s.kept + g * (tile_tokens(p) / kLanes);
     const Vec16 reference(state.max[m]);
     Vec16 used_sum(0.0f), dropped_sum(0.0f);

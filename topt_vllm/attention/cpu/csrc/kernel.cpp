@@ -18,6 +18,14 @@ void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_m
   with_dtype(cache, [&](auto element) { decode_scalar<decltype(element)>(p, counts, dropped_mass); });
 }
 
+void encode_screen_block(const Problem& p, DType cache, int64_t block, int kv_head) {
+  char* memory = p.screen + block * p.screen_block_stride + kv_head * ScreenBlock::bytes(p.head_dim, p.block_size);
+  with_dtype(cache, [&](auto element) {
+    const auto* key = static_cast<const decltype(element)*>(p.key) + block * p.key_block_stride + kv_head * p.key_head_stride;
+    encode_block(key, p.key_dim_stride, p.head_dim, p.block_size, ScreenBlock(memory, p.head_dim, p.block_size));
+  });
+}
+
 int64_t sum_words(const char* memory, int64_t bytes) {
   // Four streams, for one alone leaves load buffers idle.
   int64_t sum[4][8] = {};

@@ -28,6 +28,8 @@ struct Problem {
   int64_t value_block_stride, value_head_stride, value_token_stride;
   const float* value_sums;  // [B, Hkv, D], or null
   int64_t sums_block_stride, sums_head_stride;
+  char* screen;  // [B, Hkv, ScreenBlock::bytes], or null
+  int64_t screen_block_stride;
 
   const int32_t* query_start_loc;  // [S + 1]
   const int32_t* seq_lens;         // [S]

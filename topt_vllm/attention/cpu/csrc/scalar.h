@@ -22,6 +22,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
         scores.assign(static_cast<size_t>(group) * n, 0.0f);
         kept.assign(static_cast<size_t>(group) * n, 0);
         read.assign(n, 0);
+        counts.keys += n;
         for (int g = 0; g < group; ++g) {
           const KeepRule rule = keep_rule(p, kv_head * group + g, n);
           load_row(p.query, row, kv_head * group + g, p.head_dim, query.data());

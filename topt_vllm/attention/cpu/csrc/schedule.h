@@ -39,6 +39,7 @@ struct Schedule {
 
 struct Counts {
   int64_t kept = 0, read = 0;
+  int64_t keys = 0;  // K rows read in full
 };
 
 // What the threads of one call share.

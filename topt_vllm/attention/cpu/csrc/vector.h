@@ -109,6 +109,11 @@ inline uint32_t ge16(const Vec16& v, float limit) {
   return _mm512_cmp_ps_mask(v[0], _mm512_set1_ps(limit), _CMP_GE_OQ);
 }
 
+// Lanes that are not below limit; a NaN lane is not below.
+inline uint32_t not_below16(const Vec16& v, float limit) {
+  return _mm512_cmp_ps_mask(v[0], _mm512_set1_ps(limit), _CMP_NLT_UQ);
+}
+
 // Lanes outside `mask` become `fill`.
 inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
   return Vec16(Vec(_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(mask), v[0])));
@@ -156,6 +161,14 @@ inline uint32_t ge16(const Vec16& v, float limit) {
   store16(lanes, v);
   uint32_t mask = 0;
   for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(lanes[i] >= limit) << i;
+  return mask;
+}
+
+inline uint32_t not_below16(const Vec16& v, float limit) {
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(!(lanes[i] < limit)) << i;
   return mask;
 }
 
