@@ -24,13 +24,18 @@ def main() -> None:
     request = json.load(sys.stdin)
     llm = LLM(logprobs_mode="raw_logits", **request["engine"])
     sampling = SamplingParams(temperature=0.0, max_tokens=request["max_tokens"], logprobs=2, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in request["prompts"]], sampling, use_tqdm=False
+    )
     completions = [output.outputs[0] for output in outputs]
     result = {
         "tokens": [list(completion.token_ids) for completion in completions],
         "texts": [completion.text for completion in completions],
         "logits": [
-            [sorted((entry.logprob for entry in step.values()), reverse=True)[:2] for step in completion.logprobs]
+            [
+                sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+                for step in completion.logprobs
+            ]
             for completion in completions
         ],
         "totals": llm.collective_rpc(worker_totals)[0],

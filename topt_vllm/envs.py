@@ -20,7 +20,8 @@ VARIABLES = {
         "toptheta.thresholds where the command line is yours.",
     ),
     "TOPT_CACHE_DIR": Variable(
-        "~/.cache/topt_vllm", "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset."
+        "~/.cache/topt_vllm",
+        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset.",
     ),
     "TOPT_CPU_CAPABILITY": Variable(
         "auto",
