@@ -153,14 +153,16 @@ def step(
     return query, output, metadata
 
 
-def new_cache() -> tuple[torch.Tensor, torch.Tensor]:
+def new_cache(tail: Tail | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """A poisoned cache and a scattered block table [requests, blocks].
 
     The poison is finite: vLLM's prefill kernel multiplies slots beyond the context by zero. The operator's own
     tests use NaN.
     """
     content = NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_DIM
-    pages = torch.full((NUM_BLOCKS, content + Tail(NUM_KV_HEADS, HEAD_DIM).bytes // 2), 1000.0).bfloat16()
+    pages = torch.full(
+        (NUM_BLOCKS, content + (tail or Tail(NUM_KV_HEADS, HEAD_DIM)).bytes // 2), 1000.0
+    ).bfloat16()
     kv_cache = pages[:, :content].view(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
     return kv_cache, torch.randperm(NUM_BLOCKS, dtype=torch.int32).view(4, 8)
 
@@ -305,3 +307,53 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         assert layer.impl.bound.thetas.theta[:, 0].tolist() == heads
     with pytest.raises(ValueError, match="divides the heads"):
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
+
+
+def test_platforms_without_a_kernel_are_refused_by_name(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    """CUDA and ROCm call validate_configuration before anything is loaded."""
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from topt_vllm.backend.backend import TopThetaBackend
+
+    options = AttentionSelectorConfig(HEAD_DIM, torch.bfloat16, "auto", BLOCK_SIZE)._asdict()
+    assert TopThetaBackend.validate_configuration(**options, device_capability=None) == []
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    reasons = TopThetaBackend.validate_configuration(**options, device_capability=None)
+    assert reasons == ["this release of topt_vllm has no kernel for cpu, only for CPUs"]
+
+
+def test_key_screen_travels_in_the_page_and_keeps_the_same_rows(vllm_config: Any):
+    """The same steps with and without the 8-bit copy: same counts, and K of dropped keys is not read."""
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.full((NUM_HEADS, 1), 2.0), torch.tensor([[2.0, 0.0]] * 4)
+    )
+    outcomes = []
+    for screen in ("off", "int8"):
+        torch.manual_seed(5)
+        vllm_config.additional_config["toptheta"]["k_screen"] = screen
+        builder, layer = build(vllm_config, Policy(), thetas)
+        kv_cache, block_table = new_cache(layer.impl.bound.tail)
+        batch = BatchSpec("decode", [900, 300], [1, 1])
+        fill_contexts(builder, layer, batch, block_table, kv_cache)
+        layer.impl.bound.statistics.zero_()
+        _, output, _ = step(builder, layer, batch, block_table, kv_cache)
+        outcomes.append((output, layer.impl.bound.statistics))
+    del vllm_config.additional_config["toptheta"]["k_screen"]
+    (plain, counted), (screened, counted_screened) = outcomes
+    exact = [Stat.ROWS, Stat.ELEMENTS, Stat.KEPT_ELEMENTS, Stat.V_ROWS, Stat.V_ROWS_READ]
+    assert counted[exact].tolist() == counted_screened[exact].tolist()
+    assert counted_screened[Stat.K_ROWS_READ] < counted[Stat.K_ROWS_READ]
+    torch.testing.assert_close(screened.float(), plain.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_a_screening_backend_asks_for_larger_pages(vllm_config: Any):
+    from topt_vllm.backend.backend import TopThetaBackend, TopThetaScreenBackend
+
+    spec = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
+    )
+    content = spec.unpadded_page_size_bytes
+    plain = TopThetaBackend.customize_spec(spec).page_size_bytes
+    screened = TopThetaScreenBackend.customize_spec(spec).page_size_bytes
+    assert content < plain < 1.02 * content
+    assert 1.2 * content < screened < 1.3 * content
