@@ -7,37 +7,34 @@
 #include "schedule.h"
 #include "score.h"
 
-#ifndef TOPT_VHINT
-#define TOPT_VHINT 2
-#endif
 namespace topt {
 
 // Running softmax of the query vectors of an item over a part of its context.
 struct State {
   float* max;      // [M], reference of the exponents, not above the true maximum by construction of `raise`
-  float* used;     // [M], sum of exp over keys whose V row was used
-  float* dropped;  // [M], sum of exp over the others
+  float* used;     // [M, 16], sum of exp over keys whose V row was used, by lane
+  float* dropped;  // [M, 16], sum of exp over the others
   float* acc;      // [M, D]
   float* sums;     // [rows, D], sum of V over the context, for vmean
   float* skipped;  // [rows], keys that some head dropped: more than 0 calls for compensation
 
   static int64_t size(const Problem& p) {
-    return static_cast<int64_t>(kMaxItemRows) * ((p.group() + 1) * (p.head_dim + 3) + 64);
+    return static_cast<int64_t>(kMaxItemRows) * ((p.group() + 1) * (p.head_dim + 2 * kLanes + 2) + 64);
   }
   State(const Problem& p, int rows, float* memory) {
     const int vectors = rows * p.group();
     acc = memory;
     sums = acc + static_cast<int64_t>(vectors) * p.head_dim;
-    max = sums + static_cast<int64_t>(rows) * p.head_dim;
-    used = max + vectors;
-    dropped = used + vectors;
-    skipped = dropped + vectors;
+    used = sums + static_cast<int64_t>(rows) * p.head_dim;
+    dropped = used + vectors * kLanes;
+    skipped = dropped + vectors * kLanes;
+    max = skipped + rows;
   }
   void clear(const Problem& p, int rows) {
     const int vectors = rows * p.group();
     std::memset(acc, 0, sizeof(float) * (static_cast<int64_t>(vectors + rows) * p.head_dim));
     std::fill_n(max, vectors, std::numeric_limits<float>::lowest());
-    std::memset(used, 0, sizeof(float) * (2 * vectors + rows));
+    std::memset(used, 0, sizeof(float) * (2 * vectors * kLanes + rows));
   }
 };
 
@@ -138,8 +135,9 @@ class Decoder {
       for (int g = 0; g < group; ++g) {
         const int m = row * group + g, head = item.kv_head * group + g;
         const float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
-        const float total = state.used[m] + state.dropped[m];
-        const float share = n > 0 ? state.dropped[m] / total : 0.0f;
+        const float lost = sum16(load16(state.dropped + m * kLanes));
+        const float total = sum16(load16(state.used + m * kLanes)) + lost;
+        const float share = n > 0 ? lost / total : 0.0f;
         const float norm = n > 0 ? 1.0f / total : 0.0f;
         dropped += share;
         float* result = s.query;
@@ -198,17 +196,24 @@ class Decoder {
     return after && block - end < blocks_of(p, *after) ? key_block(*after, block - end) : nullptr;
   }
 
+  // Prefetches into the second level; prefetches into the first wait for its few miss buffers.
+  static void ask(const void* start, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(static_cast<const char*>(start) + at, 0, 2);
+  }
+
   void score(const Item& item, int tile, int end_tile, const Item* after) {
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
-    const int slices = p.head_dim / (2 * kStripes);
-    const int slice_bytes = 2 * kStripes * p.block_size * static_cast<int>(sizeof(T));
-    const int distance = (kPrefetchBytes + slice_bytes - 1) / slice_bytes;
+    // In rows of every stripe, rounded to whole slices.
+    const int stripe = p.head_dim / kStripes;
+    const int row_bytes = kStripes * p.block_size * static_cast<int>(sizeof(T));
+    const int distance = (kPrefetchBytes / row_bytes + kSliceRows - 1) / kSliceRows * kSliceRows;
     for (int block = first; block < last; ++block) {
+      if (p.vmean && !dense) ask(sums_of(item, block), p.head_dim * static_cast<int64_t>(sizeof(float)));
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
-      const int near = block + distance / slices;
+      const int near = block + distance / stripe;
       const Ahead<T> ahead{later_key(item, near, end, after), later_key(item, near + 1, end, after),
-                           distance % slices};
+                           distance % stripe};
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
                   s.scores + (block - first) * p.block_size, tile_tokens(p), ahead);
     }
@@ -268,10 +273,13 @@ class Decoder {
   void raise(int m, float best, State& state) {
     const float factor = std::exp(state.max[m] - best);
     state.max[m] = best;
-    state.used[m] *= factor;
-    state.dropped[m] *= factor;
-    float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
-    for (int d = 0; d < p.head_dim; d += kLanes) store16(acc + d, load16(acc + d) * Vec16(factor));
+    scale(state.used + m * kLanes, kLanes, factor);
+    scale(state.dropped + m * kLanes, kLanes, factor);
+    scale(state.acc + static_cast<int64_t>(m) * p.head_dim, p.head_dim, factor);
+  }
+
+  static void scale(float* values, int count, float factor) {
+    for (int i = 0; i < count; i += kLanes) store16(values + i, load16(values + i) * Vec16(factor));
   }
 
   // Queues the V rows that some head keeps and asks for them.
@@ -285,10 +293,7 @@ class Decoder {
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
         const T* value = base + std::countr_zero(left) * p.value_token_stride;
         rows[pending++] = value;
-        const char* line = reinterpret_cast<const char*>(value);
-        for (int64_t at = 0; at < p.head_dim * static_cast<int64_t>(sizeof(T)); at += 64) {
-          __builtin_prefetch(line + at, 0, TOPT_VHINT);
-        }
+        ask(value, p.head_dim * static_cast<int64_t>(sizeof(T)));
       }
     }
     counts.read += pending - s.count[row];
@@ -300,7 +305,7 @@ class Decoder {
     const float* scores = s.scores + static_cast<int64_t>(m) * tile_tokens(p);
     const uint32_t* used = p.keep_union ? s.read : s.kept + g * (tile_tokens(p) / kLanes);
     const Vec16 reference(state.max[m]);
-    Vec16 used_sum(0.0f), dropped_sum(0.0f);
+    Vec16 used_sum = load16(state.used + m * kLanes), dropped_sum = load16(state.dropped + m * kLanes);
     bool drops = false;
     for (int word = 0; word < words; ++word) {
       const uint32_t read = s.read[word];
@@ -308,8 +313,8 @@ class Decoder {
       split16(exp16(load16(scores + word * kLanes) - reference), read, used[word], used_sum, dropped_sum, weights);
       weights += std::popcount(read);
     }
-    state.used[m] += sum16(used_sum);
-    state.dropped[m] += sum16(dropped_sum);
+    store16(state.used + m * kLanes, used_sum);
+    store16(state.dropped + m * kLanes, dropped_sum);
     return drops;
   }
 
@@ -345,8 +350,10 @@ inline void merge(const Problem& p, int rows, const State& part, State& total) {
     const float reference = std::max(part.max[m], total.max[m]);
     const float ours = std::exp(total.max[m] - reference), theirs = std::exp(part.max[m] - reference);
     total.max[m] = reference;
-    total.used[m] = total.used[m] * ours + part.used[m] * theirs;
-    total.dropped[m] = total.dropped[m] * ours + part.dropped[m] * theirs;
+    for (int i = m * kLanes; i < (m + 1) * kLanes; ++i) {
+      total.used[i] = total.used[i] * ours + part.used[i] * theirs;
+      total.dropped[i] = total.dropped[i] * ours + part.dropped[i] * theirs;
+    }
     float* acc = total.acc + static_cast<int64_t>(m) * p.head_dim;
     const float* other = part.acc + static_cast<int64_t>(m) * p.head_dim;
     for (int d = 0; d < p.head_dim; ++d) acc[d] = acc[d] * ours + other[d] * theirs;

@@ -1,12 +1,9 @@
 // q·k of several query vectors against one block of K, stored [D, P].
 //
-// K is read once, in the order that suits memory: D is cut into eight stripes (a page each at D = P = 128 in
-// bfloat16) that are walked side by side, two rows of each at a time, while the lines a few kilobytes further on in
-// that order are prefetched. Such a slice of K, 16 rows, stays in the first cache for all register tiles; their sums
-// rest in `scores` in between.
+// K is read once, whole rows of it at a time, and from several pages in turns: a slice is two rows of each eighth of
+// D. It stays in the first cache while every register tile of tokens and vectors takes its turn; the sums rest in
+// `scores` between slices. The slice some kilobytes further on is prefetched in the same order.
 #pragma once
-
-#include <algorithm>
 
 #include <algorithm>
 #include <type_traits>
@@ -15,13 +12,11 @@
 
 namespace topt {
 
-constexpr int kStripes = 8;
-
-// Distance between prefetch and use (bytes).
-#ifndef TOPT_DIST
-#define TOPT_DIST 20480
-#endif
-constexpr int kPrefetchBytes = TOPT_DIST;
+// Stripes of D, and the rows of each that make a slice; chosen by measurement (README.md).
+constexpr int kStripes = 8, kSliceRows = 2;
+// Distance between prefetch and use: latency times bandwidth, several times over.
+constexpr int kPrefetchBytes = 20480;
+constexpr int kLineBytes = 64;
 
 // Query vectors of one work item: the heads of a GQA group times the rows that share the context.
 struct Queries {
@@ -35,15 +30,16 @@ template <typename T>
 struct Ahead {
   const T* near;
   const T* far;
-  int slices;
+  int rows;  // of each stripe, to the place in `near`
 };
 
-// Two rows of each stripe.
 struct Slice {
   int stripe;  // rows from one stripe to the next
   bool first, last;
 };
 
+// One register tile of one slice: scores[m, 0 .. 16 C) for MT vectors. `key` points at the first row and token,
+// `ahead` at those of the slice to prefetch, or is null.
 template <int MT, int C, typename T>
 inline void score_tile(const Slice& slice, const float* query, int dim, const T* key, int64_t dim_stride,
                        float* scores, int64_t score_stride, const T* ahead) {
@@ -55,24 +51,22 @@ inline void score_tile(const Slice& slice, const float* query, int dim, const T*
       acc[m][c] = slice.first ? Vec16(0.0f) : load16(scores + m * score_stride + c * kLanes);
     }
   }
-  for (int stripe = 0; stripe < kStripes; ++stripe) {
-    for (int half = 0; half < 2; ++half) {
-      const int d = stripe * slice.stripe + half;
-      if (ahead) {
-        TOPT_UNROLL
-        for (int c = 0; c < C; c += 64 / (kLanes * static_cast<int>(sizeof(T)))) {
-          __builtin_prefetch(ahead + d * dim_stride + c * kLanes, 0, 2);
-        }
-      }
-      Vec16 column[C];
+  for (int at = 0; at < kSliceRows * kStripes; ++at) {
+    const int d = at / (2 * kStripes) * 2 + at % 2 + at / 2 % kStripes * slice.stripe;
+    if (ahead) {
       TOPT_UNROLL
-      for (int c = 0; c < C; ++c) column[c] = load16(key + d * dim_stride + c * kLanes);
-      TOPT_UNROLL
-      for (int m = 0; m < MT; ++m) {
-        const Vec16 q(query[m * dim + d]);
-        TOPT_UNROLL
-        for (int c = 0; c < C; ++c) acc[m][c] = fma16(q, column[c], acc[m][c]);
+      for (int c = 0; c < C; c += kLineBytes / (kLanes * static_cast<int>(sizeof(T)))) {
+        __builtin_prefetch(ahead + d * dim_stride + c * kLanes, 0, 2);
       }
+    }
+    Vec16 column[C];
+    TOPT_UNROLL
+    for (int c = 0; c < C; ++c) column[c] = load16(key + d * dim_stride + c * kLanes);
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      const Vec16 q(query[m * dim + d]);
+      TOPT_UNROLL
+      for (int c = 0; c < C; ++c) acc[m][c] = fma16(q, column[c], acc[m][c]);
     }
   }
   TOPT_UNROLL
@@ -106,9 +100,9 @@ inline void score_tile_pairs(const Slice& slice, const c10::BFloat16* query, int
       high[m][c] = slice.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + 16);
     }
   }
-  for (int stripe = 0; stripe < kStripes; ++stripe) {
-    const int d = stripe * slice.stripe;
-    const c10::BFloat16* row = key + d * dim_stride;
+  for (int at = 0; at < kSliceRows / 2 * kStripes; ++at) {
+    const int d = at / kStripes * 2 + at % kStripes * slice.stripe;
+    const c10::BFloat16* rows = key + d * dim_stride;
     if (ahead) {
       TOPT_UNROLL
       for (int c = 0; c < C; ++c) {
@@ -119,8 +113,8 @@ inline void score_tile_pairs(const Slice& slice, const c10::BFloat16* query, int
     __m512i first[C], second[C];
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
-      const __m512i even = _mm512_loadu_si512(row + 32 * c);
-      const __m512i odd = _mm512_loadu_si512(row + dim_stride + 32 * c);
+      const __m512i even = _mm512_loadu_si512(rows + 32 * c);
+      const __m512i odd = _mm512_loadu_si512(rows + dim_stride + 32 * c);
       first[c] = _mm512_unpacklo_epi16(even, odd);
       second[c] = _mm512_unpackhi_epi16(even, odd);
     }
@@ -189,9 +183,9 @@ template <typename T>
 inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
                         int64_t score_stride, const Ahead<T>& ahead) {
   const int stripe = q.dim / kStripes;
-  for (int row = 0; row < stripe; row += 2) {
-    const Slice slice{stripe, row == 0, row + 2 == stripe};
-    const int target = row + 2 * ahead.slices;
+  for (int row = 0; row < stripe; row += kSliceRows) {
+    const Slice slice{stripe, row == 0, row + kSliceRows == stripe};
+    const int target = row + ahead.rows;
     const T* next = target < stripe ? ahead.near : ahead.far;
     if (next) next += (target < stripe ? target : target - stripe) * dim_stride;
     const T* rows = key + row * dim_stride;
