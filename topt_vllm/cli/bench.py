@@ -129,9 +129,8 @@ def _run_serve(args: argparse.Namespace) -> int:
     print("            tokens/s   ms between tokens   ms to first token   (medians)")
     for name in ("platform", "toptheta"):
         row = outcome[name]
-        print(
-            f"{name:10s} {row['decode_tokens_per_second']:9.1f} {row['itl_ms_median']:19.1f} {row['ttft_ms_median']:19.0f}"
-        )
+        numbers = row["decode_tokens_per_second"], row["itl_ms_median"], row["ttft_ms_median"]
+        print("{:10s} {:9.1f} {:19.1f} {:19.0f}".format(name, *numbers))
     print(f"decode throughput, toptheta / platform: {outcome['ratio_decode']:.2f}")
     if args.json:
         args.json.write_text(json.dumps({**outcome, "provenance": provenance}, indent=1) + "\n")
