@@ -14,8 +14,8 @@ from topt_vllm.version import __version__
 _DECODE = """Times one decode call of our kernel and of the platform's dense kernel in turns, on the same cache in
 the same process, after checking both against a float64 oracle. The synthetic survivors are scattered at random,
 which is hostile to gathering: those of real models cluster."""
-_SERVE = """Serves the model with the platform's backend and with TOPTHETA in turns, sends both the same long prompts
-through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
+_SERVE = """Serves the model with the platform's backend and with TOPTHETA in turns, sends both the same long
+prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
