@@ -102,6 +102,7 @@ def test_capability_beyond_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_capability_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TOPT_CPU_CAPABILITY", raising=False)
     keys = set()
     for found in ("AVX512", "AVX2", "DEFAULT"):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=found: found)

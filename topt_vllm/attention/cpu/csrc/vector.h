@@ -28,7 +28,10 @@ struct Vec16 {
   Vec part[kParts];
 
   Vec16() = default;
-  explicit Vec16(Vec whole) : part{whole} { static_assert(kParts == 1); }
+  // Only where one vector has all lanes.
+  template <int parts = kParts>
+    requires(parts == 1)
+  explicit Vec16(Vec whole) : part{whole} {}
   explicit Vec16(float lane) {
     for (Vec& v : part) v = Vec(lane);
   }
