@@ -1,4 +1,4 @@
-"""The kernel built for lesser vector instructions than this machine's: it compiles, and passes part of its suite."""
+"""The kernel built for lesser vector instructions: it compiles, and passes part of its suite."""
 
 import os
 import subprocess
