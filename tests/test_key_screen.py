@@ -155,7 +155,7 @@ def test_real_caches(name: str, request: pytest.FixtureRequest, unseen_play: Pat
 
     with torch.inference_mode(), captured(model, identify(model.config, name), observe):
         model(input_ids=tokens["input_ids"], use_cache=False)
-    # Gemma 3's keys have outlier channels, so the bound spares nearly nothing; what is kept is the same all the same.
+    # Gemma 3's keys have outlier channels, so the bound spares nearly nothing.
     layers, most = {"smollm2": (30, 0.7), "gemma3": (3, 1.0)}[name]
     assert len(shares) == layers
     assert sum(shares) / len(shares) < most

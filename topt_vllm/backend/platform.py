@@ -52,7 +52,9 @@ class TopThetaCpuPlatform(_CpuPlatform):
                 f"TOPTHETA can't serve this model here: {'; '.join(reasons)}. "
                 f"Use another --attention-backend, or change the option. ({attn_selector_config})"
             )
-        from vllm.config import get_current_vllm_config
+        from vllm.config import get_current_vllm_config_or_none
 
-        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        # Without an engine being built, somebody only asks whether TOPTHETA would do.
+        vllm_config = get_current_vllm_config_or_none()
+        config = TopThetaConfig.from_additional_config(vllm_config.additional_config if vllm_config else {})
         return compat.BACKEND_PATH if config.k_screen == "off" else compat.SCREEN_BACKEND_PATH
