@@ -5,6 +5,7 @@ prometheus_client's multiprocess mode takes them from the worker to the API serv
 PROMETHEUS_MULTIPROC_DIR to an empty folder before the server starts.
 """
 
+import atexit
 import logging
 import threading
 from collections import Counter
@@ -50,7 +51,16 @@ class Recorder:
         self._dense_counter = prometheus_client.Counter(
             "toptheta_dense_rows", "Decoded rows that read every V row, summed over layers", ["reason"]
         )
-        threading.Thread(target=self._run, name="toptheta-metrics", daemon=True).start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="toptheta-metrics", daemon=True)
+        self._thread.start()
+        # A thread that is inside torch while the interpreter goes down aborts the process.
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Exports what is left and ends the thread."""
+        self._stopped.set()
+        self._thread.join()
 
     def add_layer(self, statistics: torch.Tensor) -> None:
         """Includes a layer's accumulators (float64 [7]) from now on."""
@@ -109,13 +119,13 @@ class Recorder:
         return torch.stack([self._platform, *self._layers]).sum(dim=0)
 
     def _run(self) -> None:
-        pause = threading.Event()
         exports = 0
-        while not pause.wait(_EXPORT_SECONDS):
+        while not self._stopped.wait(_EXPORT_SECONDS):
             self.export()
             exports += 1
             if exports % _LOG_EVERY == 0:
                 self._log()
+        self.export()
 
     def _log(self) -> None:
         new = self._exported - self._logged
