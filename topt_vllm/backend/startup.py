@@ -1,6 +1,5 @@
 """What is decided once, before anything is loaded: configuration, threshold table, kernel."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +12,6 @@ from topt_vllm.table_search import find_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-logger = logging.getLogger("vllm.topt_vllm")
 
 
 @dataclass(frozen=True)
