@@ -1,5 +1,6 @@
 """Metadata builder and implementation on vLLM's CPU cache, without an engine."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -346,14 +347,25 @@ def test_key_screen_travels_in_the_page_and_keeps_the_same_rows(vllm_config: Any
     torch.testing.assert_close(screened.float(), plain.float(), atol=2e-2, rtol=2e-2)
 
 
-def test_a_screening_backend_asks_for_larger_pages(vllm_config: Any):
-    from topt_vllm.backend.backend import TopThetaBackend, TopThetaScreenBackend
+def test_a_screen_asks_for_larger_pages_and_its_cost_is_logged(
+    vllm_config: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    from topt_vllm.backend.backend import TopThetaBackend
 
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=NUM_KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
     )
     content = spec.unpadded_page_size_bytes
-    plain = TopThetaBackend.customize_spec(spec).page_size_bytes
-    screened = TopThetaScreenBackend.customize_spec(spec).page_size_bytes
-    assert content < plain < 1.02 * content
-    assert 1.2 * content < screened < 1.3 * content
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    pages = {}
+    for screen in ("off", "int8"):
+        monkeypatch.setitem(vllm_config.additional_config["toptheta"], "k_screen", screen)
+        with caplog.at_level(logging.INFO):
+            _, layer = build(vllm_config)
+        pages[screen] = TopThetaBackend.customize_spec(spec).page_size_bytes
+        tail = layer.impl.bound.tail.bytes
+        assert pages[screen] == content + tail
+        share = f"{tail / pages[screen]:.1%} of each cache page, {tail} bytes per block"
+        assert f"{'V sums and int8 copy of K' if screen == 'int8' else 'V sums'}: {share}" in caplog.text
+    assert content < pages["off"] < 1.02 * content
+    assert 1.2 * content < pages["int8"] < 1.3 * content

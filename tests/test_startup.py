@@ -87,6 +87,11 @@ def test_dense_is_a_choice(start: Any):
     assert "no table found" in start({"on_missing": "dense"}).description
 
 
+def test_dense_is_a_choice_of_the_environment_too(start: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TOPT_THRESHOLDS", "none")
+    assert "θ = −inf)" in start({"on_missing": "dense"}).description
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

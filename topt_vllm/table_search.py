@@ -32,9 +32,9 @@ def find_table(
     Raises:
         ThresholdTableError: No table, a broken one, or one of another model.
     """
-    named = config.thresholds or envs.get("TOPT_THRESHOLDS")
-    if named == NO_THRESHOLDS:
+    if chooses_no_table(config):
         return None
+    named = config.thresholds or envs.get("TOPT_THRESHOLDS")
     candidates = (
         [Path(named).expanduser()] if named else [*_model_folder(model, revision), *_shipped(identity)]
     )
@@ -56,6 +56,11 @@ def find_table(
             f"(served model against table). Calibrate one:\n    {calibrate_command(model)}"
         )
     return table, path
+
+
+def chooses_no_table(config: TopThetaConfig) -> bool:
+    """Whether θ = −inf was asked for, in the configuration or the environment."""
+    return (config.thresholds or envs.get("TOPT_THRESHOLDS")) == NO_THRESHOLDS
 
 
 # The front end checks the table before the engine starts, and each layer of a worker asks again.

@@ -6,11 +6,10 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from topt_vllm.attention.api import load_implementation, screening
 from topt_vllm.backend import compat
 from topt_vllm.backend.builder import TopThetaMetadataBuilder
 from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.page import Tail
+from topt_vllm.backend.page import tail_of
 
 
 class TopThetaBackend(CPUAttentionBackend):
@@ -36,7 +35,8 @@ class TopThetaBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        return Tail(spec.num_kv_heads, spec.head_size).extend(spec)
+        """Pages with room for the V sums and, where configured, the low-bit copy of K."""
+        return tail_of(spec.num_kv_heads, spec.head_size, spec.block_size).extend(spec)
 
     @classmethod
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
@@ -59,13 +59,3 @@ class TopThetaBackend(CPUAttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
-
-
-class TopThetaScreenBackend(TopThetaBackend):
-    """TOPTHETA with ``k_screen``: pages also carry the low-bit copy of their K."""
-
-    @classmethod
-    def customize_spec(cls, spec: Any) -> Any:
-        _, implementation = load_implementation("auto", "cpu")
-        screen_bytes = screening(implementation).screen_bytes(spec.head_size, spec.block_size)
-        return Tail(spec.num_kv_heads, spec.head_size, screen_bytes).extend(spec)

@@ -14,6 +14,7 @@ from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import bind_layer
 from topt_vllm.backend.metadata import TopThetaMetadata
+from topt_vllm.backend.page import tail_of
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
+        tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.block_size)
+        logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
         self._dense_up_to = resolved.dense_up_to
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():

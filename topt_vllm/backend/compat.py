@@ -6,7 +6,6 @@ from typing import Any
 
 BACKEND_NAME = "TOPTHETA"
 BACKEND_PATH = "topt_vllm.backend.backend.TopThetaBackend"
-SCREEN_BACKEND_PATH = "topt_vllm.backend.backend.TopThetaScreenBackend"
 
 logger = logging.getLogger("vllm.topt_vllm")
 

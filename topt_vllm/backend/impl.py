@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Thetas
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.metrics import recorder
-from topt_vllm.backend.page import Tail
+from topt_vllm.backend.page import Tail, configure
+from topt_vllm.config import TopThetaConfig
 
 
 @dataclass
@@ -73,6 +76,8 @@ class TopThetaImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
+        configure(config, current_platform.device_type)
         if self.alibi_slopes is not None:
             raise NotImplementedError("TOPTHETA doesn't support ALiBi (alibi_slopes); use CPU_ATTN")
         if self.sinks is not None:

@@ -4,12 +4,11 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 
-from topt_vllm.attention.api import screening
 from topt_vllm.attention.common import Thetas, new_statistics
 from topt_vllm.backend import compat
 from topt_vllm.backend.impl import TopThetaLayer
 from topt_vllm.backend.metrics import recorder
-from topt_vllm.backend.page import Tail
+from topt_vllm.backend.page import tail_of
 from topt_vllm.backend.startup import Resolved
 
 
@@ -48,17 +47,10 @@ def bind_layer(
         thetas=thetas,
         dense_reason=reason,
         block_size=block_size,
-        tail=_tail(impl, resolved, block_size),
+        tail=tail_of(impl.num_kv_heads, impl.head_size, block_size),
         statistics=new_statistics(),
     )
     recorder().add_layer(impl.bound.statistics)
-
-
-def _tail(impl: Any, resolved: Resolved, block_size: int) -> Tail:
-    if resolved.config.k_screen == "off":
-        return Tail(impl.num_kv_heads, impl.head_size)
-    screen_bytes = screening(resolved.implementation).screen_bytes(impl.head_size, block_size)
-    return Tail(impl.num_kv_heads, impl.head_size, screen_bytes)
 
 
 def _rank_slice(

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from topt_vllm.attention.api import ScreenImplementation, load_implementation, screening
+from topt_vllm.config import TopThetaConfig
+
 _SUM_BYTES = 4  # float32
 _ALIGNMENT = 64  # a cache line
 
@@ -43,6 +46,12 @@ class Tail:
         page = spec.unpadded_page_size_bytes + self.bytes
         return replace(spec, page_size_padded=max(page, spec.page_size_padded or 0))
 
+    def describe(self, spec: Any, k_screen: str) -> str:
+        """What the tail costs in the pages of a vLLM ``AttentionSpec``, for the log."""
+        parts = f"V sums and {k_screen} copy of K" if self.screen_bytes else "V sums"
+        share = self.bytes / self.extend(spec).page_size_bytes
+        return f"{parts}: {share:.1%} of each cache page, {self.bytes} bytes per block of a layer"
+
     def value_sums(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """V sums of every block, a view float32 [B, Hkv, D] of ``kv_cache`` [B, Hkv, P, 2D]."""
         first, page = self._place(kv_cache)
@@ -70,6 +79,30 @@ class Tail:
                 f"cache pages of {page} bytes have no {self.bytes} bytes behind {content} of K and V; this is a bug"
             )
         return kv_cache.storage_offset() * item + content, page
+
+
+# Of the engine that this process builds. vLLM asks a backend for its pages without an engine's configuration at
+# hand (0.32), and remembers the backend of a layer shape for the process, so the backend class can't carry it.
+_screen: ScreenImplementation | None = None
+
+
+def configure(config: TopThetaConfig, device_type: str) -> None:
+    """Settles what :func:`tail_of` gives; every layer calls it when it is made, before any page is laid out.
+
+    Raises:
+        ValueError: The configured implementation is not available here or has no K screen.
+        RuntimeError: It can't be built.
+    """
+    global _screen
+    _screen = None
+    if config.k_screen != "off":
+        _screen = screening(load_implementation(config.implementation, device_type)[1])
+
+
+def tail_of(num_kv_heads: int, head_dim: int, block_size: int) -> Tail:
+    """The tail of a layer's pages under the configuration in force."""
+    screen_bytes = _screen.screen_bytes(head_dim, block_size) if _screen else 0
+    return Tail(num_kv_heads, head_dim, screen_bytes)
 
 
 def _aligned(size: int) -> int:

@@ -7,7 +7,6 @@ this class does what its base does.
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.backend import compat
-from topt_vllm.config import TopThetaConfig
 
 _CpuPlatform: Any = compat.cpu_platform_class()
 
@@ -52,9 +51,4 @@ class TopThetaCpuPlatform(_CpuPlatform):
                 f"TOPTHETA can't serve this model here: {'; '.join(reasons)}. "
                 f"Use another --attention-backend, or change the option. ({attn_selector_config})"
             )
-        from vllm.config import get_current_vllm_config_or_none
-
-        # Without an engine being built, somebody only asks whether TOPTHETA would do.
-        vllm_config = get_current_vllm_config_or_none()
-        config = TopThetaConfig.from_additional_config(vllm_config.additional_config if vllm_config else {})
-        return compat.BACKEND_PATH if config.k_screen == "off" else compat.SCREEN_BACKEND_PATH
+        return compat.BACKEND_PATH

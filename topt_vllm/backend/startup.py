@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from topt_vllm.attention.api import Implementation, load_implementation, screening
 from topt_vllm.attention.common import Thetas
-from topt_vllm.config import NO_THRESHOLDS, ConfigError, TopThetaConfig
+from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.model_identity import ModelIdentity, identify
-from topt_vllm.table_search import find_table
+from topt_vllm.table_search import chooses_no_table, find_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,18 +59,13 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         screening(implementation)
     thetas: dict[int, Thetas] = {}
     if found is None:
-        rows = "every V row is read (θ = −inf" + (
-            ")" if config.thresholds == NO_THRESHOLDS else ": no table found)"
-        )
+        rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
         table, path = found
         budget = table.budget(config.k)
         thetas = table.thetas(budget)
         rows = f"table {path}, budget k = {budget.k}, dense layers {budget.dense_layers or 'none'}"
-    screen = "" if config.k_screen == "off" else f", {config.k_screen} copy of K in the cache"
-    return Resolved(
-        config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}{screen}"
-    )
+    return Resolved(config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}")
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:
