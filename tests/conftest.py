@@ -1,10 +1,14 @@
 """Fixtures that several test files share: what scripts/prepare_demo.py puts into the cache folder."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from topt_vllm import envs
+
+# The Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def prepared(part: str) -> Path:

@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, Policy, Stat, Thetas, new_statistics
 
-IMPLS = ["reference", "cpu", "cpu-scalar"]
+IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
 KERNELS = [name for name in IMPLS if name != "reference"]
+CPU_KERNELS = ["cpu", "cpu-scalar"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PLAIN = Policy(group_keep="head", compensation="none")
 
 every_implementation = pytest.mark.parametrize("impl", IMPLS)
 kernels_only = pytest.mark.parametrize("impl", KERNELS)
+cpu_kernels_only = pytest.mark.parametrize("impl", CPU_KERNELS)
 
 
 def hand_case(
@@ -444,7 +446,7 @@ def test_kept_set_equals_reference_but_for_ties(impl: str, dtype: torch.dtype) -
     assert float(near.float().mean()) < 0.005
 
 
-@kernels_only
+@cpu_kernels_only
 def test_result_does_not_depend_on_the_threads(impl: str) -> None:
     case = random_case([(1, 5000), (1, 70), (3, 900)], dtype=torch.float32)
     threads = torch.get_num_threads()
@@ -487,7 +489,7 @@ REFUSED = {
 }
 
 
-@kernels_only
+@cpu_kernels_only
 @pytest.mark.parametrize("what", REFUSED)
 def test_refusals_name_argument_expected_and_got(impl: str, what: str) -> None:
     change, message = REFUSED[what]

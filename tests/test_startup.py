@@ -142,8 +142,11 @@ def test_vllm_options_that_would_break_the_sums_are_refused(start: Any):
         start({"thresholds": "none"}, fast_prefill=True)
 
 
-def test_a_named_implementation_runs_or_fails(start: Any):
-    with pytest.raises(ValueError, match=r"'triton' is not available for cpu tensors"):
+def test_a_named_implementation_runs_or_fails(start: Any, monkeypatch: pytest.MonkeyPatch):
+    from topt_vllm.attention.triton import launcher
+
+    monkeypatch.setattr(launcher, "interpreted", lambda: False)
+    with pytest.raises(RuntimeError, match=r"runs on GPUs, .* on the CPU.*TRITON_INTERPRET=1"):
         start({"thresholds": "none", "implementation": "triton"})
     assert start({"thresholds": "none", "implementation": "reference"}).implementation_name == "reference"
     assert start({"thresholds": "none"}).implementation_name == "cpu"

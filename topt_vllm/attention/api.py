@@ -11,8 +11,9 @@ from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
 IMPLEMENTATIONS = {
     "reference": "topt_vllm.attention.reference",
     "cpu": "topt_vllm.attention.cpu.launcher",
+    "triton": "topt_vllm.attention.triton.launcher",
 }
-_AUTO = {"cpu": "cpu"}
+_AUTO = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Implementation(Protocol):
@@ -66,7 +67,7 @@ def load_implementation(name: str, device_type: str) -> tuple[str, Implementatio
         )
     module = importlib.import_module(IMPLEMENTATIONS[chosen])
     if hasattr(module, "prepare"):
-        module.prepare()
+        module.prepare(device_type)
     return chosen, cast(Implementation, module)
 
 

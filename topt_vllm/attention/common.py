@@ -104,12 +104,16 @@ class PagedCache:
         value_sums: float32 [B, Hkv, D], the sum of each finished block's V rows; needed for ``vmean`` only.
         key_screen: uint8 [B, Hkv, bytes], a low-bit copy of each finished block's K in the implementation's own
             layout; with it, keys that can't reach θ are dropped without reading their K. None for none.
+        key_scale: float32 [1], K is what is stored times this; None for 1. For fp8 caches.
+        value_scale: float32 [1], as ``key_scale`` for V; ``value_sums`` are sums of what is stored.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     value_sums: torch.Tensor | None = None
     key_screen: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,10 @@ class DecodeBatch:
         query_start_loc: int32 [S + 1], first query row of each sequence.
         seq_lens: int32 [S], context length of each sequence's last query row (tokens).
         block_table: int32 [S, max blocks], physical block of each logical block.
+        max_query_rows: No sequence has more query rows; None for unknown. Spares a GPU programs without rows.
     """
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    max_query_rows: int | None = None

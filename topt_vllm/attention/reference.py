@@ -122,8 +122,8 @@ def decode(
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
         blocks = batch.block_table[sequence, : -(-last_len // block_size)].long()
-        key = cache.key[blocks].transpose(0, 1).flatten(1, 2)
-        value = cache.value[blocks].transpose(0, 1).flatten(1, 2)
+        key = _gather(cache.key, blocks, cache.key_scale)
+        value = _gather(cache.value, blocks, cache.value_scale)
         for row in range(first, end):
             n = last_len - (end - 1 - row)
             out[row] = attend_row(
@@ -137,3 +137,9 @@ def decode(
                 dense_from=n // block_size * block_size if policy.compensation == "vmean" else None,
                 statistics=statistics,
             ).to(out.dtype)
+
+
+def _gather(part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """K or V of a sequence's blocks, [Hkv, n, D]; fp8 as float32, times its scale."""
+    rows = part[blocks].transpose(0, 1).flatten(1, 2)
+    return rows if scale is None else rows.float() * scale

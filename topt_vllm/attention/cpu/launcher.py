@@ -19,12 +19,16 @@ def _operators() -> Any:
     return getattr(torch.ops, library.namespace)
 
 
-def prepare() -> None:
+def prepare(device_type: str = "cpu") -> None:
     """Compiles the kernel if this machine has not yet, and loads it.
 
     Raises:
-        RuntimeError: No compiler, or it failed; the message has its output and the remedy.
+        RuntimeError: Another device, or no compiler, or it failed; the message has its output and the remedy.
     """
+    if device_type != "cpu":
+        raise RuntimeError(
+            f"the cpu kernel can't read {device_type} tensors; use implementation auto or triton for them"
+        )
     _operators()
 
 
