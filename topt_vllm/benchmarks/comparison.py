@@ -1,0 +1,199 @@
+"""Checks, then times ours against the platform's kernel on the same cache in the same process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import Policy, Stat, Thetas
+from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.kernels import count, our_kernel, platform_kernel, with_screen
+from topt_vllm.benchmarks.oracle import Expectation, expect
+from topt_vllm.benchmarks.timing import Variant, streaming_bandwidth, take_turns
+
+# What a K screen may not change.
+_KEPT = [Stat.KEPT_ELEMENTS, Stat.V_ROWS_READ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Thresholds to measure.
+
+    Attributes:
+        keep: The share of keys that they aim at.
+        thetas: One entry per layer; None for dense.
+        k: Budget of a threshold table; None where there is none.
+    """
+
+    keep: float
+    thetas: list[Thetas | None]
+    k: int | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether every row is kept, so that a K screen has nothing to do."""
+        return all(entry is None for entry in self.thetas)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One of our variants and what it counted."""
+
+    variant: Variant
+    target: Target
+    k_screen: str
+    error: float
+    counts: torch.Tensor
+    bytes_moved: int
+
+
+def compare(
+    layers: Sequence[Inputs],
+    targets: Sequence[Target],
+    k_screens: Sequence[str],
+    policy: Policy,
+    seconds: float,
+    implementation: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Checks every variant against float64, lets them take turns, and describes each.
+
+    A call runs over all layers, so that each layer's cache has left the processor's own when its turn comes.
+
+    Args:
+        layers: The cases, all of one shape.
+        targets: Thresholds.
+        k_screens: Values of ``k_screen`` for the targets that are not dense.
+        policy: Selection and compensation.
+        seconds: Time for the turns.
+        implementation: Key of ``api.IMPLEMENTATIONS``.
+
+    Returns:
+        One record per target and screen.
+
+    Raises:
+        RuntimeError: A kernel is wrong, or a K screen changes what is kept; nothing is timed then.
+    """
+    _, module = api.load_implementation(implementation, "cpu")
+    everything = Target(1.0, [None] * len(layers))
+    dense = [expect(inputs, None, policy) for inputs in layers]
+    stock = platform_kernel(layers)
+    if stock:
+        _check(stock, dense)
+    keep_all = our_kernel("every row", module, layers, everything.thetas, policy)
+    _check(keep_all, dense)
+    screened = {name: [with_screen(module, inputs, name) for inputs in layers] for name in k_screens}
+    columns: list[_Column] = []
+    for target in targets:
+        if target.dense:
+            columns.append(_column(module, keep_all, layers, target, "off", dense, policy))
+            continue
+        expected = [
+            expect(inputs, theta, policy) for inputs, theta in zip(layers, target.thetas, strict=True)
+        ]
+        kept = _kept(count(module, layers, target.thetas, policy))
+        for name in k_screens:
+            label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
+            variant = our_kernel(f"{label}, k_screen {name}", module, screened[name], target.thetas, policy)
+            columns.append(_column(module, variant, screened[name], target, name, expected, policy))
+            found = _kept(count(module, screened[name], target.thetas, policy))
+            if not torch.equal(found, kept):
+                raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
+    bandwidth = streaming_bandwidth(module)
+    ours = [column.variant for column in columns if column.variant is not keep_all]
+    take_turns([*([stock] if stock else []), keep_all, *ours], seconds)
+    bandwidth = max(bandwidth, streaming_bandwidth(module))
+    return [_record(layers, column, stock, keep_all, bandwidth) for column in columns]
+
+
+def _kept(counts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(counts)[:, _KEPT]
+
+
+def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
+    """Largest error of any layer.
+
+    Raises:
+        RuntimeError: One is larger than rounding explains, or rounding would explain nearly anything.
+    """
+    variant.call()
+    ties, kept = sum(entry.ties for entry in expected), sum(entry.kept for entry in expected)
+    if ties > max(2, kept // 100):
+        raise RuntimeError(
+            f"{variant.name}: rounding decides about {ties} of {kept} keys, so a check would say little; not timed"
+        )
+    largest = 0.0
+    for index, (out, expectation) in enumerate(zip(variant.outs, expected, strict=True)):
+        error = expectation.error(out)
+        if not error <= expectation.allowed:
+            raise RuntimeError(
+                f"{variant.name}: error {error:.3g} against float64 in the call's layer {index}, "
+                f"allowed {expectation.allowed:.3g}; not timed"
+            )
+        largest = max(largest, error)
+    return largest
+
+
+def _column(
+    module: api.Implementation,
+    variant: Variant,
+    layers: Sequence[Inputs],
+    target: Target,
+    k_screen: str,
+    expected: Sequence[Expectation],
+    policy: Policy,
+) -> _Column:
+    error = _check(variant, expected)
+    counts = torch.stack(count(module, layers, target.thetas, policy)).sum(dim=0)
+    compensated = policy.compensation == "vmean" and not target.dense
+    return _Column(variant, target, k_screen, error, counts, _bytes_moved(layers, counts, compensated))
+
+
+def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bool) -> int:
+    """Rows of K and V that were read in full, V sums, and the low-bit copies of finished blocks (bytes)."""
+    shape = layers[0].shape
+    row = shape.head_dim * layers[0].query.element_size()
+    moved = int(counts[Stat.K_ROWS_READ] + counts[Stat.V_ROWS_READ]) * row
+    for inputs in layers:
+        if compensated:
+            moved += shape.batch * shape.blocks * shape.kv_heads * shape.head_dim * 4
+        if inputs.cache.key_screen is not None:
+            moved += inputs.finished_blocks.numel() * inputs.cache.key_screen[0].numel()
+    return moved
+
+
+def _record(
+    layers: Sequence[Inputs], column: _Column, stock: Variant | None, keep_all: Variant, bandwidth: float
+) -> dict[str, Any]:
+    shape, variant, counts = layers[0].shape, column.variant, column.counts
+    ms, moved = variant.median, column.bytes_moved
+    return {
+        "batch": shape.batch,
+        "seq_len": shape.seq_len,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "block_size": shape.block_size,
+        "dtype": str(shape.dtype).removeprefix("torch."),
+        "layers": len(layers),
+        "k": column.target.k,
+        "keep_target": column.target.keep,
+        "k_screen": column.k_screen,
+        "v_rows_read": float(counts[Stat.V_ROWS_READ] / counts[Stat.V_ROWS]),
+        "k_rows_read": float(counts[Stat.K_ROWS_READ] / counts[Stat.V_ROWS]),
+        "ms": ms,
+        "ms_p20": variant.quantile(0.2),
+        "ms_p80": variant.quantile(0.8),
+        "ms_platform": stock.median if stock else None,
+        "ms_platform_p20": stock.quantile(0.2) if stock else None,
+        "ms_platform_p80": stock.quantile(0.8) if stock else None,
+        "ratio_platform": stock.median / ms if stock else None,
+        "ratio_keep_all": keep_all.median / ms,
+        "bytes_moved": moved,
+        "gbps": moved / ms / 1e6,
+        "streaming_gbps": bandwidth,
+        "bandwidth_share": moved / ms / 1e6 / bandwidth,
+        "max_error": column.error,
+        "rounds": len(variant.seconds),
+    }

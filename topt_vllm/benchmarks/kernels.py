@@ -1,0 +1,135 @@
+"""The two kernels that are compared, each as one call over every layer of a case."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import Policy, Thetas, new_statistics
+from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.timing import Call, Variant
+
+
+def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
+    """vLLM's CPU_ATTN decode kernel; None where vLLM for CPU is not installed."""
+    try:
+        from vllm import _custom_ops  # noqa: F401
+
+        torch.ops._C.cpu_attention_with_kv_cache  # noqa: B018
+    except (ImportError, AttributeError):
+        return None
+    outs = _poisoned(layers)
+    calls = [_platform_call(inputs, out) for inputs, out in zip(layers, outs, strict=True)]
+    return Variant("platform", lambda: _run_all(calls), outs, [None] * len(layers))
+
+
+def our_kernel(
+    name: str,
+    implementation: api.Implementation,
+    layers: Sequence[Inputs],
+    thetas: Sequence[Thetas | None],
+    policy: Policy,
+) -> Variant:
+    """Ours at these thresholds, one entry per layer."""
+    outs = _poisoned(layers)
+    calls = [
+        _our_call(implementation, inputs, theta, policy, out, None)
+        for inputs, theta, out in zip(layers, thetas, outs, strict=True)
+    ]
+    return Variant(name, lambda: _run_all(calls), outs, list(thetas))
+
+
+def count(
+    implementation: api.Implementation,
+    layers: Sequence[Inputs],
+    thetas: Sequence[Thetas | None],
+    policy: Policy,
+) -> list[torch.Tensor]:
+    """Statistics of one call, one tensor per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
+    found = []
+    for inputs, theta in zip(layers, thetas, strict=True):
+        found.append(new_statistics())
+        out = torch.empty_like(inputs.query)
+        _our_call(implementation, inputs, theta, policy, out, found[-1])()
+    return found
+
+
+def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: str) -> Inputs:
+    """The case with a low-bit copy of its finished blocks' K.
+
+    Raises:
+        ValueError: The implementation has no K screen.
+    """
+    if k_screen == "off":
+        return inputs
+    shape, screens = inputs.shape, api.screening(implementation)
+    size = screens.screen_bytes(shape.head_dim, shape.block_size)
+    screen = torch.zeros(shape.batch * shape.blocks, shape.kv_heads, size, dtype=torch.uint8)
+    cache = replace(inputs.cache, key_screen=screen)
+    screens.update_screen(cache, inputs.finished_blocks)
+    return replace(inputs, cache=cache)
+
+
+def _poisoned(layers: Sequence[Inputs]) -> list[torch.Tensor]:
+    return [torch.full_like(inputs.query, float("nan")) for inputs in layers]
+
+
+def _run_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _our_call(
+    implementation: api.Implementation,
+    inputs: Inputs,
+    thetas: Thetas | None,
+    policy: Policy,
+    out: torch.Tensor,
+    statistics: torch.Tensor | None,
+) -> Call:
+    arguments = (inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, inputs.softcap, out)
+    return lambda: implementation.decode(*arguments, statistics)
+
+
+def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
+    from vllm import _custom_ops as ops
+    from vllm import envs
+
+    shape = inputs.shape
+    # The layout that both kernels read; on an AMX machine vLLM would choose another for itself.
+    isa = "vec" if shape.block_size % 32 == 0 and shape.head_dim % 32 == 0 else "vec16"
+    key, value = inputs.memory.chunk(2, dim=2)
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=shape.batch,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        seq_lens=inputs.batch.seq_lens,
+        dtype=shape.dtype,
+        query_start_loc=inputs.batch.query_start_loc,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+    )
+
+    def call() -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=inputs.query,
+            key_cache=key,
+            value_cache=value,
+            output=out,
+            query_start_loc=inputs.batch.query_start_loc,
+            seq_lens=inputs.batch.seq_lens,
+            scale=inputs.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=inputs.batch.block_table,
+            softcap=inputs.softcap,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+
+    return call

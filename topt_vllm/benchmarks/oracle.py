@@ -1,0 +1,111 @@
+"""The float64 oracle that gates every timing, with an allowed error that follows from rounding alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.benchmarks.cases import Inputs
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What one layer's output must be.
+
+    Attributes:
+        exact: float64 [S, H, D].
+        allowed: Largest error of an element.
+        ties: Keys so close to θ that rounding may decide about them, over all query heads.
+        kept: Keys that query heads keep by their own rule.
+    """
+
+    exact: torch.Tensor
+    allowed: float
+    ties: int
+    kept: int
+
+    def error(self, out: torch.Tensor) -> float:
+        """Largest error of ``out`` [S, H, D]."""
+        return float((out.double() - self.exact).abs().max())
+
+
+def expect(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Expectation:
+    """The oracle's output, and twice what eager attention in the cache's dtype errs by, plus the output's rounding.
+
+    A key whose score lies within the rounding of a float32 dot product around θ may be kept or not. Each such key
+    can move the output by its probability times the distance of its V row to the mean of V (or to 0 without
+    compensation), which is allowed on top.
+    """
+    scores = inputs.scores(torch.float64)
+    exact = attend(inputs, scores, thetas, policy, torch.float64)
+    eager = attend(inputs, scores, thetas, policy, inputs.shape.dtype)
+    band = torch.finfo(inputs.shape.dtype).eps * float(exact.abs().max()) + 1e-6
+    allowed = 2 * float((eager.double() - exact).abs().max()) + band
+    if thetas is None:
+        return Expectation(exact, allowed, 0, scores.numel())
+    ties, effect = _ties(inputs, scores, thetas, policy)
+    kept = int((scores >= thetas.at(inputs.shape.seq_len).double()[:, None]).sum())
+    return Expectation(exact, allowed + effect, ties, kept)
+
+
+def attend(
+    inputs: Inputs, scores: torch.Tensor, thetas: Thetas | None, policy: Policy, dtype: torch.dtype
+) -> torch.Tensor:
+    """The operator with every operation in ``dtype``, [S, H, D].
+
+    Args:
+        inputs: The case.
+        scores: float64 [S, H, n]; they decide what is kept, whatever ``dtype`` is.
+        thetas: Thresholds, None for dense.
+        policy: Selection and compensation.
+        dtype: float64 for the truth; the cache's own for what eager attention makes of it.
+    """
+    shape = inputs.shape
+    group, n = shape.heads // shape.kv_heads, shape.seq_len
+    raw = inputs.scores(dtype)
+    out = torch.empty(inputs.query.shape, dtype=dtype)
+    for sequence in range(shape.batch):
+        for head in range(shape.kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            _, value = inputs.gather(sequence, head, dtype)
+            probabilities = raw[sequence, heads].softmax(dim=-1)
+            used = torch.ones(group, n, dtype=torch.bool)
+            if thetas is not None:
+                used = scores[sequence, heads] >= thetas.at(n)[heads, None]
+                used[:, n - policy.recent_tokens :] = True
+                if policy.compensation == "vmean":
+                    used[:, n // shape.block_size * shape.block_size :] = True
+                if policy.group_keep == "union":
+                    used = used.any(dim=0).expand(group, -1)
+            result = torch.where(used, probabilities, 0.0) @ value
+            if policy.compensation == "vmean":
+                dropped = torch.where(used, 0.0, probabilities).sum(dim=1, keepdim=True)
+                result += dropped * value.mean(dim=0)
+            out[sequence, heads] = result
+    return out
+
+
+def _ties(inputs: Inputs, scores: torch.Tensor, thetas: Thetas, policy: Policy) -> tuple[int, float]:
+    """How many keys rounding may decide about, and what that may do to an element of the output.
+
+    A float32 score is off by D + 2 roundings of scale·Σ|q_i k_i| at most, those of the softcap and of θ added.
+    """
+    shape, unit = inputs.shape, torch.finfo(torch.float32).eps / 2
+    group = shape.heads // shape.kv_heads
+    theta = thetas.at(shape.seq_len).double()[:, None]
+    count, effect = 0, 0.0
+    for sequence in range(shape.batch):
+        for head in range(shape.kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            key, value = inputs.gather(sequence, head, torch.float64)
+            magnitude = inputs.scale * (inputs.query[sequence, heads].double().abs() @ key.abs().T)
+            rounding = (shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta[heads].abs()
+            tied = (scores[sequence, heads] - theta[heads]).abs() <= unit * rounding
+            count += int(tied.sum())
+            if policy.group_keep == "union":
+                tied = tied.any(dim=0).expand(group, -1)
+            replaced = value.mean(dim=0) if policy.compensation == "vmean" else 0.0
+            distance = (value - replaced).abs().amax(dim=1)
+            moved = torch.where(tied, scores[sequence, heads].softmax(dim=-1) * distance, 0.0).sum(dim=1)
+            effect = max(effect, float(moved.max()))
+    return count, effect

@@ -1,0 +1,104 @@
+"""Decode calls over a cache captured from a real model, with the thresholds of a table."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from topt_vllm.attention.common import Policy
+from topt_vllm.benchmarks.cache_file import CapturedCache
+from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
+from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.thresholds import ThresholdTable
+
+
+class ReplayError(ValueError):
+    """A replay that can't be run; the message says what to change."""
+
+
+def bench_replay(
+    captured: CapturedCache,
+    table: ThresholdTable,
+    ks: Sequence[int],
+    batch: int,
+    policy: Policy,
+    seconds: float,
+    k_screens: Sequence[str] = ("off",),
+    only_layers: Sequence[int] | None = None,
+    block_size: int = 128,
+    implementation: str = "cpu",
+) -> Iterator[dict[str, Any]]:
+    """Checks, then times the last token's attention over the table's sparse layers; a call is all of them in order.
+
+    Args:
+        captured: The cache.
+        table: Thresholds of the same model.
+        ks: Budgets of the table.
+        batch: Sequences: copies of the captured one in blocks of their own.
+        policy: Selection and compensation.
+        seconds: Time for the turns of each set of layers.
+        k_screens: Values of ``k_screen``.
+        only_layers: Layers to run; None for every sparse one.
+        block_size: Tokens of a block.
+        implementation: Key of ``api.IMPLEMENTATIONS``.
+
+    Returns:
+        An iterator that runs them. One record per budget and screen; the first of each set of layers has every row
+        kept.
+
+    Raises:
+        ReplayError: No layer is left, or one that was named is not sparse.
+        ThresholdTableError: The table has no such budget.
+        RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
+    """
+    # Budgets may differ in their dense layers; only calls over the same layers can be compared.
+    by_layers: dict[tuple[int, ...], list[int]] = {}
+    for k in ks:
+        by_layers.setdefault(_layers(captured, table, k, only_layers), []).append(k)
+    return _run(captured, table, by_layers, batch, block_size, (k_screens, policy, seconds, implementation))
+
+
+def _run(
+    captured: CapturedCache,
+    table: ThresholdTable,
+    by_layers: dict[tuple[int, ...], list[int]],
+    batch: int,
+    block_size: int,
+    how: tuple[Sequence[str], Policy, float, str],
+) -> Iterator[dict[str, Any]]:
+    for indices, budgets in by_layers.items():
+        layers = [_inputs(captured, index, batch, block_size) for index in indices]
+        targets = [Target(1.0, [None] * len(layers))]
+        for k in budgets:
+            thetas = table.thetas(table.budget(k))
+            targets.append(Target(k / captured.seq_len, [thetas[index] for index in indices], k))
+        yield from compare(layers, targets, *how)
+
+
+def _layers(
+    captured: CapturedCache, table: ThresholdTable, k: int, only: Sequence[int] | None
+) -> tuple[int, ...]:
+    sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
+    unknown = sorted(set(only or ()) - set(sparse))
+    if unknown or not sparse:
+        raise ReplayError(f"--layers {unknown} are not sparse at k = {k}; those in the file are {sparse}")
+    return tuple(sparse if only is None else sorted(set(only)))
+
+
+def _inputs(captured: CapturedCache, index: int, batch: int, block_size: int) -> Inputs:
+    """One layer's cache as vLLM's CPU build would hold it, in randomly scattered blocks."""
+    layer = captured.layers[index]
+    kv_heads, n, dim = layer.key.shape
+    shape = Shape(batch, n, layer.query.shape[0], kv_heads, dim, block_size, layer.key.dtype)
+    total = batch * shape.blocks
+    generator = torch.Generator().manual_seed(index)
+    table = torch.randperm(total, generator=generator).int().view(batch, shape.blocks)
+    # Slots behind the context hold zeros: the platform's kernel multiplies them by zero weights.
+    padded = torch.zeros(2, kv_heads, shape.blocks * block_size, dim, dtype=layer.key.dtype)
+    padded[0, :, :n], padded[1, :, :n] = layer.key, layer.value
+    key, value = padded.unflatten(2, (shape.blocks, block_size)).transpose(1, 2)
+    rows = torch.cat([key.transpose(2, 3).reshape(value.shape), value], dim=2)
+    memory = torch.empty(total, kv_heads, 2 * block_size, dim, dtype=layer.key.dtype)
+    memory[table.long()] = rows.expand(batch, *rows.shape)
+    query = layer.query.expand(batch, -1, -1).contiguous()
+    return paged_inputs(shape, query, memory, table, captured.scale, captured.softcap)

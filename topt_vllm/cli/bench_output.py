@@ -1,0 +1,47 @@
+"""What every mode of ``topt-vllm bench`` says about its numbers, and where it writes them."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.cli import UserError
+from topt_vllm.version import __version__
+
+
+def refuse_existing(path: Path | None) -> None:
+    """Call it before the long work.
+
+    Raises:
+        UserError: The file exists.
+    """
+    if path and path.exists():
+        raise UserError(f"{path} exists; name another file")
+
+
+def provenance() -> dict[str, Any]:
+    """What the numbers depend on, also printed."""
+    from topt_vllm.benchmarks.timing import machine
+
+    found = {**machine(), "topt_vllm": __version__, "commit": _commit(), "command": shlex.join(sys.argv)}
+    print(", ".join(f"{key} {value}" for key, value in found.items()))
+    return found
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """Writes the file, if one was asked for."""
+    if path:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or None
