@@ -81,6 +81,26 @@ def test_failed_compile_shows_the_output_and_the_remedy(tiny: jit.Library) -> No
     assert [entry.name for entry in tiny.path.parent.iterdir() if entry.is_dir()] == []
 
 
+def test_failed_compile_is_not_tried_again_in_the_process(
+    tiny: jit.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny.folder / "tiny.cpp").write_text("int broken(\n")
+    with pytest.raises(RuntimeError, match="error:") as first:
+        jit.load(tiny)
+    monkeypatch.setattr(jit, "build", lambda *_: pytest.fail("built again"))
+    with pytest.raises(RuntimeError) as second:
+        jit.load(tiny)
+    assert str(second.value) == str(first.value)
+
+
+def test_mended_source_is_built_after_a_failure(tiny: jit.Library) -> None:
+    (tiny.folder / "tiny.cpp").write_text("int broken(\n")
+    with pytest.raises(RuntimeError, match="error:"):
+        jit.load(tiny)
+    (tiny.folder / "tiny.cpp").write_text(TINY)
+    assert jit.load(tiny).exists()
+
+
 def test_missing_compiler_names_the_remedy(tiny: jit.Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match=r"no-such-compiler.*apt install g\+\+"):

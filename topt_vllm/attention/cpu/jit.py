@@ -26,6 +26,9 @@ _REMEDY = (
     "The CPU kernel needs a C++20 compiler (g++ 11 or clang++ 14 and newer; Debian and Ubuntu: apt install g++). "
     'Name one with CXX, or set the implementation to "reference", which is slow.'
 )
+# What failed to build in this process, by path. Every layer and every step asks again, and a compiler that failed
+# would only fail again, slowly; a new process tries once more.
+_failures: dict[Path, str] = {}
 
 
 def capability() -> str:
@@ -136,16 +139,23 @@ def load(library: Library) -> Path:
     """Loads the library into torch.ops, building it first if it is missing or can't be loaded.
 
     Raises:
-        RuntimeError: No compiler, or it failed; the message has its output and the remedy.
+        RuntimeError: No compiler, or it failed, now or earlier in this process; the message has its output and the
+            remedy.
     """
     path = library.path
     if _try_load(path):
         return path
+    if path in _failures:
+        raise RuntimeError(_failures[path])
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         # Another process may have built it while this one waited.
         if not _try_load(path):
-            build(library, path)
+            try:
+                build(library, path)
+            except RuntimeError as error:
+                _failures[path] = str(error)
+                raise
             torch.ops.load_library(str(path))
     return path
 
