@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
-from topt_vllm.calibration.capture import can_be_captured, captured
-from topt_vllm.calibration.model import load_model, load_tokenizer
+from topt_vllm.calibration.capture import captured
+from topt_vllm.calibration.model import examine, load_model, load_tokenizer
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.texts import read_texts
-from topt_vllm.model_identity import ModelIdentity, identify
 
 
 def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | None = None) -> CapturedCache:
@@ -25,9 +25,11 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
     Raises:
         CalibrationError: The model or the text can't be read, isn't supported, or is too short.
     """
+    options = CalibrationOptions(model, dataset, Path(), ks=(1,), device=device)
+    subject = examine(options)
+    _check_context(model, seq_len)
     tokens, text = _tokens(model, dataset, seq_len)
-    weights = load_model(CalibrationOptions(model, dataset, Path(), device=device))
-    identity = _identify(weights, model, seq_len)
+    weights = load_model(options)
     layers: dict[int, CapturedLayer] = {}
     scales: set[tuple[float, float]] = set()
 
@@ -36,20 +38,27 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
         layers[call.layer] = CapturedLayer(*(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
         scales.add((call.scale, call.softcap))
 
-    with torch.inference_mode(), captured(weights, identity, keep):
+    with torch.inference_mode(), captured(weights, subject.identity, keep):
         weights(input_ids=torch.tensor([tokens], device=weights.device), use_cache=False)
-    if len(scales) != 1:
+    if list(layers) != subject.full_layers or len(scales) != 1:
         raise CalibrationError(
-            f"{model}: layers differ in (scale, softcap), {sorted(scales)}; such models can't be captured"
+            f"{model}: its full-attention layers are {subject.full_layers}, but layers {list(layers)} were seen, "
+            f"with (scale, softcap) {sorted(scales)}; such models can't be captured"
         )
     scale, softcap = scales.pop()
-    return CapturedCache(identity, text, seq_len, scale, softcap, layers)
+    return CapturedCache(subject.identity, text, seq_len, scale, softcap, layers)
+
+
+def _check_context(model: str, seq_len: int) -> None:
+    limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    if seq_len < 1:
+        raise CalibrationError(f"--seq-len is {seq_len}; it must be at least 1")
+    if limit is not None and seq_len > limit:
+        raise CalibrationError(f"--seq-len is {seq_len}, but the model's context is {limit} tokens")
 
 
 def _tokens(model: str, dataset: tuple[str, ...], seq_len: int) -> tuple[list[int], str]:
     """The first tokens of the text, with those that the tokenizer puts before it, and the text's name."""
-    if seq_len < 1:
-        raise CalibrationError(f"--seq-len is {seq_len}; it must be at least 1")
     documents, sources = read_texts(dataset, seq_len)
     tokens = load_tokenizer(model)("".join(documents), verbose=False)["input_ids"]
     if len(tokens) < seq_len:
@@ -57,21 +66,3 @@ def _tokens(model: str, dataset: tuple[str, ...], seq_len: int) -> tuple[list[in
             f"the text has {len(tokens)} tokens; --seq-len is {seq_len}. Add text or lower it"
         )
     return tokens[:seq_len], ", ".join(source.name for source in sources)
-
-
-def _identify(weights: torch.nn.Module, model: str, seq_len: int) -> ModelIdentity:
-    limit = getattr(weights.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise CalibrationError(f"--seq-len is {seq_len}, but the model's context is {limit} tokens")
-    try:
-        identity = identify(weights.config, Path(model.rstrip("/")).name)
-    except ValueError as error:
-        raise CalibrationError(str(error)) from error
-    if not can_be_captured(weights):
-        raise CalibrationError(
-            f"{model}: transformers' {type(weights).__name__} does not call its AttentionInterface, through which "
-            "the cache is seen; this architecture can't be captured"
-        )
-    if len(identity.sliding_window_layers) == identity.num_layers:
-        raise CalibrationError(f"{model}: every layer has a sliding window; there is no cache to capture")
-    return identity

@@ -67,7 +67,7 @@ def _run(
     how: tuple[Sequence[str], Policy, float, str],
 ) -> Iterator[dict[str, Any]]:
     for indices, budgets in by_layers.items():
-        layers = [_inputs(captured, index, batch, block_size) for index in indices]
+        layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
         targets = [Target(1.0, [None] * len(layers))]
         for k in budgets:
             thetas = table.thetas(table.budget(k))
@@ -85,7 +85,7 @@ def _layers(
     return tuple(sparse if only is None else sorted(set(only)))
 
 
-def _inputs(captured: CapturedCache, index: int, batch: int, block_size: int) -> Inputs:
+def layer_inputs(captured: CapturedCache, index: int, batch: int, block_size: int) -> Inputs:
     """One layer's cache as vLLM's CPU build would hold it, in randomly scattered blocks."""
     layer = captured.layers[index]
     kv_heads, n, dim = layer.key.shape

@@ -153,7 +153,6 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
         if found is None:
             raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
         table, path = found
-        print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
         ks = args.k or [table.budget(None).k]
         cases = [
             bench_replay(
@@ -163,6 +162,7 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
         ]
     except (CacheFileError, ReplayError, ThresholdTableError) as error:
         raise UserError(str(error)) from error
+    print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
     return chain.from_iterable(cases)
 
 

@@ -1,0 +1,335 @@
+"""Captured caches and their replay: a tiny model's, through the command line."""
+
+import itertools
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import implementation
+from safetensors.torch import save_file
+from table_factory import make_table
+from tiny_models import SMALL, byte_tokenizer, save_model, save_text
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.benchmarks import comparison
+from topt_vllm.benchmarks.cache_file import CapturedCache, load
+from topt_vllm.benchmarks.cases import Shape, make_inputs, thetas_for
+from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.oracle import expect
+from topt_vllm.benchmarks.replay import layer_inputs
+from topt_vllm.cli.main import main
+from topt_vllm.thresholds import Budget, LayerThresholds, dump
+
+SEQ_LEN = 700
+FIELDS = {
+    *("batch", "seq_len", "heads", "kv_heads", "head_dim", "dtype", "keep_target", "v_rows_read", "ms"),
+    *(
+        "ms_platform",
+        "ratio_platform",
+        "ratio_keep_all",
+        "bytes_moved",
+        "gbps",
+        "bandwidth_share",
+        "max_error",
+    ),
+    *("k_screen", "k_rows_read"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny bfloat16 model, a text, and a captured cache."""
+    path = tmp_path_factory.mktemp("replay")
+    save_model(path / "model", LlamaConfig(**SMALL | {"head_dim": 32}))
+    AutoModelForCausalLM.from_pretrained(path / "model").bfloat16().save_pretrained(path / "model")
+    save_text(path / "text.txt", 1000)
+    assert main(capture_command(path, "cache.safetensors")) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def captured(folder: Path) -> CapturedCache:
+    return load(folder / "cache.safetensors")
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path, captured: CapturedCache) -> Path:
+    """Budgets whose θ keep as many keys of the captured rows; layer 0 is dense."""
+    made = make_table(captured.identity, ks=(16, 32), lengths=[256, 1024])
+
+    def fitted(entry: LayerThresholds, k: int) -> LayerThresholds:
+        ordered = layer_inputs(captured, entry.layer, 1, 128).scores(torch.float64)[0].sort(dim=-1).values
+        theta = (ordered[:, -k] + ordered[:, -k - 1]) / 2
+        return entry.model_copy(update={"theta": [[value, value] for value in theta.tolist()]})
+
+    def refitted(budget: Budget) -> Budget:
+        return budget.model_copy(update={"layers": [fitted(entry, budget.k) for entry in budget.layers]})
+
+    path = folder / "table.yaml"
+    dump(made.model_copy(update={"budgets": [refitted(budget) for budget in made.budgets]}), path)
+    return path
+
+
+def capture_command(folder: Path, output: str, *extra: str) -> list[str]:
+    return shlex.split(
+        f"bench capture --model {folder / 'model'} --dataset {folder / 'text.txt'} --seq-len {SEQ_LEN} "
+        f"--output {folder / output} {shlex.join(extra)}"
+    )
+
+
+def replay_command(folder: Path, table: Path, *extra: str) -> list[str]:
+    return shlex.split(
+        f"bench decode --cache {folder / 'cache.safetensors'} --thresholds {table} --batch 1 --seconds 0 "
+        f"{shlex.join(extra)}"
+    )
+
+
+def small_case(head_dim: int = 32) -> Any:
+    return make_inputs(Shape(2, 300, 4, 2, head_dim, 64, torch.bfloat16))
+
+
+def test_the_last_query_attends_to_the_cache_as_the_model_did(folder: Path, captured: CapturedCache):
+    """Dense attention from the file against what each layer's output projection got in the model."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto").eval()
+    seen: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0][0, -1]))
+    tokens = byte_tokenizer()((folder / "text.txt").read_text())["input_ids"][:SEQ_LEN]
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([tokens]), use_cache=False)
+    assert list(captured.layers) == [0, 1, 2]
+    for index, found in enumerate(seen):
+        expectation = expect(layer_inputs(captured, index, 1, 128), None, Policy())
+        assert expectation.error(found.view(1, 4, 32)) <= expectation.allowed
+
+
+def test_a_file_holds_what_was_captured(captured: CapturedCache, tmp_path: Path):
+    captured.save(tmp_path / "copy.safetensors")
+    copy = load(tmp_path / "copy.safetensors")
+    assert replace(copy, layers={}) == replace(captured, layers={})
+    assert copy.text == "text.txt"
+    assert copy.seq_len == SEQ_LEN
+    assert copy.identity.fingerprint == captured.identity.fingerprint
+    for index, layer in captured.layers.items():
+        assert torch.equal(copy.layers[index].key, layer.key)
+        assert torch.equal(copy.layers[index].value, layer.value)
+        assert torch.equal(copy.layers[index].query, layer.query)
+
+
+def test_softcap_is_kept_and_windowed_layers_are_not(tmp_path: Path):
+    sizes = SMALL | {"num_hidden_layers": 2, "sliding_window": 64}
+    save_model(
+        tmp_path / "model", Gemma2Config(**sizes, attn_logit_softcapping=7.0, query_pre_attn_scalar=16)
+    )
+    save_text(tmp_path / "text.txt", 1000)
+    assert main(capture_command(tmp_path, "cache.safetensors")) == 0
+    cache = load(tmp_path / "cache.safetensors")
+    assert (list(cache.layers), cache.softcap, cache.scale) == ([1], 7.0, 0.25)
+    assert layer_inputs(cache, 1, 1, 64).scores(torch.float32).abs().max() <= 7.0
+
+
+def test_every_sequence_has_blocks_of_its_own(captured: CapturedCache):
+    inputs = layer_inputs(captured, 1, 2, 128)
+    assert sorted(inputs.batch.block_table.flatten().tolist()) == list(range(12))
+    assert inputs.batch.block_table.tolist() != torch.arange(12).view(2, 6).tolist()
+    for sequence, head in itertools.product(range(2), range(2)):
+        key, value = inputs.gather(sequence, head, torch.bfloat16)
+        assert torch.equal(key, captured.layers[1].key[head])
+        assert torch.equal(value, captured.layers[1].value[head])
+    assert inputs.cache.key.stride(2) == 1
+
+
+def test_replay_reports_every_budget_and_screen(
+    folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+):
+    report = folder / "report.json"
+    arguments = ("--k", "16", "32", "--k-screen", "off", "int8", "--json", str(report))
+    assert main(replay_command(folder, table, *arguments)) == 0
+    records = json.loads(report.read_text())
+    assert [(r["k"], r["k_screen"]) for r in records] == [
+        (None, "off"),
+        (16, "off"),
+        (16, "int8"),
+        (32, "off"),
+        (32, "int8"),
+    ]
+    for record in records:
+        assert set(record) >= FIELDS
+        # Layer 0 is dense in the table, so two of three are called.
+        assert (record["batch"], record["seq_len"], record["layers"]) == (1, SEQ_LEN, 2)
+        assert record["rounds"] >= 7
+    dense, off, screened = records[:3]
+    assert (dense["v_rows_read"], dense["k_rows_read"], off["k_rows_read"]) == (1.0, 1.0, 1.0)
+    assert off["v_rows_read"] == screened["v_rows_read"] < 0.3
+    assert screened["k_rows_read"] < 1.0
+    assert dense["ratio_keep_all"] == 1.0
+    out = capsys.readouterr().out
+    assert f"{SEQ_LEN} tokens of text.txt" in out
+    assert "k=32" in out
+
+
+def test_only_named_layers_and_batches(folder: Path, table: Path):
+    report = folder / "layers.json"
+    arguments = ("--k", "16", "--layers", "2", "--batch", "1", "3", "--json", str(report))
+    assert main(replay_command(folder, table, *arguments)) == 0
+    records = json.loads(report.read_text())
+    assert [(r["batch"], r["layers"]) for r in records] == [(1, 1), (1, 1), (3, 1), (3, 1)]
+
+
+def test_synthetic_cases_take_screens(tmp_path: Path):
+    report = tmp_path / "report.json"
+    command = (
+        "bench decode --batch 2 --seq-lens 400 --heads 4 --kv-heads 2 --head-dim 64 --keep 1.0 0.1 "
+        f"--seconds 0 --k-screen off int8 --json {report}"
+    )
+    assert main(shlex.split(command)) == 0
+    records = json.loads(report.read_text())
+    found = [(r["keep_target"], r["k_screen"]) for r in records]
+    assert found == [(1.0, "off"), (0.1, "off"), (0.1, "int8")]
+    assert records[1]["v_rows_read"] == records[2]["v_rows_read"]
+
+
+@pytest.mark.parametrize("group_keep", ["head", "union"])
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_the_oracle_is_the_reference_operator(group_keep: Any, compensation: Any, softcap: float):
+    policy = Policy(group_keep=group_keep, compensation=compensation, recent_tokens=3)
+    inputs = replace(small_case(), softcap=softcap)
+    thetas = thetas_for(inputs, 0.2, policy)
+    out = torch.empty_like(inputs.query, dtype=torch.float32)
+    implementation("reference").decode(
+        inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, softcap, out, None
+    )
+    expectation = expect(inputs, thetas, policy)
+    assert expectation.ties == 0
+    torch.testing.assert_close(out.double(), expectation.exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_key_at_theta_is_counted_as_a_tie_and_may_fall_either_way():
+    inputs, policy = small_case(), Policy()
+    exact = thetas_for(inputs, 0.2, policy)
+    score = inputs.scores(torch.float32)[0, 1].sort().values[-20]
+    theta = exact.theta.clone()
+    theta[1] = score
+    outs = []
+    for shifted in (theta, torch.nextafter(theta, torch.tensor(torch.inf))):
+        thetas = Thetas(exact.lengths, shifted, exact.law)
+        expectation = expect(inputs, thetas, policy)
+        assert expectation.ties == 1
+        outs.append(expectation)
+    assert outs[0].error(outs[1].exact) <= outs[0].allowed
+    assert not torch.equal(outs[0].exact, outs[1].exact)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    inputs = small_case()
+    real = comparison.expect
+    monkeypatch.setattr(
+        comparison, "expect", lambda *given: replace(real(*given), exact=real(*given).exact + 0.5)
+    )
+    monkeypatch.setattr(comparison, "take_turns", pytest.fail)
+    with pytest.raises(RuntimeError, match=r"error 0\.5.* against float64.*not timed"):
+        compare([inputs], [Target(1.0, [None])], ["off"], Policy(), 0)
+
+
+def test_a_screen_that_keeps_other_keys_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    inputs, policy = small_case(), Policy()
+    counts = itertools.count()
+    monkeypatch.setattr(comparison, "_kept", lambda _: torch.tensor(next(counts)))
+    monkeypatch.setattr(comparison, "take_turns", pytest.fail)
+    with pytest.raises(RuntimeError, match="k_screen int8: keeps other keys"):
+        compare([inputs], [Target(0.2, [thetas_for(inputs, 0.2, policy)])], ["int8"], policy, 0)
+
+
+def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.MonkeyPatch):
+    inputs, policy = small_case(), Policy()
+    real = comparison.expect
+    monkeypatch.setattr(comparison, "expect", lambda *given: replace(real(*given), ties=100))
+    with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
+        compare([inputs], [Target(0.2, [thetas_for(inputs, 0.2, policy)])], ["off"], policy, 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("topt-vllm: error: ")
+    return captured.err
+
+
+REFUSED_REPLAYS = {
+    "another length": (["--seq-lens", "800"], "--seq-lens describes a synthetic cache"),
+    "a share": (["--keep", "0.1"], "--keep describes a synthetic cache"),
+    "no such screen": (["--k-screen", "off", "int3"], "--k-screen int3; allowed: off, int8"),
+    "no such budget": (["--k", "17"], "k is 17, but the table has budgets 16, 32"),
+    "a dense layer": (
+        ["--layers", "0", "1"],
+        "--layers [0] are not sparse at k = 32; those in the file are [1, 2]",
+    ),
+    "no thresholds": (["--thresholds", "none"], "a replay needs thresholds"),
+    "no such table": (["--thresholds", "missing.yaml"], "missing.yaml: can't be read"),
+    "no such file": (["--cache", "missing.safetensors"], "missing.safetensors: not a captured cache"),
+}
+
+
+@pytest.mark.parametrize(("extra", "message"), REFUSED_REPLAYS.values(), ids=REFUSED_REPLAYS.keys())
+def test_a_replay_that_makes_no_sense_is_refused(
+    folder: Path, table: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+):
+    assert message in refused(capsys, replay_command(folder, table, *extra))
+
+
+def test_options_of_a_replay_need_a_cache(capsys: pytest.CaptureFixture[str]):
+    for option in ("--k", "--layers", "--thresholds"):
+        assert f"{option} is for replays" in refused(capsys, ["bench", "decode", option, "1"])
+
+
+def test_a_table_of_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
+    dump(make_table(), folder / "other.yaml")
+    assert "this table belongs to tiny" in refused(capsys, replay_command(folder, folder / "other.yaml"))
+
+
+def test_files_that_are_no_captures_are_refused(
+    folder: Path, table: Path, captured: CapturedCache, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    path = tmp_path / "bad.safetensors"
+    arguments = replay_command(folder, table, "--cache", str(path))
+    path.write_bytes(b"not safetensors at all")
+    assert "not a captured cache" in refused(capsys, arguments)
+    save_file({"a": torch.zeros(1)}, path)
+    assert "format is None" in refused(capsys, arguments)
+    replace(captured, seq_len=SEQ_LEN + 1).save(path)
+    assert "layer.0.key is torch.bfloat16 (2, 700, 32), the header says" in refused(capsys, arguments)
+
+
+REFUSED_CAPTURES = {
+    "text too short": (["--seq-len", "1001"], "the text has 1000 tokens; --seq-len is 1001"),
+    "context too short": (["--seq-len", "2049"], "--seq-len is 2049, but the model's context is 2048"),
+    "no tokens": (["--seq-len", "0"], "--seq-len is 0"),
+    "no such model": (["--model", "./missing"], "--model ./missing: "),
+    "no such text": (["--dataset", "missing.txt"], "--dataset missing.txt: no such file"),
+    "no such folder": (["--output", "/nowhere/cache.safetensors"], "the folder /nowhere does not exist"),
+}
+
+
+@pytest.mark.parametrize(("extra", "message"), REFUSED_CAPTURES.values(), ids=REFUSED_CAPTURES.keys())
+def test_a_capture_that_makes_no_sense_is_refused_before_the_weights(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    message: str,
+):
+    monkeypatch.setattr("topt_vllm.benchmarks.capture.load_model", pytest.fail)
+    assert message in refused(capsys, capture_command(folder, "new.safetensors", *extra))
+    assert not (folder / "new.safetensors").exists()
+
+
+def test_a_capture_replaces_nothing(folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert "exists; name another file" in refused(capsys, capture_command(folder, "cache.safetensors"))
