@@ -88,6 +88,10 @@ class Thetas:
         weight = math.log2(seq_len / lengths[left]) / math.log2(lengths[right] / lengths[left])
         return torch.lerp(self.theta[:, left], self.theta[:, right], weight)
 
+    def to(self, device: torch.device) -> "Thetas":
+        """The same thresholds on a device."""
+        return Thetas(self.lengths.to(device), self.theta.to(device), self.law.to(device))
+
     def heads(self, start: int, count: int) -> "Thetas":
         """The part of a tensor-parallel rank: ``count`` query heads from ``start``."""
         part = slice(start, start + count)

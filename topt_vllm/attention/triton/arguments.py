@@ -3,12 +3,10 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from topt_vllm.attention.common import DecodeBatch, PagedCache
 from topt_vllm.attention.triton import primitives
-from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
 
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _FORMATS = {
@@ -18,11 +16,6 @@ _FORMATS = {
 }
 
 
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels."""
-    return not isinstance(_topt_decode_kernel, triton.JITFunction)
-
-
 def stored(part: torch.Tensor) -> tuple[torch.Tensor, int]:
     """K or V as the kernels get it, fp8 as bytes, and its format."""
     if part.dtype in _FORMATS:
@@ -30,9 +23,9 @@ def stored(part: torch.Tensor) -> tuple[torch.Tensor, int]:
     return part, primitives.PLAIN.value
 
 
-def compute_dtype(query: torch.Tensor, key: torch.Tensor) -> Any:
+def compute_dtype(query: torch.Tensor, key: torch.Tensor, interpreted: bool) -> Any:
     """Operand type of the matrix products. The interpreter can't multiply bfloat16: there it is float32."""
-    if interpreted() or (key.dtype not in _FORMATS and key.dtype != query.dtype):
+    if interpreted or (key.dtype not in _FORMATS and key.dtype != query.dtype):
         return tl.float32
     return _TRITON[query.dtype]
 

@@ -16,7 +16,7 @@ from topt_vllm.attention.triton.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["min_seq_len", "sink_tokens", "recent_tokens"])
 def _topt_decode_kernel(
     query,
     key,
@@ -75,9 +75,10 @@ def _topt_decode_kernel(
 ):
     M: tl.constexpr = ROWS * GROUP_PAD
     SPARSE: tl.constexpr = NUM_LENGTHS > 0
-    split, splits = tl.program_id(0), tl.num_programs(0)
+    # Chunks of a sequence read the same keys: side by side, the second finds them in the L2 cache.
+    split, chunk, splits = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS, tl.num_programs(0) // CHUNKS
     kv_head = tl.program_id(1)
-    sequence, chunk = tl.program_id(2) // CHUNKS, tl.program_id(2) % CHUNKS
+    sequence = tl.program_id(2)
 
     first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
     if chunk * ROWS >= count:
@@ -107,9 +108,16 @@ def _topt_decode_kernel(
     if SPARSE:
         threshold = theta_at(lengths, theta, law, theta_stride, head, n, valid, NUM_LENGTHS, LENGTHS_PAD)
         # A NaN score is not >= −inf, but dense attention would read the row.
-        forced_from = tl.where((n <= min_seq_len) | (threshold == -float("inf")), 0, n - recent_tokens)
+        always = threshold == -float("inf")
+        if not SINGLE_ROW:
+            # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
+            same_row = (row[:, None] == row[None, :]).to(COMPUTE)
+            leads = valid & (member == 0)
+        # One context length for the whole tile, or one for each of its rows.
+        length = n_last if SINGLE_ROW else n[:, None]
+        forced_from = tl.where(length <= min_seq_len, 0, length - recent_tokens)
         if VMEAN:
-            forced_from = tl.minimum(forced_from, n // BLOCK_SIZE * BLOCK_SIZE)
+            forced_from = tl.minimum(forced_from, length // BLOCK_SIZE * BLOCK_SIZE)
 
     offset = tl.arange(0, TILE)
     table_row = block_table + sequence.to(tl.int64) * table_stride
@@ -157,32 +165,26 @@ def _topt_decode_kernel(
         )
         scores = tl.dot(q, decode_stored(k, FORMAT, COMPUTE), input_precision=PRECISION) * scale
         if SOFTCAP:
-            # tanh, from the side on which exp can't overflow.
-            small = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
-            scores = tl.where(scores < 0, -softcap, softcap) * ((1.0 - small) / (1.0 + small))
-        visible = position[None, :] < n[:, None]
+            # softcap · tanh(score / softcap); where exp2 overflows the quotient is 0, as it should be.
+            scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0)
+        visible = in_context[None, :] if SINGLE_ROW else position[None, :] < n[:, None]
 
         if SPARSE:
-            keep = (scores >= threshold[:, None]) | (position[None, :] >= forced_from[:, None])
-            keep = (keep | (position[None, :] < sink_tokens)) & visible
+            forced = (position[None, :] < sink_tokens) | (position[None, :] >= forced_from)
+            keep = ((scores >= threshold[:, None]) | always[:, None] | forced) & visible & valid[:, None]
             if SINGLE_ROW:
                 kept_here = tl.sum(keep.to(tl.int32), axis=0)
-                kept_count += kept_here
-                some = kept_here > 0
-                read_count += some.to(tl.int32)
-                used = some[None, :] & visible if UNION else keep
+                rows_here = (kept_here > 0).to(tl.int32)
+                used = (kept_here > 0)[None, :] if UNION else keep
             else:
-                by_row = tl.sum(tl.reshape(keep.to(tl.int32), [ROWS, GROUP_PAD, TILE]), axis=1)
-                read = (by_row > 0).to(tl.int32)
-                kept_count += tl.sum(by_row, axis=0)
-                rows_here = tl.sum(read, axis=0)
-                read_count += rows_here
-                some = rows_here > 0
-                if UNION:
-                    spread = tl.broadcast_to(read[:, None, :], [ROWS, GROUP_PAD, TILE])
-                    used = (tl.reshape(spread, [M, TILE]) > 0) & visible
-                else:
-                    used = keep
+                read = tl.dot(same_row, keep.to(COMPUTE), input_precision=PRECISION) > 0
+                # Both counts in one sum over rows.
+                both = tl.sum(keep.to(tl.int32) + ((read & leads[:, None]).to(tl.int32) << 16), axis=0)
+                kept_here, rows_here = both & 0xFFFF, both >> 16
+                used = read & visible if UNION else keep
+            kept_count += kept_here
+            read_count += rows_here
+            some = rows_here > 0
 
         scores = tl.where(visible, scores, -float("inf"))
         new_best = tl.maximum(best, tl.max(scores, axis=1))
@@ -212,7 +214,7 @@ def _topt_decode_kernel(
     )
     tl.store(partial_softmax + place * 3, best, mask=valid)
     tl.store(partial_softmax + place * 3 + 1, tl.sum(mass, axis=1), mask=valid)
-    here = (tl.program_id(2) * KV_HEADS + kv_head).to(tl.int64) * splits + split
+    here = ((sequence * CHUNKS + chunk) * KV_HEADS + kv_head).to(tl.int64) * splits + split
     if SPARSE:
         tl.store(partial_softmax + place * 3 + 2, tl.sum(dropped, axis=1), mask=valid)
         tl.store(partial_counts + here * 2, tl.sum(kept_count, axis=0))

@@ -8,13 +8,25 @@ import torch
 MAX_SPLITS = 64
 # A split shorter than this costs more in its partial result than it saves in time.
 MIN_SPLIT_TOKENS = 256
-# The matrix instructions of all targets take at least 16 rows.
-MIN_TILE_ROWS = 16
-MAX_TILE_ROWS = 64
+# The matrix instructions of all targets take at least 16 rows; with more, registers spill.
+TILE_ROWS = 16
 # Programs that a multiprocessor holds at once, at least; scripts of `topt-vllm bench compile` check it.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # Rounds of programs: two even out sequences of different lengths.
 ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the heuristic knows of a GPU.
+
+    Attributes:
+        amd: Whether ROCm drives it.
+        multiprocessors: Multiprocessors or compute units.
+    """
+
+    amd: bool
+    multiprocessors: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def choose(
     head_dim: int,
     capacity: int,
     item_bytes: int,
-    device: torch.device,
+    target: Target,
     splits: int | None = None,
 ) -> Launch:
     """Launch parameters for a shape.
@@ -63,24 +75,25 @@ def choose(
         head_dim: D.
         capacity: Tokens that a row of the block table has room for.
         item_bytes: Of an element of K and V in memory.
-        device: Of the tensors.
+        target: GPU.
         splits: Fixed number of splits instead of the heuristic's.
     """
     group_pad = power_of_two(num_heads // num_kv_heads)
-    rows = max(power_of_two(max_query_rows), -(-MIN_TILE_ROWS // group_pad))
-    rows = min(rows, max(1, MAX_TILE_ROWS // group_pad))
+    rows = max(1, TILE_ROWS // group_pad)
     chunks = -(-max_query_rows // rows)
-    tile, num_warps, num_stages = _tile(rows * group_pad, power_of_two(head_dim), item_bytes, is_amd(device))
+    tile, num_warps, num_stages = _tile(power_of_two(head_dim), item_bytes, target.amd)
     if splits is None:
-        splits = _splits(sequences * chunks * num_kv_heads, capacity, multiprocessors(device))
+        splits = _splits(sequences * chunks * num_kv_heads, capacity, target.multiprocessors)
     min_tiles = max(1, MIN_SPLIT_TOKENS // tile)
     return Launch(group_pad, rows, chunks, splits, tile, min_tiles, num_warps, num_stages)
 
 
-def _tile(tile_rows: int, dim_pad: int, item_bytes: int, amd: bool) -> tuple[int, int, int]:
+def _tile(dim_pad: int, item_bytes: int, amd: bool) -> tuple[int, int, int]:
     """Keys per iteration, warps, pipeline stages."""
-    tile = 64 if dim_pad <= 128 and tile_rows <= 32 else 32
-    return tile, 4, 2 if amd or item_bytes > 2 else 3
+    if amd:
+        # Wide tiles leave no LDS for a second stage if two blocks are to fit.
+        return 64, 4, 2 if dim_pad <= 128 else 1
+    return 64 if dim_pad <= 128 else 32, 4, 3 if item_bytes <= 2 else 2
 
 
 def _splits(programs: int, capacity: int, num_multiprocessors: int) -> int:
@@ -93,12 +106,10 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def is_amd(device: torch.device) -> bool:
-    """Whether the device is driven by ROCm."""
-    return device.type == "cuda" and torch.version.hip is not None
-
-
 @cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter, which runs one program after another."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def target_of(device: torch.device) -> Target:
+    """The GPU of tensors; one multiprocessor for the interpreter, which runs one program after another."""
+    if device.type != "cuda":
+        return Target(amd=False, multiprocessors=1)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Target(torch.version.hip is not None, count)

@@ -12,7 +12,7 @@ from topt_vllm.attention.triton.primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "max_rows", "statistics_slots"])
 def _topt_merge_kernel(
     value,
     query_start_loc,

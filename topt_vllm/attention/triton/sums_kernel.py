@@ -6,7 +6,7 @@ import triton.language as tl
 from topt_vllm.attention.triton.primitives import decode_stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _topt_sums_kernel(
     value,
     value_sums,

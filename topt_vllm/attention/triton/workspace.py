@@ -4,7 +4,51 @@ from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.attention.triton import launch
+from topt_vllm.attention.triton.launch import Launch, choose, target_of
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Words of what the decode kernel leaves for the merge kernel.
+
+    Attributes:
+        outputs: float32 [R, H, splits, D].
+        softmax: float32 [R, H, splits, 3]: best score, mass, dropped mass.
+        sums: float32 [S, chunks, Hkv, splits, D], V sums of finished blocks.
+        counts: int32 [S, chunks, Hkv, splits, 2]: pairs kept, V rows read.
+    """
+
+    outputs: int
+    softmax: int
+    sums: int
+    counts: int
+
+    @classmethod
+    def of(
+        cls, launch: Launch, rows: int, sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> "Parts":
+        """For one batch."""
+        of_rows = rows * num_heads * launch.splits
+        of_tiles = sequences * launch.chunks * num_kv_heads * launch.splits
+        words = (of_rows * head_dim, of_rows * 3, of_tiles * head_dim, of_tiles * 2)
+        # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
+        return cls(*(-(-count // 4) * 4 for count in words))
+
+    @property
+    def words(self) -> int:
+        """All of them."""
+        return self.outputs + self.softmax + self.sums + self.counts
+
+    def cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts of ``memory`` by the kernels' names."""
+        sizes = (self.outputs, self.sums, self.softmax, self.counts)
+        outputs, sums, softmax, counts = memory[: self.words].split(sizes)
+        return {
+            "partial_out": outputs,
+            "partial_softmax": softmax,
+            "partial_sums": sums,
+            "partial_counts": counts.view(torch.int32),
+        }
 
 
 @dataclass(frozen=True)
@@ -48,25 +92,8 @@ def allocate_workspace(
     for sequences in range(1, max_sequences + 1):
         rows = min(max_rows, sequences * max_query_rows)
         for item_bytes in (1, 2, 4):
-            shape = (
-                sequences,
-                max_query_rows,
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                capacity,
-                item_bytes,
-                device,
-            )
-            parameters = launch.choose(*shape, splits=splits)
-            words = max(words, sum(parts(parameters, rows, sequences, num_heads, num_kv_heads, head_dim)))
+            shape = (sequences, max_query_rows, num_heads, num_kv_heads, head_dim, capacity, item_bytes)
+            launch = choose(*shape, target_of(device), splits)
+            parts = Parts.of(launch, rows, sequences, num_heads, num_kv_heads, head_dim)
+            words = max(words, parts.words)
     return Workspace(torch.empty(words, dtype=torch.float32, device=device), splits)
-
-
-def parts(
-    parameters: launch.Launch, rows: int, sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
-) -> tuple[int, int, int, int]:
-    """Words of the partial outputs, softmax terms, V sums and counts."""
-    rows_heads = rows * num_heads * parameters.splits
-    tiles = sequences * parameters.chunks * num_kv_heads * parameters.splits
-    return rows_heads * head_dim, rows_heads * 3, tiles * head_dim, tiles * 2

@@ -1,0 +1,278 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads off what the machine code takes.
+
+The launches are those of the operator on tensors without memory (device ``meta``), so that what is compiled is what
+would run; it also shows that no launch depends on the contents of a tensor. Limits of a multiprocessor: NVIDIA,
+CUDA C++ Programming Guide, "Compute Capabilities"; AMD, CDNA 3 ISA guide (512 vector registers per lane and SIMD,
+four SIMDs and 64 KiB of LDS per compute unit).
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.triton.calls import Call, Step, sums_call
+from topt_vllm.attention.triton.launch import Launch, Target
+from topt_vllm.attention.triton.launcher import interpreted, new_statistics
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+GROUPS = (1, 4, 8, 16)
+QUERY_ROWS = (1, 8)
+BLOCK_SIZES = (16, 128)
+
+_KV_HEADS = 8
+_SEQUENCES = 16
+_CONTEXT = 32768
+# More than 2 GiB, so that AMD's compiler can't address it with 32 bits.
+_CACHE_BYTES = 8 << 30
+_WARP_REGISTERS = 256  # registers are handed out to warps in units of this many
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A target and the limits of one of its multiprocessors.
+
+    Attributes:
+        triton: Triton's name of it.
+        multiprocessors: Of the product that it stands for.
+        shared_bytes: Shared memory.
+        reserved_bytes: Shared memory that each block loses to the driver.
+        registers: 32-bit registers of a lane's share: per multiprocessor (NVIDIA), per lane and SIMD (AMD).
+        warps: Most resident warps.
+        blocks: Most resident blocks.
+    """
+
+    triton: GPUTarget
+    multiprocessors: int
+    shared_bytes: int
+    reserved_bytes: int
+    registers: int
+    warps: int
+    blocks: int
+
+    @property
+    def amd(self) -> bool:
+        """Whether ROCm drives it."""
+        return self.triton.backend == "hip"
+
+    def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
+        """Blocks that are resident on one multiprocessor at once."""
+        by_memory = self.shared_bytes // max(1, shared_bytes + self.reserved_bytes)
+        if self.amd:
+            waves_per_simd = min(8, self.registers // max(1, -(-registers // 8) * 8))
+            by_registers = waves_per_simd * 4 // num_warps
+        else:
+            warp = -(-registers * 32 // _WARP_REGISTERS) * _WARP_REGISTERS
+            by_registers = self.registers // (warp * num_warps)
+        return min(self.blocks, self.warps // num_warps, by_memory, by_registers)
+
+
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 108, 164 << 10, 1 << 10, 65536, 64, 32),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 132, 228 << 10, 1 << 10, 65536, 64, 32),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 228 << 10, 1 << 10, 65536, 64, 32),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 0, 512, 32, 32),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the code depends on.
+
+    Attributes:
+        head_dim: D.
+        group: Query heads of a KV head.
+        query_rows: Most query rows of a sequence.
+        dtype: Of the cache, a key of ``DTYPES``; queries are bfloat16, or float16 with a float16 cache.
+        block_size: P.
+        sparse: Whether there are thresholds; without, every row is kept.
+        softcap: 0 for none.
+    """
+
+    head_dim: int
+    group: int
+    query_rows: int
+    dtype: str
+    block_size: int
+    sparse: bool = True
+    softcap: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"D={self.head_dim}", f"group={self.group}", f"rows={self.query_rows}", self.dtype]
+        parts += [f"P={self.block_size}", *([] if self.sparse else ["dense"])]
+        return " ".join([*parts, *([f"softcap={self.softcap:g}"] if self.softcap else [])])
+
+    def step(self) -> Step:
+        """A call of the operator on tensors without memory, in vLLM's GPU layout: K and V of a slot side by side."""
+        rows, heads = _SEQUENCES * self.query_rows, _KV_HEADS * self.group
+        stored = DTYPES[self.dtype]
+        query_dtype = stored if stored.itemsize == 2 else torch.bfloat16
+        page = _KV_HEADS * self.block_size * 2 * self.head_dim
+        blocks = _CACHE_BYTES // (page * stored.itemsize)
+        # Half as much again for the V sums behind each page, as the adapter lays them out.
+        shape = (blocks, _KV_HEADS, self.block_size, 2 * self.head_dim)
+        key, value = _empty(*shape, dtype=stored).split(self.head_dim, dim=-1)
+        scale = _empty(1, dtype=torch.float32) if stored.itemsize == 1 else None
+        sums = _empty(blocks, _KV_HEADS, self.head_dim, dtype=torch.float32)
+        batch = DecodeBatch(
+            _empty(_SEQUENCES + 1),
+            _empty(_SEQUENCES),
+            _empty(_SEQUENCES, _CONTEXT // self.block_size),
+            self.query_rows,
+        )
+        lengths = 6
+        thetas = Thetas(
+            _empty(lengths),
+            _empty(heads, lengths, dtype=torch.float32),
+            _empty(heads, 2, dtype=torch.float32),
+        )
+        query = _empty(rows, heads, self.head_dim, dtype=query_dtype)
+        return Step(
+            query,
+            PagedCache(key, value, sums, key_scale=scale, value_scale=scale),
+            batch,
+            thetas if self.sparse else None,
+            Policy(),
+            self.head_dim**-0.5,
+            self.softcap,
+            torch.empty_like(query),
+            new_statistics("meta"),
+        )
+
+
+def shipped(
+    head_dims: Iterable[int] = HEAD_DIMS,
+    groups: Iterable[int] = GROUPS,
+    query_rows: Iterable[int] = QUERY_ROWS,
+    dtypes: Iterable[str] = tuple(DTYPES),
+    block_sizes: Iterable[int] = BLOCK_SIZES,
+) -> list[Configuration]:
+    """The product of these, and each head dimension without thresholds and with a softcap."""
+    found = [Configuration(*values) for values in product(head_dims, groups, query_rows, dtypes, block_sizes)]
+    plain = {replace(each, query_rows=1, dtype="bfloat16", block_size=16, group=4) for each in found}
+    ordered = sorted(plain, key=lambda each: each.head_dim)
+    return (
+        found
+        + [replace(each, sparse=False) for each in ordered]
+        + [replace(each, softcap=50.0) for each in ordered]
+    )
+
+
+def compile_call(call: Call, target: GPUTarget) -> tuple[Any, str]:
+    """Compiles one launch as Triton's own launcher would.
+
+    Args:
+        call: The launch.
+        target: GPU.
+
+    Returns:
+        Triton's compiled kernel, and the log of NVIDIA's assembler (empty for AMD).
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
+    """
+    if interpreted():
+        raise RuntimeError("Triton's interpreter is on, so nothing is compiled; unset TRITON_INTERPRET")
+    backend, kernel = make_backend(target), call.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**call.arguments)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    log = io.StringIO()
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=target, options=options.__dict__)
+    return compiled, log.getvalue()
+
+
+def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, Call]]:
+    """Launch parameters and the launches of a configuration by kernel name."""
+    step = configuration.step()
+    launch = step.choose(Target(chip.amd, chip.multiprocessors), None)
+    memory = _empty(step.parts(launch).words, dtype=torch.float32)
+    decode, merge = step.calls(launch, memory, interpreted=False)
+    if step.cache.value_sums is None:
+        raise RuntimeError("a configuration has V sums; this is a bug")
+    sums = sums_call(step.cache, step.cache.value_sums, _empty(rows_of_prefill(), dtype=torch.int64))
+    return launch, {"decode": decode, "merge": merge, "sums": sums}
+
+
+def rows_of_prefill() -> int:
+    """Tokens of a chunk of prefill, for which the sums kernel is compiled."""
+    return 8192
+
+
+def compile_all(
+    configurations: list[Configuration],
+    targets: list[str],
+    kernels: tuple[str, ...] = ("decode", "merge", "sums"),
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Iterator[dict[str, Any]]:
+    """One record for each configuration, target and kernel."""
+    for name in targets:
+        chip = CHIPS[name]
+        seen = set()
+        for configuration in configurations:
+            launch, found = calls(configuration, chip)
+            for kernel in kernels:
+                # The small kernels depend on less than the configuration.
+                if kernel != "decode" and (part := _dependence(configuration, kernel)) in seen:
+                    continue
+                if kernel != "decode":
+                    seen.add(part)
+                compiled, log = compile_call(found[kernel], chip.triton)
+                record = {
+                    "target": name,
+                    "kernel": kernel,
+                    "config": str(configuration),
+                    "head_dim": configuration.head_dim,
+                    "tile": launch.tile if kernel == "decode" else None,
+                    "num_warps": compiled.metadata.num_warps,
+                    "num_stages": launch.num_stages if kernel == "decode" else None,
+                    **resources(compiled, log),
+                }
+                numbers = (record["registers"], record["shared_bytes"], record["num_warps"])
+                record["occupancy"] = chip.occupancy(*numbers)
+                progress(record)
+                yield record
+
+
+def _dependence(configuration: Configuration, kernel: str) -> tuple[Any, ...]:
+    base = (kernel, configuration.head_dim, configuration.dtype, configuration.block_size)
+    return base if kernel == "sums" else (*base, configuration.query_rows, configuration.sparse)
+
+
+def resources(compiled: Any, log: str) -> dict[str, int]:
+    """Registers per thread, spills (bytes on NVIDIA, registers on AMD) and shared memory of a compiled kernel."""
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]  # noqa: E731
+        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+    else:
+        registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+        spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
+    return {"registers": registers, "spills": spills, "shared_bytes": compiled.metadata.shared}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
