@@ -310,19 +310,6 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
 
 
-def test_platforms_without_a_kernel_are_refused_by_name(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
-    """CUDA and ROCm call validate_configuration before anything is loaded."""
-    from vllm.v1.attention.selector import AttentionSelectorConfig
-
-    from topt_vllm.backend.backend import TopThetaBackend
-
-    options = AttentionSelectorConfig(HEAD_DIM, torch.bfloat16, "auto", BLOCK_SIZE)._asdict()
-    assert TopThetaBackend.validate_configuration(**options, device_capability=None) == []
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    reasons = TopThetaBackend.validate_configuration(**options, device_capability=None)
-    assert reasons == ["this release of topt_vllm has no kernel for cpu, only for CPUs"]
-
-
 def test_key_screen_travels_in_the_page_and_keeps_the_same_rows(vllm_config: Any):
     """The same steps with and without the 8-bit copy: same counts, and K of dropped keys is not read."""
     thetas = Thetas(

@@ -31,7 +31,15 @@ def imports(folder: str) -> dict[Path, set[str]]:
         ),
         ("attention/cpu", ("topt_vllm.attention.reference", "topt_vllm.attention.api")),
         ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli")),
-        ("backend", ("topt_vllm.cli", "topt_vllm.attention.cpu", "topt_vllm.attention.reference")),
+        (
+            "backend",
+            (
+                "topt_vllm.cli",
+                "topt_vllm.attention.cpu",
+                "topt_vllm.attention.triton",
+                "topt_vllm.attention.reference",
+            ),
+        ),
         ("benchmarks", ("topt_vllm.cli", "topt_vllm.backend")),
     ],
 )

@@ -1,8 +1,7 @@
-"""TOPTHETA's static facts; vLLM's CPU backend answers for everything that is not Top-Theta."""
+"""TOPTHETA's static facts on CPUs; vLLM's CPU backend answers for everything that is not Top-Theta."""
 
 from typing import Any, ClassVar
 
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -37,16 +36,6 @@ class TopThetaBackend(CPUAttentionBackend):
     def customize_spec(cls, spec: Any) -> Any:
         """Pages with room for the V sums and, where configured, the low-bit copy of K."""
         return tail_of(spec.num_kv_heads, spec.head_size, spec.block_size).extend(spec)
-
-    @classmethod
-    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
-        """Every reason not to serve a layer; CUDA and ROCm platforms ask here and show them."""
-        reasons = super().validate_configuration(*args, **kwargs)
-        if not current_platform.is_cpu():
-            reasons.append(
-                f"this release of topt_vllm has no kernel for {current_platform.device_name}, only for CPUs"
-            )
-        return reasons
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:

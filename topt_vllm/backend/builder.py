@@ -8,13 +8,13 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import bind_layer
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.page import tail_of
+from topt_vllm.backend.rows import row_lengths, rows_after, split
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -68,11 +68,7 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> TopThetaMetadata:
         """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
         common = common_attn_metadata
-        num_decodes, num_decode_rows = 0, 0
-        if common.causal is True:
-            num_decodes, _, num_decode_rows, _ = split_decodes_and_prefills(
-                common, decode_threshold=self.reorder_batch_threshold or 1
-            )
+        num_decodes, num_decode_rows, has_prefill = split(common, self.reorder_batch_threshold or 1)
         decode = None
         if num_decodes:
             decode = DecodeBatch(
@@ -81,10 +77,12 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
                 common.block_table_tensor[:num_decodes],
             )
         prefill = None
-        if num_decode_rows < common.num_actual_tokens:
-            prefill = super().build(0, _rows_after(common, num_decodes, num_decode_rows), fast_build)
+        if has_prefill:
+            prefill = super().build(0, rows_after(common, num_decodes, num_decode_rows), fast_build)
         whole = super().build(0, common, fast_build) if self._any_layer_stays_dense else None
-        lengths = _row_lengths(decode)
+        lengths = torch.empty(0, dtype=torch.int64)
+        if decode is not None:
+            lengths = row_lengths(decode.query_start_loc, decode.seq_lens)
         return TopThetaMetadata(
             common.num_actual_tokens,
             num_decode_rows,
@@ -99,30 +97,3 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
     def _finished_blocks(self, slot_mapping: torch.Tensor) -> torch.Tensor:
         last = (slot_mapping >= 0) & (slot_mapping % self.block_size == self.block_size - 1)
         return slot_mapping[last] // self.block_size
-
-
-def _rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int) -> CommonAttentionMetadata:
-    """The batch without its first requests."""
-    if num_decodes == 0:
-        return common
-    return common.replace(
-        query_start_loc=common.query_start_loc[num_decodes:] - num_rows,
-        query_start_loc_cpu=common.query_start_loc_cpu[num_decodes:] - num_rows,
-        seq_lens=common.seq_lens[num_decodes:],
-        num_reqs=common.num_reqs - num_decodes,
-        num_actual_tokens=common.num_actual_tokens - num_rows,
-        block_table_tensor=common.block_table_tensor[num_decodes:],
-        slot_mapping=common.slot_mapping[num_rows:],
-    )
-
-
-def _row_lengths(decode: DecodeBatch | None) -> torch.Tensor:
-    """Context length of every decode row, int64 [rows]."""
-    if decode is None:
-        return torch.empty(0, dtype=torch.int64)
-    starts = decode.query_start_loc.long()
-    rows_per_sequence = starts[1:] - starts[:-1]
-    # Row r of a sequence that ends before row e sees seq_len - (e - 1 - r) tokens.
-    base = decode.seq_lens.long() - starts[1:] + 1
-    rows = torch.arange(int(starts[-1]))
-    return torch.repeat_interleave(base, rows_per_sequence) + rows

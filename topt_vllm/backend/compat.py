@@ -5,7 +5,7 @@ import logging
 from typing import Any
 
 BACKEND_NAME = "TOPTHETA"
-BACKEND_PATH = "topt_vllm.backend.backend.TopThetaBackend"
+BACKEND_PATH = "topt_vllm.backend.choice.TopThetaBackend"
 
 logger = logging.getLogger("vllm.topt_vllm")
 
@@ -77,3 +77,20 @@ def is_chosen(vllm_config: Any) -> bool:
 def is_draft_layer(layer_name: str) -> bool:
     """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
     return layer_name.startswith("draft_model.")
+
+
+def stored_fp8_dtype() -> Any:
+    """How vLLM's Triton attention stores an fp8 cache: in the platform's e4m3, also for fp8_e5m2 (0.32, 0.33)."""
+    from vllm.platforms import current_platform
+
+    return current_platform.fp8_dtype()
+
+
+def layouts_with_padding() -> tuple[Any, ...]:
+    """Cache layouts whose pages can be padded, in vLLM's order of preference (0.32).
+
+    In the others the heads of a page lie apart, and vLLM asserts that such a page has no padding.
+    """
+    from vllm.v1.attention.backends.utils import _DEFAULT_LAYOUT_PREFERENCE
+
+    return tuple(layout for layout in _DEFAULT_LAYOUT_PREFERENCE if layout.is_block_compact)

@@ -28,19 +28,7 @@ def bind_layer(
         ValueError: The layer's heads are not those of the model that was identified.
     """
     impl = layer.impl
-    index = extract_layer_index(layer_name)
-    thetas: Thetas | None = None
-    reason = None
-    if compat.is_draft_layer(layer_name) or index >= resolved.identity.num_layers:
-        reason = "draft_model"
-    elif not resolved.thetas:
-        reason = "no_thresholds"
-    elif index not in resolved.thetas:
-        reason = "dense_layer"
-    else:
-        thetas = _rank_slice(
-            resolved.thetas[index], impl.num_heads, layer_name, resolved, tensor_parallel_size
-        )
+    thetas, reason = thresholds_of(impl, layer_name, resolved, tensor_parallel_size)
     impl.bound = TopThetaLayer(
         implementation=resolved.implementation,
         policy=resolved.config.policy,
@@ -51,6 +39,25 @@ def bind_layer(
         statistics=new_statistics(),
     )
     recorder().add_layer(impl.bound.statistics)
+
+
+def thresholds_of(
+    impl: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
+) -> tuple[Thetas | None, str | None]:
+    """A layer's thresholds, or None and why it has none; arguments as :func:`bind_layer`.
+
+    Raises:
+        ValueError: The layer's heads are not those of the model that was identified.
+    """
+    index = extract_layer_index(layer_name)
+    if compat.is_draft_layer(layer_name) or index >= resolved.identity.num_layers:
+        return None, "draft_model"
+    if not resolved.thetas:
+        return None, "no_thresholds"
+    if index not in resolved.thetas:
+        return None, "dense_layer"
+    whole = resolved.thetas[index]
+    return _rank_slice(whole, impl.num_heads, layer_name, resolved, tensor_parallel_size), None
 
 
 def _rank_slice(

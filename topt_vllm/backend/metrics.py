@@ -40,7 +40,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._layers: list[torch.Tensor] = []
-        self._platform = new_statistics()
+        self._platform = [0.0] * len(Stat)
         self._dense_rows: Counter[str] = Counter()
         self._exported = new_statistics()
         self._exported_dense: Counter[str] = Counter()
@@ -63,7 +63,7 @@ class Recorder:
         self._thread.join()
 
     def add_layer(self, statistics: torch.Tensor) -> None:
-        """Includes a layer's accumulators (float64 [7]) from now on."""
+        """Includes accumulators (float64 [7], on the host) from now on."""
         self._layers.append(statistics)
 
     def count_dense_rows(self, reason: str | None, rows: int) -> None:
@@ -75,20 +75,22 @@ class Recorder:
         self._dense_rows[reason] += rows
 
     def count_platform_rows(
-        self, reason: str, lengths: torch.Tensor, num_heads: int, num_kv_heads: int
+        self, reason: str, lengths: torch.Tensor, num_heads: int, num_kv_heads: int, layers: int = 1
     ) -> None:
         """Counts decode rows that vLLM's own kernel serves.
 
         Args:
             reason: Why.
-            lengths: int64 [rows], keys that each row attends to (tokens).
-            num_heads: Query heads of the layer.
-            num_kv_heads: KV heads of the layer.
+            lengths: int64 [rows] on the host, keys that each row attends to (tokens).
+            num_heads: Query heads of a layer.
+            num_kv_heads: KV heads of a layer.
+            layers: Layers of that kind.
         """
-        self.count_dense_rows(reason, len(lengths))
-        keys = int(lengths.sum())
+        rows = len(lengths) * layers
+        self.count_dense_rows(reason, rows)
+        keys = int(lengths.sum()) * layers
         added = {
-            Stat.ROWS: len(lengths),
+            Stat.ROWS: rows,
             Stat.ELEMENTS: keys * num_heads,
             Stat.KEPT_ELEMENTS: keys * num_heads,
             Stat.V_ROWS: keys * num_kv_heads,
@@ -116,7 +118,8 @@ class Recorder:
         self._exported_dense = dense
 
     def _sums(self) -> torch.Tensor:
-        return torch.stack([self._platform, *self._layers]).sum(dim=0)
+        platform = torch.tensor(self._platform, dtype=torch.float64)
+        return torch.stack([platform, *self._layers]).sum(dim=0)
 
     def _run(self) -> None:
         exports = 0

@@ -55,14 +55,14 @@ class Tail:
     def value_sums(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """V sums of every block, a view float32 [B, Hkv, D] of ``kv_cache`` [B, Hkv, P, 2D]."""
         first, page = self._place(kv_cache)
-        flat = torch.empty(0, dtype=torch.float32).set_(kv_cache.untyped_storage())
+        flat = torch.empty(0, dtype=torch.float32, device=kv_cache.device).set_(kv_cache.untyped_storage())
         shape = (kv_cache.shape[0], self.num_kv_heads, self.head_dim)
         return flat.as_strided(shape, (page // _SUM_BYTES, self.head_dim, 1), first // _SUM_BYTES)
 
     def key_screen(self, kv_cache: torch.Tensor) -> torch.Tensor:
         """Low-bit copies of K, a view uint8 [B, Hkv, screen_bytes] of ``kv_cache`` [B, Hkv, P, 2D]."""
         first, page = self._place(kv_cache)
-        flat = torch.empty(0, dtype=torch.uint8).set_(kv_cache.untyped_storage())
+        flat = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(kv_cache.untyped_storage())
         shape = (kv_cache.shape[0], self.num_kv_heads, self.screen_bytes)
         return flat.as_strided(shape, (page, self.screen_bytes, 1), first + self.sums_bytes)
 

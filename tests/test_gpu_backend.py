@@ -1,0 +1,283 @@
+"""The GPU adapter without a GPU or an engine: builder, layers and vLLM's own cache planning on CPU tensors."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from gpu_rig import (
+    BLOCK_SIZE,
+    FP8,
+    MAX_SEQUENCES,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    BatchSpec,
+    Rig,
+    make_rig,
+    readable,
+    vllm_config,
+)
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from topt_vllm.attention.common import Policy, Stat, Thetas
+from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
+from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
+from topt_vllm.backend.metrics import recorder
+
+__all__ = ["make_rig", "vllm_config"]
+
+BACKENDS = [FlashTopThetaBackend, TritonTopThetaBackend]
+DECODE = BatchSpec("ragged_decode", [1, 16, 17, 60], [1, 1, 1, 1])
+BATCHES = [
+    DECODE,
+    BatchSpec("prefill_only", [33, 7], [33, 7]),
+    BatchSpec("mixed", [32, 63, 20], [1, 1, 20]),
+    BatchSpec("mixed_chunked_prefill", [50, 48], [1, 30]),
+]
+# Keeps about half of the keys: scores of random queries and keys are around 0 ± 1.
+THETAS = Thetas(
+    torch.tensor([8, 1024], dtype=torch.int32),
+    torch.zeros(NUM_HEADS, 2),
+    torch.zeros(NUM_HEADS, 2),
+)
+# bf16 output, and values around 1: a few units of 2^-8.
+CLOSE = {"atol": 2e-2, "rtol": 2e-2}
+
+
+def make_sparse(rig: Rig, policy: Policy | None = None, thetas: Thetas | None = THETAS) -> Policy:
+    """Gives every layer of a rig the same thresholds."""
+    policy = policy or Policy()
+    for layer in rig.layers:
+        layer.impl.bound.thetas, layer.impl.bound.policy = thetas, policy
+    return policy
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_decode_rows_are_sparse_and_prefill_rows_stay_with_the_platform(
+    make_rig: Any, backend: type, batch: BatchSpec, compensation: Any
+):
+    torch.manual_seed(0)
+    rig = make_rig(backend)
+    policy = make_sparse(rig, Policy(compensation=compensation))
+    rig.write_contexts(batch)
+    query, output, metadata = rig.step(batch)
+    common = rig.common(batch)
+    decoded = sum(length for length in batch.query_lens if length == 1)
+    assert metadata.num_decode_rows == decoded
+    assert rig.platform_rows == ([len(query) - decoded] if decoded < len(query) else [])
+    sparse = rig.expected(0, query, common, THETAS, policy)
+    dense = rig.expected(0, query, common, None, policy)
+    torch.testing.assert_close(output[:decoded].float(), sparse[:decoded], **CLOSE)
+    torch.testing.assert_close(output[decoded:].float(), dense[decoded:], **CLOSE)
+    statistics = rig.layers[0].impl.bound.statistics.sum(dim=0)
+    assert statistics[Stat.ROWS] == decoded
+    if max(batch.seq_lens[: batch.query_lens.count(1)], default=0) > 2 * BLOCK_SIZE:
+        assert 0.2 < statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS] < 0.98
+
+
+def test_every_row_kept_is_dense_attention(make_rig: Any):
+    torch.manual_seed(1)
+    rig = make_rig(TritonTopThetaBackend)
+    make_sparse(rig, thetas=None)
+    rig.write_contexts(DECODE)
+    query, output, _ = rig.step(DECODE)
+    torch.testing.assert_close(
+        output.float(), rig.expected(0, query, rig.common(DECODE), None, Policy()), **CLOSE
+    )
+
+
+LAYOUTS = TritonTopThetaBackend.supported_kv_cache_layouts()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_value_sums_live_in_the_padding_of_every_layout(make_rig: Any, layout: KVCacheLayout):
+    """Two layers, of which one finishes and rewrites blocks; K, V and sums of neither are disturbed."""
+    torch.manual_seed(2)
+    rig = make_rig(TritonTopThetaBackend, layers=2, layout=layout)
+    make_sparse(rig)
+    whole = BatchSpec("prefill", [64, 40], [64, 40])
+    for _ in range(2):
+        slots = rig.common(whole).slot_mapping
+        for index in range(2):
+            rig.write(index, torch.cat([slots, torch.full((5,), -1)]))
+    finished = torch.cat([rig.block_table[0, :4], rig.block_table[1, :2]]).long()
+    for layer, kv_cache in zip(rig.layers, rig.caches, strict=True):
+        sums = layer.impl.bound.paged_cache(layer, kv_cache).value_sums
+        _, value = readable(layer, kv_cache)
+        torch.testing.assert_close(sums[finished], value[finished].float().sum(dim=2), rtol=1e-5, atol=1e-4)
+        assert sums[rig.block_table[1, 2]].isnan().all() or not sums[rig.block_table[1, 2]].any()
+
+
+def test_layouts_without_room_for_padding_are_not_offered():
+    """vLLM asserts that pages whose heads lie apart are not padded."""
+    assert set(KVCacheLayout) - set(LAYOUTS) == {KVCacheLayout.LHBNC, KVCacheLayout.BHLNC}
+
+
+def test_fp8_caches_are_read_with_vllm_s_scales(make_rig: Any):
+    torch.manual_seed(3)
+    rig = make_rig(TritonTopThetaBackend, kv_cache_dtype="fp8")
+    policy = make_sparse(rig)
+    layer = rig.layers[0]
+    layer._k_scale.fill_(0.5)
+    layer._v_scale.fill_(0.25)
+    rig.write_contexts(DECODE)
+    query, output, _ = rig.step(DECODE)
+    cache = layer.impl.bound.paged_cache(layer, rig.caches[0])
+    assert cache.key.dtype == FP8
+    expected = rig.expected(0, query, rig.common(DECODE), THETAS, policy)
+    torch.testing.assert_close(output.float(), expected, **CLOSE)
+
+
+def test_speculative_rows_decode_together(make_rig: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(4)
+    rig = make_rig(TritonTopThetaBackend)
+    rig.builder._max_query_rows = 5
+    policy = make_sparse(rig)
+    batch = BatchSpec("verify", [58, 31, 60], [5, 3, 1])
+    rig.write_contexts(batch)
+    query, output, metadata = rig.step(batch)
+    assert metadata.num_decode_rows == 9
+    assert metadata.prefill is None
+    torch.testing.assert_close(
+        output.float(), rig.expected(0, query, rig.common(batch), THETAS, policy), **CLOSE
+    )
+
+
+def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: Any):
+    """vLLM captures with dummy sequences and replays after changing the contents of its static buffers."""
+    torch.manual_seed(5)
+    rig = make_rig(TritonTopThetaBackend)
+    policy = make_sparse(rig)
+    rig.write_contexts(DECODE)
+    static = rig.common(BatchSpec("capture", [1] * MAX_SEQUENCES, [1] * MAX_SEQUENCES))
+    captured = rig.builder.build_for_cudagraph_capture(static)
+    rig.attend(0, captured, MAX_SEQUENCES)
+    before = recorder().totals()
+
+    real = rig.common(DECODE)
+    rig.write(0, real.slot_mapping)
+    static.query_start_loc.fill_(4)[:5] = real.query_start_loc
+    static.seq_lens.fill_(0)[:4] = real.seq_lens
+    static.block_table_tensor.fill_(0)[:4] = real.block_table_tensor
+    rig.builder.build(0, static.replace(query_start_loc_cpu=static.query_start_loc.clone()))
+    query, output = rig.attend(0, captured, MAX_SEQUENCES)
+    expected = rig.expected(0, query[:4], real, THETAS, policy)
+    torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
+    assert output[4:].isnan().all()
+
+    statistics = rig.layers[0].impl.bound.statistics.sum(dim=0)
+    assert statistics[Stat.ROWS] == 4
+    assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
+    rig.builder._group.statistics._next_copy = 0.0
+    rig.builder.build(0, real)
+    assert recorder().totals()["toptheta_decode_rows"] - before["toptheta_decode_rows"] == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_are_declared_for_uniform_decode_batches(make_rig: Any, vllm_config: Any, backend: type):
+    builder = make_rig(backend).builder
+    support = builder.get_cudagraph_support(vllm_config, builder.kv_cache_spec)
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+    assert builder.reorder_batch_threshold == 1
+    assert not builder.supports_update_block_table
+    assert not builder.supports_draft_decode_metadata_update
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_building_metadata_reads_nothing_off_the_device(make_rig: Any, backend: type, batch: BatchSpec):
+    """Tensors of the device ``meta`` have no data: any read of them raises."""
+    rig = make_rig(backend, layers=2, windows=(24,))
+    common = rig.common(batch)
+    on_device = {
+        name: getattr(common, name).to("meta")
+        for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    }
+    common = common.replace(**on_device)
+    with pytest.raises(RuntimeError, match="meta"):
+        common.seq_lens.max().item()
+    metadata = rig.builder.build(0, common)
+    assert metadata.num_decode_rows == batch.query_lens.count(1)
+    rig.builder.build_for_cudagraph_capture(common)
+
+
+def test_what_the_host_counts(make_rig: Any):
+    """Layer 0 of the table is dense, layer 1 sparse from 32 tokens on, layer 2 has a window of 24."""
+    torch.manual_seed(6)
+    rig = make_rig(TritonTopThetaBackend, layers=3, windows=(None, None, 24))
+    rig.write_contexts(DECODE)
+    before = recorder().totals()
+    common = rig.common(DECODE)
+    metadata = rig.builder.build(0, common)
+    for index in range(3):
+        rig.write(index, common.slot_mapping)
+        rig.attend(index, metadata, 4)
+    rig.builder._group.statistics._next_copy = 0.0
+    rig.builder.build(0, rig.common(BatchSpec("prefill", [9], [9])))
+    after = recorder().totals()
+    added = {name: after[name] - before.get(name, 0) for name in after}
+    assert rig.platform_rows == [4]
+    assert added["dense_rows:dense_layer"] == 4
+    assert added["dense_rows:short_context"] == 3
+    assert added["dense_rows:sliding_window"] == 4
+    assert added["toptheta_decode_rows"] == 3 * 4
+    windowed = sum(min(24, length) for length in DECODE.seq_lens)
+    assert added["toptheta_v_rows"] == (2 * sum(DECODE.seq_lens) + windowed) * NUM_KV_HEADS
+
+
+def test_builders_of_the_same_layers_share_what_graphs_point_to(make_rig: Any, vllm_config: Any):
+    """Microbatches have a builder each, and vLLM makes builders again after it measured memory."""
+    rig = make_rig(TritonTopThetaBackend)
+    bound = rig.layers[0].impl.bound
+    first = rig.builder
+    other = type(first)(first.kv_cache_spec, first.layer_names, vllm_config, torch.device("cpu"))
+    assert rig.layers[0].impl.bound is bound
+    assert other._group is first._group
+
+
+def test_views_of_a_cache_go_with_it(make_rig: Any):
+    """vLLM measures memory with a small cache, and expects it back before it allocates the real one."""
+    rig = make_rig(TritonTopThetaBackend)
+    make_sparse(rig)
+    layer = rig.layers[0]
+    bound = layer.impl.bound
+    bound.paged_cache(layer, rig.caches[0])
+    storage = weakref.ref(rig.caches[0])
+    rig.caches.clear()
+    gc.collect()
+    assert storage() is None
+    assert bound.cache is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("alibi_slopes", [0.5] * NUM_HEADS), ("kv_sharing_target_layer_name", "model.layers.0.self_attn.attn")],
+)
+def test_layers_that_would_be_wrong_are_refused_by_name(
+    make_rig: Any, backend: type, option: str, value: Any
+):
+    with pytest.raises(NotImplementedError, match=option):
+        make_rig(backend, **{option: value})
+
+
+def test_outputs_are_not_quantised_behind_the_operator_s_back(make_rig: Any):
+    impl = make_rig(TritonTopThetaBackend).layers[0].impl
+    assert not impl.supports_quant_query_input
+    assert not impl.fused_output_quant_supported(None)
+    assert not impl.fused_rope_kvcache_supported()
+    with pytest.raises(NotImplementedError, match="output_scale"):
+        impl.forward(None, None, None, None, None, None, None, output_scale=torch.ones(1))
+
+
+def test_blocks_are_large_enough_for_the_sums_to_be_cheap():
+    """One float32 per channel and block: a sixty-fourth of a bf16 cache at 64 slots."""
+    assert TritonTopThetaBackend.get_preferred_block_size(16) == 64
+    assert TritonTopThetaBackend.get_preferred_block_size(128) == 128

@@ -1,0 +1,118 @@
+"""Builds a step's metadata on a GPU: copies fields and slices, and waits for nothing that the device knows."""
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from topt_vllm.attention.common import DecodeBatch
+from topt_vllm.backend.gpu.group import bind_layers
+from topt_vllm.backend.gpu.impl import GpuImpl
+from topt_vllm.backend.gpu.metadata import GpuMetadata
+from topt_vllm.backend.page import tail_of
+from topt_vllm.backend.rows import rows_after, split
+from topt_vllm.backend.startup import resolve
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# A metadata builder of vLLM, when this is mixed into one.
+_Platform: Any = object
+
+logger = logging.getLogger("vllm.topt_vllm")
+
+
+class GpuBuilder(_Platform):
+    """Mixed into a metadata builder of vLLM: splits each batch, and binds the layers of its KV cache group."""
+
+    # A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where a
+    # batch splits depends on the batch, so graphs of mixed batches would not.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # The metadata holds the platform's; vLLM would replace the block table of the outer one only.
+    supports_update_block_table: bool = False
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        _refuse(kv_cache_spec)
+        # A speculator's graph would call the platform's own update on our metadata.
+        self.supports_draft_decode_metadata_update = False
+        # Drafted tokens of speculative decoding are decode rows too.
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._max_query_rows = self.reorder_batch_threshold or 1
+
+        resolved = resolve(vllm_config)
+        logger.info(resolved.description)
+        block_size = kv_cache_spec.block_size
+        tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, block_size)
+        logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
+        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
+        self._group, self._counters = bind_layers(impls, resolved, block_size, tensor_parallel_size, device)
+        self._any_on_platform = any(impl.platform_reason for impl in impls.values())
+        self._captured = False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> GpuMetadata:
+        """Builds a step's metadata and counts what the host knows of it."""
+        metadata = self._build(common_attn_metadata, fast_build)
+        if self._group is not None:
+            if self._captured:
+                self._captured = False
+                self._group.statistics.reset()
+            self._group.statistics.publish()
+        num_decodes = 0 if metadata.decode is None else metadata.decode.seq_lens.shape[0]
+        self._counters.count(common_attn_metadata, num_decodes)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:
+        """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
+        metadata = self._build(common_attn_metadata, fast_build=False)
+        # Short contexts, or capturing takes long; none that is empty, so that every output is written.
+        common_attn_metadata.seq_lens.fill_(common_attn_metadata.max_query_len)
+        self._captured = True
+        return metadata
+
+    def _build(self, common: CommonAttentionMetadata, fast_build: bool) -> GpuMetadata:
+        num_decodes, num_rows, has_prefill = split(common, self._max_query_rows)
+        decode = prefill = whole = None
+        if num_decodes and self._group is not None:
+            decode = DecodeBatch(
+                common.query_start_loc[: num_decodes + 1],
+                common.seq_lens[:num_decodes],
+                common.block_table_tensor[:num_decodes],
+                min(common.max_query_len, self._max_query_rows),
+            )
+            max_sequences = self.vllm_config.scheduler_config.max_num_seqs
+            self._group.allocate(max_sequences, self._max_query_rows, common.block_table_tensor.shape[1])
+        if self._any_on_platform:
+            whole = super().build(0, common, fast_build)
+        if has_prefill and self._group is not None:
+            # FlashAttention 3 schedules in one buffer of the builder: slow build would overwrite that of whole.
+            prefill = super().build(
+                0, rows_after(common, num_decodes, num_rows), fast_build or whole is not None
+            )
+        return GpuMetadata(common.num_actual_tokens, num_rows, decode, prefill, whole)
+
+
+def _refuse(spec: Any) -> None:
+    """Refuses caches of layers that θ(n) doesn't mean.
+
+    Raises:
+        NotImplementedError: Names what the layers do.
+    """
+    if getattr(spec, "attention_chunk_size", None) is not None:
+        raise NotImplementedError("TOPTHETA doesn't support chunked local attention (attention_chunk_size)")
+    if spec.head_size_v != spec.head_size:
+        raise NotImplementedError(
+            f"TOPTHETA needs heads of K and V of one size, not {spec.head_size} and {spec.head_size_v}"
+        )

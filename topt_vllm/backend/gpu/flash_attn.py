@@ -1,0 +1,35 @@
+"""TOPTHETA on vLLM's FlashAttention."""
+
+from typing import ClassVar
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from topt_vllm.backend.gpu.backend import GpuBackend
+from topt_vllm.backend.gpu.builder import GpuBuilder
+from topt_vllm.backend.gpu.impl import GpuImpl
+
+
+class FlashTopThetaImpl(GpuImpl, FlashAttentionImpl):
+    """Prefill on FlashAttention."""
+
+
+class FlashTopThetaBuilder(GpuBuilder, FlashAttentionMetadataBuilder):
+    """Prefill metadata of FlashAttention."""
+
+
+class FlashTopThetaBackend(GpuBackend, FlashAttentionBackend):
+    """For caches of the model's dtype. With fp8 ones FlashAttention wants queries in fp8, the operator doesn't."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashTopThetaImpl]:
+        return FlashTopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashTopThetaBuilder]:
+        return FlashTopThetaBuilder

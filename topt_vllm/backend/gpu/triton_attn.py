@@ -1,0 +1,42 @@
+"""TOPTHETA on vLLM's Triton attention."""
+
+from typing import ClassVar
+
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
+
+from topt_vllm.backend.gpu.backend import GpuBackend
+from topt_vllm.backend.gpu.builder import GpuBuilder
+from topt_vllm.backend.gpu.impl import GpuImpl
+
+
+class TritonTopThetaImpl(GpuImpl, TritonAttentionImpl):
+    """Prefill on Triton attention."""
+
+
+class TritonTopThetaBuilder(GpuBuilder, TritonAttentionMetadataBuilder):
+    """Prefill metadata of Triton attention."""
+
+
+class TritonTopThetaBackend(GpuBackend, TritonAttentionBackend):
+    """For ROCm, for fp8 caches, and where vLLM has no FlashAttention."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+        "fp8_e5m2",
+    ]
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonTopThetaImpl]:
+        return TritonTopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TritonTopThetaBuilder]:
+        return TritonTopThetaBuilder

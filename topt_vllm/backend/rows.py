@@ -1,0 +1,61 @@
+"""How a step falls into decode rows and prefill rows, from what the host knows; nothing is read off a device."""
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+# Fields of CommonAttentionMetadata with one entry per request (0.32) that a part of a batch takes along where set.
+_PER_REQUEST = ("seq_lens", "block_table_tensor", "seq_lens_cpu_upper_bound", "is_prefilling", "req_idx")
+
+
+def split(common: CommonAttentionMetadata, threshold: int) -> tuple[int, int, bool]:
+    """Where the decode rows of a batch end; vLLM puts them first. A batch that is not causal is prefill as a whole.
+
+    Args:
+        common: The step's batch.
+        threshold: Most query rows of a request that decodes.
+
+    Returns:
+        Requests that decode, their query rows (padding included), and whether there is prefill after them.
+    """
+    if common.causal is not True:
+        return 0, 0, True
+    num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+    return num_decodes, num_rows, num_prefills > 0
+
+
+def rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int) -> CommonAttentionMetadata:
+    """The batch without its first requests, which have ``num_rows`` query rows."""
+    if num_decodes == 0:
+        return common
+    per_request = {
+        name: value[num_decodes:] for name in _PER_REQUEST if (value := getattr(common, name)) is not None
+    }
+    return common.replace(
+        query_start_loc=common.query_start_loc[num_decodes:] - num_rows,
+        query_start_loc_cpu=common.query_start_loc_cpu[num_decodes:] - num_rows,
+        num_reqs=common.num_reqs - num_decodes,
+        num_actual_tokens=common.num_actual_tokens - num_rows,
+        slot_mapping=common.slot_mapping[num_rows:],
+        # What vLLM worked out for the whole batch.
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+        **per_request,
+    )
+
+
+def row_lengths(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    """Context length of every decode row.
+
+    Args:
+        query_start_loc: int32 [S + 1], first query row of each sequence; on the host.
+        seq_lens: int32 [S], context length of each sequence's last query row (tokens); on the host.
+
+    Returns:
+        int64 [rows].
+    """
+    starts = query_start_loc.long()
+    # Row r of a sequence that ends before row e sees seq_len - (e - 1 - r) tokens.
+    base = seq_lens.long() - starts[1:] + 1
+    rows = torch.arange(int(starts[-1]))
+    return torch.repeat_interleave(base, starts[1:] - starts[:-1]) + rows
