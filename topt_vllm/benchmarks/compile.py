@@ -120,7 +120,7 @@ class Configuration:
         return " ".join([*parts, *([f"softcap={self.softcap:g}"] if self.softcap else [])])
 
     def step(self) -> Step:
-        """A call of the operator on tensors without memory, in vLLM's GPU layout: K and V of a slot side by side."""
+        """A call on tensors without memory, in vLLM's GPU layout: K and V of a slot side by side."""
         rows, heads = _SEQUENCES * self.query_rows, _KV_HEADS * self.group
         stored = DTYPES[self.dtype]
         query_dtype = stored if stored.itemsize == 2 else torch.bfloat16

@@ -39,23 +39,15 @@ def check(query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, out: torch
     if query.dtype not in _TRITON:
         _refuse("query", " or ".join(map(str, _TRITON)), query.dtype)
     if cache.key.dtype not in _TRITON and cache.key.dtype not in _FORMATS:
-        _refuse(
-            "key",
-            " or ".join(map(str, [*_TRITON, *_FORMATS])),
-            cache.key.dtype,
-        )
+        _refuse("key", " or ".join(map(str, [*_TRITON, *_FORMATS])), cache.key.dtype)
     if cache.value.dtype != cache.key.dtype:
         _refuse("value", f"the dtype of key, {cache.key.dtype}", cache.value.dtype)
-    for name, tensor in (
-        ("query", query),
-        ("value", cache.value),
-        ("out", out),
-        ("block_table", batch.block_table),
-    ):
+    contiguous = {"query": query, "value": cache.value, "out": out, "block_table": batch.block_table}
+    if cache.value_sums is not None:
+        contiguous["value_sums"] = cache.value_sums
+    for name, tensor in contiguous.items():
         if tensor.stride(-1) != 1:
-            _refuse(f"{name}.stride(-1)", "1", tensor.stride(-1))
-    if cache.value_sums is not None and cache.value_sums.stride(-1) != 1:
-        _refuse("value_sums.stride(-1)", "1", cache.value_sums.stride(-1))
+            _refuse(f"{name}: stride of the last dimension", "1", tensor.stride(-1))
     for name in ("query_start_loc", "seq_lens", "block_table"):
         tensor = getattr(batch, name)
         if tensor.dtype != torch.int32:

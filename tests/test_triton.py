@@ -1,0 +1,230 @@
+"""What is particular to the Triton kernels: splits, layouts, fp8, V sums, workspace. Runs in Triton's interpreter.
+
+The operator's semantics are in test_operator.py, over every implementation.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import NAN, Case, implementation, kept_sets, poison_unread_values, random_case
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
+from topt_vllm.attention.triton import launch, launcher
+
+RAGGED = [(1, 448), (1, 65), (0, 0), (3, 130)]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
+
+
+def run(case: Case, kernel: Any, statistics: torch.Tensor | None = None) -> torch.Tensor:
+    """Output of an implementation object, written into a buffer full of NaN."""
+    out = torch.full_like(case.query, NAN)
+    step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
+    return api.decode(kernel, *step, out, statistics)
+
+
+def with_splits(count: int) -> Any:
+    """The kernel with a fixed number of splits."""
+
+    def decode(*arguments: Any) -> None:
+        launcher.decode(*arguments, splits=count)
+
+    return SimpleNamespace(decode=decode)
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits may be as short as one tile, so that short contexts are really split."""
+    monkeypatch.setattr(launch, "MIN_SPLIT_TOKENS", 1)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(
+    "policy", [Policy(), Policy(group_keep="head", compensation="none")], ids=["union", "head"]
+)
+def test_output_and_counters_do_not_depend_on_the_splits(policy: Policy):
+    clean = random_case(RAGGED, 6, 2, dtype=torch.float32, policy=policy)
+    case = poison_unread_values(clean)
+    results = []
+    for splits in (1, 2, 7):
+        statistics = new_statistics()
+        results.append((run(case, with_splits(splits), statistics), statistics))
+    for out, statistics in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(statistics[: Stat.DROPPED_MASS], results[0][1][: Stat.DROPPED_MASS])
+        torch.testing.assert_close(statistics, results[0][1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][0], run(clean, implementation("reference")), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.usefixtures("short_splits")
+def test_kept_set_does_not_depend_on_the_splits():
+    """θ is absolute, so a split decides without the others. Read off V rows that are unit vectors."""
+    policy = Policy(group_keep="head", compensation="none", recent_tokens=3)
+    case = random_case([(1, 448)], 2, 1, dtype=torch.float32, policy=policy, keep=0.1)
+    used = {splits: torch.zeros(2, 448, dtype=torch.bool) for splits in (1, 2, 7)}
+    for start in range(0, 448, 64):
+        value = torch.zeros_like(case.cache.value)
+        for position in range(start, start + 64):
+            block = case.batch.block_table[0, position // 32]
+            value[block, :, position % 32, position - start] = 1
+        window = replace(case, cache=replace(case.cache, value=value))
+        for splits, found in used.items():
+            found[:, start : start + 64] = run(window, with_splits(splits))[0] > 0
+    ((kept, _),) = kept_sets(case)
+    for splits, found in used.items():
+        assert torch.equal(found, kept), splits
+
+
+def in_layout(cache: PagedCache, layout: str) -> PagedCache:
+    """The same cache as vLLM's GPU backends store it: K and V of a slot side by side."""
+    both = torch.cat([cache.key, cache.value], dim=-1)
+    if layout == "NHD":
+        both = both.transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = both.split(cache.key.shape[-1], dim=-1)
+    return replace(cache, key=key, value=value)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_layouts_of_the_gpu_backends(layout: str, head_dim: int):
+    case = random_case([(1, 100), (2, 70)], head_dim=head_dim, block_size=48)
+    other = replace(case, cache=in_layout(case.cache, layout))
+    assert torch.equal(run(other, implementation("triton")), run(case, implementation("triton")))
+
+
+def quantised(case: Case, dtype: torch.dtype) -> Case:
+    """The case with an fp8 cache and scales that are no powers of two; what is unused is NaN still."""
+    scales = torch.tensor([0.037]), torch.tensor([0.021])
+    key, value = (
+        (part / scale).to(dtype)
+        for part, scale in zip((case.cache.key, case.cache.value), scales, strict=True)
+    )
+    sums = torch.full_like(case.cache.value_sums, NAN)
+    return replace(case, cache=PagedCache(key, value, sums, None, *scales))
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_fp8_cache(dtype: torch.dtype):
+    """Only summation order separates the kernel from the reference: fp8 is decoded exactly."""
+    case = quantised(random_case([(1, 200), (2, 66)], dtype=torch.float32, keep=0.2), dtype)
+    # θ lies in gaps between scores of the unquantised keys, so here a few keys might differ; keep away from that.
+    case = replace(case, thetas=replace(case.thetas, theta=case.thetas.theta.round(decimals=1) + 0.0137))
+    slots = torch.arange(case.cache.value.shape[0] * 32)
+    finished = case.cache.value.float().isfinite().all(dim=(1, 2, 3))
+    launcher.update_sums(case.cache, slots[finished.repeat_interleave(32)])
+    got, statistics = {}, {}
+    for name in ("triton", "reference"):
+        statistics[name] = new_statistics()
+        got[name] = run(case, implementation(name), statistics[name])
+    torch.testing.assert_close(got["triton"], got["reference"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics["triton"], statistics["reference"], rtol=1e-6, atol=1e-6)
+    assert statistics["triton"][Stat.V_ROWS_READ] < statistics["triton"][Stat.V_ROWS]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_every_fp8_number_is_decoded(dtype: torch.dtype):
+    """V of one block holds all 256 numbers; its sum over rows is theirs, for each row holds one and zeros."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 1, 256)
+    value = torch.zeros(1, 1, 16, 256, dtype=torch.uint8)
+    value[:, :, :1] = codes
+    cache = PagedCache(value.view(dtype), value.view(dtype), torch.zeros(1, 1, 256))
+    launcher.update_sums(cache, torch.tensor([15]))
+    assert torch.equal(
+        cache.value_sums.nan_to_num(12345.0), codes.view(dtype).float()[:, :, 0].nan_to_num(12345.0)
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 1100], ids=["decode", "prefill"])
+def test_sums_of_finished_blocks_only(padding: int):
+    value = torch.randn(5, 2, 32, 80)
+    cache = PagedCache(value, value, torch.full((5, 2, 80), NAN))
+    # Block 3 is finished twice over, block 1 by its last slot alone; 0 and 4 are not; negative slots are padding.
+    slots = [*range(96, 128), 127, 63, 5, 30, 128, *[-1] * padding]
+    launcher.update_sums(cache, torch.tensor(slots))
+    torch.testing.assert_close(cache.value_sums[[1, 3]], value[[1, 3]].sum(dim=2), rtol=1e-5, atol=1e-5)
+    assert cache.value_sums[[0, 2, 4]].isnan().all()
+
+
+def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
+    case = random_case([(1, 300), (2, 65)])
+    sizes = {"max_rows": 8, "max_sequences": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
+    workspace = launcher.allocate_workspace(
+        **sizes, capacity=512, max_query_rows=3, device=torch.device("cpu"), splits=3
+    )
+    workspace.memory.fill_(NAN)
+    bound = launcher.bind(workspace)
+    case = replace(case, batch=replace(case.batch, max_query_rows=2))
+    spread, plain = launcher.new_statistics("cpu"), new_statistics()
+    got = run(case, bound, spread)
+    torch.testing.assert_close(got, run(case, with_splits(3), plain), rtol=0, atol=0)
+    torch.testing.assert_close(spread.sum(dim=0), plain)
+    assert int((spread[:, Stat.ROWS] > 0).sum()) == 3
+    small = replace(workspace, memory=workspace.memory[:1000])
+    with pytest.raises(RuntimeError, match=r"workspace: expected at least \d+ words for 3 rows .* got 1000"):
+        run(case, launcher.bind(small))
+
+
+def test_padding_is_left_alone():
+    """A padded sequence has no rows, or rows of length 0; its block table and output stay untouched."""
+    case = random_case([(1, 100), (1, 50)])
+    batch = replace(
+        case.batch,
+        query_start_loc=torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32),
+        seq_lens=torch.tensor([100, 50, 0, 77], dtype=torch.int32),
+        block_table=torch.cat([case.batch.block_table, torch.full_like(case.batch.block_table, 2**31 - 1)]),
+        max_query_rows=1,
+    )
+    padded = replace(case, query=torch.cat([case.query, case.query[:1]]), batch=batch)
+    statistics = new_statistics()
+    out = run(padded, implementation("triton"), statistics)
+    assert torch.equal(out[:2], run(case, implementation("triton")))
+    assert out[2].isnan().all()
+    assert statistics[Stat.ROWS] == 2
+
+
+def test_number_of_splits_fills_the_device_and_respects_the_capacity():
+    def splits(sequences: int, capacity: int) -> int:
+        shape = (sequences, 1, 32, 8, 128, capacity, 2)
+        return launch.choose(*shape, launch.Target(amd=False, multiprocessors=132)).splits
+
+    assert splits(1, 131072) == launch.MAX_SPLITS
+    assert splits(16, 131072) == 5  # 16 * 8 programs; 2 rounds of 2 on 132 multiprocessors are 528
+    assert splits(128, 131072) == 1
+    assert splits(1, 1024) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: replace(c, query=c.query.double()), "query: expected .*bfloat16.*, got torch.float64"),
+        (
+            lambda c: replace(c, cache=replace(c.cache, value=c.cache.value.float())),
+            "value: expected the dtype of key, torch.bfloat16, got torch.float32",
+        ),
+        (
+            lambda c: replace(c, cache=replace(c.cache, value=c.cache.value.mT.contiguous().mT)),
+            "value: stride of the last dimension: expected 1",
+        ),
+        (
+            lambda c: replace(c, batch=replace(c.batch, seq_lens=c.batch.seq_lens.long())),
+            "seq_lens: expected int32, got torch.int64",
+        ),
+        (
+            lambda c: replace(c, cache=PagedCache(*[c.cache.value.to(torch.uint8)] * 2), thetas=None),
+            "key: expected .*float8_e4m3fn.*, got torch.uint8",
+        ),
+    ],
+    ids=["query.dtype", "value.dtype", "value.stride", "int64 metadata", "uint8 cache"],
+)
+def test_refusals_name_argument_expected_and_got(change: Any, message: str):
+    with pytest.raises(RuntimeError, match=message):
+        run(change(random_case([(1, 100)])), implementation("triton"))
+
+
+def test_auto_picks_triton_on_gpus_and_the_cpu_kernel_refuses_them():
+    assert api.load_implementation("auto", "cuda") == ("triton", launcher)
+    with pytest.raises(RuntimeError, match="can't read cuda tensors; use implementation auto or triton"):
+        api.load_implementation("cpu", "cuda")
