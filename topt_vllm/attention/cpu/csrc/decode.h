@@ -122,7 +122,7 @@ class Decoder {
  public:
   Decoder(const Problem& problem, Scratch<T>& scratch) : p(problem), s(scratch), group(problem.group()) {}
 
-  // Adds tiles [begin, end) of an item to a cleared state. `after` is the item that follows in this unit, or null.
+  // Adds tiles [begin, end) of an item to a cleared state.
   void segment(const Item& item, int begin, int end, const Item* after, State& state, Counts& counts) {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
@@ -176,6 +176,7 @@ class Decoder {
   Scratch<T>& s;
   const int group;
   Queries queries{};
+  const T* next_key = nullptr;            // the block of K to ask for, a tile ahead, or null
   bool dense = false;     // every head of every row keeps everything
   bool screened = false;  // every head of every row has a threshold, and blocks have a low-bit copy of K
   float* scores = nullptr;                // of the tile in turn, [M, tile]
@@ -243,28 +244,25 @@ class Decoder {
     return after && block - end < blocks_of(p, *after) ? key_block(*after, block - end) : nullptr;
   }
 
-  // Prefetches into the second level; prefetches into the first wait for its few miss buffers.
-  static void ask(const void* start, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(static_cast<const char*>(start) + at, 0, 2);
-  }
-
   void score(const Item& item, int tile, int end_tile, const Item* after, Counts& counts) {
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
-    // In rows of every stripe, rounded to whole slices.
-    const int stripe = p.head_dim / kStripes;
-    const int row_bytes = kStripes * p.block_size * static_cast<int>(sizeof(T));
-    const int distance = (kPrefetchBytes / row_bytes + kSliceRows - 1) / kSliceRows * kSliceRows;
     for (int block = first; block < last; ++block) {
-      if (p.vmean && !dense) ask(sums_of(item, block), p.head_dim * static_cast<int64_t>(sizeof(float)));
+      for (int d = 0; d < p.head_dim && p.vmean && !dense; d += kLanes) ask(sums_of(item, block) + d);
+      look_up_pages(later_key(item, block + 2 * p.blocks_per_tile, end, after));
+      next_key = later_key(item, block + p.blocks_per_tile, end, after);
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
-      const int near = block + distance / stripe;
-      const Ahead<T> ahead{later_key(item, near, end, after), later_key(item, near + 1, end, after),
-                           distance % stripe};
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
-                  scores + (block - first) * p.block_size, tile_tokens(p), ahead);
+                  scores + (block - first) * p.block_size, tile_tokens(p), next_key);
       count_keys(item, block * p.block_size, tokens, counts);
     }
+  }
+
+  // A request that waits for the translation of its address holds up those behind it, so the pages of a block are
+  // touched a tile before its lines are asked for.
+  void look_up_pages(const T* block) const {
+    const int64_t bytes = static_cast<int64_t>(p.head_dim) * p.block_size * sizeof(T);
+    for (int64_t at = 0; at < bytes && block; at += kPageBytes) ask(reinterpret_cast<const char*>(block) + at);
   }
 
   // K rows read in full, once for each query row that sees them.
@@ -292,7 +290,7 @@ class Decoder {
       const T* key = key_block(item, block);
       for (int t = 0; t < p.block_size; t += kLineTokens) {
         if (!is_candidate(marks, block, t)) continue;
-        for (int d = 0; d < p.head_dim; ++d) __builtin_prefetch(key + d * p.key_dim_stride + t, 0, 2);
+        for (int d = 0; d < p.head_dim; ++d) ask(key + d * p.key_dim_stride + t);
       }
     }
   }
@@ -315,7 +313,7 @@ class Decoder {
         if (!is_candidate(marks, block, t)) continue;
         const int count = std::min(kLineTokens, tokens - t);
         score_block(queries, key_block(item, block) + t, p.key_dim_stride, (count + kLanes - 1) / kLanes * kLanes,
-                    scores + (block - first) * p.block_size + t, tile_tokens(p), Ahead<T>{nullptr, nullptr, 0});
+                    scores + (block - first) * p.block_size + t, tile_tokens(p), static_cast<const T*>(nullptr));
         count_keys(item, block * p.block_size + t, count, counts);
       }
     }
@@ -325,48 +323,61 @@ class Decoder {
   void select(const Item& item, int row, int start, int count, State& state, Counts& counts) {
     const int words = (count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    bool keeps_all = true;
-    for (int g = 0; g < group; ++g) {
-      const int m = row * group + g;
-      keeps_all &= s.rules[m].dense;
-      const float best = keep_head(m, g, start, count, counts);
-      if (best > state.max[m] + kMaxSlack) {
-        flush(row, state);
-        raise(m, best, state);
-      }
-    }
+    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(row, g, start, count, state, counts); });
     const int pending = s.count[row];
     gather(item, row, start, words, counts);
     if (s.count[row] - pending < count) state.skipped[row] += 1;
-    for (int g = 0; g < group; ++g) {
-      const int m = row * group + g;
-      state.skipped[row] += weigh(m, g, words, s.weights + m * s.capacity(p) + pending, state);
-    }
+    in_register_tiles(group, [&](auto heads, int g) {
+      // What scoring left of the next block to ask for.
+      const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
+      state.skipped[row] += weigh<heads()>(row, g, words, pending, asks, state);
+    });
+    bool keeps_all = true;
+    for (int g = 0; g < group; ++g) keeps_all &= s.rules[row * group + g].dense;
     if (p.vmean && !keeps_all) add_sums(item, row, start, count, state);
   }
 
-  // Scales the scores of one vector in place, marks what its own rule keeps, and returns the largest score.
-  float keep_head(int m, int g, int start, int count, Counts& counts) {
-    const KeepRule& rule = s.rules[m];
-    float* scores = this->scores + static_cast<int64_t>(m) * tile_tokens(p);
-    uint32_t* kept = s.kept + g * (tile_tokens(p) / kLanes);
-    Vec16 best(-kInfinity);
+  // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
+  template <int MT>
+  void mark(int row, int g, int start, int count, State& state, Counts& counts) {
+    const int first = row * group + g, stride = tile_tokens(p);
+    const KeepRule* rules = s.rules + first;
+    float* scores = this->scores + static_cast<int64_t>(first) * stride;
+    bool forced = false;
+    Vec16 best[MT];
+    for (int m = 0; m < MT; ++m) {
+      best[m] = Vec16(-kInfinity);
+      forced |= rules[m].dense || start < rules[m].low || start + count > rules[m].high;
+    }
     for (int t = 0; t < count; t += kLanes) {
       const uint32_t valid = below(count - t);
-      Vec16 score = load16(scores + t) * Vec16(p.scale);
-      if (p.softcap > 0) score = softcap16(score, p.softcap);
-      if (valid != 0xffff) score = select16(score, valid, -kInfinity);
-      store16(scores + t, score);
-      best = max16(score, best);
-      uint32_t mask = valid;
-      if (!rule.dense) {
-        mask &= ge16(score, rule.theta) | below(rule.low - start - t) | ~below(rule.high - start - t);
+      uint32_t read = s.read[t / kLanes];
+      TOPT_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        float* at = scores + m * stride + t;
+        Vec16 score = load16(at) * Vec16(p.scale);
+        if (p.softcap > 0) score = softcap16(score, p.softcap);
+        if (valid != 0xffff) score = select16(score, valid, -kInfinity);
+        store16(at, score);
+        best[m] = max16(score, best[m]);
+        uint32_t mask = ge16(score, rules[m].theta);
+        if (forced) {
+          mask |= rules[m].dense ? 0xffff : below(rules[m].low - start - t) | ~below(rules[m].high - start - t);
+          mask &= valid;
+        }
+        if (!p.keep_union) s.kept[(g + m) * (stride / kLanes) + t / kLanes] = mask;
+        read |= mask;
+        counts.kept += std::popcount(mask);
       }
-      kept[t / kLanes] = mask;
-      s.read[t / kLanes] |= mask;
-      counts.kept += std::popcount(mask);
+      s.read[t / kLanes] = read;
     }
-    return max_lane16(best);
+    for (int m = 0; m < MT; ++m) {
+      const float largest = max_lane16(best[m]);
+      if (largest > state.max[first + m] + kMaxSlack) {
+        flush(row, state);
+        raise(first + m, largest, state);
+      }
+    }
   }
 
   // Lanes whose index is below `limit`.
@@ -384,7 +395,8 @@ class Decoder {
     for (int i = 0; i < count; i += kLanes) store16(values + i, load16(values + i) * Vec16(factor));
   }
 
-  // Queues the V rows that some head keeps and asks for them.
+  // Queues the V rows that some head keeps and asks for them, a line of each in turns, for requests in bursts to one
+  // place are dropped. Where every row is kept, they are asked for as they are added.
   void gather(const Item& item, int row, int start, int words, Counts& counts) {
     const T** rows = s.rows + row * s.capacity(p);
     int pending = s.count[row];
@@ -393,30 +405,49 @@ class Decoder {
       const int token = start + word * kLanes;
       const T* base = value_block(item, token / p.block_size) + token % p.block_size * p.value_token_stride;
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
-        const T* value = base + std::countr_zero(left) * p.value_token_stride;
-        rows[pending++] = value;
-        ask(value, p.head_dim * static_cast<int64_t>(sizeof(T)));
+        rows[pending++] = base + std::countr_zero(left) * p.value_token_stride;
       }
+    }
+    const int asked = dense ? std::min(pending, s.count[row] + kRowsAhead) : pending;
+    for (int d = 0; d < p.head_dim; d += kLineBytes / static_cast<int>(sizeof(T))) {
+      for (int i = s.count[row]; i < asked; ++i) ask(rows[i] + d);
     }
     counts.read += pending - s.count[row];
     s.count[row] = pending;
   }
 
-  // Adds one vector's exponentials to its sums and writes the weights of the queued rows; returns whether it drops.
-  bool weigh(int m, int g, int words, float* weights, State& state) {
-    const float* scores = this->scores + static_cast<int64_t>(m) * tile_tokens(p);
-    const uint32_t* used = p.keep_union ? s.read : s.kept + g * (tile_tokens(p) / kLanes);
-    const Vec16 reference(state.max[m]);
-    Vec16 used_sum = load16(state.used + m * kLanes), dropped_sum = load16(state.dropped + m * kLanes);
+  // Adds the exponentials of MT heads to their sums and writes the weights of the queued rows behind the `pending`
+  // ones; returns whether a head drops a row that is read.
+  template <int MT>
+  bool weigh(int row, int g, int words, int pending, Asks asks, State& state) {
+    const int first = row * group + g, stride = tile_tokens(p);
+    const float* scores = this->scores + static_cast<int64_t>(first) * stride;
+    float* weights = s.weights + first * s.capacity(p) + pending;
+    Vec16 reference[MT], used_sum[MT], dropped_sum[MT];
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      reference[m] = Vec16(state.max[first + m]);
+      used_sum[m] = load16(state.used + (first + m) * kLanes);
+      dropped_sum[m] = load16(state.dropped + (first + m) * kLanes);
+    }
     bool drops = false;
-    for (int word = 0; word < words; ++word) {
+    for (int word = 0; word < words; ++word, asks.step()) {
       const uint32_t read = s.read[word];
-      drops |= used[word] != read;
-      split16(exp16(load16(scores + word * kLanes) - reference), read, used[word], used_sum, dropped_sum, weights);
+      TOPT_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        for (int i = m; i < asks.lines; i += MT) ask(asks.at + i * kLineBytes);
+        const uint32_t used = p.keep_union ? read : s.kept[(g + m) * (stride / kLanes) + word];
+        drops |= used != read;
+        const Vec16 exponential = exp16(load16(scores + m * stride + word * kLanes) - reference[m]);
+        split16(exponential, read, used, used_sum[m], dropped_sum[m], weights + m * s.capacity(p));
+      }
       weights += std::popcount(read);
     }
-    store16(state.used + m * kLanes, used_sum);
-    store16(state.dropped + m * kLanes, dropped_sum);
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      store16(state.used + (first + m) * kLanes, used_sum[m]);
+      store16(state.dropped + (first + m) * kLanes, dropped_sum[m]);
+    }
     return drops;
   }
 
@@ -440,7 +471,7 @@ class Decoder {
   void flush(int row, State& state) {
     const int m = row * group;
     accumulate(state.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
-               s.capacity(p), s.rows + row * s.capacity(p), s.count[row]);
+               s.capacity(p), s.rows + row * s.capacity(p), s.count[row], dense);
     s.count[row] = 0;
   }
 };
@@ -494,12 +525,13 @@ inline State merge_segments(const Problem& p, Shared& shared, const Item& item) 
 template <typename T>
 void run_unit(const Problem& p, Shared& shared, int unit, Scratch<T>& scratch) {
   Schedule& schedule = shared.schedule;
-  Decoder<T> decoder(p, scratch);
   int64_t at = schedule.unit_begin(unit);
   const int64_t end = schedule.unit_begin(unit + 1);
   auto after = std::upper_bound(schedule.items.begin(), schedule.items.end(), at,
                                 [](int64_t tile, const Item& item) { return tile < item.first_tile; });
-  for (size_t i = after - schedule.items.begin() - 1; at < end; ++i) {
+  const size_t first = after - schedule.items.begin() - 1;
+  Decoder<T> decoder(p, scratch);
+  for (size_t i = first; at < end; ++i) {
     const Item& item = schedule.items[i];
     const int begin = static_cast<int>(at - item.first_tile);
     const int stop = static_cast<int>(std::min<int64_t>(item.tiles, end - item.first_tile));

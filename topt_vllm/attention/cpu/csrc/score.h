@@ -1,22 +1,16 @@
 // q·k of several query vectors against one block of K, stored [D, P].
 //
-// K is read once, whole rows of it at a time, and from several pages in turns: a slice is two rows of each eighth of
-// D. It stays in the first cache while every register tile of tokens and vectors takes its turn; the sums rest in
-// `scores` between slices. The slice some kilobytes further on is prefetched in the same order.
+// A register tile holds the sums of some vectors and tokens over all of D. Tiles are as wide as the block where that
+// can be, so that K is read in the order of its addresses, which the hardware's own prefetching follows.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "ahead.h"
 #include "vector.h"
 
 namespace topt {
-
-// Stripes of D, and the rows of each that make a slice; chosen by measurement (README.md).
-constexpr int kStripes = 8, kSliceRows = 2;
-// Distance between prefetch and use: latency times bandwidth, several times over.
-constexpr int kPrefetchBytes = 20480;
-constexpr int kLineBytes = 64;
 
 // Query vectors of one work item: the heads of a GQA group times the rows that share the context.
 struct Queries {
@@ -25,40 +19,25 @@ struct Queries {
   int count, dim;
 };
 
-// What is read some slices later: they start in block `near` and go on in `far`; null past the end.
-template <typename T>
-struct Ahead {
-  const T* near;
-  const T* far;
-  int rows;  // of each stripe, to the place in `near`
-};
+// Lines to ask for while `bytes` of K are scored in one of `passes` over the block; at most two of them ask.
+inline int lines_to_ask(int64_t bytes, int passes) {
+  return static_cast<int>(std::ceil(bytes * kScoreShare / kLineBytes / std::min(passes, 2)));
+}
 
-struct Slice {
-  int stripe;  // rows from one stripe to the next
-  bool first, last;
-};
-
-// One register tile of one slice: scores[m, 0 .. 16 C) for MT vectors. `key` points at the first row and token,
-// `ahead` at those of the slice to prefetch, or is null.
+// One register tile: scores[m, 0 .. 16 C) for MT vectors.
 template <int MT, int C, typename T>
-inline void score_tile(const Slice& slice, const float* query, int dim, const T* key, int64_t dim_stride,
-                       float* scores, int64_t score_stride, const T* ahead) {
+inline void score_tile(const float* query, int dim, const T* key, int64_t dim_stride, float* scores,
+                       int64_t score_stride, Asks& asks) {
+  // Rows of K that fill a line, which is what is asked for in one step.
+  constexpr int rows = std::max(1, kLineBytes / (C * kLanes * static_cast<int>(sizeof(T))));
   Vec16 acc[MT][C];
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
     TOPT_UNROLL
-    for (int c = 0; c < C; ++c) {
-      acc[m][c] = slice.first ? Vec16(0.0f) : load16(scores + m * score_stride + c * kLanes);
-    }
+    for (int c = 0; c < C; ++c) acc[m][c] = Vec16(0.0f);
   }
-  for (int at = 0; at < kSliceRows * kStripes; ++at) {
-    const int d = at / (2 * kStripes) * 2 + at % 2 + at / 2 % kStripes * slice.stripe;
-    if (ahead) {
-      TOPT_UNROLL
-      for (int c = 0; c < C; c += kLineBytes / (kLanes * static_cast<int>(sizeof(T)))) {
-        __builtin_prefetch(ahead + d * dim_stride + c * kLanes, 0, 2);
-      }
-    }
+  for (int d = 0; d < dim; ++d) {
+    if (d % rows == 0) asks.ask_step();
     Vec16 column[C];
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) column[c] = load16(key + d * dim_stride + c * kLanes);
@@ -84,32 +63,23 @@ inline void score_tile(const Slice& slice, const float* query, int dim, const T*
 
 #if TOPT_BF16_DOT
 
+// Two vectors by 128 tokens fill the registers.
+constexpr int kPairRows = 2, kPairColumns = 4;
+
 // The same for 32 C tokens with vdpbf16ps: exact products of bfloat16 pairs (d, d + 1), summed in float32. Twice the
 // multiplications of an FMA, and no widening of K.
 template <int MT, int C>
-inline void score_tile_pairs(const Slice& slice, const c10::BFloat16* query, int dim, const c10::BFloat16* key,
-                             int64_t dim_stride, float* scores, int64_t score_stride,
-                             const c10::BFloat16* ahead) {
+inline void score_tile_pairs(const c10::BFloat16* query, int dim, const c10::BFloat16* key, int64_t dim_stride,
+                             float* scores, int64_t score_stride, Asks& asks) {
   __m512 low[MT][C], high[MT][C];
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
     TOPT_UNROLL
-    for (int c = 0; c < C; ++c) {
-      const float* sum = scores + m * score_stride + 32 * c;
-      low[m][c] = slice.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum);
-      high[m][c] = slice.first ? _mm512_setzero_ps() : _mm512_loadu_ps(sum + 16);
-    }
+    for (int c = 0; c < C; ++c) low[m][c] = high[m][c] = _mm512_setzero_ps();
   }
-  for (int at = 0; at < kSliceRows / 2 * kStripes; ++at) {
-    const int d = at / kStripes * 2 + at % kStripes * slice.stripe;
+  for (int d = 0; d < dim; d += 2) {
+    asks.ask_step();
     const c10::BFloat16* rows = key + d * dim_stride;
-    if (ahead) {
-      TOPT_UNROLL
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(ahead + d * dim_stride + 32 * c, 0, 2);
-        __builtin_prefetch(ahead + (d + 1) * dim_stride + 32 * c, 0, 2);
-      }
-    }
     __m512i first[C], second[C];
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
@@ -138,74 +108,76 @@ inline void score_tile_pairs(const Slice& slice, const c10::BFloat16* query, int
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
       float* target = scores + m * score_stride + 32 * c;
-      const __m512 a = low[m][c], b = high[m][c];
-      _mm512_storeu_ps(target, slice.last ? _mm512_permutex2var_ps(a, lower, b) : a);
-      _mm512_storeu_ps(target + 16, slice.last ? _mm512_permutex2var_ps(a, upper, b) : b);
+      _mm512_storeu_ps(target, _mm512_permutex2var_ps(low[m][c], lower, high[m][c]));
+      _mm512_storeu_ps(target + 16, _mm512_permutex2var_ps(low[m][c], upper, high[m][c]));
     }
   }
 }
 #endif
 
-// One slice for MT vectors and all tokens.
+// MT vectors and all tokens, from token `t` on.
 template <int MT, typename T>
-inline void score_vectors(const Slice& slice, const Queries& q, int first, int row, const T* key, int64_t dim_stride,
-                          int tokens, float* scores, int64_t score_stride, const T* ahead) {
+inline void score_vectors(const Queries& q, int first, const T* key, int64_t dim_stride, int t, int tokens,
+                          float* scores, int64_t score_stride, int passes, Asks& asks) {
+  const float* wide = q.wide + static_cast<int64_t>(first) * q.dim;
   float* out = scores + first * score_stride;
+  const int wide_bytes = kTileColumns * kLanes * static_cast<int>(sizeof(T));
+  if (asks.at) asks.lines = lines_to_ask(std::max(kLineBytes, wide_bytes), passes);
+  for (; t + kTileColumns * kLanes <= tokens; t += kTileColumns * kLanes) {
+    score_tile<MT, kTileColumns>(wide, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  }
+  if (asks.at) asks.lines = lines_to_ask(kLineBytes, passes);
+  for (; t < tokens; t += kLanes) {
+    score_tile<MT, 1>(wide, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  }
+}
+
+#if TOPT_BF16_DOT
+template <int MT>
+inline void score_pairs(const Queries& q, int first, const c10::BFloat16* key, int64_t dim_stride, int tokens,
+                        float* scores, int64_t score_stride, int passes, Asks& asks) {
+  const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim;
+  float* out = scores + first * score_stride;
+  constexpr int width = 32 * kPairColumns;
   int t = 0;
+  if (asks.at) asks.lines = lines_to_ask(4 * width, passes);
+  for (; t + width <= tokens; t += width) {
+    score_tile_pairs<MT, kPairColumns>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  }
+  if (asks.at) asks.lines = lines_to_ask(4 * 32, passes);
+  for (; t + 32 <= tokens; t += 32) {
+    score_tile_pairs<MT, 1>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  }
+  score_vectors<MT>(q, first, key, dim_stride, t, tokens, scores, score_stride, passes, asks);
+}
+#endif
+
+// scores[m, t] = q_m · k_t for t < tokens, a multiple of 16; garbage slots give garbage scores. `next` is the block to
+// ask for meanwhile, or null.
+template <typename T>
+inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
+                        int64_t score_stride, const T* next) {
+  Asks asks{reinterpret_cast<const char*>(next)};
+  const auto last_to_ask = [&](int pass) {
+    if (pass >= 2) asks = {};
+  };
 #if TOPT_BF16_DOT
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (q.pairs) {
-      const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim + row;
-      for (; t + 64 <= tokens; t += 64) {
-        score_tile_pairs<MT, 2>(slice, pairs, q.dim, key + t, dim_stride, out + t, score_stride,
- ahead ? ahead + t : nullptr);
-      }
-      for (; t + 32 <= tokens; t += 32) {
-        score_tile_pairs<MT, 1>(slice, pairs, q.dim, key + t, dim_stride, out + t, score_stride,
- ahead ? ahead + t : nullptr);
-      }
+      const int passes = (q.count + kPairRows - 1) / kPairRows;
+      in_register_tiles<kPairRows>(q.count, [&](auto vectors, int m) {
+        last_to_ask(m / kPairRows);
+        score_pairs<vectors()>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
+      });
+      return;
     }
   }
 #endif
-  const float* wide = q.wide + static_cast<int64_t>(first) * q.dim + row;
-  for (; t + kTileColumns * kLanes <= tokens; t += kTileColumns * kLanes) {
-    score_tile<MT, kTileColumns>(slice, wide, q.dim, key + t, dim_stride, out + t, score_stride,
- ahead ? ahead + t : nullptr);
-  }
-  for (; t < tokens; t += kLanes) {
-    score_tile<MT, 1>(slice, wide, q.dim, key + t, dim_stride, out + t, score_stride,
- ahead ? ahead + t : nullptr);
-  }
-}
-
-// scores[m, t] = q_m · k_t for t < tokens, a multiple of 16; garbage slots give garbage scores.
-template <typename T>
-inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
-                        int64_t score_stride, const Ahead<T>& ahead) {
-  const int stripe = q.dim / kStripes;
-  for (int row = 0; row < stripe; row += kSliceRows) {
-    const Slice slice{stripe, row == 0, row + kSliceRows == stripe};
-    const int target = row + ahead.rows;
-    const T* next = target < stripe ? ahead.near : ahead.far;
-    if (next) next += (target < stripe ? target : target - stripe) * dim_stride;
-    const T* rows = key + row * dim_stride;
-    for (int m = 0; m < q.count; m += kTileRows) {
-      switch (q.count - m) {
-        case 1:
-          score_vectors<1>(slice, q, m, row, rows, dim_stride, tokens, scores, score_stride, next);
-          break;
-        case 2:
-          score_vectors<2>(slice, q, m, row, rows, dim_stride, tokens, scores, score_stride, next);
-          break;
-        case 3:
-          score_vectors<3>(slice, q, m, row, rows, dim_stride, tokens, scores, score_stride, next);
-          break;
-        default:
-          score_vectors<4>(slice, q, m, row, rows, dim_stride, tokens, scores, score_stride, next);
-      }
-      next = nullptr;
-    }
-  }
+  const int passes = (q.count + kTileRows - 1) / kTileRows;
+  in_register_tiles(q.count, [&](auto vectors, int m) {
+    last_to_ask(m / kTileRows);
+    score_vectors<vectors()>(q, m, key, dim_stride, 0, tokens, scores, score_stride, passes, asks);
+  });
 }
 
 }  // namespace topt

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "ahead.h"
 #include "problem.h"
 #include "vector.h"
 
@@ -152,33 +153,32 @@ inline Int16 broadcast(int32_t value) {
 // candidates[c] the lanes whose true score may reach their vector's limit.
 template <int MT, int C>
 inline void screen_tile(const ScreenQueries& q, int first, const ScreenBlock& block, int block_size, int token,
-                        float* scores, int64_t score_stride, uint32_t* candidates,
-                        const uint8_t* ahead) {
+                        float* scores, int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
   const int width = scale_channels(q.dim), groups = q.groups();
   float* out = scores + first * score_stride + token;
   for (int g = 0; g < groups; ++g) {
     Int16 sum[MT][C];
-TOPT_UNROLL
+    TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
-TOPT_UNROLL
+    TOPT_UNROLL
       for (int c = 0; c < C; ++c) sum[m][c] = broadcast(q.offset[(first + m) * groups + g]);
     }
     for (int d = g * width; d < (g + 1) * width; d += 4) {
       const uint8_t* keys = block.codes + (static_cast<int64_t>(d / 4) * block_size + token) * 4;
-TOPT_UNROLL
+    TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
-TOPT_UNROLL
+    TOPT_UNROLL
         for (int c = 0; c < C; ++c) dot4(sum[m][c], keys + 64 * c, q.codes + (first + m) * q.dim + d);
       }
       if (ahead) {
-TOPT_UNROLL
-        for (int c = 0; c < C; ++c) __builtin_prefetch(ahead + (keys - block.codes) + 64 * c, 0, 2);
+    TOPT_UNROLL
+        for (int c = 0; c < C; ++c) ask(ahead + (keys - block.codes) + 64 * c);
       }
     }
-TOPT_UNROLL
+    TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
       const Vec16 scale = load16(block.scales + g * block_size + token + c * kLanes);
-TOPT_UNROLL
+    TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
         float* target = out + m * score_stride + c * kLanes;
         const Vec16 part = to_float(sum[m][c]) * scale;
@@ -186,10 +186,10 @@ TOPT_UNROLL
       }
     }
   }
-TOPT_UNROLL
+    TOPT_UNROLL
   for (int c = 0; c < C; ++c) {
     const Vec16 norm = load16(block.norms + token + c * kLanes);
-TOPT_UNROLL
+    TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       float* target = out + m * score_stride + c * kLanes;
       const Vec16 score = load16(target) * Vec16(q.step[first + m]);
@@ -206,8 +206,7 @@ TOPT_UNROLL
 
 template <int MT>
 inline void screen_vectors(const ScreenQueries& q, int first, const ScreenBlock& block, int block_size, float* scores,
-                           int64_t score_stride, uint32_t* candidates,
-                        const uint8_t* ahead) {
+                           int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
   int t = 0;
   for (; t + kTileColumns * kLanes <= block_size; t += kTileColumns * kLanes) {
     screen_tile<MT, kTileColumns>(q, first, block, block_size, t, scores, score_stride, candidates + t / kLanes, ahead);
@@ -220,23 +219,10 @@ inline void screen_vectors(const ScreenQueries& q, int first, const ScreenBlock&
 // A finished block: approximate scores [M, P] and the candidates of its 16-token words, which must be clear.
 // `ahead` are codes to ask for, line by line as those of this block are read, or null.
 inline void screen_block(const ScreenQueries& q, const ScreenBlock& block, int block_size, float* scores,
-                         int64_t score_stride, uint32_t* candidates,
-                        const uint8_t* ahead) {
-  for (int m = 0; m < q.count; m += kTileRows) {
-    switch (q.count - m) {
-      case 1:
-        screen_vectors<1>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
-        break;
-      case 2:
-        screen_vectors<2>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
-        break;
-      case 3:
-        screen_vectors<3>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
-        break;
-      default:
-        screen_vectors<4>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
-    }
-  }
+                         int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
+  in_register_tiles(q.count, [&](auto vectors, int m) {
+    screen_vectors<vectors()>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
+  });
 }
 
 }  // namespace topt

@@ -4,8 +4,10 @@
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(CPU_CAPABILITY_AVX512)
 #include <immintrin.h>
@@ -61,6 +63,22 @@ constexpr int kTileRows = 4, kTileColumns = 4;
 #else
 constexpr int kTileRows = 4, kTileColumns = 1;
 #endif
+
+// Visits `count` vectors in parts of at most `rows`: visit(integral_constant of the part's size, its first vector).
+template <int rows = kTileRows, typename F>
+inline void in_register_tiles(int count, F&& visit) {
+  for (int first = 0; first < count; first += rows) {
+    if (const int left = count - first; left >= rows) {
+      visit(std::integral_constant<int, rows>(), first);
+    } else if (left == 3) {
+      visit(std::integral_constant<int, std::min(3, rows)>(), first);
+    } else if (left == 2) {
+      visit(std::integral_constant<int, std::min(2, rows)>(), first);
+    } else {
+      visit(std::integral_constant<int, 1>(), first);
+    }
+  }
+}
 
 inline Vec16 load16(const float* source) {
   return Vec16::of([&](int i) { return Vec::loadu(source + i * Vec::size()); });
@@ -127,21 +145,19 @@ inline Vec16 max16(const Vec16& a, const Vec16& b) { return Vec16(Vec(_mm512_max
 
 inline float max_lane16(const Vec16& v) { return _mm512_reduce_max_ps(v[0]); }
 
-// exp for x <= 88, relative error below 2e-7; NaN stays NaN and -inf gives 0.
+// exp for x <= 88, relative error below 3e-7; NaN stays NaN and -inf gives 0.
 inline Vec16 exp16(const Vec16& x) {
-  // The limit is the first operand: _mm512_max_ps returns the second when either is NaN.
+  // 2^n 2^f with |f| <= 1/2. The limit is the first operand: _mm512_max_ps returns the second when either is NaN.
   const __m512 v = _mm512_max_ps(_mm512_set1_ps(-104.0f), x[0]);
-  const __m512 n = _mm512_roundscale_ps(
-      _mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), v);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 poly = _mm512_set1_ps(1.9875691500e-4f);
-  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.3981999507e-3f));
-  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(8.3334519073e-3f));
-  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(4.1665795894e-2f));
-  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(1.6666665459e-1f));
-  poly = _mm512_fmadd_ps(poly, r, _mm512_set1_ps(5.0000001201e-1f));
-  poly = _mm512_fmadd_ps(poly, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  const __m512 log2e = _mm512_set1_ps(1.44269504f);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_fmsub_ps(v, log2e, n);
+  __m512 poly = _mm512_set1_ps(1.3276471737e-3f);
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(9.6755415401e-3f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(5.5507132761e-2f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(2.4022119720e-1f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(6.9314696706e-1f));
+  poly = _mm512_fmadd_ps(poly, f, _mm512_set1_ps(1.0000000717f));
   return Vec16(Vec(_mm512_scalef_ps(poly, n)));
 }
 

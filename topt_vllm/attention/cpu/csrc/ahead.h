@@ -1,0 +1,39 @@
+// Asking memory for what is read next, in small parts between the work on what is there: requests in bursts are dropped
+// (README.md has the measurement).
+#pragma once
+
+#include <cstdint>
+
+namespace topt {
+
+constexpr int kLineBytes = 64, kPageBytes = 4096;
+
+// Into the second cache; requests for the first wait for its few miss buffers.
+inline void ask(const void* line) { __builtin_prefetch(line, 0, 2); }
+
+// Consecutive lines, some at every step.
+struct Asks {
+  const char* at = nullptr;
+  int lines = 0;  // a step
+
+  void step() { at += lines * kLineBytes; }
+  void ask_step() {
+    for (int i = 0; i < lines; ++i) ask(at + i * kLineBytes);
+    step();
+  }
+};
+
+// While a block is scored, three quarters of the block to come are asked for, and the rest while survivors are weighed:
+// about the share of the time that each takes.
+constexpr double kScoreShare = 0.75;
+
+// The rest of a block of `size` elements, in equal parts for `steps` steps; none for a null block.
+template <typename T>
+Asks remaining_asks(const T* block, int64_t size, int steps) {
+  if (!block) return {};
+  const auto bytes = static_cast<int64_t>(size * sizeof(T) * kScoreShare);
+  const int64_t left = (size * sizeof(T) - bytes) / kLineBytes;
+  return {reinterpret_cast<const char*>(block) + bytes, static_cast<int>((left + steps - 1) / steps)};
+}
+
+}  // namespace topt
