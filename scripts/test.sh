@@ -30,6 +30,8 @@ cd "$ROOT"
 if [[ -z $FAST ]]; then
     step "Demo models and texts"
     "$VENV/bin/python" scripts/prepare_demo.py --model smollm2 gemma3
+    step "Sources of the other vLLM versions"
+    "$VENV/bin/python" scripts/fetch_vllm_sources.py || say "  Tests of their interfaces are skipped."
 fi
 
 step "Lint and types"

@@ -310,6 +310,26 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
 
 
+def test_the_triton_kernel_reads_the_cpu_cache(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    """It takes strides, so under Triton's interpreter it can take the place of the CPU kernel."""
+    settings = vllm_config.additional_config["toptheta"]
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.zeros(NUM_HEADS, 1), torch.zeros(NUM_HEADS, 2)
+    )
+    outputs = []
+    for name in ("cpu", "triton"):
+        torch.manual_seed(6)
+        monkeypatch.setitem(settings, "implementation", name)
+        builder, layer = build(vllm_config, Policy(), thetas)
+        kv_cache, block_table = new_cache()
+        batch = BatchSpec("mixed", [300, 140, 20], [1, 1, 20])
+        fill_contexts(builder, layer, batch, block_table, kv_cache)
+        outputs.append(step(builder, layer, batch, block_table, kv_cache)[1])
+        read = layer.impl.bound.statistics[Stat.V_ROWS_READ] / layer.impl.bound.statistics[Stat.V_ROWS]
+        assert 0.3 < read < 0.95
+    torch.testing.assert_close(outputs[1].float(), outputs[0].float(), atol=2e-2, rtol=2e-2)
+
+
 def test_key_screen_travels_in_the_page_and_keeps_the_same_rows(vllm_config: Any):
     """The same steps with and without the 8-bit copy: same counts, and K of dropped keys is not read."""
     thetas = Thetas(

@@ -68,13 +68,15 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> TopThetaMetadata:
         """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
         common = common_attn_metadata
-        num_decodes, num_decode_rows, has_prefill = split(common, self.reorder_batch_threshold or 1)
+        threshold = self.reorder_batch_threshold or 1
+        num_decodes, num_decode_rows, has_prefill = split(common, threshold)
         decode = None
         if num_decodes:
             decode = DecodeBatch(
                 common.query_start_loc[: num_decodes + 1],
                 common.seq_lens[:num_decodes],
                 common.block_table_tensor[:num_decodes],
+                min(common.max_query_len, threshold),
             )
         prefill = None
         if has_prefill:

@@ -1,0 +1,166 @@
+"""What the adapter relies on in vLLM, as read in 0.32: a record that tests/test_vllm_interfaces.py compares with.
+
+A key is a file of vLLM's package and a class in it, or an empty name for the module itself.
+"""
+
+_BUILD = "self common_prefix_len common_attn_metadata fast_build"
+_BUILDER = "self kv_cache_spec layer_names vllm_config device"
+_FORWARD = "self layer query key value kv_cache attn_metadata output output_scale output_block_scale"
+_IMPL = (
+    "self num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap "
+    "attn_type kv_sharing_target_layer_name"
+)
+_SELECT = "cls selected_backend attn_selector_config num_heads"
+_WRITE = "self layer key value kv_cache slot_mapping"
+
+# Parameters, in order, of what we override or call.
+SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
+    ("v1/attention/backend.py", "AttentionBackend"): {
+        "get_name": "",
+        "get_impl_cls": "",
+        "get_builder_cls": "",
+        "get_supported_kernel_block_sizes": "kv_cache_spec",
+        "get_supported_head_sizes": "cls",
+        "get_preferred_block_size": "cls default_block_size",
+        "customize_spec": "cls spec",
+        "supported_kv_cache_layouts": "cls",
+        "supports_alibi_sqrt": "cls",
+        "supports_attn_type": "cls attn_type",
+        "supports_batch_invariance": "cls",
+        "supports_block_size": "cls block_size",
+        "supports_compute_capability": "cls capability",
+        "supports_dcp": "cls",
+        "supports_head_size": "cls head_size",
+        "supports_kv_connector": "cls",
+        "supports_mm_prefix": "cls",
+        "supports_non_causal": "cls",
+        "supports_per_head_quant_scales": "cls",
+        "supports_rswa": "cls",
+        "supports_sink": "cls",
+        "validate_configuration": "cls head_size dtype kv_cache_dtype block_size use_mla has_sink use_sparse "
+        "use_mm_prefix use_per_head_quant_scales device_capability attn_type has_sliding_window use_non_causal "
+        "use_batch_invariant use_kv_connector use_pcp use_adaptive_verification use_dcp use_rswa",
+    },
+    ("v1/attention/backend.py", "AttentionMetadataBuilder"): {
+        "__init__": _BUILDER,
+        "_init_reorder_batch_threshold": "self reorder_batch_threshold supports_spec_as_decode "
+        "supports_dcp_with_varlen",
+        "build": _BUILD,
+        "build_for_cudagraph_capture": "self common_attn_metadata",
+        "build_for_drafting": "self common_attn_metadata draft_index",
+        "get_cudagraph_support": "cls vllm_config kv_cache_spec",
+    },
+    ("v1/attention/backend.py", "AttentionImpl"): {
+        "forward": _FORWARD,
+        "fused_output_quant_supported": "self quant_key",
+        "fused_rope_kvcache_supported": "self",
+    },
+    ("v1/attention/backend.py", "CommonAttentionMetadata"): {"replace": "self **kwargs"},
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {
+        "__init__": f"{_IMPL} sinks",
+        "forward": _FORWARD,
+        "do_kv_cache_update": _WRITE,
+    },
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder"): {
+        "__init__": _BUILDER,
+        "build": _BUILD,
+    },
+    ("v1/attention/backends/triton_attn.py", "TritonAttentionImpl"): {
+        "__init__": f"{_IMPL} sinks use_alibi_sqrt chunk_lookback",
+        "forward": _FORWARD,
+        "do_kv_cache_update": _WRITE,
+    },
+    ("v1/attention/backends/triton_attn.py", "TritonAttentionMetadataBuilder"): {
+        "__init__": _BUILDER,
+        "build": _BUILD,
+        "build_for_cudagraph_capture": "self common_attn_metadata",
+    },
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): {"get_supported_head_sizes": "cls"},
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {
+        "__init__": f"{_IMPL} sinks",
+        "forward": _FORWARD,
+    },
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"): {
+        "__init__": _BUILDER,
+        "build": _BUILD,
+        "_set_isa_to_layers": "self layer_names",
+    },
+    ("v1/attention/backends/utils.py", ""): {
+        "split_decodes_and_prefills": "common_attn_metadata decode_threshold require_uniform "
+        "treat_short_extends_as_decodes",
+    },
+    ("v1/attention/backends/registry.py", ""): {"register_backend": "backend class_path is_mamba"},
+    ("v1/attention/backends/registry.py", "AttentionBackendEnum"): {
+        "get_class": "self",
+        "get_path": "self include_classname",
+    },
+    ("platforms/__init__.py", ""): {"cpu_platform_plugin": ""},
+    ("platforms/cpu.py", "CpuPlatform"): {
+        "get_attn_backend_cls": _SELECT,
+        "check_and_update_config": "cls vllm_config",
+    },
+    ("platforms/cuda.py", "CudaPlatformBase"): {"get_attn_backend_cls": _SELECT},
+    ("platforms/rocm.py", "RocmPlatform"): {"get_attn_backend_cls": _SELECT},
+    ("platforms/interface.py", "Platform"): {
+        "fp8_dtype": "cls",
+        "is_cpu": "self",
+        "is_cuda": "self",
+        "is_cuda_alike": "self",
+        "is_rocm": "self",
+    },
+    ("config/vllm.py", ""): {
+        "get_current_vllm_config": "",
+        "get_current_vllm_config_or_none": "",
+        "get_layers_from_vllm_config": "vllm_config layer_type layer_names",
+    },
+    ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
+    ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
+    ("distributed/parallel_state.py", ""): {"get_tensor_model_parallel_rank": ""},
+}
+
+# Attributes and fields that we read or set, and members that we name.
+_IMPL_NAMES = (
+    "num_heads head_size scale num_kv_heads alibi_slopes sliding_window logits_soft_cap "
+    "kv_sharing_target_layer_name sinks"
+)
+NAMES: dict[tuple[str, str], str] = {
+    ("v1/attention/backend.py", "AttentionBackend"): "supported_dtypes supported_kv_cache_dtypes "
+    "forward_includes_kv_cache_update",
+    ("v1/attention/backend.py", "AttentionImplBase"): "supports_quant_query_input supports_dcp",
+    ("v1/attention/backend.py", "AttentionLayer"): "_k_scale _v_scale",
+    ("v1/attention/backend.py", "AttentionMetadataBuilder"): "_cudagraph_support reorder_batch_threshold "
+    "supports_update_block_table supports_draft_decode_metadata_update vllm_config",
+    (
+        "v1/attention/backend.py",
+        "AttentionCGSupport",
+    ): "ALWAYS UNIFORM_BATCH UNIFORM_SINGLE_TOKEN_DECODE NEVER",
+    ("v1/attention/backend.py", "AttentionType"): "DECODER",
+    ("v1/attention/backend.py", "MultipleOf"): "base",
+    ("v1/attention/backend.py", "CommonAttentionMetadata"): "query_start_loc query_start_loc_cpu seq_lens "
+    "seq_lens_cpu_upper_bound num_reqs num_actual_tokens max_query_len max_seq_len block_table_tensor "
+    "slot_mapping causal is_prefilling req_idx _num_computed_tokens_cache _token_to_req_indices_cache",
+    ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): _IMPL_NAMES,
+    ("v1/attention/backends/triton_attn.py", "TritonAttentionImpl"): _IMPL_NAMES,
+    (
+        "v1/attention/backends/cpu_attn.py",
+        "CPUAttentionBackendImpl",
+    ): "num_heads head_size scale num_kv_heads alibi_slopes sliding_window logits_soft_cap sinks",
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"): "isa block_size",
+    ("v1/attention/backends/utils.py", ""): "_DEFAULT_LAYOUT_PREFERENCE",
+    ("v1/attention/selector.py", "AttentionSelectorConfig"): "attn_type kv_cache_dtype head_size",
+    ("v1/kv_cache_interface.py", "KVCacheSpec"): "block_size",
+    ("v1/kv_cache_interface.py", "AttentionSpec"): "num_kv_heads head_size head_size_v page_size_padded "
+    "unpadded_page_size_bytes page_size_bytes",
+    ("v1/kv_cache_interface.py", "FullAttentionSpec"): "attention_chunk_size",
+    ("v1/kv_cache_interface.py", "ChunkedLocalAttentionSpec"): "attention_chunk_size",
+    ("v1/kv_cache_layout.py", "KVCacheLayout"): "is_block_compact",
+    ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name",
+    ("platforms/interface.py", "Platform"): "device_name device_type",
+    ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config device_config "
+    "kv_transfer_config model_config parallel_config scheduler_config",
+    ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
+    ("config/cache.py", "CacheConfig"): "cache_dtype kv_sharing_fast_prefill",
+    ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance",
+    ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size",
+    ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
+}
