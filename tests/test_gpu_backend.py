@@ -232,6 +232,17 @@ def test_what_the_host_counts(make_rig: Any):
     assert added["toptheta_v_rows"] == (2 * sum(DECODE.seq_lens) + windowed) * NUM_KV_HEADS
 
 
+def test_a_cache_group_of_windows_stays_with_the_platform(make_rig: Any):
+    """As vLLM groups layers of models such as Gemma 3; their rows are counted."""
+    rig = make_rig(FlashTopThetaBackend, layers=2, windows=(24, 24))
+    before = recorder().totals().get("dense_rows:sliding_window", 0)
+    metadata = rig.builder.build(0, rig.common(BATCHES[2]))
+    assert metadata.decode is None
+    assert metadata.prefill is None
+    assert metadata.whole.num_actual_tokens == 22
+    assert recorder().totals()["dense_rows:sliding_window"] - before == 2 * 2
+
+
 def test_builders_of_the_same_layers_share_what_graphs_point_to(make_rig: Any, vllm_config: Any):
     """Microbatches have a builder each, and vLLM makes builders again after it measured memory."""
     rig = make_rig(TritonTopThetaBackend)

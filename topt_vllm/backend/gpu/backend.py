@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from topt_vllm.backend import compat
 from topt_vllm.backend.gpu.kernel import on_device
-from topt_vllm.backend.page import tail_of
+from topt_vllm.backend.page import Tail
 from topt_vllm.backend.startup import resolve
 
 # A backend of vLLM, when this is mixed into one.
@@ -36,7 +36,7 @@ class GpuBackend(_Platform):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Pages with room for the V sums."""
-        return tail_of(spec.num_kv_heads, spec.head_size, spec.block_size).extend(spec)
+        return Tail(spec.num_kv_heads, spec.head_size).extend(spec)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

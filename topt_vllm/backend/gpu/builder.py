@@ -12,7 +12,7 @@ from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.gpu.group import bind_layers
 from topt_vllm.backend.gpu.impl import GpuImpl
 from topt_vllm.backend.gpu.metadata import GpuMetadata
-from topt_vllm.backend.page import tail_of
+from topt_vllm.backend.page import Tail
 from topt_vllm.backend.rows import rows_after, split
 from topt_vllm.backend.startup import resolve
 
@@ -48,7 +48,7 @@ class GpuBuilder(_Platform):
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
         block_size = kv_cache_spec.block_size
-        tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, block_size)
+        tail = Tail(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
@@ -64,26 +64,28 @@ class GpuBuilder(_Platform):
         fast_build: bool = False,
     ) -> GpuMetadata:
         """Builds a step's metadata and counts what the host knows of it."""
-        metadata = self._build(common_attn_metadata, fast_build)
+        parts = split(common_attn_metadata, self._max_query_rows)
+        metadata = self._build(common_attn_metadata, parts, fast_build)
         if self._group is not None:
             if self._captured:
                 self._captured = False
                 self._group.statistics.reset()
             self._group.statistics.publish()
-        num_decodes = 0 if metadata.decode is None else metadata.decode.seq_lens.shape[0]
-        self._counters.count(common_attn_metadata, num_decodes)
+        self._counters.count(common_attn_metadata, num_decodes=parts[0])
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:
         """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
-        metadata = self._build(common_attn_metadata, fast_build=False)
+        self._captured = True
         # Short contexts, or capturing takes long; none that is empty, so that every output is written.
         common_attn_metadata.seq_lens.fill_(common_attn_metadata.max_query_len)
-        self._captured = True
-        return metadata
+        parts = split(common_attn_metadata, self._max_query_rows)
+        return self._build(common_attn_metadata, parts, fast_build=False)
 
-    def _build(self, common: CommonAttentionMetadata, fast_build: bool) -> GpuMetadata:
-        num_decodes, num_rows, has_prefill = split(common, self._max_query_rows)
+    def _build(
+        self, common: CommonAttentionMetadata, parts: tuple[int, int, bool], fast_build: bool
+    ) -> GpuMetadata:
+        num_decodes, num_rows, has_prefill = parts
         decode = prefill = whole = None
         if num_decodes and self._group is not None:
             decode = DecodeBatch(
@@ -97,7 +99,8 @@ class GpuBuilder(_Platform):
         if self._any_on_platform:
             whole = super().build(0, common, fast_build)
         if has_prefill and self._group is not None:
-            # FlashAttention 3 schedules in one buffer of the builder: slow build would overwrite that of whole.
+            # FlashAttention 3 keeps its schedule in one buffer of the builder. A fast build makes none, so that
+            # whole keeps its own.
             prefill = super().build(
                 0, rows_after(common, num_decodes, num_rows), fast_build or whole is not None
             )

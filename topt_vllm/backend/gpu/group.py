@@ -12,7 +12,7 @@ from topt_vllm.backend.gpu.kernel import on_device
 from topt_vllm.backend.gpu.layer import GpuLayer
 from topt_vllm.backend.gpu.statistics import DeviceStatistics, HostCounters
 from topt_vllm.backend.layers import thresholds_of
-from topt_vllm.backend.page import tail_of
+from topt_vllm.backend.page import Tail
 from topt_vllm.backend.startup import Resolved
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -148,6 +148,6 @@ def bind_layers(
             thetas.to(device) if thetas else None,
             block_size,
             statistics,
-            tail_of(impl.num_kv_heads, impl.head_size, block_size),
+            Tail(impl.num_kv_heads, impl.head_size),
         )
     return group, counters
