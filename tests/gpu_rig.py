@@ -4,18 +4,25 @@ vLLM's own GPU kernels don't run here. Torch stands in for the two that the adap
 and attention over the rows of the platform's metadata.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from table_factory import make_table
-from transformers import LlamaConfig
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.engine.arg_utils import EngineArgs
+from gpu_cases import (
+    BLOCK_SIZE,
+    FP8,
+    HEAD_DIM,
+    MAX_SEQUENCES,
+    NUM_BLOCKS,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    SCALE,
+    THETAS,
+    BatchSpec,
+)
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -26,29 +33,10 @@ from vllm.v1.worker.utils import allocate_kv_cache, customize_attention_spec
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import dump
-
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 32, 16, 40
-SCALE = HEAD_DIM**-0.5
-MAX_SEQUENCES = 8
-FP8 = torch.float8_e4m3fn
 
 
 def layer_name(index: int) -> str:
     return f"model.layers.{index}.self_attn.attn"
-
-
-@dataclass
-class BatchSpec:
-    """One step: context length (this step's tokens included) and query length of every request."""
-
-    name: str
-    seq_lens: list[int]
-    query_lens: list[int]
-
-    def __str__(self) -> str:
-        return self.name
 
 
 @dataclass
@@ -134,6 +122,14 @@ class Rig:
         return reference_rows(self.layers[index], self.caches[index], query, common, thetas, policy)
 
 
+def make_sparse(rig: Rig, policy: Policy | None = None, thetas: Thetas | None = THETAS) -> Policy:
+    """Gives every layer of a rig the same thresholds."""
+    policy = policy or Policy()
+    for layer in rig.layers:
+        layer.impl.bound.thetas, layer.impl.bound.policy = thetas, policy
+    return policy
+
+
 def reference_rows(
     layer: Any,
     kv_cache: torch.Tensor,
@@ -185,34 +181,6 @@ def _write_cache(
             for x, s in ((key, layer._k_scale), (value, layer._v_scale))
         )
     kv_cache[blocks, :, slots] = torch.cat([key, value], dim=-1)[: len(slot_mapping)][used]
-
-
-@pytest.fixture(scope="module")
-def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A tiny model with a table whose first layer is dense, for engines of up to eight sequences."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    model = LlamaConfig(
-        hidden_size=NUM_HEADS * HEAD_DIM,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS,
-        num_hidden_layers=3,
-        intermediate_size=64,
-        vocab_size=64,
-        max_position_embeddings=4096,
-        architectures=["LlamaForCausalLM"],
-    )
-    model.save_pretrained(folder)
-    dump(make_table(identify(model, "tiny"), lengths=[32, 64]), folder / "toptheta.yaml")
-    load_general_plugins()
-    config = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        max_num_seqs=MAX_SEQUENCES,
-        additional_config={"toptheta": {"implementation": "triton"}},
-    ).create_engine_config()
-    with set_current_vllm_config(config):
-        yield config
 
 
 @pytest.fixture

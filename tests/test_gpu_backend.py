@@ -9,52 +9,28 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gpu_rig import (
+from gpu_cases import (
+    BACKENDS,
+    BATCHES,
     BLOCK_SIZE,
+    CLOSE,
+    DECODE,
     FP8,
-    MAX_SEQUENCES,
     NUM_HEADS,
     NUM_KV_HEADS,
+    THETAS,
     BatchSpec,
-    Rig,
-    make_rig,
-    readable,
     vllm_config,
 )
-from vllm.v1.attention.backend import AttentionCGSupport
+from gpu_rig import make_rig, make_sparse, readable
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from topt_vllm.attention.common import Policy, Stat, Thetas
+from topt_vllm.attention.common import Policy, Stat
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
 from topt_vllm.backend.metrics import recorder
 
 __all__ = ["make_rig", "vllm_config"]
-
-BACKENDS = [FlashTopThetaBackend, TritonTopThetaBackend]
-DECODE = BatchSpec("ragged_decode", [1, 16, 17, 60], [1, 1, 1, 1])
-BATCHES = [
-    DECODE,
-    BatchSpec("prefill_only", [33, 7], [33, 7]),
-    BatchSpec("mixed", [32, 63, 20], [1, 1, 20]),
-    BatchSpec("mixed_chunked_prefill", [50, 48], [1, 30]),
-]
-# Keeps about half of the keys: scores of random queries and keys are around 0 ± 1.
-THETAS = Thetas(
-    torch.tensor([8, 1024], dtype=torch.int32),
-    torch.zeros(NUM_HEADS, 2),
-    torch.zeros(NUM_HEADS, 2),
-)
-# bf16 output, and values around 1: a few units of 2^-8.
-CLOSE = {"atol": 2e-2, "rtol": 2e-2}
-
-
-def make_sparse(rig: Rig, policy: Policy | None = None, thetas: Thetas | None = THETAS) -> Policy:
-    """Gives every layer of a rig the same thresholds."""
-    policy = policy or Policy()
-    for layer in rig.layers:
-        layer.impl.bound.thetas, layer.impl.bound.policy = thetas, policy
-    return policy
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
@@ -148,64 +124,6 @@ def test_speculative_rows_decode_together(make_rig: Any, vllm_config: Any, monke
     torch.testing.assert_close(
         output.float(), rig.expected(0, query, rig.common(batch), THETAS, policy), **CLOSE
     )
-
-
-def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: Any):
-    """vLLM captures with dummy sequences and replays after changing the contents of its static buffers."""
-    torch.manual_seed(5)
-    rig = make_rig(TritonTopThetaBackend)
-    policy = make_sparse(rig)
-    rig.write_contexts(DECODE)
-    static = rig.common(BatchSpec("capture", [1] * MAX_SEQUENCES, [1] * MAX_SEQUENCES))
-    captured = rig.builder.build_for_cudagraph_capture(static)
-    rig.attend(0, captured, MAX_SEQUENCES)
-    before = recorder().totals()
-
-    real = rig.common(DECODE)
-    rig.write(0, real.slot_mapping)
-    static.query_start_loc.fill_(4)[:5] = real.query_start_loc
-    static.seq_lens.fill_(0)[:4] = real.seq_lens
-    static.block_table_tensor.fill_(0)[:4] = real.block_table_tensor
-    rig.builder.build(0, static.replace(query_start_loc_cpu=static.query_start_loc.clone()))
-    query, output = rig.attend(0, captured, MAX_SEQUENCES)
-    expected = rig.expected(0, query[:4], real, THETAS, policy)
-    torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
-    assert output[4:].isnan().all()
-
-    statistics = rig.layers[0].impl.bound.statistics.sum(dim=0)
-    assert statistics[Stat.ROWS] == 4
-    assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
-    rig.builder._group.statistics._next_copy = 0.0
-    rig.builder.build(0, real)
-    assert recorder().totals()["toptheta_decode_rows"] - before["toptheta_decode_rows"] == 4
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_graphs_are_declared_for_uniform_decode_batches(make_rig: Any, vllm_config: Any, backend: type):
-    builder = make_rig(backend).builder
-    support = builder.get_cudagraph_support(vllm_config, builder.kv_cache_spec)
-    assert support == AttentionCGSupport.UNIFORM_BATCH
-    assert builder.reorder_batch_threshold == 1
-    assert not builder.supports_update_block_table
-    assert not builder.supports_draft_decode_metadata_update
-
-
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_building_metadata_reads_nothing_off_the_device(make_rig: Any, backend: type, batch: BatchSpec):
-    """Tensors of the device ``meta`` have no data: any read of them raises."""
-    rig = make_rig(backend, layers=2, windows=(24,))
-    common = rig.common(batch)
-    on_device = {
-        name: getattr(common, name).to("meta")
-        for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
-    }
-    common = common.replace(**on_device)
-    with pytest.raises(RuntimeError, match="meta"):
-        common.seq_lens.max().item()
-    metadata = rig.builder.build(0, common)
-    assert metadata.num_decode_rows == batch.query_lens.count(1)
-    rig.builder.build_for_cudagraph_capture(common)
 
 
 def test_what_the_host_counts(make_rig: Any):

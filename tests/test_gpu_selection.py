@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gpu_rig import HEAD_DIM, vllm_config
+from gpu_cases import BACKENDS, HEAD_DIM, vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -21,8 +21,6 @@ from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
 
 __all__ = ["vllm_config"]
-
-BACKENDS = [FlashTopThetaBackend, TritonTopThetaBackend]
 
 
 def selection(**changes: Any) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""What CUDA graphs ask of the GPU adapter: static buffers, honest declarations, no look at the device's data."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from gpu_cases import (
+    BACKENDS,
+    BATCHES,
+    CLOSE,
+    DECODE,
+    HEAD_DIM,
+    MAX_SEQUENCES,
+    NUM_HEADS,
+    THETAS,
+    BatchSpec,
+    vllm_config,
+)
+from gpu_rig import make_rig, make_sparse
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+
+from topt_vllm.attention.common import Stat
+from topt_vllm.attention.triton.calls import Call
+from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
+from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
+from topt_vllm.backend.metrics import recorder
+
+__all__ = ["make_rig", "vllm_config"]
+
+
+def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: Any):
+    """vLLM captures with dummy sequences and replays after changing the contents of its static buffers."""
+    torch.manual_seed(5)
+    rig = make_rig(TritonTopThetaBackend)
+    policy = make_sparse(rig)
+    rig.write_contexts(DECODE)
+    static = rig.common(BatchSpec("capture", [1] * MAX_SEQUENCES, [1] * MAX_SEQUENCES))
+    captured = rig.builder.build_for_cudagraph_capture(static)
+    rig.attend(0, captured, MAX_SEQUENCES)
+    before = recorder().totals()
+
+    real = rig.common(DECODE)
+    rig.write(0, real.slot_mapping)
+    static.query_start_loc.fill_(4)[:5] = real.query_start_loc
+    static.seq_lens.fill_(0)[:4] = real.seq_lens
+    static.block_table_tensor.fill_(0)[:4] = real.block_table_tensor
+    rig.builder.build(0, static.replace(query_start_loc_cpu=static.query_start_loc.clone()))
+    query, output = rig.attend(0, captured, MAX_SEQUENCES)
+    expected = rig.expected(0, query[:4], real, THETAS, policy)
+    torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
+    assert output[4:].isnan().all()
+
+    statistics = rig.layers[0].impl.bound.statistics.sum(dim=0)
+    assert statistics[Stat.ROWS] == 4
+    assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
+    rig.builder._group.statistics._next_copy = 0.0
+    rig.builder.build(0, real)
+    assert recorder().totals()["toptheta_decode_rows"] - before["toptheta_decode_rows"] == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_are_declared_for_uniform_decode_batches(make_rig: Any, vllm_config: Any, backend: type):
+    builder = make_rig(backend).builder
+    support = builder.get_cudagraph_support(vllm_config, builder.kv_cache_spec)
+    assert support == AttentionCGSupport.UNIFORM_BATCH
+    assert builder.reorder_batch_threshold == 1
+    assert not builder.supports_update_block_table
+    assert not builder.supports_draft_decode_metadata_update
+
+
+def on_meta(common: Any) -> Any:
+    """A batch whose device part has no data."""
+    names = ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    return common.replace(**{name: getattr(common, name).to("meta") for name in names})
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_building_metadata_reads_nothing_off_the_device(make_rig: Any, backend: type, batch: BatchSpec):
+    """Tensors of the device ``meta`` have no data: any read of them raises."""
+    rig = make_rig(backend, layers=2, windows=(24,))
+    common = on_meta(rig.common(batch))
+    with pytest.raises(RuntimeError, match="meta"):
+        common.seq_lens.max().item()
+    metadata = rig.builder.build(0, common)
+    assert metadata.num_decode_rows == batch.query_lens.count(1)
+    rig.builder.build_for_cudagraph_capture(common)
+
+
+@pytest.mark.parametrize("batch", [DECODE, BATCHES[2]], ids=str)
+def test_a_whole_step_reads_nothing_off_the_device(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, batch: BatchSpec
+):
+    """Everything on the device ``meta``, up to the launches, which are recorded instead."""
+    rig = make_rig(FlashTopThetaBackend)
+    make_sparse(rig, thetas=THETAS.to(torch.device("meta")))
+    layer = rig.layers[0]
+    layer.impl.bound.statistics = layer.impl.bound.statistics.to("meta")
+    launched: list[str] = []
+    monkeypatch.setattr(Call, "launch", lambda call: launched.append(call.kernel.fn.__name__))
+    monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", lambda *args: None)
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *args: launched.append("prefill"))
+    common = on_meta(rig.common(batch))
+    metadata = rig.builder.build(0, common)
+    rows = common.num_actual_tokens
+    query = torch.empty(rows, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(rig.caches[0].untyped_storage().nbytes() // 2, dtype=torch.bfloat16, device="meta")
+    kv_cache = pages.as_strided(rig.caches[0].shape, rig.caches[0].stride())
+    layer.impl.do_kv_cache_update(layer, query, query, kv_cache, common.slot_mapping)
+    layer.impl.forward(layer, query, query, query, kv_cache, metadata, torch.empty_like(query))
+    prefill = ["prefill"] * (metadata.prefill is not None)
+    assert launched == ["_topt_sums_kernel", *prefill, "_topt_decode_kernel", "_topt_merge_kernel"]
