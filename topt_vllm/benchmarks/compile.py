@@ -9,8 +9,8 @@ four SIMDs and 64 KiB of LDS per compute unit).
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -33,13 +33,15 @@ DTYPES = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-GROUPS = (1, 4, 8, 16)
-QUERY_ROWS = (1, 8)
-BLOCK_SIZES = (16, 128)
+# (group, most query rows of a sequence): all that tiles of 16 rows are filled with, and several rows at once.
+_TILES = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 8))
+# Tiles that span blocks, and blocks that span tiles.
+_BLOCK_SIZES = (16, 128)
 
 _KV_HEADS = 8
 _SEQUENCES = 16
 _CONTEXT = 32768
+_PREFILL_TOKENS = 8192
 # More than 2 GiB, so that AMD's compiler can't address it with 32 bits.
 _CACHE_BYTES = 8 << 30
 _WARP_REGISTERS = 256  # registers are handed out to warps in units of this many
@@ -126,7 +128,6 @@ class Configuration:
         query_dtype = stored if stored.itemsize == 2 else torch.bfloat16
         page = _KV_HEADS * self.block_size * 2 * self.head_dim
         blocks = _CACHE_BYTES // (page * stored.itemsize)
-        # Half as much again for the V sums behind each page, as the adapter lays them out.
         shape = (blocks, _KV_HEADS, self.block_size, 2 * self.head_dim)
         key, value = _empty(*shape, dtype=stored).split(self.head_dim, dim=-1)
         scale = _empty(1, dtype=torch.float32) if stored.itemsize == 1 else None
@@ -158,21 +159,17 @@ class Configuration:
 
 
 def shipped(
-    head_dims: Iterable[int] = HEAD_DIMS,
-    groups: Iterable[int] = GROUPS,
-    query_rows: Iterable[int] = QUERY_ROWS,
-    dtypes: Iterable[str] = tuple(DTYPES),
-    block_sizes: Iterable[int] = BLOCK_SIZES,
+    head_dims: Iterable[int] = HEAD_DIMS, dtypes: Iterable[str] = tuple(DTYPES)
 ) -> list[Configuration]:
-    """The product of these, and each head dimension without thresholds and with a softcap."""
-    found = [Configuration(*values) for values in product(head_dims, groups, query_rows, dtypes, block_sizes)]
-    plain = {replace(each, query_rows=1, dtype="bfloat16", block_size=16, group=4) for each in found}
-    ordered = sorted(plain, key=lambda each: each.head_dim)
-    return (
-        found
-        + [replace(each, sparse=False) for each in ordered]
-        + [replace(each, softcap=50.0) for each in ordered]
-    )
+    """Every kind of tile and block for these; of each head dimension one without thresholds, one with a softcap."""
+    found = [
+        Configuration(head_dim, group, rows, dtype, block_size)
+        for head_dim, dtype, (group, rows), block_size in product(head_dims, dtypes, _TILES, _BLOCK_SIZES)
+    ]
+    for head_dim in head_dims:
+        plain = Configuration(head_dim, 4, 1, "bfloat16", 16)
+        found += [replace(plain, sparse=False), replace(plain, softcap=50.0)]
+    return found
 
 
 def compile_call(call: Call, target: GPUTarget) -> tuple[Any, str]:
@@ -213,53 +210,48 @@ def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, C
     decode, merge = step.calls(launch, memory, interpreted=False)
     if step.cache.value_sums is None:
         raise RuntimeError("a configuration has V sums; this is a bug")
-    sums = sums_call(step.cache, step.cache.value_sums, _empty(rows_of_prefill(), dtype=torch.int64))
+    sums = sums_call(step.cache, step.cache.value_sums, _empty(_PREFILL_TOKENS, dtype=torch.int64))
     return launch, {"decode": decode, "merge": merge, "sums": sums}
-
-
-def rows_of_prefill() -> int:
-    """Tokens of a chunk of prefill, for which the sums kernel is compiled."""
-    return 8192
 
 
 def compile_all(
     configurations: list[Configuration],
     targets: list[str],
     kernels: tuple[str, ...] = ("decode", "merge", "sums"),
-    progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Iterator[dict[str, Any]]:
     """One record for each configuration, target and kernel."""
     for name in targets:
         chip = CHIPS[name]
         seen = set()
         for configuration in configurations:
-            launch, found = calls(configuration, chip)
+            launch, launches = calls(configuration, chip)
             for kernel in kernels:
-                # The small kernels depend on less than the configuration.
-                if kernel != "decode" and (part := _dependence(configuration, kernel)) in seen:
+                dependence = (kernel, *_dependence(configuration, kernel))
+                if dependence in seen:
                     continue
-                if kernel != "decode":
-                    seen.add(part)
-                compiled, log = compile_call(found[kernel], chip.triton)
-                record = {
+                seen.add(dependence)
+                compiled, log = compile_call(launches[kernel], chip.triton)
+                used = resources(compiled, log)
+                num_warps = compiled.metadata.num_warps
+                yield {
                     "target": name,
                     "kernel": kernel,
                     "config": str(configuration),
-                    "head_dim": configuration.head_dim,
+                    **asdict(configuration),
                     "tile": launch.tile if kernel == "decode" else None,
-                    "num_warps": compiled.metadata.num_warps,
                     "num_stages": launch.num_stages if kernel == "decode" else None,
-                    **resources(compiled, log),
+                    "num_warps": num_warps,
+                    **used,
+                    "occupancy": chip.occupancy(used["registers"], used["shared_bytes"], num_warps),
                 }
-                numbers = (record["registers"], record["shared_bytes"], record["num_warps"])
-                record["occupancy"] = chip.occupancy(*numbers)
-                progress(record)
-                yield record
 
 
 def _dependence(configuration: Configuration, kernel: str) -> tuple[Any, ...]:
-    base = (kernel, configuration.head_dim, configuration.dtype, configuration.block_size)
-    return base if kernel == "sums" else (*base, configuration.query_rows, configuration.sparse)
+    """What a kernel's code depends on; that of the small ones on less than the configuration."""
+    if kernel == "decode":
+        return (configuration,)
+    stored = (configuration.head_dim, configuration.dtype, configuration.block_size)
+    return stored if kernel == "sums" else (*stored, configuration.query_rows, configuration.sparse)
 
 
 def resources(compiled: Any, log: str) -> dict[str, int]:

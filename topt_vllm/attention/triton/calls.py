@@ -159,6 +159,8 @@ class Step:
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }
+        if launch.max_registers is not None:
+            arguments["maxnreg"] = launch.max_registers
         grid = (launch.splits * launch.chunks, shared["KV_HEADS"], self.sequences)
         return Call(_topt_decode_kernel, grid, arguments)
 

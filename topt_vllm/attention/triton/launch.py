@@ -42,6 +42,7 @@ class Launch:
         min_tiles: Least tiles of a split.
         num_warps: Of the decode kernel.
         num_stages: Depth of its software pipeline.
+        max_registers: Bound on its registers per thread; None for AMD.
     """
 
     group_pad: int
@@ -52,6 +53,7 @@ class Launch:
     min_tiles: int
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
 
 def choose(
@@ -81,19 +83,23 @@ def choose(
     group_pad = power_of_two(num_heads // num_kv_heads)
     rows = max(1, TILE_ROWS // group_pad)
     chunks = -(-max_query_rows // rows)
-    tile, num_warps, num_stages = _tile(power_of_two(head_dim), item_bytes, target.amd)
+    multi_row = max_query_rows > 1
+    tile, num_stages = _pipeline(power_of_two(head_dim), item_bytes, multi_row, target.amd)
+    # A bound keeps NVIDIA's assembler from spilling to fit one more block. Decoding fp8 and several rows need more.
+    lean = item_bytes == 2 and not multi_row and head_dim <= 128
+    max_registers = None if target.amd else 192 if lean else 255
     if splits is None:
         splits = _splits(sequences * chunks * num_kv_heads, capacity, target.multiprocessors)
     min_tiles = max(1, MIN_SPLIT_TOKENS // tile)
-    return Launch(group_pad, rows, chunks, splits, tile, min_tiles, num_warps, num_stages)
+    return Launch(group_pad, rows, chunks, splits, tile, min_tiles, 4, num_stages, max_registers)
 
 
-def _tile(dim_pad: int, item_bytes: int, amd: bool) -> tuple[int, int, int]:
-    """Keys per iteration, warps, pipeline stages."""
+def _pipeline(dim_pad: int, item_bytes: int, multi_row: bool, amd: bool) -> tuple[int, int]:
+    """Keys per iteration and pipeline stages: what two blocks per multiprocessor leave room for without spills."""
     if amd:
-        # Wide tiles leave no LDS for a second stage if two blocks are to fit.
-        return 64, 4, 2 if dim_pad <= 128 else 1
-    return 64 if dim_pad <= 128 else 32, 4, 3 if item_bytes <= 2 else 2
+        narrow = dim_pad <= 128 and not (multi_row and item_bytes == 1)
+        return 64, 2 if narrow else 1
+    return 64 if dim_pad <= 128 else 32, 3 if item_bytes <= 2 else 2
 
 
 def _splits(programs: int, capacity: int, num_multiprocessors: int) -> int:

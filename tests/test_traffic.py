@@ -1,0 +1,92 @@
+"""The traffic model against every load and store of an interpreted run."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attention_cases import random_case
+from triton.runtime import interpreter
+
+from topt_vllm.attention.common import Stat, new_statistics
+from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton.launch import Target
+from topt_vllm.benchmarks.traffic import Shape, dense_traffic, predictions, traffic
+
+
+class Meter:
+    """Counts bytes that the interpreter loads and stores, by tensor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, torch.Tensor]) -> None:
+        self.bytes: Counter[str] = Counter()
+        self.ranges = {
+            name: (part.data_ptr(), part.data_ptr() + part.untyped_storage().nbytes() - _offset(part))
+            for name, part in tensors.items()
+        }
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def counted_load(this, pointers, mask, *rest):
+            self.count(pointers, mask)
+            return load(this, pointers, mask, *rest)
+
+        def counted_store(this, pointers, value, mask, *rest):
+            self.count(pointers, mask)
+            return store(this, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(builder, "create_masked_load", counted_load)
+        monkeypatch.setattr(builder, "create_masked_store", counted_store)
+
+    def count(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
+        addresses = pointers.data[mask.data]
+        item = pointers.get_element_ty().primitive_bitwidth // 8
+        for name, (start, end) in self.ranges.items():
+            self.bytes[name] += int(((addresses >= start) & (addresses < end)).sum()) * item
+
+
+def _offset(part: torch.Tensor) -> int:
+    return part.storage_offset() * part.element_size()
+
+
+@pytest.fixture
+def short_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(launch, "MIN_SPLIT_TOKENS", 64)
+    return
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize(("seq_len", "block_size"), [(300, 32), (256, 128), (300, 48)])
+def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len: int, block_size: int):
+    case = random_case([(1, seq_len)] * 2, 6, 2, 80, block_size, keep=0.1)
+    # Apart, so that addresses tell K from V; query and output too.
+    key, value = case.cache.key.contiguous(), case.cache.value.contiguous()
+    query, out = case.query.contiguous(), torch.empty_like(case.query)
+    cache = type(case.cache)(key, value, case.cache.value_sums)
+    statistics = new_statistics()
+    sizes = {"max_rows": 2, "max_sequences": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 80}
+    workspace = launcher.allocate_workspace(
+        **sizes, capacity=512, max_query_rows=2, device=torch.device("cpu"), splits=3
+    )
+    tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory}
+    meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
+    launcher.bind(workspace).decode(
+        query, cache, case.batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
+    )
+    shape = Shape(2, seq_len, 6, 2, 80, block_size)
+    rows = int(statistics[Stat.V_ROWS_READ])
+    expected = traffic(shape, rows, Target(amd=False, multiprocessors=1), splits=3)
+    assert 0 < rows < statistics[Stat.V_ROWS]
+    assert meter.bytes["key"] == expected.key
+    assert meter.bytes["value"] == expected.value + expected.tail
+    assert meter.bytes["sums"] == expected.sums
+    assert meter.bytes["partials"] == expected.partials
+    assert meter.bytes["query"] + meter.bytes["out"] == expected.rows
+
+
+def test_predictions_approach_the_ceiling_of_skipping_v():
+    """Without partial results and sums, a kept share f leaves (1 + f) / 2 of the bytes."""
+    for record in predictions([16], [131072], keep=0.1, block_size=128):
+        assert 1.75 < record["ratio"] < 2 / 1.1
+    shape = Shape(1, 8192)
+    dense = dense_traffic(shape, Target(amd=False, multiprocessors=132))
+    assert dense.key == dense.value == 8 * 8192 * 256

@@ -1,0 +1,165 @@
+"""What a decode call of the Triton kernel moves through memory, and the time that this takes at best.
+
+A model, checked by the tests against every load and store of an interpreted run. Tables and lengths are left out:
+4 bytes per block and KV head.
+"""
+
+from dataclasses import dataclass
+
+from topt_vllm.attention.triton.launch import Target, choose
+
+_WORD = 4  # bytes of float32 and int32
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that there are predictions for.
+
+    Attributes:
+        name: As its maker calls it.
+        bandwidth: Peak of its memory in bytes per second, from the data sheet.
+        target: What the launch heuristic knows of it.
+    """
+
+    name: str
+    bandwidth: float
+    target: Target
+
+
+GPUS = (
+    Gpu("H100 SXM", 3.35e12, Target(amd=False, multiprocessors=132)),
+    Gpu("H200", 4.8e12, Target(amd=False, multiprocessors=132)),
+    Gpu("MI300X", 5.3e12, Target(amd=True, multiprocessors=304)),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch of sequences of one length with one query row each.
+
+    Attributes:
+        batch: Sequences.
+        seq_len: n.
+        heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: D.
+        block_size: P.
+        item_bytes: Of an element of query, K, V and output.
+    """
+
+    batch: int
+    seq_len: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+    item_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one call.
+
+    Attributes:
+        key: K, all of it.
+        value: V rows that some head of their group keeps.
+        sums: V sums of finished blocks.
+        partials: Partial results of the splits, written and read.
+        rows: Query, which every split reads, and output.
+        tail: V rows of the unfinished blocks that the merge kernel reads again, out of the cache: not in ``total``.
+    """
+
+    key: int
+    value: int
+    sums: int
+    partials: int
+    rows: int
+    tail: int
+
+    @property
+    def total(self) -> int:
+        """Bytes through memory."""
+        return self.key + self.value + self.sums + self.partials + self.rows
+
+
+def traffic(shape: Shape, v_rows_read: int, target: Target, splits: int | None = None) -> Traffic:
+    """Bytes of a call with thresholds, V means and statistics, some probability being dropped in every head.
+
+    Args:
+        shape: Of the batch.
+        v_rows_read: (KV head, key) pairs of the whole batch whose V row is read.
+        target: GPU.
+        splits: Fixed number of splits instead of the heuristic's.
+    """
+    row = shape.head_dim * shape.item_bytes
+    pairs = shape.batch * shape.kv_heads
+    used = _used_splits(shape, target, splits)
+    return Traffic(
+        key=pairs * shape.seq_len * row,
+        value=v_rows_read * row,
+        sums=pairs * (shape.seq_len // shape.block_size) * shape.head_dim * _WORD,
+        partials=_partials(shape, used),
+        rows=shape.batch * shape.heads * (used + 1) * row,
+        tail=shape.batch * shape.heads * (shape.seq_len % shape.block_size) * row,
+    )
+
+
+def dense_traffic(shape: Shape, target: Target) -> Traffic:
+    """Bytes of a dense kernel that splits the keys likewise and needs nothing but K, V and partial outputs."""
+    row = shape.head_dim * shape.item_bytes
+    keys = shape.batch * shape.kv_heads * shape.seq_len * row
+    used = _used_splits(shape, target, None)
+    partials = 2 * shape.batch * shape.heads * used * (shape.head_dim + 2) * _WORD
+    return Traffic(keys, keys, 0, partials, shape.batch * shape.heads * (used + 1) * row, 0)
+
+
+def _used_splits(shape: Shape, target: Target, splits: int | None) -> int:
+    sizes = (shape.batch, 1, shape.heads, shape.kv_heads, shape.head_dim, shape.seq_len, shape.item_bytes)
+    launch = choose(*sizes, target, splits)
+    tiles = -(-shape.seq_len // launch.tile)
+    return -(-tiles // max(-(-tiles // launch.splits), launch.min_tiles))
+
+
+def _partials(shape: Shape, splits: int) -> int:
+    by_head, by_group = shape.batch * shape.heads * splits, shape.batch * shape.kv_heads * splits
+    output, softmax, counts = shape.head_dim, 3, 2
+    written = by_head * (output + softmax) + by_group * (shape.head_dim + counts)
+    # Each head of a group reads the group's V sum.
+    read = by_head * (output + softmax + shape.head_dim) + by_group * counts
+    return (written + read) * _WORD
+
+
+def predictions(
+    batches: list[int], seq_lens: list[int], keep: float, block_size: int
+) -> list[dict[str, float | int | str]]:
+    """One record per GPU, batch and length: microseconds at peak bandwidth, ours and dense.
+
+    Args:
+        batches: Sequences.
+        seq_lens: Context lengths.
+        keep: Share of the V rows that is read.
+        block_size: P.
+    """
+    found: list[dict[str, float | int | str]] = []
+    for batch in batches:
+        for seq_len in seq_lens:
+            shape = Shape(batch, seq_len, block_size=block_size)
+            rows = round(keep * batch * shape.kv_heads * seq_len)
+            for gpu in GPUS:
+                ours = traffic(shape, rows, gpu.target)
+                dense = dense_traffic(shape, gpu.target)
+                found.append(
+                    {
+                        "gpu": gpu.name,
+                        "batch": batch,
+                        "seq_len": seq_len,
+                        "keep": keep,
+                        "block_size": block_size,
+                        "bytes": ours.total,
+                        "bytes_dense": dense.total,
+                        "us": ours.total / gpu.bandwidth * 1e6,
+                        "us_dense": dense.total / gpu.bandwidth * 1e6,
+                        "ratio": dense.total / ours.total,
+                    }
+                )
+    return found
