@@ -43,28 +43,30 @@ class Variant:
         return 1e3 * statistics.median(self.seconds)
 
 
-def take_turns(all_variants: Sequence[Variant], seconds: float) -> None:
-    """Times every variant once per round until the time is spent, at least 7 rounds."""
+def take_turns(all_variants: Sequence[Variant], seconds: float, occasional: Variant) -> None:
+    """Times every variant once per round until the time is spent, at least 7 rounds; ``occasional`` every fourth."""
     for variant in all_variants:
         variant.call()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 7 or time.perf_counter() < end:
-        for variant in all_variants:
+        for variant in [*all_variants, *([occasional] if rounds % 4 == 0 else [])]:
             start = time.perf_counter()
             variant.call()
             variant.seconds.append(time.perf_counter() - start)
         rounds += 1
 
 
-def streaming_bandwidth(module: Any, rounds: int = 15, size: int = 2**29) -> float:
-    """Best rate at which all threads together read memory that no cache holds (GB/s)."""
-    memory = torch.ones(size, dtype=torch.uint8)
-    best = 0.0
-    for _ in range(rounds):
-        start = time.perf_counter()
-        module.stream(memory)
-        best = max(best, size / (time.perf_counter() - start) / 1e9)
-    return best
+# More than processors' caches hold (bytes).
+STREAM_BYTES = 2**28
+
+
+def streaming_read(module: Any) -> Variant:
+    """All threads together read ``STREAM_BYTES`` that no cache holds: the bandwidth to compare with.
+
+    Shared machines give now more and now less of it, so it takes turns with what is measured against it.
+    """
+    memory = torch.ones(STREAM_BYTES, dtype=torch.uint8)
+    return Variant("streaming read", lambda: module.stream(memory), [], [])
 
 
 def machine() -> dict[str, Any]:
