@@ -44,7 +44,7 @@ class Variant:
 
 
 def take_turns(all_variants: Sequence[Variant], seconds: float, occasional: Variant) -> None:
-    """Times every variant once per round until the time is spent, at least 7 rounds; ``occasional`` every fourth."""
+    """Times every variant once per round until the time is spent, at least 7; ``occasional`` every fourth."""
     for variant in all_variants:
         variant.call()
     end, rounds = time.perf_counter() + seconds, 0
