@@ -73,9 +73,9 @@ class GpuBackend(_Platform):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        """Those that the kernel is compiled and checked for: sm_80 and later, gfx94x and gfx95x."""
+        """Those that the kernel is compiled and looked at for: sm_80 and later, gfx94x."""
         if current_platform.is_rocm():
-            return capability.major == 9 and capability.minor >= 4
+            return (capability.major, capability.minor) == (9, 4)
         return capability.major >= 8
 
     @classmethod
@@ -132,6 +132,6 @@ def _explain(reason: str, backend: type[GpuBackend], options: dict[str, Any]) ->
         f"attention type {options['attn_type']} not supported": "only decoder layers; keep the others on another "
         "backend with --attention-config.backend_per_kind",
         "compute capability not supported": f"{options['device_capability'].as_version_str()}; allowed: NVIDIA 8.0 "
-        "and later, AMD gfx94x and gfx95x",
+        "and later, AMD gfx94x",
     }
     return f"{reason} ({details[reason]})" if reason in details else reason
