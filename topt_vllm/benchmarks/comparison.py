@@ -11,7 +11,7 @@ from topt_vllm.attention.common import Policy, Stat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.kernels import count, our_kernel, platform_kernel, with_screen
 from topt_vllm.benchmarks.oracle import Expectation, expect
-from topt_vllm.benchmarks.timing import STREAM_BYTES, Variant, streaming_read, take_turns
+from topt_vllm.benchmarks.timing import Variant, streaming_read, take_turns
 
 # What a K screen may not change.
 _KEPT = [Stat.KEPT_ELEMENTS, Stat.V_ROWS_READ]
@@ -100,10 +100,10 @@ def compare(
             found = _kept(count(module, screened[name], target.thetas, policy))
             if not torch.equal(found, kept):
                 raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
-    stream = streaming_read(module)
+    stream = streaming_read(module, layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
     take_turns([*([stock] if stock else []), keep_all, *ours], seconds, stream)
-    bandwidth = STREAM_BYTES / stream.median / 1e6
+    bandwidth = stream.outs[0].nbytes / stream.median / 1e6
     return [_record(layers, column, stock, keep_all, bandwidth) for column in columns]
 
 
