@@ -29,7 +29,14 @@ def imports(folder: str) -> dict[Path, set[str]]:
             "attention",
             ("vllm", "transformers", "topt_vllm.backend", "topt_vllm.thresholds", "topt_vllm.config"),
         ),
-        ("attention/cpu", ("topt_vllm.attention.reference", "topt_vllm.attention.api")),
+        (
+            "attention/cpu",
+            ("topt_vllm.attention.reference", "topt_vllm.attention.api", "topt_vllm.attention.triton"),
+        ),
+        (
+            "attention/triton",
+            ("topt_vllm.attention.reference", "topt_vllm.attention.api", "topt_vllm.attention.cpu"),
+        ),
         ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli")),
         (
             "backend",

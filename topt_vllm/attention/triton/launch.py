@@ -97,8 +97,7 @@ def choose(
 def _pipeline(dim_pad: int, item_bytes: int, multi_row: bool, amd: bool) -> tuple[int, int]:
     """Keys per iteration and pipeline stages: what two blocks per multiprocessor leave room for without spills."""
     if amd:
-        narrow = dim_pad <= 128 and not (multi_row and item_bytes == 1)
-        return 64, 2 if narrow else 1
+        return 64, 2 if dim_pad <= 128 and not multi_row else 1
     return 64 if dim_pad <= 128 else 32, 3 if item_bytes <= 2 else 2
 
 

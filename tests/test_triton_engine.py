@@ -1,0 +1,70 @@
+"""The Triton kernels inside a real vLLM engine on the CPU, through Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_engine import RUNNER, assert_same_tokens, tokenizer
+
+from topt_vllm import thresholds
+
+pytestmark = pytest.mark.engine
+MAX_TOKENS = 4
+SHIPPED = Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml"
+
+
+@pytest.fixture(scope="module")
+def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped thresholds, said to be those of contexts so short that the interpreter gets through them."""
+    table = thresholds.load(SHIPPED).model_copy(update={"lengths": [16, 32, 64, 128, 256]})
+    path = tmp_path_factory.mktemp("tables") / "short.yaml"
+    thresholds.dump(table, path)
+    return path
+
+
+def run_engine(model: Path, prompts: list[list[int]], table: Path, implementation: str) -> dict[str, Any]:
+    """Outcome of one engine; see engine_run.py."""
+    settings = {"thresholds": str(table), "k": 64, "implementation": implementation}
+    engine = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "max_model_len": 256,
+        "block_size": 32,
+        # The interpreter copies the memory that a tensor is part of onto itself at each launch.
+        "kv_cache_memory_bytes": 32 << 20,
+        "attention_backend": "TOPTHETA",
+        "additional_config": {"toptheta": settings},
+        "enforce_eager": True,
+        "seed": 0,
+    }
+    request = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    run = subprocess.run(
+        [sys.executable, str(RUNNER)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    assert f"TOPTHETA: {implementation} kernel" in run.stdout + run.stderr
+    return json.loads(results[0].removeprefix("RESULT "))
+
+
+def test_triton_gives_the_tokens_of_the_cpu_kernel(smollm2: Path, unseen_play: Path, short_table: Path):
+    ids = tokenizer(smollm2)(unseen_play.read_text(), truncation=True, max_length=2000)["input_ids"]
+    prompts = [ids[1000:1150]]
+    cpu = run_engine(smollm2, prompts, short_table, "cpu")
+    triton = run_engine(smollm2, prompts, short_table, "triton")
+    assert_same_tokens(triton, cpu)
+    ours, theirs = triton["totals"], cpu["totals"]
+    assert ours["toptheta_decode_rows"] == theirs["toptheta_decode_rows"] > 0
+    assert ours["toptheta_v_rows_read"] < 0.7 * ours["toptheta_v_rows"]
+    # The same rows but for rounding: of scores near θ, and of what the layers below passed on.
+    assert ours["toptheta_v_rows_read"] == pytest.approx(theirs["toptheta_v_rows_read"], rel=0.01)
+    assert ours["toptheta_dropped_mass"] == pytest.approx(theirs["toptheta_dropped_mass"], rel=0.02)
