@@ -20,7 +20,7 @@ from topt_vllm.model_identity import ModelIdentity
 NAME = "toptheta_capture"
 
 # Arguments that change the scores or the softmax in ways that a threshold on q·k knows nothing of.
-_REFUSED = ("position_bias", "s_aux", "sinks")
+REFUSED = ("position_bias", "s_aux", "sinks")
 
 Observer = Callable[[LayerCall], None]
 
@@ -59,7 +59,7 @@ class _Capture:
             value=value[0],
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=softcap or 0.0,
-            mask=None if attention_mask is None else _visible(attention_mask),
+            mask=None if attention_mask is None else visible_keys(attention_mask),
         )
         self._check_heads(call)
         windowed = call.layer in self._windowed
@@ -100,21 +100,22 @@ def captured(
         top_k: Attend with each head's top k keys and V-mean compensation; None for dense attention.
         dense: Layers that stay dense under ``top_k``.
     """
-    with _selected(model, _Capture(identity, observe, top_k, dense or [])):
+    with selected(model, _Capture(identity, observe, top_k, dense or [])):
         yield
 
 
 def can_be_captured(model: Any) -> bool:
     """Whether the model takes its attention from the AttentionInterface; a model on the meta device will do."""
-    with _selected(model, sdpa_attention_forward):
+    with selected(model, sdpa_attention_forward):
         return model.config.get_text_config()._attn_implementation == NAME
 
 
 @contextmanager
-def _selected(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
+def selected(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
+    """Within it, ``model`` attends with the function ``attention``, which gets the masks of SDPA."""
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, attention)
-    # The masks of SDPA: none for plain causal attention, so no [n, n] tensor is made.
+    # None for plain causal attention, so no [n, n] tensor is made.
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
         model.set_attn_implementation(NAME)
@@ -125,14 +126,14 @@ def _selected(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
         AttentionMaskInterface._global_mapping.pop(NAME)
 
 
-def _visible(mask: torch.Tensor) -> torch.Tensor:
+def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     """bool [n, n] from a mask [1, 1 or H, n, n], boolean or additive."""
     first = mask[0, 0]
     return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
 
 
 def _check_plain_causal(module: torch.nn.Module, call: LayerCall, kwargs: dict[str, Any]) -> None:
-    refused = [name for name in _REFUSED if kwargs.get(name) is not None]
+    refused = [name for name in REFUSED if kwargs.get(name) is not None]
     n = call.query.shape[1]
     asked = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if asked is None else asked):

@@ -94,11 +94,20 @@ def load_model(options: CalibrationOptions) -> Any:
     Raises:
         CalibrationError: The weights or the device can't be used.
     """
+    return load_causal_lm(options).base_model
+
+
+def load_causal_lm(options: CalibrationOptions) -> Any:
+    """The whole model.
+
+    Raises:
+        CalibrationError: The weights or the device can't be used.
+    """
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     # device_map needs accelerate; one device does without.
     spread = {"device_map": "auto"} if device == "auto" else {}
-    model = _read(transformers.AutoModelForCausalLM, options.model, dtype=dtype, **spread).base_model
+    model = _read(transformers.AutoModelForCausalLM, options.model, dtype=dtype, **spread)
     return model.eval() if spread else model.to(device).eval()
 
 

@@ -1,0 +1,88 @@
+"""What an evaluation is asked to do, and what can be refused before a model is touched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from topt_vllm.calibration.options import DTYPES, CalibrationError
+
+RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
+OURS = ("toptheta", "toptheta-nomean")
+
+
+class EvaluationError(CalibrationError):
+    """An evaluation that can't be run; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Options of ``topt-vllm evaluate``.
+
+    Attributes:
+        model: Folder or hub id.
+        dataset: Texts to evaluate on, each by itself: as in calibration.
+        rules: Names out of :data:`RULES`.
+        rows: Targets, shares of V rows read; each rule is tuned to each of them.
+        ks: Budgets of the table to evaluate as they stand, with their own dense layers.
+        thresholds: The table's path; None to search for it as the server does.
+        dense_layers: Layers that are dense under every rule at every target; None for the budget's where they leave
+            half of the target to the rule, and none where they don't.
+        max_seq_length: Tokens of a sequence; None for the model's context, 8192 at most.
+        num_samples: Sequences of each text.
+        tune_on: Text that the rules' parameters are tuned on; None for the end of each text, which isn't evaluated.
+        needles: Lengths of needle prompts (tokens), none for no needles.
+        depths: Where needles are hidden, 0 for the start and 1 for the end.
+        device: As in calibration.
+        dtype: Of the weights; ``auto`` for the checkpoint's own.
+        json: Where records are written.
+        plot: Where the plot is written.
+    """
+
+    model: str
+    dataset: tuple[str, ...]
+    rules: tuple[str, ...] = RULES
+    rows: tuple[float, ...] = (0.05, 0.1, 0.2)
+    ks: tuple[int, ...] = ()
+    thresholds: str | None = None
+    dense_layers: tuple[int, ...] | None = None
+    max_seq_length: int | None = None
+    num_samples: int = 1
+    tune_on: str | None = None
+    needles: tuple[int, ...] = ()
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    device: str | None = None
+    dtype: str = "float32"
+    json: Path | None = None
+    plot: Path | None = None
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, problem: str) -> None:
+            if not condition:
+                raise EvaluationError(problem)
+
+        unknown = [name for name in self.rules if name not in RULES]
+        require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(RULES)}")
+        require(
+            all(0 < share < 1 for share in self.rows),
+            f"--rows {_listed(self.rows)}: shares lie above 0 and below 1",
+        )
+        require(
+            bool(self.rows or self.ks), "nothing to evaluate: name targets with --rows, or budgets with --k"
+        )
+        require(
+            not self.ks or any(rule in OURS for rule in self.rules),
+            f"--k {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
+        )
+        require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")
+        require(
+            all(0 <= depth <= 1 for depth in self.depths),
+            f"--depths {_listed(self.depths)}: 0 is the start of the text and 1 its end",
+        )
+        require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for option, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None:
+                require(not path.exists(), f"{option} {path} exists; name another file")
+                require(path.resolve().parent.is_dir(), f"{option} {path}: the folder does not exist")
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return " ".join(map(str, values))

@@ -1,0 +1,163 @@
+"""What an evaluation will do, checked without the weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
+from topt_vllm.calibration.options import CalibrationOptions
+from topt_vllm.calibration.texts import cut_sequences, read_texts
+from topt_vllm.config import TopThetaConfig
+from topt_vllm.evaluation.options import EvaluationError, EvaluationOptions
+from topt_vllm.evaluation.plot import require_matplotlib
+from topt_vllm.table_search import find_table
+from topt_vllm.thresholds import ThresholdTable, ThresholdTableError
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text.
+
+    Attributes:
+        name: File name or hub id.
+        sequences: Evaluated token sequences.
+        tuning: The sequence that parameters are tuned on; none of the above.
+        tuned_on: Where that comes from.
+    """
+
+    name: str
+    sequences: list[list[int]]
+    tuning: list[int]
+    tuned_on: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An evaluation that has been checked and can start.
+
+    Attributes:
+        options: As asked.
+        loading: How the model is loaded.
+        subject: The model and what follows from it.
+        table: Its thresholds.
+        path: Where the table lies.
+        tokenizer: The model's.
+        texts: What is evaluated on.
+        dense: Dense layers for each target.
+    """
+
+    options: EvaluationOptions
+    loading: CalibrationOptions
+    subject: Subject
+    table: ThresholdTable
+    path: Path
+    tokenizer: Any
+    texts: list[Text]
+    dense: dict[float, frozenset[int]]
+
+    @property
+    def first(self) -> int:
+        """The shortest context that the rules are applied to: below it no θ is known."""
+        return self.table.lengths[0]
+
+
+def prepare(options: EvaluationOptions) -> Plan:
+    """Everything that can fail without the weights.
+
+    Raises:
+        CalibrationError: An option, the model, its table or a text can't be used.
+    """
+    if options.plot:
+        require_matplotlib()
+    check_device(options.device)
+    loading = CalibrationOptions(
+        model=options.model,
+        dataset=options.dataset,
+        output=Path(),
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        ks=(1,),
+        device=options.device,
+        dtype=options.dtype,
+    )
+    subject = examine(loading)
+    table, path = _table(options, subject)
+    _check_lengths(options, subject, table)
+    for k in options.ks:
+        _budget(table, k)
+    dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
+    tokenizer = load_tokenizer(options.model)
+    texts = [_text(options, tokenizer, name, subject.max_seq_length) for name in options.dataset]
+    return Plan(options, loading, subject, table, path, tokenizer, texts, dense)
+
+
+def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
+    config = TopThetaConfig(thresholds=options.thresholds)
+    try:
+        found = find_table(config, subject.identity, options.model, subject.identity.revision)
+    except ThresholdTableError as error:
+        raise EvaluationError(str(error)) from error
+    if found is None:
+        raise EvaluationError(
+            "an evaluation needs thresholds; name a table with --thresholds instead of none"
+        )
+    return found
+
+
+def _budget(table: ThresholdTable, k: int) -> None:
+    try:
+        table.budget(k)
+    except ThresholdTableError as error:
+        raise EvaluationError(f"--k: {error}") from error
+
+
+def _check_lengths(options: EvaluationOptions, subject: Subject, table: ThresholdTable) -> None:
+    if subject.max_seq_length <= table.lengths[0]:
+        raise EvaluationError(
+            f"--max-seq-length is {subject.max_seq_length}, but the table's first length is {table.lengths[0]}, "
+            "below which every row is dense; evaluate on longer sequences"
+        )
+    wrong = [length for length in options.needles if not table.lengths[0] < length <= subject.max_seq_length]
+    if wrong:
+        raise EvaluationError(
+            f"--needles {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
+            f"at most as long as --max-seq-length, {subject.max_seq_length}"
+        )
+
+
+def _dense_layers(
+    options: EvaluationOptions, subject: Subject, table: ThresholdTable, target: float
+) -> frozenset[int]:
+    """The layers that are dense under every rule at a target."""
+    identity = subject.identity
+    full, windowed = len(subject.full_layers), len(identity.sliding_window_layers)
+    context = (table.lengths[0] + subject.max_seq_length) / 2
+    windows = windowed * min(subject.window, context)
+
+    def share(layers: frozenset[int]) -> float:
+        return (len(layers) * context + windows) / (full * context + windows)
+
+    if options.dense_layers is None:
+        layers = frozenset(table.budgets[-1].dense_layers)
+        return layers if share(layers) <= target / 2 else frozenset()
+    layers = frozenset(options.dense_layers)
+    if not layers <= set(subject.full_layers):
+        unknown = sorted(layers - set(subject.full_layers))
+        raise EvaluationError(f"--dense-layers {unknown} are not full-attention layers of {options.model}")
+    if share(layers) >= target:
+        raise EvaluationError(
+            f"--rows {target}: the dense layers {sorted(layers)} and sliding windows alone read "
+            f"{share(layers):.1%}; raise the target, or name fewer --dense-layers"
+        )
+    return layers
+
+
+def _text(options: EvaluationOptions, tokenizer: Any, name: str, length: int) -> Text:
+    documents, sources = read_texts((name,), (options.num_samples + 1) * length)
+    # The part held back of a text is what its parameters are tuned on, unless another text serves for that.
+    found = cut_sequences(tokenizer, documents, options.num_samples, length)
+    if options.tune_on is None:
+        return Text(sources[0].name, found.calibration, found.held_back, f"the end of {sources[0].name}")
+    documents, others = read_texts((options.tune_on,), 2 * length)
+    tuning = cut_sequences(tokenizer, documents, 1, length).calibration[0]
+    return Text(sources[0].name, found.calibration, tuning, others[0].name)

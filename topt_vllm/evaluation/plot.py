@@ -1,0 +1,53 @@
+"""Loss against V rows read, one line for each rule, one panel for each text."""
+
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.evaluation.options import EvaluationError
+
+
+def require_matplotlib() -> None:
+    """Call it before the long work.
+
+    Raises:
+        EvaluationError: It isn't installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise EvaluationError("--plot needs matplotlib: pip install 'topt-vllm[plot]'") from error
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Writes the plot; the format is that of the file's suffix.
+
+    Args:
+        records: Of an evaluation.
+        path: A file that doesn't exist.
+    """
+    from matplotlib.figure import Figure
+
+    texts = list(dict.fromkeys(record["text"] for record in records))
+    figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(texts), squeeze=False)[0]
+    for panel, text in zip(panels, texts, strict=True):
+        here = [record for record in records if record["text"] == text]
+        for style, rule in enumerate(dict.fromkeys(record["rule"] for record in here)):
+            points = sorted((r["v_rows_read"], r["loss_pct"]) for r in here if r["rule"] == rule)
+            share, loss = zip(*points, strict=True)
+            panel.plot(
+                [100 * x for x in share], loss, marker="osD^vP"[style % 6], label=rule, color=f"C{style}"
+            )
+        # Losses span orders of magnitude, and a rule may also beat dense attention by a hair.
+        panel.set_yscale("symlog", linthresh=0.1)
+        panel.set_xscale("log")
+        panel.axhline(0, color="grey", linewidth=0.8)
+        panel.grid(True, which="both", alpha=0.25)
+        panel.set_title(text)
+        panel.set_xlabel("V rows read, all layers (%)")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+    panels[0].set_ylabel("perplexity over dense (%)")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)

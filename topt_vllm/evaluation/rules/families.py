@@ -1,0 +1,70 @@
+"""The rules by name, each with the one parameter that decides how many rows it reads."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from topt_vllm.evaluation.rules.base import Rule
+from topt_vllm.evaluation.rules.blasst import Blasst
+from topt_vllm.evaluation.rules.quest import PAGE, Quest
+from topt_vllm.evaluation.rules.sparsev import SparseV
+from topt_vllm.evaluation.rules.topk import TopK
+from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, maker, position_range
+from topt_vllm.thresholds import ThresholdTable
+
+_LEAST_TAU = 1e-12
+_LEAST_LAMBDA = 1e-9
+
+
+@dataclass(frozen=True)
+class Family:
+    """A rule with its parameter open.
+
+    Attributes:
+        name: As on the command line.
+        parameter: What the parameter is called in records.
+        make: From a number x, on which the rows read depend monotonically, to the rule.
+        shown: From x to the parameter as the rule's source has it.
+        few: x with the fewest rows.
+        many: x with the most.
+    """
+
+    name: str
+    parameter: str
+    make: Callable[[float], Rule]
+    shown: Callable[[float], float]
+    few: float
+    many: float
+
+
+def families(names: tuple[str, ...], table: ThresholdTable, longest: int) -> list[Family]:
+    """The named rules.
+
+    Args:
+        names: Out of :data:`topt_vllm.evaluation.options.RULES`.
+        table: Of the rules that need thresholds.
+        longest: Longest context (tokens); bounds where parameters are looked for.
+    """
+    few, many = position_range(table)
+    pages = -(-longest // PAGE)
+    # Numbers of keys and pages, and λ and τ, are searched by their logarithm: their effect is.
+    known = [
+        Family("toptheta", "budget position", maker(table, TopTheta), float, few, many),
+        Family("toptheta-nomean", "budget position", maker(table, TopThetaNoMean), float, few, many),
+        Family("topk", "k", lambda x: TopK(_whole(x)), _whole, 0.0, math.log(longest)),
+        Family(
+            "blasst",
+            "scale",
+            lambda x: Blasst(math.exp(x)),
+            math.exp,
+            math.log(longest),
+            math.log(_LEAST_LAMBDA),
+        ),
+        Family("sparsev", "tau", lambda x: SparseV(math.exp(x)), math.exp, 0.0, math.log(_LEAST_TAU)),
+        Family("quest", "pages", lambda x: Quest(_whole(x)), _whole, 0.0, math.log(pages)),
+    ]
+    return [family for family in known if family.name in names]
+
+
+def _whole(x: float) -> int:
+    return max(1, round(math.exp(x)))

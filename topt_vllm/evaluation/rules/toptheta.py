@@ -1,0 +1,103 @@
+"""Top-Theta: keys whose score reaches a calibrated threshold (arXiv 2502.08363).
+
+Idea: θ is static per layer, query head and context length, so a key is judged by its own score alone.
+Rule: s_j ≥ θ(n), or j is the newest token; group union; the softmax runs over all keys.
+Compensation: the dropped probability times the mean of V (the paper's VMC), or none.
+Parameter: a position among the table's budgets. Between two budgets θ is interpolated, beyond the ends extrapolated
+from the last two, and with a single budget each step lowers every θ by 1.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from topt_vllm.attention.common import Thetas
+from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.thresholds import LayerThresholds, ThresholdTable
+
+_FEWER, _MORE = 6.0, 6.0
+
+
+@dataclass(frozen=True)
+class TopTheta(Rule):
+    """Ours, with the mean of V in place of what is dropped.
+
+    Attributes:
+        thetas: Thresholds by layer index; a layer without any keeps everything.
+    """
+
+    thetas: Mapping[int, Thetas]
+
+    union: ClassVar[bool] = True
+    compensate: ClassVar[bool] = True
+
+    def keep(self, rows: Rows) -> torch.Tensor:
+        keys = torch.arange(rows.scores.shape[-1], device=rows.scores.device)
+        if rows.layer not in self.thetas:
+            return (keys < rows.contexts[:, None]).expand(rows.scores.shape)
+        theta = theta_at(self.thetas[rows.layer].to(rows.scores.device), rows.contexts)
+        # Unseen keys score −inf, as θ does below the first calibrated length.
+        seen = rows.scores > -math.inf
+        return (
+            (rows.scores >= theta[..., None])
+            .logical_and_(seen)
+            .logical_or_(keys == rows.contexts[:, None] - 1)
+        )
+
+
+@dataclass(frozen=True)
+class TopThetaNoMean(TopTheta):
+    """The same thresholds; what is dropped is lost."""
+
+    compensate: ClassVar[bool] = False
+
+
+def theta_at(thetas: Thetas, contexts: torch.Tensor) -> torch.Tensor:
+    """:meth:`Thetas.at` for many contexts at once: int64 [r] to float32 [H, r]."""
+    lengths, n = thetas.lengths.float(), contexts.float()
+    right = torch.searchsorted(lengths, n).clamp(1, max(len(lengths) - 1, 1)).clamp(max=len(lengths) - 1)
+    left = (right - 1).clamp(min=0)
+    span = (lengths[right] / lengths[left]).log2().clamp(min=1e-9)
+    weight = ((n / lengths[left]).log2() / span).clamp(0, 1)
+    theta = thetas.theta[:, left].lerp(thetas.theta[:, right], weight)
+    beyond = thetas.law[:, :1] + thetas.law[:, 1:] * n.log()
+    theta = torch.where(n > lengths[-1], beyond, theta)
+    return theta.masked_fill(n < lengths[0], -math.inf)
+
+
+def between_budgets(table: ThresholdTable, position: float) -> dict[int, Thetas]:
+    """Thresholds at a position among the table's budgets, of all layers that have any.
+
+    Args:
+        table: Gives the budgets; 0 is its smallest, 1 the next.
+        position: Any number; see the module for what lies outside.
+    """
+    last = len(table.budgets) - 1
+    left = min(max(math.floor(position), 0), max(last - 1, 0))
+    weight = position - left
+    few, many = table.budgets[left], table.budgets[min(left + 1, last)]
+    return {
+        a.layer: _mixed(table.lengths, a, b, weight) for a, b in zip(few.layers, many.layers, strict=True)
+    }
+
+
+def _mixed(lengths: list[int], a: LayerThresholds, b: LayerThresholds, weight: float) -> Thetas:
+    theta, law = torch.tensor(a.theta), torch.tensor(a.law)
+    if a is b:
+        theta, law = theta - weight, law - weight * torch.tensor([1.0, 0.0])
+    else:
+        theta, law = theta.lerp(torch.tensor(b.theta), weight), law.lerp(torch.tensor(b.law), weight)
+    return Thetas(torch.tensor(lengths, dtype=torch.int32), theta, law)
+
+
+def position_range(table: ThresholdTable) -> tuple[float, float]:
+    """Positions between which a target is looked for: from few rows to many."""
+    return -_FEWER, len(table.budgets) - 1 + _MORE
+
+
+def maker(table: ThresholdTable, rule: type[TopTheta]) -> Callable[[float], TopTheta]:
+    """From a position among the budgets to the rule."""
+    return lambda position: rule(between_budgets(table, position))
