@@ -91,6 +91,11 @@ def test_blasst_skips_tiles_far_below_the_running_maximum():
     assert 128 not in kept(Blasst(n * math.exp(-1.0) * 1.001), rows_from([scores.tolist()]))[0]
 
 
+def test_blasst_keeps_the_tile_of_the_maximum_whatever_the_scale():
+    scores = [0.0] * 128 + [1.0] * 128 + [0.5] * 10
+    assert kept(Blasst(1e9), rows_from([scores])) == [list(range(256))]
+
+
 def test_blasst_skips_a_tile_only_when_all_its_rows_may():
     near = [0.0] * 256
     far = [0.0] * 128 + [-9.0] * 128

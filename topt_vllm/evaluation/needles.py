@@ -112,17 +112,17 @@ def answer(
         for rules in rule_sets:
             with attending(base, subject.identity, rules, first, subject.window) as counts:
                 found = _answer(model, needle, run, cache)
-            cache.crop(len(needle.prompt))
+            # Negative: so many tokens less. The positive form goes away in transformers 5.
+            cache.crop(-len(needle.question))
             yield found, counts
 
 
 def _answer(model: Any, needle: Needle, run: Callable[[list[int]], torch.Tensor], cache: Any) -> Answered:
-    asked = len(needle.prompt) + len(needle.question)
     last = run(needle.question)[-1:]
     likelihoods, right = [], None
     for tokens in needle.answers:
         states = torch.cat([last, run(tokens[:-1])])
-        cache.crop(asked)
+        cache.crop(1 - len(tokens))
         known = log_probabilities(model, states).cpu()
         likelihoods.append(known.gather(1, torch.tensor(tokens)[:, None]).sum().item())
         right = known if right is None else right

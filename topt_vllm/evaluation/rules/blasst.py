@@ -5,7 +5,7 @@ Rule: tiles of up to 16 query rows × 128 keys are walked from the oldest. A til
 with it, when exp(tile maximum − running maximum) < λ in each of its rows, the running maximum including the
 tile's own. In decoding, a tile's rows are the query heads that share a KV head. What is skipped is missing from the
 denominator too.
-Parameter: the scale factor; λ = scale / n, the paper's law for contexts of n tokens.
+Parameter: the scale factor; λ = scale / n, at most 1, the paper's law for contexts of n tokens.
 """
 
 import math
@@ -38,7 +38,8 @@ class Blasst(Rule):
         padded = torch.nn.functional.pad(rows.scores, (0, -m % TILE_KEYS), value=-math.inf)
         tile_max = padded.unflatten(-1, (-1, TILE_KEYS)).amax(dim=-1)
         running = tile_max.cummax(dim=-1).values
-        threshold = (self.scale / rows.contexts).log()[:, None]
+        # With λ above 1 not even the maximum's own tile would be kept.
+        threshold = (self.scale / rows.contexts).clamp(max=1.0).log()[:, None]
         near = rows.by_group((tile_max - running >= threshold) & (tile_max > -math.inf))
         tiles = torch.cat([self._together(part) for part in near.split(TILE_ROWS, dim=1)], dim=1)
         keep = tiles.flatten(0, 1).repeat_interleave(TILE_KEYS, dim=-1)[..., :m]
