@@ -13,7 +13,7 @@ from test_engine import RUNNER, assert_same_tokens, tokenizer
 from topt_vllm import thresholds
 
 pytestmark = pytest.mark.engine
-MAX_TOKENS = 4
+MAX_TOKENS = 3
 SHIPPED = Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml"
 
 
@@ -58,7 +58,7 @@ def run_engine(model: Path, prompts: list[list[int]], table: Path, implementatio
 
 def test_triton_gives_the_tokens_of_the_cpu_kernel(smollm2: Path, unseen_play: Path, short_table: Path):
     ids = tokenizer(smollm2)(unseen_play.read_text(), truncation=True, max_length=2000)["input_ids"]
-    prompts = [ids[1000:1150]]
+    prompts = [ids[1000:1150], ids[1500:1570]]
     cpu = run_engine(smollm2, prompts, short_table, "cpu")
     triton = run_engine(smollm2, prompts, short_table, "triton")
     assert_same_tokens(triton, cpu)

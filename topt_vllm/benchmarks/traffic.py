@@ -5,6 +5,7 @@ A model, checked by the tests against every load and store of an interpreted run
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from topt_vllm.attention.triton.launch import Target, choose
 
@@ -131,7 +132,7 @@ def _partials(shape: Shape, splits: int) -> int:
 
 def predictions(
     batches: list[int], seq_lens: list[int], keep: float, block_size: int
-) -> list[dict[str, float | int | str]]:
+) -> list[dict[str, Any]]:
     """One record per GPU, batch and length: microseconds at peak bandwidth, ours and dense.
 
     Args:
@@ -140,7 +141,7 @@ def predictions(
         keep: Share of the V rows that is read.
         block_size: P.
     """
-    found: list[dict[str, float | int | str]] = []
+    found: list[dict[str, Any]] = []
     for batch in batches:
         for seq_len in seq_lens:
             shape = Shape(batch, seq_len, block_size=block_size)
