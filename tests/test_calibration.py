@@ -15,8 +15,9 @@ from topt_vllm.calibration import scores as scores_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.capture import captured
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
-from topt_vllm.calibration.quality import HeldBackQuality
-from topt_vllm.calibration.scores import LayerCall, attend
+from topt_vllm.calibration.quality import ThresholdTally
+from topt_vllm.calibration.replay import Losses
+from topt_vllm.calibration.scores import LayerCall, attend, top_k
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.calibration.texts import cut_sequences
 from topt_vllm.model_identity import identify
@@ -74,7 +75,7 @@ def test_attention_in_chunks_is_the_operators(softcap):
 @pytest.mark.usefixtures("small_chunks")
 def test_top_k_attention_is_the_operators_with_theta_at_the_kth_score():
     call = random_call()
-    out = attend(call, 6)
+    out = attend(call, top_k(6))
     for row in (2, 5, 6, 33, 69):
         key, value = call.key[:, : row + 1], call.value[:, : row + 1]
         scores = scaled_scores(call.query[:, row], key, 0.7)
@@ -189,11 +190,11 @@ def test_quality_is_what_the_operator_counts():
     call = random_call()
     rows = torch.tensor([30, 45, 69])
     thetas = Thetas(torch.tensor([16, 70]), torch.tensor([[1.0, 2.0]] * 4), torch.zeros(4, 2))
-    quality = HeldBackQuality(identity, 10, {5: thetas}, rows, window=0)
+    tally = ThresholdTally(identity, {2: 10}, {2: thetas}, rows, window=0)
     for part in call.chunks(rows):
         scores = call.scores(rows[part])
-        quality.add(5, scores, torch.softmax(scores, dim=-1), rows[part], part)
-    result = quality.result(tokens=70)
+        tally.select(2, scores, torch.softmax(scores, dim=-1), rows[part], part)
+    result = tally.quality(70, 3, Losses(0.0, 0.0, 1.0))
 
     statistics = new_statistics()
     for row in rows.tolist():
@@ -217,13 +218,13 @@ def test_quality_is_what_the_operator_counts():
 def test_windowed_layers_count_their_window():
     identity = identify(Gemma3TextConfig(**SMALL, **GEMMA), "tiny")
     rows = torch.tensor([19, 99])
-    quality = HeldBackQuality(
-        identity, 4, {1: Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))}, rows, 32
+    tally = ThresholdTally(
+        identity, {1: 4}, {1: Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))}, rows, 32
     )
     scores = torch.full((4, 2, 100), -1.0)
-    quality.add(1, scores, torch.softmax(scores, dim=-1), rows, slice(0, 2))
+    tally.select(1, scores, torch.softmax(scores, dim=-1), rows, slice(0, 2))
     # Two windowed layers read 20 and 32 rows; the full one keeps only the recent token of 20 and 100.
-    assert quality.result(100).v_rows_read == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
+    assert tally.rows_read() == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -117,7 +117,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("extra", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_bad_option_is_refused_before_the_weights(folder, capsys, monkeypatch, extra, message):
-    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_model", pytest.fail)
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_causal_lm", pytest.fail)
     assert message in refused(capsys, calibrate(folder, *extra))
     assert not (folder / "out.yaml").exists()
 
@@ -182,7 +182,7 @@ def test_existing_table_is_refused_at_once(folder, capsys):
 
 
 def test_dry_run_writes_nothing(folder, capsys, monkeypatch):
-    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_model", pytest.fail)
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_causal_lm", pytest.fail)
     assert main(calibrate(folder, "--dry-run", "--k", "32", "16")) == 0
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert printed["k"] == "16, 32"

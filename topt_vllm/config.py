@@ -23,6 +23,11 @@ def _is_int(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
+def _is_name(value: Any) -> bool:
+    """A number in quotes is a slip, not a name."""
+    return isinstance(value, str) and value != "" and not value.isdigit()
+
+
 def _one_of(*names: str) -> _Rule:
     return _Rule(" | ".join(names), lambda value: value in names)
 
@@ -32,7 +37,10 @@ _RULES = {
         'a path, or "none" for θ = −inf',
         lambda value: value is None or (isinstance(value, str) and value != ""),
     ),
-    "k": _Rule("an integer of at least 1", lambda value: value is None or _is_int(value, 1)),
+    "k": _Rule(
+        "an integer of at least 1, or the name of a budget",
+        lambda value: value is None or _is_int(value, 1) or _is_name(value),
+    ),
     "min_seq_len": _Rule("an integer of at least 0 (tokens)", lambda value: _is_int(value, 0)),
     "sink_tokens": _Rule("an integer of at least 0 (tokens)", lambda value: _is_int(value, 0)),
     "recent_tokens": _Rule("an integer of at least 1 (tokens)", lambda value: _is_int(value, 1)),
@@ -50,7 +58,7 @@ class TopThetaConfig:
 
     Attributes:
         thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table_search.py``).
-        k: Which budget of the table; unset for its largest.
+        k: Which budget of the table, by its k or name; unset for its last: the largest k, or a named one.
         min_seq_len: Contexts up to this many tokens are attended densely.
         sink_tokens: First tokens of the context that are always kept.
         recent_tokens: Last tokens of the context that are always kept.
@@ -63,7 +71,7 @@ class TopThetaConfig:
     """
 
     thresholds: str | None = None
-    k: int | None = None
+    k: int | str | None = None
     min_seq_len: int = 0
     sink_tokens: int = 0
     recent_tokens: int = 1

@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.calibration.scores import LayerCall, attend
+from topt_vllm.calibration.scores import LayerCall, attend, top_k
 from topt_vllm.model_identity import ModelIdentity
 
 NAME = "toptheta_capture"
@@ -66,9 +66,10 @@ class _Capture:
         if not windowed:
             _check_plain_causal(module, call, kwargs)
             self._observe(call)
-        top_k = None if windowed or call.layer in self._dense else self._top_k
-        if softcap or top_k is not None:
-            return attend(call, top_k).transpose(0, 1).unsqueeze(0), None
+        k = None if windowed or call.layer in self._dense else self._top_k
+        if softcap or k is not None:
+            select = None if k is None else top_k(k)
+            return attend(call, select).transpose(0, 1).unsqueeze(0), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     def _check_heads(self, call: LayerCall) -> None:

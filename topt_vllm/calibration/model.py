@@ -26,6 +26,7 @@ class Subject:
         dense_layers: Layers to attend densely, of all budgets.
         lengths: Calibrated context lengths; the last is the sequences' length.
         window: Tokens that the other layers attend to at most; 0 where they keep no KV cache.
+        vocabulary: Number of tokens.
     """
 
     identity: ModelIdentity
@@ -33,6 +34,7 @@ class Subject:
     dense_layers: list[int]
     lengths: list[int]
     window: int
+    vocabulary: int
 
     @property
     def max_seq_length(self) -> int:
@@ -76,6 +78,7 @@ def examine(options: CalibrationOptions) -> Subject:
         dense_layers=_dense_layers(options, full),
         lengths=calibrated_lengths(_max_seq_length(options, text_config), options.ks[-1]),
         window=_window(text_config),
+        vocabulary=text_config.vocab_size,
     )
 
 
@@ -89,7 +92,7 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(options: CalibrationOptions) -> Any:
-    """The model's decoder without its output head: logits of a long sequence are large and not needed.
+    """The model's decoder without its output head: logits of a long sequence are large and not always needed.
 
     Raises:
         CalibrationError: The weights or the device can't be used.

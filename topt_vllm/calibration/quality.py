@@ -1,4 +1,4 @@
-"""What thresholds do on text that they were not taken from.
+"""What thresholds keep, read and drop, counted row by row while a model attends with them.
 
 The rule is the operator's with its default policy: group union, one recent token, no sinks, no minimum length.
 The unfinished block that the server keeps dense is left out, for its size is the server's.
@@ -7,76 +7,122 @@ The unfinished block that the server keeps dense is left out, for its size is th
 import torch
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.calibration.replay import Losses
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.model_identity import ModelIdentity
 from topt_vllm.thresholds import Quality, Spread
 
 
-class HeldBackQuality:
-    """Collects the quality of one budget over the layers of one sequence."""
+class ThresholdTally:
+    """Selects by thresholds and counts what that does, over the sparse layers of one run."""
 
     def __init__(
-        self, identity: ModelIdentity, k: int, thetas: dict[int, Thetas], rows: torch.Tensor, window: int
+        self,
+        identity: ModelIdentity,
+        ks: dict[int, int],
+        thetas: dict[int, Thetas],
+        rows: torch.Tensor,
+        window: int,
     ) -> None:
         """
         Args:
             identity: Of the model.
-            k: The budget.
+            ks: Keys that a query head should keep, by layer; {} where the budget doesn't say.
             thetas: Of the sparse layers; the other full-attention layers count as dense.
             rows: int64 [R], ascending query rows to measure; row i has context i + 1.
             window: V rows that the layers without thresholds read at most (tokens).
         """
         self._identity = identity
-        self._k = k
+        self._ks = ks
         self._thetas = {layer: _theta_by_row(entry, rows) for layer, entry in thetas.items()}
         self._contexts = int((rows + 1).sum())
         self._windows = int((rows + 1).clamp(max=window).sum())
-        self._read = 0
+        self._read = dict.fromkeys(thetas, 0)
         self._kept: list[torch.Tensor] = []
-        self._dropped: list[torch.Tensor] = []
+        self._dropped = 0.0
+        self._counted = 0
 
-    def add(
+    @property
+    def layers(self) -> list[int]:
+        """Layers that have thresholds, ascending."""
+        return sorted(self._thetas)
+
+    def select(
         self, layer: int, scores: torch.Tensor, probabilities: torch.Tensor, rows: torch.Tensor, part: slice
-    ) -> None:
-        """Adds some rows of one layer; dense layers are ignored.
+    ) -> torch.Tensor:
+        """Which V rows the query heads of a layer use, bool [H, r, m]; counts them.
 
         Args:
-            layer: Index in the model.
+            layer: Index in the model, one of ``layers``.
             scores: float32 [H, r, m], −inf where a row doesn't see a key.
             probabilities: float32 [H, r, m], their softmax.
             rows: int64 [r], the rows.
             part: Where they lie in the rows given at construction.
         """
-        if layer not in self._thetas:
-            return
         theta = self._thetas[layer][:, part].to(scores.device)
         kept = scores >= theta[..., None]
+        # −inf scores are keys that the row doesn't see; below the first calibrated length θ is −inf too.
+        kept &= ~torch.isneginf(scores)
         kept |= torch.arange(scores.shape[-1], device=scores.device) == rows[:, None]
         num_kv_heads = self._identity.num_kv_heads
         read = kept.view(num_kv_heads, -1, *kept.shape[1:]).any(dim=1)
         used = read.repeat_interleave(kept.shape[0] // num_kv_heads, dim=0)
-        dropped = probabilities.masked_fill(used, 0.0).sum(dim=-1)
-        self._read += int(read.sum())
-        self._kept.append(kept.sum(dim=-1).flatten().cpu())
-        self._dropped.append(dropped.flatten().cpu())
+        self._read[layer] += int(read.sum())
+        self._dropped += float(1.0 * used[..., 0].numel() - (probabilities * used).sum(dtype=torch.float64))
+        self._counted += used[..., 0].numel()
+        if layer in self._ks:
+            self._kept.append((kept.sum(dim=-1) / self._ks[layer]).flatten().cpu())
+        return used
 
-    def result(self, tokens: int) -> Quality:
-        """The quality; ``tokens`` is the length of the held-back sequence."""
+    def layer_rows_read(self) -> list[float]:
+        """Share of V rows read by every layer of the model, in order."""
         identity = self._identity
-        windowed = len(identity.sliding_window_layers) * self._windows
-        full = identity.num_layers - len(identity.sliding_window_layers)
-        dense = (full - len(self._thetas)) * self._contexts
-        total = identity.num_kv_heads * (full * self._contexts + windowed)
-        read = self._read + identity.num_kv_heads * (dense + windowed)
-        # quantile() refuses more than 16M numbers; sorting doesn't.
-        kept = (torch.cat(self._kept).double() / self._k).sort().values
-        p5, p50, p95 = (_rounded(kept[round(p * (len(kept) - 1))].item()) for p in (0.05, 0.5, 0.95))
+        pairs = identity.num_kv_heads * self._contexts
+        shares = []
+        for layer in range(identity.num_layers):
+            if layer in identity.sliding_window_layers:
+                shares.append(1.0)
+            else:
+                shares.append(self._read[layer] / pairs if layer in self._thetas else 1.0)
+        return shares
+
+    def rows_read(self) -> float:
+        """Share of V rows read, all layers counted; a windowed layer has its window's rows and reads them."""
+        identity = self._identity
+        shares = self.layer_rows_read()
+        weights = [
+            self._windows if layer in identity.sliding_window_layers else self._contexts
+            for layer in range(identity.num_layers)
+        ]
+        return sum(share * weight for share, weight in zip(shares, weights, strict=True)) / sum(weights)
+
+    def quality(self, tokens: int, rows: int, losses: Losses) -> Quality:
+        """What goes into the table.
+
+        Args:
+            tokens: Length of the held-back text.
+            rows: Rows that were decoded.
+            losses: Against dense attention.
+        """
         return Quality(
-            kept_over_k=Spread(p5=p5, p50=p50, p95=p95),
-            v_rows_read=_rounded(read / total),
-            dropped_mass=_rounded(torch.cat(self._dropped).double().mean().item()),
+            kept_over_k=self._spread(),
+            v_rows_read=_rounded(self.rows_read()),
+            dropped_mass=_rounded(self._dropped / self._counted if self._counted else 0.0),
             tokens=tokens,
+            rows=rows,
+            loss_pct=_rounded(losses.loss_pct),
+            kl=round(losses.kl, DECIMALS + 2),
+            agreement=_rounded(losses.agreement),
+            layer_rows_read=[_rounded(share) for share in self.layer_rows_read()],
         )
+
+    def _spread(self) -> Spread | None:
+        if not self._kept:
+            return None
+        # quantile() refuses more than 16M numbers; sorting doesn't.
+        kept = torch.cat(self._kept).double().sort().values
+        p5, p50, p95 = (_rounded(kept[round(p * (len(kept) - 1))].item()) for p in (0.05, 0.5, 0.95))
+        return Spread(p5=p5, p50=p50, p95=p95)
 
 
 def _theta_by_row(thetas: Thetas, rows: torch.Tensor) -> torch.Tensor:

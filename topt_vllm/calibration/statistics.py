@@ -64,6 +64,28 @@ def kth_scores(call: LayerCall, rows: torch.Tensor, ks: tuple[int, ...]) -> torc
     return torch.cat(parts, dim=2)
 
 
+def mass_scores(call: LayerCall, rows: torch.Tensor, masses: tuple[float, ...]) -> torch.Tensor:
+    """The largest θ with which each row drops at most a share of its probability, float32 [M, H, rows].
+
+    Args:
+        call: The layer.
+        rows: int64 [rows].
+        masses: Shares, percent.
+    """
+    rows = rows.to(call.query.device)
+    parts = []
+    for part in call.chunks(rows):
+        scores = call.scores(rows[part]).sort(dim=-1, descending=True).values
+        kept = torch.softmax(scores, dim=-1).cumsum(dim=-1)
+        # The first key with which enough is kept; rounding may leave the sum of all of them short.
+        first = torch.stack([(kept < 1 - mass / 100).sum(dim=-1) for mass in masses])
+        last = torch.isfinite(scores).sum(dim=-1) - 1
+        parts.append(
+            torch.stack([scores.gather(-1, torch.minimum(f, last)[..., None])[..., 0] for f in first])
+        )
+    return torch.cat(parts, dim=2)
+
+
 def _require_numbers(top: torch.Tensor, layer: int) -> None:
     bad = ~torch.isfinite(top).all(dim=-1).all(dim=-1)
     if bool(bad.any()):

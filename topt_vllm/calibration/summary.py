@@ -28,12 +28,14 @@ def _heading(table: ThresholdTable) -> list[str]:
 
 
 def _budgets(table: ThresholdTable) -> list[str]:
+    width = max(6, *(len(str(budget.key)) for budget in table.budgets))
     lines = [
-        f"{'k':>6}  {'kept/k p5':>9} {'p50':>5} {'p95':>5}  {'V rows read':>11}  {'dropped mass':>12}  dense layers"
+        f"{'k':>{width}}  {'kept/k p5':>9} {'p50':>5} {'p95':>5}  {'V rows read':>11}  {'dropped mass':>12}  "
+        f"{'loss':>7}  {'agreement':>9}  dense layers"
     ]
     for budget in table.budgets:
         dense = ", ".join(map(str, budget.dense_layers)) or "none"
-        lines.append(f"{budget.k:>6}  {_quality(budget.quality)}  {dense}")
+        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {dense}")
     tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
     if tokens is not None:
         lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
@@ -42,16 +44,21 @@ def _budgets(table: ThresholdTable) -> list[str]:
 
 def _quality(quality: Quality | None) -> str:
     if quality is None:
-        return f"{'not measured':<45}"
+        return f"{'not measured':<66}"
     spread = quality.kept_over_k
-    return (
-        f"{spread.p5:>9.2f} {spread.p50:>5.2f} {spread.p95:>5.2f}  "
-        f"{quality.v_rows_read:>11.1%}  {quality.dropped_mass:>12.1%}"
-    )
+    kept = f"{'–':>9} {'–':>5} {'–':>5}"
+    if spread is not None:
+        kept = f"{spread.p5:>9.2f} {spread.p50:>5.2f} {spread.p95:>5.2f}"
+    loss = "–" if quality.loss_pct is None else f"{quality.loss_pct:+.2f}%"
+    agreement = "–" if quality.agreement is None else f"{quality.agreement:.1%}"
+    return f"{kept}  {quality.v_rows_read:>11.1%}  {quality.dropped_mass:>12.1%}  {loss:>7}  {agreement:>9}"
 
 
 def _theta_ranges(table: ThresholdTable) -> list[str]:
-    lines = ["θ over query heads and lengths", " layer" + "".join(f"{f'k={b.k}':>18}" for b in table.budgets)]
+    lines = [
+        "θ over query heads and lengths",
+        " layer" + "".join(f"{f'k={b.key}':>18}" for b in table.budgets),
+    ]
     for position, entry in enumerate(table.budgets[0].layers):
         ranges = "".join(f"{_range(budget, position):>18}" for budget in table.budgets)
         lines.append(f"{entry.layer:>6}{ranges}")

@@ -21,10 +21,12 @@ class Sequences:
     Attributes:
         calibration: Sequences that thresholds are taken from.
         held_back: The sequence that only measures them.
+        tuning: The sequences that targets are tried on.
     """
 
     calibration: list[list[int]]
     held_back: list[int]
+    tuning: list[list[int]]
 
 
 def read_texts(names: tuple[str, ...], tokens_needed: int) -> tuple[list[str], list[TextSource]]:
@@ -106,18 +108,21 @@ def _hub_records(library: Any, name: str | None, config: str | None, split: str 
         yield record["text"]
 
 
-def cut_sequences(tokenizer: Any, documents: list[str], count: int, length: int) -> Sequences:
+def cut_sequences(
+    tokenizer: Any, documents: list[str], count: int, length: int, tuning: int = 0
+) -> Sequences:
     """Cuts the documents, joined in order, into sequences.
 
-    The last ``length`` tokens are held back. The calibration sequences are spread evenly over what lies
-    before, without overlap. Each sequence starts with the tokens that the tokenizer puts before a text (BOS),
-    because attention leans on them.
+    The last ``length`` tokens are held back. The tuning and calibration sequences are spread evenly over what lies
+    before, without overlap, the tuning ones last. Each sequence starts with the tokens that the tokenizer puts
+    before a text (BOS), because attention leans on them.
 
     Args:
         tokenizer: A transformers tokenizer.
         documents: Texts.
         count: Calibration sequences.
         length: Tokens per sequence.
+        tuning: Sequences that targets are tried on.
 
     Raises:
         CalibrationError: The text is too short.
@@ -127,18 +132,17 @@ def cut_sequences(tokenizer: Any, documents: list[str], count: int, length: int)
     for document in documents:
         stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
     body = length - len(prefix)
-    needed = (count + 1) * body
+    total = count + tuning
+    needed = (total + 1) * body
     if len(stream) < needed:
         raise CalibrationError(
-            f"the text has {len(stream)} tokens; {count} calibration sequences and one held back of {length} "
+            f"the text has {len(stream)} tokens; {total} calibration sequences and one held back of {length} "
             f"tokens need {needed}. Add text, or lower --num-samples or --max-seq-length"
         )
     slack = len(stream) - needed
-    starts = [i * body + (slack * i // (count - 1) if count > 1 else 0) for i in range(count)]
-    return Sequences(
-        calibration=[prefix + stream[start : start + body] for start in starts],
-        held_back=prefix + stream[-body:],
-    )
+    starts = [i * body + (slack * i // (total - 1) if total > 1 else 0) for i in range(total)]
+    sequences = [prefix + stream[start : start + body] for start in starts]
+    return Sequences(sequences[:count], prefix + stream[-body:], sequences[count:])
 
 
 def _prefix(tokenizer: Any) -> list[int]:

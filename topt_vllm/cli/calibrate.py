@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.command import default_output, serve_command
-from topt_vllm.calibration.options import DTYPES, CalibrationError, CalibrationOptions
+from topt_vllm.calibration.options import BUDGETS, DTYPES, CalibrationError, CalibrationOptions
 from topt_vllm.cli import UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,28 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=[64, 128, 256],
         help="budgets: keys per query head (default 64 128 256)",
     )
+    add(
+        "--budget",
+        choices=BUDGETS,
+        default="k",
+        help="k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
+        "one for each target, with more keys in layers that lose more (default %(default)s)",
+    )
+    add("--mass", type=_percent, nargs="+", default=[5.0], help="budgets of --budget mass (default 5%%)")
+    add(
+        "--max-loss",
+        type=_percent,
+        nargs="+",
+        default=[],
+        help="targets of --budget auto: rise of perplexity, as 1%%",
+    )
+    add(
+        "--target-rows",
+        type=_percent,
+        nargs="+",
+        default=[],
+        help="likewise: V rows read, all layers counted",
+    )
     add("--dense-layers", type=int, nargs="*", metavar="LAYER", help="layers to attend densely (default 0)")
     add("--sigma", type=float, default=0.0, help="standard deviations added to θ (default %(default)s)")
     add(
@@ -53,6 +75,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     add("--output", type=Path, help="table to write (default: toptheta.yaml in the model's folder)")
     add("--force", action="store_true", help="replace an existing table")
+    add("--resume", action="store_true", help="go on where a killed run with the same options was")
     add("--dry-run", action="store_true", help="check everything, print what would be run, load no weights")
     return parser
 
@@ -67,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _percent(text: str) -> float:
+    """A number with or without a percent sign."""
+    return float(text.removesuffix("%"))
+
+
 def _options(args: argparse.Namespace) -> CalibrationOptions:
     return CalibrationOptions(
         model=args.model,
@@ -75,6 +103,10 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
         num_samples=args.num_samples,
         max_seq_length=args.max_seq_length,
         ks=tuple(sorted(args.k)),
+        budget=args.budget,
+        masses=tuple(sorted(args.mass, reverse=True)),
+        max_loss=tuple(args.max_loss),
+        target_rows=tuple(args.target_rows),
         dense_layers=None if args.dense_layers is None else tuple(args.dense_layers),
         sigma=args.sigma,
         topk_at_calibration=args.topk_at_calibration,
@@ -82,6 +114,7 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
         device=args.device,
         dtype=args.dtype,
         force=args.force,
+        resume=args.resume,
     )
 
 
@@ -97,10 +130,10 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
     table = calibrate(plan)
     dump(table, options.output, options.force)
     print(describe(table))
-    largest = table.budgets[-1].k
+    default = table.budgets[-1].key
     print(f"\nwrote {options.output}\nserve it with\n\n  {serve_command(options.model, options.output)}\n")
     if len(table.budgets) > 1:
-        print(f'The server uses k={largest} unless "toptheta" in --additional-config names another "k".')
+        print(f'The server uses k={default} unless "toptheta" in --additional-config names another "k".')
 
 
 def _resolved(plan: "Plan") -> str:
@@ -113,6 +146,7 @@ def _resolved(plan: "Plan") -> str:
         "sequences": f"{options.num_samples} and 1 held back, of {subject.max_seq_length} tokens",
         "lengths": ", ".join(map(str, subject.lengths)),
         "k": ", ".join(map(str, options.ks)),
+        "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
         "dense layers": ", ".join(map(str, subject.dense_layers)) or "none",
         "sigma": options.sigma,
         "attention": f"top {options.ks[-1]} keys" if options.topk_at_calibration else "dense",

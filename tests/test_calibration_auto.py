@@ -1,0 +1,251 @@
+"""Budgets that follow a target: curves, the greedy path, the search, and whole runs on a tiny model."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import SMALL, save_model, save_text
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
+
+from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.reference import attend_row
+from topt_vllm.calibration.allocation import Allocation, Point, allocations, hull
+from topt_vllm.calibration.calibrate import calibrate, prepare
+from topt_vllm.calibration.capture import captured
+from topt_vllm.calibration.model import Subject
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.quality import ThresholdTally
+from topt_vllm.calibration.replay import Losses, Replay
+from topt_vllm.calibration.scan import ladder
+from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
+from topt_vllm.model_identity import identify
+from topt_vllm.thresholds import ThresholdTable, dump, load
+
+GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "gemma2, softcaps": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "gemma3, windows": Gemma3TextConfig(**SMALL, **GEMMA),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """One tiny model of each kind, each with a text."""
+    made = {}
+    for name, config in CONFIGS.items():
+        made[name] = save_model(tmp_path_factory.mktemp("model"), config)
+        save_text(made[name] / "text.txt", 3100)
+    return made
+
+
+def run(folder: Path, **changes: object) -> ThresholdTable:
+    options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 64), "device": "cpu", "budget": "auto"}
+    plan = CalibrationOptions(
+        str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options | changes
+    )
+    return calibrate(prepare(plan))
+
+
+def test_hull_leaves_out_what_a_mixture_beats():
+    points = [
+        Point(None, 0.0, 1.0),
+        Point(64, 0.1, 0.5),
+        Point(32, 0.9, 0.25),
+        Point(16, 1.0, 0.1),
+        Point(8, 3.0, 0.2),
+    ]
+    assert hull(points) == [Point(16, 1.0, 0.1), Point(64, 0.1, 0.5), Point(None, 0.0, 1.0)]
+
+
+def test_greedy_path_is_optimal_among_all_choices():
+    """Each step of the path loses least among all combinations that read no more."""
+    generator = torch.Generator().manual_seed(0)
+    curves = {}
+    for layer in range(4):
+        losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
+        rows = torch.rand(4, generator=generator).sort().values.tolist()
+        curves[layer] = [
+            Point(k, loss, row) for k, loss, row in zip((8, 16, 32, 64), losses, rows, strict=True)
+        ]
+        curves[layer].append(Point(None, 0.0, 1.0))
+    path = allocations(curves)
+    assert [a.rows for a in path] == sorted(a.rows for a in path)
+    choices = [(sum(p.rows for p in c) / 4, sum(p.loss for p in c)) for c in product(*curves.values())]
+    for allocation in path:
+        assert allocation.loss <= min(loss for rows, loss in choices if rows <= allocation.rows) + 1e-12
+    assert path[-1].ks == dict.fromkeys(range(4))
+
+
+def ramp(steps: int = 40) -> list[Allocation]:
+    return [Allocation({0: i + 1}, 0.08 * 0.85**i, (i + 1) / steps) for i in range(steps)]
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 1.7, 4.0])
+def test_search_meets_a_loss_that_was_predicted_wrongly(factor):
+    path = ramp()
+    found = search(path, Target("loss", 1.0), lambda a: Measured(100 * factor * a.loss, 100 * a.rows))
+    assert found.met
+    assert found.runs <= MAX_RUNS
+    assert 0.85 <= found.measured.loss <= 1.0
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
+def test_search_stays_within_rows_that_were_predicted_wrongly(factor):
+    found = search(ramp(), Target("rows", 30.0), lambda a: Measured(100 * a.loss, 100 * factor * a.rows))
+    assert found.met
+    assert 30.0 - 2.5 * factor <= found.measured.rows <= 30.0
+
+
+def test_search_says_when_a_target_is_out_of_reach():
+    found = search(ramp(), Target("loss", 1.0), lambda a: Measured(5.0 + a.loss, 100 * a.rows))
+    assert not found.met
+    assert found.runs <= MAX_RUNS
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"), [(64, (8, 16, 32, 64)), (100, (8, 16, 32, 64, 100)), (4, (4,))]
+)
+def test_ladder(largest, expected):
+    assert ladder(largest) == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_replay_of_everything_is_dense_attention(folders, name):
+    """Rows repeated on stored K and V predict what the dense pass predicted, windows and softcaps included."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folders[name], dtype=torch.float32, attn_implementation="eager"
+    )
+    replay = Replay(model, subject_of(model), tokens(), 50)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens()[:-1]])).logits[0, -50:].double()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens()[-50:])).item()
+    assert replay.dense_nll == pytest.approx(expected, abs=1e-5)
+    for layers in ([], [1]):
+        thetas = {layer: thresholds(-1e30) for layer in layers}
+        tally = ThresholdTally(subject_of(model).identity, {}, thetas, replay.rows, 32)
+        losses = replay.run(tally)
+        assert abs(losses.kl) < 1e-6
+        assert abs(losses.nll) < 1e-6
+        assert losses.agreement == 1.0
+        assert tally.rows_read() == 1.0
+
+
+def test_replay_decodes_as_the_operator_would(folders):
+    """One layer, one row: attention by hand from a whole dense pass's tensors gives the replayed prediction."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    loud(model)
+    subject = subject_of(model)
+    replay = Replay(model, subject, tokens(), 1)
+    found = replay.run(ThresholdTally(subject.identity, {}, {2: thresholds(8.0)}, replay.rows, 0))
+
+    calls: list[LayerCall] = []
+    with torch.inference_mode(), captured(model.base_model, subject.identity, calls.append):
+        model.base_model(torch.tensor([tokens()[:-1]]), use_cache=False)
+    call = calls[2]
+    out = attend_row(call.query[:, -1], call.key, call.value, torch.full((4,), 8.0), Policy(), call.scale)
+    replaced: list[torch.Tensor] = []
+
+    def swap(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        changed = arguments[0].clone()
+        changed[0, -1] = out.flatten()
+        replaced.append(changed)
+        return (changed,)
+
+    handle = model.model.layers[2].self_attn.o_proj.register_forward_pre_hook(swap)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens()[:-1]])).logits[:, -1]
+    handle.remove()
+    nll = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens()[-1:])).item()
+    assert abs(found.nll) > 1e-3
+    assert replay.dense_nll + found.nll == pytest.approx(nll, abs=1e-4)
+
+
+def test_sparse_rows_change_what_later_rows_see(folders):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)
+    loud(model)
+    subject = subject_of(model)
+
+    def losses(sequence: list[int], count: int) -> Losses:
+        replay = Replay(model, subject, sequence, count)
+        thetas = {layer: thresholds(8.0) for layer in (0, 1, 2)}
+        return replay.run(ThresholdTally(subject.identity, {}, thetas, replay.rows, 0))
+
+    both, first, alone = losses(tokens(), 2), losses(tokens()[:-1], 1), losses(tokens(), 1)
+    # The first of two rows is the only row of the shorter sequence; the second is not what it is after dense rows.
+    # Rounding is 1e-7 of divergences near 1.
+    assert abs(2 * both.kl - first.kl - alone.kl) > 1e-5
+
+
+def loud(model: transformers.PreTrainedModel) -> None:
+    """Makes attention matter in a model with small random weights."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "v_proj" in name or "o_proj" in name or "lm_head" in name:
+                parameter.mul_(20)
+
+
+def tokens() -> list[int]:
+    return torch.randint(0, 256, (301,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def thresholds(theta: float) -> Thetas:
+    return Thetas(torch.tensor([1, 4096]), torch.full((4, 2), theta), torch.zeros(4, 2))
+
+
+def subject_of(model: transformers.PreTrainedModel) -> Subject:
+    identity = identify(model.config, "tiny")
+    full = [layer for layer in range(3) if layer not in identity.sliding_window_layers]
+    return Subject(identity, full, [], [256], 32 if identity.sliding_window_layers else 0, 257)
+
+
+def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders, tmp_path):
+    table = run(folders["llama"], target_rows=(30.0, 60.0), max_loss=(0.5,))
+    assert [budget.key for budget in table.budgets] == [16, 64, "rows-30%", "rows-60%", "loss-0.5%"]
+    constant, *_, little, much, close = table.budgets
+    assert constant.quality.loss_pct is not None
+    assert len(constant.quality.layer_rows_read) == 3
+    # Held back text is another one, so the target is met about.
+    assert little.quality.v_rows_read < 0.36
+    assert little.quality.v_rows_read < much.quality.v_rows_read < 0.72
+    assert much.quality.kl <= little.quality.kl
+    for entry in little.layers:
+        assert (entry.k is None) == (entry.layer in little.dense_layers)
+    dump(table, tmp_path / "table.yaml")
+    assert load(tmp_path / "table.yaml") == table
+    assert table.budget("loss-0.5%") is close
+    assert table.budget(None) is close
+
+
+def test_auto_with_windowed_layers(folders):
+    table = run(folders["gemma3, windows"], target_rows=(40.0,))
+    quality = table.budgets[-1].quality
+    assert [entry.layer for entry in table.budgets[-1].layers] == [1]
+    assert quality.layer_rows_read[0] == quality.layer_rows_read[2] == 1.0
+    assert quality.v_rows_read < 0.5
+
+
+def test_mass_budgets(folders):
+    table = run(folders["llama"], budget="mass", masses=(20.0, 5.0))
+    assert [budget.key for budget in table.budgets] == ["mass-20%", "mass-5%"]
+    much, little = (budget.quality for budget in table.budgets)
+    assert much.kept_over_k is None
+    assert 0.0 < little.dropped_mass < much.dropped_mass
+    assert little.v_rows_read > much.v_rows_read
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": "most"}, "--budget is 'most'"),
+        ({"max_loss": (0.0,)}, "--max-loss is"),
+        ({"target_rows": (100.0,)}, "--target-rows is"),
+        ({"budget": "k", "max_loss": (1.0,)}, "targets of --budget auto"),
+    ],
+)
+def test_options_that_are_refused(folders, changes, message):
+    with pytest.raises(CalibrationError, match=message):
+        run(folders["llama"], **changes)

@@ -1,0 +1,87 @@
+"""One pass over the calibration sequences: the scores that thresholds follow from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from topt_vllm.calibration.capture import Observer, captured
+from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.calibration.partial import Partial
+from topt_vllm.calibration.plan import Plan
+from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.calibration.statistics import (
+    KthScoreMoments,
+    RowSample,
+    kth_scores,
+    mass_scores,
+    sample_rows,
+)
+
+
+def collect(
+    model: Any, plan: Plan, partial: Partial, progress: Callable[[int], object]
+) -> dict[int, KthScoreMoments]:
+    """Statistics of every layer, for ``plan.ks`` and then ``plan.masses``.
+
+    Args:
+        model: The decoder.
+        plan: The run.
+        partial: Keeps each sequence's scores.
+        progress: Called with the number of layers done.
+    """
+    subject = plan.subject
+    columns = len(plan.ks) + len(plan.masses)
+    moments = {
+        layer: KthScoreMoments(columns, subject.identity.num_query_heads, subject.lengths)
+        for layer in subject.full_layers
+    }
+    generator = torch.Generator().manual_seed(plan.options.seed)
+    for index, sequence in enumerate(plan.sequences.calibration):
+        sample = sample_rows(subject.lengths, generator)
+        values = partial.load(f"sequence-{index:04}")
+        if values is None:
+            values = _scores(model, plan, sequence, sample, lambda: progress(1))
+            partial.save(f"sequence-{index:04}", values)
+        else:
+            progress(len(values))
+        for layer, found in values.items():
+            moments[layer].add(sample, found)
+    return moments
+
+
+def _scores(
+    model: Any, plan: Plan, sequence: list[int], sample: RowSample, progress: Callable[[], object]
+) -> dict[int, torch.Tensor]:
+    """Of one sequence, by layer: float32 [K, H, R]."""
+    values: dict[int, torch.Tensor] = {}
+
+    def observe(call: LayerCall) -> None:
+        parts = [kth_scores(call, sample.rows, plan.ks)]
+        if plan.masses:
+            parts.append(mass_scores(call, sample.rows, plan.masses))
+        values[call.layer] = torch.cat(parts).cpu()
+        progress()
+
+    _run(model, plan, sequence, observe)
+    return values
+
+
+def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None:
+    """One forward pass; every full-attention layer must have been seen, or thresholds would be missing."""
+    seen: list[int] = []
+
+    def counted(call: LayerCall) -> None:
+        seen.append(call.layer)
+        observe(call)
+
+    options, subject = plan.options, plan.subject
+    top_k = options.ks[-1] if options.topk_at_calibration else None
+    tokens = torch.tensor([sequence], device=model.device)
+    with torch.inference_mode(), captured(model, subject.identity, counted, top_k, subject.dense_layers):
+        model(input_ids=tokens, use_cache=False)
+    if seen != subject.full_layers:
+        raise CalibrationError(
+            f"{options.model}: its configuration has the full-attention layers {subject.full_layers}, "
+            f"but layers {seen} called the AttentionInterface; this architecture can't be calibrated"
+        )

@@ -1,0 +1,78 @@
+"""What a calibration run will do, once everything that can fail without the weights has been checked."""
+
+import os
+from dataclasses import dataclass
+
+from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.scan import ladder
+from topt_vllm.calibration.texts import Sequences, cut_sequences, read_texts
+from topt_vllm.thresholds import TextSource, refuse_overwrite
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked and can start.
+
+    Attributes:
+        options: As asked.
+        subject: The model and what follows from it.
+        sequences: Tokens.
+        sources: Where the tokens came from.
+    """
+
+    options: CalibrationOptions
+    subject: Subject
+    sequences: Sequences
+    sources: list[TextSource]
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Every k that thresholds are collected for, ascending: those asked for, and those of the scan."""
+        scanned = ladder(self.options.ks[-1]) if self.options.budget == "auto" else ()
+        return tuple(sorted({*self.options.ks, *scanned}))
+
+    @property
+    def masses(self) -> tuple[float, ...]:
+        """Dropped probability that thresholds are collected for, percent."""
+        return self.options.masses if self.options.budget == "mass" else ()
+
+
+def prepare(options: CalibrationOptions) -> Plan:
+    """Everything that can fail without the weights.
+
+    Raises:
+        CalibrationError: An option, the model or the text can't be used.
+        FileExistsError: The output exists and may not be replaced.
+    """
+    refuse_overwrite(options.output, options.force)
+    _check_output_folder(options)
+    check_device(options.device)
+    subject = examine(options)
+    tuning = 1 if options.targets else 0
+    tokens = (options.num_samples + tuning + 1) * subject.max_seq_length
+    documents, sources = read_texts(options.dataset, tokens)
+    tokenizer = load_tokenizer(options.model)
+    sequences = cut_sequences(tokenizer, documents, options.num_samples, subject.max_seq_length, tuning)
+    _check_vocabulary(sequences, subject, options.model)
+    return Plan(options, subject, sequences, sources)
+
+
+def _check_output_folder(options: CalibrationOptions) -> None:
+    folder = options.output.resolve().parent
+    if not folder.is_dir():
+        raise CalibrationError(f"--output {options.output}: the folder {folder} does not exist")
+    if options.output.is_dir():
+        raise CalibrationError(f"--output {options.output} is a folder; name a file")
+    if not os.access(folder, os.W_OK):
+        raise CalibrationError(f"--output {options.output}: the folder {folder} can't be written to")
+
+
+def _check_vocabulary(sequences: Sequences, subject: Subject, model: str) -> None:
+    """A tokenizer of another model shows itself where it makes tokens that the model doesn't have."""
+    largest = max(max(tokens) for tokens in (*sequences.calibration, *sequences.tuning, sequences.held_back))
+    if largest >= subject.vocabulary:
+        raise CalibrationError(
+            f"{model}: the tokenizer makes token {largest}, but the model has {subject.vocabulary} tokens; "
+            "the tokenizer belongs to another model. Put the right tokenizer files into the model's folder"
+        )

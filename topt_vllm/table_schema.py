@@ -1,0 +1,262 @@
+"""What a threshold table holds: its parts as strict models, and the rules that types can't say."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from topt_vllm.attention.common import Thetas
+from topt_vllm.model_identity import ModelIdentity
+
+SCHEMA_VERSION = 1
+
+
+class ThresholdTableError(ValueError):
+    """A table that can't be used; the message names the file, the key path and both values."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Producer(_Strict):
+    """Which program wrote the table."""
+
+    name: str
+    version: str
+
+
+class TextSource(_Strict):
+    """One calibration text.
+
+    Attributes:
+        name: File name or hub id.
+        sha256: Digest of the text; None for a hub dataset.
+    """
+
+    name: str
+    sha256: str | None
+
+
+class Provenance(_Strict):
+    """How the thresholds came about.
+
+    Attributes:
+        data: The texts.
+        num_samples: Token sequences that were run.
+        tokens: Tokens that were run.
+        max_seq_length: Tokens of the longest sequence.
+        seed: Of every random choice.
+        options: Calibrator options that shape θ.
+        libraries: Versions.
+        date: ISO date.
+    """
+
+    data: list[TextSource] = Field(min_length=1)
+    num_samples: int = Field(gt=0)
+    tokens: int = Field(gt=0)
+    max_seq_length: int = Field(gt=0)
+    seed: int
+    options: dict[str, str | int | float | bool | None]
+    libraries: dict[str, str]
+    date: str
+
+
+class Spread(_Strict):
+    """Percentiles of a quantity over layers, heads and rows."""
+
+    p5: float
+    p50: float
+    p95: float
+
+
+class Quality(_Strict):
+    """What a budget did on text held back from calibration.
+
+    The keys after ``tokens`` were added later: tables written before lack them.
+
+    Attributes:
+        kept_over_k: Keys that a head keeps by its own rule, over k, in the sparse layers; None where the budget
+            doesn't ask for a number of keys.
+        v_rows_read: Share of V rows read, union over the GQA group, all layers counted.
+        dropped_mass: Mean probability dropped per query head, sparse layers.
+        tokens: Held-back tokens.
+        rows: Of them, those decoded with the budget after a dense prefill of the rest: the longest contexts.
+        loss_pct: By how much perplexity rose against dense attention, percent.
+        kl: Mean divergence of the next token's distribution from dense attention's, nats.
+        agreement: Share of rows whose most likely next token is dense attention's.
+        layer_rows_read: Share of V rows read, layer by layer, windowed ones included.
+    """
+
+    kept_over_k: Spread | None
+    v_rows_read: float
+    dropped_mass: float
+    tokens: int
+    rows: int | None = None
+    loss_pct: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    layer_rows_read: list[float] | None = None
+
+
+class LayerThresholds(_Strict):
+    """Thresholds of one layer.
+
+    Attributes:
+        layer: Index in the model.
+        law: Per query head [c0, c1] of θ(n) = c0 + c1 ln n.
+        theta: Per query head, θ at each of the table's lengths.
+        k: Keys that a query head of this layer should keep, where the budget doesn't say it for all layers.
+    """
+
+    layer: int
+    law: list[list[float]]
+    theta: list[list[float]]
+    k: int | None = None
+
+
+class Budget(_Strict):
+    """Thresholds for one budget: the same number of keys in every layer, or a target with a name.
+
+    Attributes:
+        k: Keys that a query head should keep; None where that differs between layers or follows from a target.
+        dense_layers: Layers to attend densely.
+        quality: Measured on held-back text; None when no text was held back.
+        layers: One entry for every layer without a sliding window, in order.
+        name: What it aims at, such as ``loss-1%``; a budget has a name or a k.
+    """
+
+    k: int | None = Field(gt=0)
+    dense_layers: list[int]
+    quality: Quality | None
+    layers: list[LayerThresholds]
+    name: str | None = None
+
+    @property
+    def key(self) -> int | str:
+        """What chooses it: its k or its name."""
+        return self.k if self.k is not None else str(self.name)
+
+    def ks(self) -> dict[int, int]:
+        """Keys that a query head should keep, by layer, for the sparse layers where that is said."""
+        known = {
+            entry.layer: entry.k or self.k for entry in self.layers if entry.layer not in self.dense_layers
+        }
+        return {layer: k for layer, k in known.items() if k is not None}
+
+
+class ThresholdTable(_Strict):
+    """A whole table; see the README for the format.
+
+    Attributes:
+        schema_version: Of this format.
+        producer: Which program wrote it.
+        model: The model it belongs to.
+        calibration: How it came about.
+        lengths: Context lengths at which θ is given, ascending.
+        budgets: Those with a k, in ascending order, then those with a name.
+    """
+
+    schema_version: int
+    producer: Producer
+    model: ModelIdentity
+    calibration: Provenance
+    lengths: list[int] = Field(min_length=1)
+    budgets: list[Budget] = Field(min_length=1)
+
+    def budget(self, key: int | str | None) -> Budget:
+        """The budget with this k or name; without one, the last: the calibrator's choice, or the largest k.
+
+        Raises:
+            ThresholdTableError: No such budget.
+        """
+        if key is None:
+            return self.budgets[-1]
+        for budget in self.budgets:
+            if budget.key == key:
+                return budget
+        offered = ", ".join(str(budget.key) for budget in self.budgets)
+        raise ThresholdTableError(
+            f"k is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
+        )
+
+    def thetas(self, budget: Budget) -> dict[int, Thetas]:
+        """Thresholds of the budget's sparse layers, by layer index, float32 over all query heads."""
+        return {
+            entry.layer: thetas_of(entry, self.lengths)
+            for entry in budget.layers
+            if entry.layer not in budget.dense_layers
+        }
+
+
+def thetas_of(entry: LayerThresholds, lengths: list[int]) -> Thetas:
+    """Thresholds of one layer as the operator takes them."""
+    return Thetas(
+        torch.tensor(lengths, dtype=torch.int32),
+        torch.tensor(entry.theta, dtype=torch.float32),
+        torch.tensor(entry.law, dtype=torch.float32),
+    )
+
+
+def check(table: ThresholdTable, path: Path) -> None:
+    """What types can't say: order, counts and finiteness."""
+
+    def require(condition: bool, key: str, problem: str) -> None:
+        if not condition:
+            raise ThresholdTableError(f"{path}: {key}: {problem}")
+
+    lengths, model = table.lengths, table.model
+    require(
+        lengths[0] > 0 and all(a < b for a, b in pairwise(lengths)),
+        "lengths",
+        f"must be positive and strictly ascending, got {lengths}",
+    )
+    _check_names(table, require)
+    expected = [layer for layer in range(model.num_layers) if layer not in model.sliding_window_layers]
+    for b, budget in enumerate(table.budgets):
+        key = f"budgets[{b}]"
+        unknown = sorted(set(budget.dense_layers) - set(expected))
+        require(
+            not unknown, f"{key}.dense_layers", f"layers {unknown} are not among the full-attention layers"
+        )
+        found = [entry.layer for entry in budget.layers]
+        require(found == expected, f"{key}.layers", f"layers {expected} expected in this order, got {found}")
+        for position, entry in enumerate(budget.layers):
+            for name, rows, width in (("law", entry.law, 2), ("theta", entry.theta, len(lengths))):
+                where = f"{key}.layers[{position}].{name}"
+                require(
+                    len(rows) == model.num_query_heads,
+                    where,
+                    f"{model.num_query_heads} query heads expected, got {len(rows)}",
+                )
+                for head, row in enumerate(rows):
+                    require(
+                        len(row) == width, f"{where}[{head}]", f"{width} numbers expected, got {len(row)}"
+                    )
+                    require(
+                        all(math.isfinite(number) for number in row),
+                        f"{where}[{head}]",
+                        f"must be finite, got {row}",
+                    )
+
+
+def _check_names(table: ThresholdTable, require: Callable[[bool, str, str], None]) -> None:
+    """Every budget can be chosen by exactly one k or name, and the last one is the default that was meant."""
+    for b, budget in enumerate(table.budgets):
+        require(
+            (budget.k is None) != (budget.name is None) and budget.name != "",
+            f"budgets[{b}]",
+            f"either k or name is needed, got k {budget.k} and name {budget.name!r}",
+        )
+    ks = [budget.k for budget in table.budgets if budget.k is not None]
+    require(all(a < b for a, b in pairwise(ks)), "budgets", f"k must be strictly ascending, got {ks}")
+    names = [budget.key for budget in table.budgets[len(ks) :]]
+    require(
+        all(isinstance(name, str) for name in names),
+        "budgets",
+        f"those with a k come first, got {[budget.key for budget in table.budgets]}",
+    )
+    require(len(set(names)) == len(names), "budgets", f"names must differ, got {names}")
