@@ -49,7 +49,12 @@ def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) 
         return resolve(
             SimpleNamespace(
                 additional_config={"toptheta": settings},
-                model_config=SimpleNamespace(hf_config=hf_config, model=str(model), revision=None),
+                model_config=SimpleNamespace(
+                    hf_config=hf_config,
+                    model=str(model),
+                    revision=None,
+                    max_model_len=options.get("max_model_len", 1024),
+                ),
                 kv_transfer_config=options.get("kv_transfer_config"),
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
                 device_config=SimpleNamespace(device_type="cpu"),
@@ -111,6 +116,25 @@ def test_a_wrong_setting_is_refused(start: Any, settings: object, message: str):
     with pytest.raises(ConfigError) as error:
         start(settings)
     assert message in str(error.value)
+
+
+def test_the_log_says_what_the_budget_is_worth(start: Any, table: ThresholdTable, model: Path):
+    dump(table, model / "toptheta.yaml")
+    line = start({"implementation": "reference"}).description
+    assert "budget k = 128" in line
+    assert "on 1024 held-back tokens: 25.0% of V rows read, 3.0% of probability dropped" in line
+    assert "extrapolated" not in line
+    longer = start({"implementation": "reference"}, max_model_len=4096).description
+    assert "contexts of 1024 to 4096 tokens use extrapolated thresholds" in longer
+
+
+def test_a_budget_can_be_chosen_by_name(start: Any, table: ThresholdTable, model: Path):
+    named = table.budgets[0].model_copy(update={"k": None, "name": "loss-1%"})
+    dump(table.model_copy(update={"budgets": [*table.budgets, named]}), model / "toptheta.yaml")
+    chosen = start({"implementation": "reference", "k": "loss-1%"})
+    assert "budget k = loss-1%" in chosen.description
+    assert start({"implementation": "reference"}).description == chosen.description
+    assert "budget k = 64" in start({"implementation": "reference", "k": 64}).description
 
 
 def test_a_table_of_another_model_is_refused(start: Any, table: ThresholdTable, tmp_path: Path):

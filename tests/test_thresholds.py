@@ -96,6 +96,18 @@ BROKEN = {
     "no lengths": (set_at("lengths", value=[]), "lengths: "),
     "no budgets": (set_at("budgets", value=[]), "budgets: "),
     "budgets not ascending": (set_at("budgets", 1, "k", value=64), "budgets: k must be strictly ascending"),
+    "neither k nor name": (
+        set_at("budgets", 1, "k", value=None),
+        "budgets[1]: either k or name is needed, got k None and name None",
+    ),
+    "k and name": (
+        set_at("budgets", 1, "name", value="loss-1%"),
+        "budgets[1]: either k or name is needed, got k 128 and name 'loss-1%'",
+    ),
+    "a name before a k": (
+        lambda content: content["budgets"][0].update(k=None, name="loss-1%"),
+        "budgets: those with a k come first, got ['loss-1%', 128]",
+    ),
     "dense layer that has a window": (
         set_at("budgets", 0, "dense_layers", value=[1]),
         "budgets[0].dense_layers: layers [1] are not among the full-attention layers",
@@ -194,6 +206,23 @@ def test_budget_by_k():
     assert table.budget(None).k == 128
     with pytest.raises(ThresholdTableError, match="k is 100, but the table has budgets 64, 128"):
         table.budget(100)
+
+
+def test_table_written_before_there_were_names_stays_byte_identical(tmp_path):
+    """Keys that were added later are left out where they weren't given, so old tables load and stay as they are."""
+    shipped = Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml"
+    assert dumps(load(shipped)) == shipped.read_text(encoding="utf-8")
+
+
+def test_keys_of_named_budgets():
+    table = make_table()
+    entries = [
+        entry.model_copy(update={"k": 32}) if entry.layer else entry for entry in table.budgets[0].layers
+    ]
+    named = table.budgets[0].model_copy(update={"k": None, "name": "rows-5%", "layers": entries})
+    assert named.key == "rows-5%"
+    assert named.ks() == {2: 32}
+    assert table.budgets[0].ks() == {2: 64}
 
 
 def test_thetas_leave_dense_layers_out():

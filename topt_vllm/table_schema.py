@@ -101,6 +101,15 @@ class Quality(_Strict):
     agreement: float | None = None
     layer_rows_read: list[float] | None = None
 
+    def sentence(self) -> str:
+        """What was measured, for a log line."""
+        parts = [f"{self.v_rows_read:.1%} of V rows read", f"{self.dropped_mass:.1%} of probability dropped"]
+        if self.loss_pct is not None:
+            parts.insert(0, f"perplexity {self.loss_pct:+.2f} %")
+        if self.agreement is not None:
+            parts.append(f"{self.agreement:.1%} of next tokens as with dense attention")
+        return f"on {self.tokens} held-back tokens: {', '.join(parts)}"
+
 
 class LayerThresholds(_Strict):
     """Thresholds of one layer.

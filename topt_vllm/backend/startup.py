@@ -64,7 +64,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         table, path = found
         budget = table.budget(config.k)
         thetas = table.thetas(budget)
-        rows = f"table {path}, budget k = {budget.k}, dense layers {budget.dense_layers or 'none'}"
+        rows = f"table {path}, budget k = {budget.key}, dense layers {budget.dense_layers or 'none'}"
+        rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
+        if (longest := model_config.max_model_len) > table.lengths[-1]:
+            rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
     return Resolved(config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}")
 
 

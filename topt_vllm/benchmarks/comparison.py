@@ -24,12 +24,12 @@ class Target:
     Attributes:
         keep: The share of keys that they aim at.
         thetas: One entry per layer; None for dense.
-        k: Budget of a threshold table; None where there is none.
+        k: Budget of a threshold table, its k or name; None where there is none.
     """
 
     keep: float
     thetas: list[Thetas | None]
-    k: int | None = None
+    k: int | str | None = None
 
     @property
     def dense(self) -> bool:

@@ -9,7 +9,7 @@ from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import Target, compare
-from topt_vllm.thresholds import ThresholdTable
+from topt_vllm.thresholds import Budget, ThresholdTable
 
 
 class ReplayError(ValueError):
@@ -19,7 +19,7 @@ class ReplayError(ValueError):
 def bench_replay(
     captured: CapturedCache,
     table: ThresholdTable,
-    ks: Sequence[int],
+    ks: Sequence[int | str],
     batch: int,
     policy: Policy,
     seconds: float,
@@ -33,7 +33,7 @@ def bench_replay(
     Args:
         captured: The cache.
         table: Thresholds of the same model.
-        ks: Budgets of the table.
+        ks: Budgets of the table, by k or name.
         batch: Sequences: copies of the captured one in blocks of their own.
         policy: Selection and compensation.
         seconds: Time for the turns of each set of layers.
@@ -52,7 +52,7 @@ def bench_replay(
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
     # Budgets may differ in their dense layers; only calls over the same layers can be compared.
-    by_layers: dict[tuple[int, ...], list[int]] = {}
+    by_layers: dict[tuple[int, ...], list[int | str]] = {}
     for k in ks:
         by_layers.setdefault(_layers(captured, table, k, only_layers), []).append(k)
     return _run(captured, table, by_layers, batch, block_size, (k_screens, policy, seconds, implementation))
@@ -61,7 +61,7 @@ def bench_replay(
 def _run(
     captured: CapturedCache,
     table: ThresholdTable,
-    by_layers: dict[tuple[int, ...], list[int]],
+    by_layers: dict[tuple[int, ...], list[int | str]],
     batch: int,
     block_size: int,
     how: tuple[Sequence[str], Policy, float, str],
@@ -70,13 +70,21 @@ def _run(
         layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
         targets = [Target(1.0, [None] * len(layers))]
         for k in budgets:
-            thetas = table.thetas(table.budget(k))
-            targets.append(Target(k / captured.seq_len, [thetas[index] for index in indices], k))
+            budget = table.budget(k)
+            thetas = table.thetas(budget)
+            targets.append(Target(_share(budget, captured.seq_len), [thetas[index] for index in indices], k))
         yield from compare(layers, targets, *how)
 
 
+def _share(budget: Budget, seq_len: int) -> float:
+    """What the budget is about to keep, for people."""
+    if budget.k is not None:
+        return budget.k / seq_len
+    return budget.quality.v_rows_read if budget.quality is not None else 1.0
+
+
 def _layers(
-    captured: CapturedCache, table: ThresholdTable, k: int, only: Sequence[int] | None
+    captured: CapturedCache, table: ThresholdTable, k: int | str, only: Sequence[int] | None
 ) -> tuple[int, ...]:
     sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
     unknown = sorted(set(only or ()) - set(sparse))

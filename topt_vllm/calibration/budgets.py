@@ -17,7 +17,7 @@ from topt_vllm.table_schema import thetas_of
 from topt_vllm.thresholds import Budget, LayerThresholds, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
-MEASURED_ROWS = 2048
+MEASURED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,13 @@ def _search(replay: Replay, plan: Plan, maker: Maker, path: list[Allocation], ta
 def _curves(
     model: Any, plan: Plan, maker: Maker, partial: Partial, progress: Callable[[], object]
 ) -> dict[int, list[Point]]:
-    """Measured on the first calibration sequence, and on the last one where there are two."""
+    """Measured on the last calibration sequence."""
     known: dict[int, list[Point]] = {}
     for layer in plan.subject.full_layers:
         stored = partial.load(f"curve-{layer:04}")
         if stored is not None:
             known[layer] = [Point(*point) for point in stored]
-    length = min(plan.subject.max_seq_length, SCAN_LENGTH)
-    sequences = plan.sequences.calibration
-    chosen = [sequences[0]] if len(sequences) == 1 else [sequences[0], sequences[-1]]
-    replays = [_replay(model, plan, tokens[:length], SCAN_ROWS) for tokens in chosen]
+    replay = _replay(model, plan, plan.sequences.calibration[-1][:SCAN_LENGTH], SCAN_ROWS)
     too_much = 2 * max(
         [target.percent for target in plan.options.targets if target.kind == "loss"], default=50
     )
@@ -126,7 +123,7 @@ def _curves(
     def save(layer: int, points: list[Point]) -> None:
         partial.save(f"curve-{layer:04}", [(point.k, point.loss, point.rows) for point in points])
 
-    return scan(replays, plan.subject, maker.scanned(), too_much / 100, progress, known, save)
+    return scan(replay, plan.subject, maker.scanned(), too_much / 100, progress, known, save)
 
 
 def _replay(model: Any, plan: Plan, tokens: list[int], rows: int) -> Replay:

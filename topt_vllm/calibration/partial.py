@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.plan import Plan
+from topt_vllm.calibration.scan import SCAN_LENGTH, SCAN_ROWS
 from topt_vllm.version import __version__
 
 # What a run may change without changing its results.
@@ -69,6 +70,7 @@ def _digest(plan: Plan) -> str:
         torch.__version__,
         sorted(options.items()),
         plan.subject,
+        (plan.ks, plan.masses, ROWS_PER_LENGTH, SCAN_ROWS, SCAN_LENGTH),
         [source.model_dump() for source in plan.sources],
         plan.sequences,
     )

@@ -81,6 +81,7 @@ class Replay:
         self._targets = tokens[0, self.first + 1 :]
         self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._layer_outputs: dict[int, Any] = {}
+        self._dense_whole: torch.Tensor | None = None
         self._layers = _decoder_layers(self._decoder, subject.identity.num_layers)
         with torch.inference_mode(), self._recording(), selected(self._decoder, self._record):
             hidden = self._decoder(input_ids=inputs, use_cache=False)[0]
@@ -224,6 +225,15 @@ class Replay:
             setattr(self._model, name, decoder)
         return torch.log_softmax(logits[0].float(), dim=-1)
 
+    def _dense_log_probabilities(self, part: slice) -> torch.Tensor:
+        """Of the dense pass; kept from run to run where all of them take no more than one chunk's memory."""
+        whole = slice(0, len(self._targets))
+        if part != whole:
+            return self._log_probabilities(self._dense, part)
+        if self._dense_whole is None:
+            self._dense_whole = self._log_probabilities(self._dense, whole)
+        return self._dense_whole
+
     def _parts(self) -> Iterator[slice]:
         step = max(1, _LOGITS // self._model.config.get_text_config().vocab_size)
         for start in range(0, len(self._targets), step):
@@ -239,7 +249,7 @@ class Replay:
     def _compare(self, hidden: torch.Tensor) -> Losses:
         nll = kl = agreement = 0.0
         for part in self._parts():
-            dense = self._log_probabilities(self._dense, part)
+            dense = self._dense_log_probabilities(part)
             found = self._log_probabilities(hidden, part)
             nll -= float(found.gather(1, self._targets[part, None]).double().sum())
             agreement += int((found.argmax(dim=-1) == dense.argmax(dim=-1)).sum())

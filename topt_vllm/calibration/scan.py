@@ -14,7 +14,7 @@ from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.replay import Replay
 
-SCAN_ROWS = 512
+SCAN_ROWS = 256
 SCAN_LENGTH = 4096
 _SMALLEST_K = 8
 _BELOW_ANY_SCORE = -1e30
@@ -29,12 +29,12 @@ def ladder(largest_k: int) -> tuple[int, ...]:
 
 
 def scan_layer(
-    replays: list[Replay], subject: Subject, layer: int, thetas: dict[int, Thetas], too_much: float
+    replay: Replay, subject: Subject, layer: int, thetas: dict[int, Thetas], too_much: float
 ) -> list[Point]:
     """The curve of one layer.
 
     Args:
-        replays: Of calibration text.
+        replay: Of calibration text.
         subject: The model.
         layer: Index in the model.
         thetas: Thresholds of the layer by k.
@@ -44,10 +44,10 @@ def scan_layer(
         Points by descending rows; dense attention first.
     """
     everything = _everything(next(iter(thetas.values())))
-    floor, _ = _measure(replays, subject, layer, everything)
+    floor, _ = _measure(replay, subject, layer, everything)
     points = [Point(None, 0.0, 1.0)]
     for k in sorted(thetas, reverse=True):
-        loss, rows = _measure(replays, subject, layer, thetas[k])
+        loss, rows = _measure(replay, subject, layer, thetas[k])
         # With every row kept, too, the layer is computed another way than in the dense pass: what that loses is
         # rounding, no skipping.
         points.append(Point(k, max(loss - floor, 0.0), rows))
@@ -57,7 +57,7 @@ def scan_layer(
 
 
 def scan(
-    replays: list[Replay],
+    replay: Replay,
     subject: Subject,
     thetas: dict[int, dict[int, Thetas]],
     too_much: float,
@@ -68,7 +68,7 @@ def scan(
     """Curves of all layers.
 
     Args:
-        replays: Of calibration text.
+        replay: Of calibration text.
         subject: The model.
         thetas: Thresholds by layer and k.
         too_much: See :func:`scan_layer`.
@@ -79,19 +79,16 @@ def scan(
     curves = dict(done)
     for layer, by_k in thetas.items():
         if layer not in curves:
-            curves[layer] = scan_layer(replays, subject, layer, by_k, too_much)
+            curves[layer] = scan_layer(replay, subject, layer, by_k, too_much)
             save(layer, curves[layer])
         progress()
     return {layer: curves[layer] for layer in thetas}
 
 
-def _measure(replays: list[Replay], subject: Subject, layer: int, thetas: Thetas) -> tuple[float, float]:
-    loss = rows = 0.0
-    for replay in replays:
-        tally = ThresholdTally(subject.identity, {}, {layer: thetas}, replay.rows, subject.window)
-        loss += replay.run(tally).kl / len(replays)
-        rows += tally.layer_rows_read()[layer] / len(replays)
-    return loss, rows
+def _measure(replay: Replay, subject: Subject, layer: int, thetas: Thetas) -> tuple[float, float]:
+    tally = ThresholdTally(subject.identity, {}, {layer: thetas}, replay.rows, subject.window)
+    loss = replay.run(tally).kl
+    return loss, tally.layer_rows_read()[layer]
 
 
 def _everything(thetas: Thetas) -> Thetas:

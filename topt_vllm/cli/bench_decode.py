@@ -70,8 +70,12 @@ def _add_replay(group: Any) -> None:
         metavar="TABLE",
         help="the model's table (default: the shipped one of its fingerprint)",
     )
-    add("--k", type=int, nargs="+", help="budgets of the table (default: its largest)")
+    add("--k", type=_budget, nargs="+", help="budgets of the table, by k or name (default: its last)")
     add("--layers", type=int, nargs="+", metavar="LAYER", help="layers of a call (default: every sparse one)")
+
+
+def _budget(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -153,7 +157,7 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
         if found is None:
             raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
         table, path = found
-        ks = args.k or [table.budget(None).k]
+        ks = args.k or [table.budget(None).key]
         cases = [
             bench_replay(
                 captured, table, ks, batch, policy, args.seconds, args.k_screen, args.layers, args.block_size

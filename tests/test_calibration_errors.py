@@ -1,0 +1,151 @@
+"""Calibrations that can't be done, and ones that were killed: what is said, and what is taken up again."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_models import SMALL, save_model, save_text
+from transformers import LlamaConfig, T5Config
+
+from topt_vllm.calibration import collect as collect_module
+from topt_vllm.calibration.calibrate import calibrate, prepare
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.thresholds import dumps
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A tiny model with a text."""
+    save_text(save_model(tmp_path, LlamaConfig(**SMALL)) / "text.txt", 2700)
+    return tmp_path
+
+
+def options(folder: Path, **changes: object) -> CalibrationOptions:
+    given = {"num_samples": 2, "max_seq_length": 600, "ks": (16,), "device": "cpu"} | changes
+    return CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)
+
+
+def test_tokenizer_of_another_model(folder):
+    transformers.AutoModelForCausalLM.from_config(LlamaConfig(**SMALL | {"vocab_size": 90})).save_pretrained(
+        folder
+    )
+    with pytest.raises(
+        CalibrationError, match=r"makes token \d+, but the model has 90 tokens.*another model"
+    ):
+        prepare(options(folder))
+
+
+def test_text_that_is_too_short(folder):
+    with pytest.raises(CalibrationError, match=r"the text has 2700 tokens.*Add text, or lower --num-samples"):
+        prepare(options(folder, num_samples=5))
+
+
+def test_encoder_decoder(tmp_path):
+    T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=257).save_pretrained(tmp_path)
+    save_text(tmp_path / "text.txt", 2700)
+    with pytest.raises(CalibrationError, match="encoder-decoder"):
+        prepare(options(tmp_path))
+
+
+def test_weights_that_make_dense_attention_fail(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = math.nan
+    model.save_pretrained(folder)
+    with pytest.raises(
+        CalibrationError, match="dense attention predicts the held-back text with a loss of nan"
+    ):
+        calibrate(prepare(options(folder)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: not enough memory: you tried"),
+    ],
+)
+def test_out_of_memory_names_remedies(folder, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(collect_module, "kth_scores", fail)
+    with pytest.raises(CalibrationError, match=r"out of memory with sequences of 600 tokens.*--resume"):
+        calibrate(prepare(options(folder)))
+
+
+def test_other_errors_are_not_taken_for_memory(folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(collect_module, "kth_scores", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        calibrate(prepare(options(folder)))
+
+
+_KILLED = """
+import sys, time
+from pathlib import Path
+from topt_vllm.calibration import partial
+from topt_vllm.calibration.calibrate import calibrate, prepare
+from topt_vllm.calibration.options import CalibrationOptions
+folder, last = Path(sys.argv[1]), sys.argv[2]
+save = partial.Partial.save
+def save_and_wait(self, name, result):
+    save(self, name, result)
+    if name == last:
+        print("saved", flush=True)
+        time.sleep(600)
+partial.Partial.save = save_and_wait
+given = dict(num_samples=2, max_seq_length=600, ks=(16,), device="cpu", budget="auto", target_rows=(30.0,))
+calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)))
+"""
+
+
+@pytest.mark.parametrize("last", ["sequence-0000", "curve-0001"])
+def test_killed_run_goes_on_and_gives_the_same_table(folder, monkeypatch, last):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    asked = options(folder, budget="auto", target_rows=(30.0,))
+    whole = dumps(calibrate(prepare(asked)))
+    assert not (folder / "out.yaml.partial").exists()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", _KILLED, str(folder), last], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saved\n"
+        os.kill(process.pid, signal.SIGKILL)
+    left = {path.stem for path in (folder / "out.yaml.partial").iterdir()}
+    assert last in left
+
+    looked_at = []
+    original = collect_module.kth_scores
+    monkeypatch.setattr(
+        collect_module,
+        "kth_scores",
+        lambda call, *rest: looked_at.append(call.layer) or original(call, *rest),
+    )
+    resumed = calibrate(prepare(options(folder, budget="auto", target_rows=(30.0,), resume=True)))
+    assert dumps(resumed) == whole
+    assert len(looked_at) == (3 if last == "sequence-0000" else 0)
+    assert not (folder / "out.yaml.partial").exists()
+
+
+def test_resume_refuses_what_other_options_left(folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect_module, "kth_scores", fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            calibrate(prepare(options(folder)))
+    with pytest.raises(CalibrationError, match=r"out.yaml.partial was left by a run with another"):
+        calibrate(prepare(options(folder, seed=5, resume=True)))
+    # Without --resume it starts over.
+    assert calibrate(prepare(options(folder, seed=5))).budgets[0].quality is not None
