@@ -13,7 +13,7 @@ from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
-from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, theta_at
+from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, ladder, theta_at
 
 
 def rows_from(scores: list[list[float]], contexts: list[int] | None = None, kv_heads: int = 1) -> Rows:
@@ -69,6 +69,25 @@ def test_between_budgets_theta_is_interpolated_and_beyond_them_extrapolated():
         torch.testing.assert_close(between_budgets(table, position)[layer].theta, few + weight * (many - few))
     single = table.model_copy(update={"budgets": table.budgets[:1]})
     torch.testing.assert_close(between_budgets(single, 1.5)[layer].theta, few - 1.5)
+
+
+def test_named_budgets_come_before_those_with_a_k_and_are_ordered_by_rows_or_thresholds():
+    table = make_table(ks=(64, 128, 256))
+    few, middle, many = table.budgets
+    assert [budget.k for budget in ladder(table)] == [64, 128, 256]
+
+    def named(rows: dict[str, float | None]) -> list:
+        quality = few.quality
+        changes = [
+            {"k": None, "name": name, "quality": read and quality.model_copy(update={"v_rows_read": read})}
+            for name, read in rows.items()
+        ]
+        budgets = [b.model_copy(update=change) for b, change in zip((many, middle), changes, strict=True)]
+        return [budget.key for budget in ladder(table.model_copy(update={"budgets": [few, *budgets]}))]
+
+    assert named({"loss-1%": 0.2, "rows-5%": 0.05}) == ["rows-5%", "loss-1%"]
+    assert named({"loss-1%": 0.05, "rows-5%": 0.2}) == ["loss-1%", "rows-5%"]
+    assert named({"loss-1%": 0.05, "rows-5%": None}) == ["rows-5%", "loss-1%"]
 
 
 def test_topk_keeps_k_and_ties():

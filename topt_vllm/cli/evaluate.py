@@ -46,7 +46,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="SHARE",
         help="shares of V rows to tune the rules to, all layers counted (default 0.05 0.1 0.2)",
     )
-    add("--k", type=int, nargs="+", default=[], help="also budgets of the table as they stand")
+    add(
+        "--k",
+        nargs="+",
+        default=[],
+        metavar="K",
+        help="also budgets of the table as they stand, by k or name",
+    )
     add("--thresholds", metavar="TABLE", help="the model's table (default: where the server finds it)")
     add(
         "--dense-layers",
@@ -102,7 +108,7 @@ def _options(args: argparse.Namespace) -> EvaluationOptions:
         dataset=tuple(args.dataset),
         rules=tuple(dict.fromkeys(args.rules)),
         rows=tuple(sorted(set(args.rows))),
-        ks=tuple(sorted(set(args.k))),
+        ks=tuple(int(k) if k.isdecimal() else k for k in dict.fromkeys(args.k)),
         thresholds=args.thresholds,
         dense_layers=_layers(args.dense_layers),
         max_seq_length=args.max_seq_length,

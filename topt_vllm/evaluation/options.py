@@ -22,7 +22,7 @@ class EvaluationOptions:
         dataset: Texts to evaluate on, each by itself: as in calibration.
         rules: Names out of :data:`RULES`.
         rows: Targets, shares of V rows read; each rule is tuned to each of them.
-        ks: Budgets of the table to evaluate as they stand, with their own dense layers.
+        ks: Budgets of the table, by k or name, to evaluate as they stand, with their own dense layers.
         thresholds: The table's path; None to search for it as the server does.
         dense_layers: Layers that are dense under every rule at every target; None for the budget's where they leave
             half of the target to the rule, and none where they don't.
@@ -41,7 +41,7 @@ class EvaluationOptions:
     dataset: tuple[str, ...]
     rules: tuple[str, ...] = RULES
     rows: tuple[float, ...] = (0.05, 0.1, 0.2)
-    ks: tuple[int, ...] = ()
+    ks: tuple[int | str, ...] = ()
     thresholds: str | None = None
     dense_layers: tuple[int, ...] | None = None
     max_seq_length: int | None = None
@@ -84,5 +84,5 @@ class EvaluationOptions:
                 require(path.resolve().parent.is_dir(), f"{option} {path}: the folder does not exist")
 
 
-def _listed(values: tuple[float, ...]) -> str:
+def _listed(values: tuple[object, ...]) -> str:
     return " ".join(map(str, values))

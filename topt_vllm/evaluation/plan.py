@@ -10,6 +10,7 @@ from topt_vllm.calibration.texts import cut_sequences, read_texts
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.options import EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
+from topt_vllm.evaluation.rules.toptheta import ladder
 from topt_vllm.table_search import find_table
 from topt_vllm.thresholds import ThresholdTable, ThresholdTableError
 
@@ -104,7 +105,7 @@ def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable
     return found
 
 
-def _budget(table: ThresholdTable, k: int) -> None:
+def _budget(table: ThresholdTable, k: int | str) -> None:
     try:
         table.budget(k)
     except ThresholdTableError as error:
@@ -138,7 +139,7 @@ def _dense_layers(
         return (len(layers) * context + windows) / (full * context + windows)
 
     if options.dense_layers is None:
-        layers = frozenset(table.budgets[-1].dense_layers)
+        layers = frozenset(ladder(table)[-1].dense_layers)
         return layers if share(layers) <= target / 2 else frozenset()
     layers = frozenset(options.dense_layers)
     if not layers <= set(subject.full_layers):

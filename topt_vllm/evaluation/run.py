@@ -109,7 +109,7 @@ def _jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
 def _facts(
     rule: str,
     target: float | None,
-    k: int | None,
+    k: int | str | None,
     dense_layers: list[int],
     parameter: float | None,
     tuned: float | None,

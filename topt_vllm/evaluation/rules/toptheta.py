@@ -3,8 +3,9 @@
 Idea: θ is static per layer, query head and context length, so a key is judged by its own score alone.
 Rule: s_j ≥ θ(n), or j is the newest token; group union; the softmax runs over all keys.
 Compensation: the dropped probability times the mean of V (the paper's VMC), or none.
-Parameter: a position among the table's budgets. Between two budgets θ is interpolated, beyond the ends extrapolated
-from the last two, and with a single budget each step lowers every θ by 1.
+Parameter: a position among the table's budgets, those with a name where it has any, in the order of the rows that
+they read. Between two budgets θ is interpolated, beyond the ends extrapolated from the last two, and with a single
+budget each step lowers every θ by 1.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.evaluation.rules.base import Rows, Rule
-from topt_vllm.thresholds import LayerThresholds, ThresholdTable
+from topt_vllm.thresholds import Budget, LayerThresholds, ThresholdTable
 
 # How far beyond the ends a target is looked for, in logits of the mean θ.
 _REACH = 32.0
@@ -70,17 +71,27 @@ def theta_at(thetas: Thetas, contexts: torch.Tensor) -> torch.Tensor:
     return theta.masked_fill(n < lengths[0], -math.inf)
 
 
+def ladder(table: ThresholdTable) -> list[Budget]:
+    """The budgets that positions count, from few rows to many."""
+    named = [budget for budget in table.budgets if budget.k is None]
+    measured = [(b.quality.v_rows_read, b) for b in named or table.budgets if b.quality is not None]
+    if len(measured) < len(named or table.budgets):
+        measured = [(-_mean(b.layers), b) for b in named or table.budgets]
+    return [budget for _, budget in sorted(measured, key=lambda pair: pair[0])]
+
+
 def between_budgets(table: ThresholdTable, position: float) -> dict[int, Thetas]:
     """Thresholds at a position among the table's budgets, of all layers that have any.
 
     Args:
-        table: Gives the budgets; 0 is its smallest, 1 the next.
+        table: Gives the budgets; 0 is the first of its ladder, 1 the next.
         position: Any number; see the module for what lies outside.
     """
-    last = len(table.budgets) - 1
+    budgets = ladder(table)
+    last = len(budgets) - 1
     left = min(max(math.floor(position), 0), max(last - 1, 0))
     weight = position - left
-    few, many = table.budgets[left], table.budgets[min(left + 1, last)]
+    few, many = budgets[left], budgets[min(left + 1, last)]
     return {
         a.layer: _mixed(table.lengths, a, b, weight) for a, b in zip(few.layers, many.layers, strict=True)
     }
@@ -97,10 +108,10 @@ def _mixed(lengths: list[int], a: LayerThresholds, b: LayerThresholds, weight: f
 
 def position_range(table: ThresholdTable) -> tuple[float, float]:
     """Positions between which a target is looked for: from few rows to many."""
-    ends = [_mean(budget.layers) for budget in (*table.budgets[:2], *table.budgets[-2:])]
-    steps = (ends[0] - ends[1], ends[2] - ends[3]) if len(table.budgets) > 1 else (1.0, 1.0)
+    means = [_mean(budget.layers) for budget in ladder(table)]
+    steps = (means[0] - means[1], means[-2] - means[-1]) if len(means) > 1 else (1.0, 1.0)
     first, last = (_REACH / max(step, _LEAST_STEP) for step in steps)
-    return -first, len(table.budgets) - 1 + last
+    return -first, len(means) - 1 + last
 
 
 def _mean(layers: list[LayerThresholds]) -> float:
