@@ -1,4 +1,4 @@
-"""Loss against V rows read, one line for each rule, one panel for each text."""
+"""Loss against V rows read: a line for each rule, a hollow mark for each budget, a panel for each text."""
 
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,19 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
 
     texts = list(dict.fromkeys(record["text"] for record in records))
     figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained")
+    rules = list(dict.fromkeys(record["rule"] for record in records))
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for panel, text in zip(panels, texts, strict=True):
         here = [record for record in records if record["text"] == text]
-        for style, rule in enumerate(dict.fromkeys(record["rule"] for record in here)):
-            points = sorted((r["v_rows_read"], r["loss_pct"]) for r in here if r["rule"] == rule)
-            share, loss = zip(*points, strict=True)
-            panel.plot(
-                [100 * x for x in share], loss, marker="osD^vP"[style % 6], label=rule, color=f"C{style}"
-            )
+        for style, rule in enumerate(rules):
+            look: dict[str, Any] = {"marker": "osD^vP"[style % 6], "color": f"C{style}"}
+            tuned = [
+                record for record in here if record["rule"] == rule and record["rows_target"] is not None
+            ]
+            budgets = [record for record in here if record["rule"] == rule and record["rows_target"] is None]
+            panel.plot(*_points(tuned), label=rule, **look)
+            # The table's budgets have dense layers of their own, so they lie on no line.
+            panel.plot(*_points(budgets), linestyle="none", fillstyle="none", **look)
         # Losses span orders of magnitude, and a rule may also beat dense attention by a hair.
         panel.set_yscale("symlog", linthresh=0.1)
         panel.set_xscale("log")
@@ -49,5 +53,11 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         panel.xaxis.set_minor_formatter("{x:g}")
         panel.yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("perplexity over dense (%)")
-    panels[0].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _points(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    found = sorted((100 * record["v_rows_read"], record["loss_pct"]) for record in records)
+    return [share for share, _ in found], [loss for _, loss in found]
