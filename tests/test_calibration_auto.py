@@ -21,6 +21,7 @@ from topt_vllm.calibration.replay import Losses, Replay
 from topt_vllm.calibration.scan import ladder
 from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
+from topt_vllm.cli.main import main
 from topt_vllm.model_identity import identify
 from topt_vllm.thresholds import ThresholdTable, dump, load
 
@@ -106,9 +107,7 @@ def test_search_says_when_a_target_is_out_of_reach():
     assert found.runs <= MAX_RUNS
 
 
-@pytest.mark.parametrize(
-    ("largest", "expected"), [(64, (8, 16, 32, 64)), (100, (8, 16, 32, 64, 100)), (4, (4,))]
-)
+@pytest.mark.parametrize(("largest", "expected"), [(256, (16, 64, 256)), (100, (25, 100)), (4, (4,))])
 def test_ladder(largest, expected):
     assert ladder(largest) == expected
 
@@ -202,7 +201,8 @@ def subject_of(model: transformers.PreTrainedModel) -> Subject:
     return Subject(identity, full, [], [256], 32 if identity.sliding_window_layers else 0, 257)
 
 
-def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders, tmp_path):
+def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the picture needs the extra `plot`")
     table = run(folders["llama"], target_rows=(30.0, 60.0), max_loss=(0.5,))
     assert [budget.key for budget in table.budgets] == [16, 64, "rows-30%", "rows-60%", "loss-0.5%"]
     constant, *_, little, much, close = table.budgets
@@ -216,6 +216,13 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
         assert (entry.k is None) == (entry.layer in little.dense_layers)
     dump(table, tmp_path / "table.yaml")
     assert load(tmp_path / "table.yaml") == table
+    assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.png")]) == 0
+    printed = capsys.readouterr().out
+    assert all(budget.key in printed for budget in (little, much, close))
+    # The header of a PNG file.
+    assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.odd")]) == 2
+    assert "table.odd" in capsys.readouterr().err
     assert table.budget("loss-0.5%") is close
     assert table.budget(None) is close
 

@@ -21,11 +21,14 @@ _BELOW_ANY_SCORE = -1e30
 
 
 def ladder(largest_k: int) -> tuple[int, ...]:
-    """Numbers of keys that a layer may get: octaves from 8 up to ``largest_k``."""
-    ks = [_SMALLEST_K]
-    while ks[-1] * 2 <= largest_k:
-        ks.append(ks[-1] * 2)
-    return tuple(sorted({min(k, largest_k) for k in ks} | {largest_k}))
+    """Numbers of keys that a layer may get: ``largest_k`` and every fourth part of it down to 8.
+
+    Few, for each costs a run per layer; with many layers an allocation has fine steps all the same.
+    """
+    ks = [largest_k]
+    while ks[-1] // 4 >= _SMALLEST_K:
+        ks.append(ks[-1] // 4)
+    return tuple(reversed(ks))
 
 
 def scan_layer(

@@ -16,17 +16,27 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser("inspect", help="show what a threshold table holds")
     parser.add_argument("table", type=Path, help="YAML file")
     parser.add_argument("--json", action="store_true", help="print one JSON object without the thresholds")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw θ by layer and head, rows by layer, and loss against rows of every budget",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table's identity, origin, lengths and budgets."""
+    from topt_vllm.calibration.options import CalibrationError
+    from topt_vllm.calibration.plot import plot
     from topt_vllm.calibration.summary import describe
     from topt_vllm.thresholds import ThresholdTableError, load
 
     try:
         table = load(args.table)
-    except ThresholdTableError as error:
+        if args.plot is not None:
+            plot(table, args.plot)
+    except (ThresholdTableError, CalibrationError, OSError) as error:
         raise UserError(str(error)) from error
     print(json.dumps(_facts(table), ensure_ascii=False) if args.json else describe(table))
     return 0
