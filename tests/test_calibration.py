@@ -14,6 +14,7 @@ from topt_vllm.attention.reference import attend_row, scaled_scores
 from topt_vllm.calibration import scores as scores_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.capture import captured
+from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.replay import Losses
@@ -21,7 +22,7 @@ from topt_vllm.calibration.scores import LayerCall, attend, top_k
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.calibration.texts import cut_sequences
 from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import ThresholdTable, dumps
+from topt_vllm.thresholds import Budget, LayerThresholds, ThresholdTable, dumps
 
 TEXT = 2700
 GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -160,6 +161,24 @@ def test_fit_recovers_a_law():
         law, theta = moments.fit(budget, sigma=0.0).rounded()
         assert law == [[c0, c1]]
         assert theta[0] == pytest.approx([c0 + c1 * math.log(length) for length in lengths], abs=1e-4)
+
+
+def test_law_error_is_what_the_longest_length_misses_by():
+    """Head 0 follows a law; head 1 too, but for 0.5 at the longest length. Dense layers don't count."""
+    lengths = [256, 512, 1024, 2048]
+    follows = [2.0 - 0.3 * math.log(n) for n in lengths]
+    misses = [*follows[:-1], follows[-1] + 0.5]
+    layers = [
+        LayerThresholds(layer=0, law=[[0.0, 0.0]] * 2, theta=[[9.0, 1.0, 5.0, 7.0]] * 2),
+        LayerThresholds(layer=1, law=[[0.0, 0.0]] * 2, theta=[follows, misses]),
+    ]
+    budget = Budget(k=16, dense_layers=[0], quality=None, layers=layers)
+    error = held_out_error(budget, lengths)
+    assert error is not None
+    assert error.rms == pytest.approx(0.5 / math.sqrt(2))
+    assert error.p95 == pytest.approx(0.5)
+    two = [entry.model_copy(update={"theta": [row[:2] for row in entry.theta]}) for entry in layers]
+    assert held_out_error(budget.model_copy(update={"layers": two}), lengths[:2]) is None
 
 
 def test_sigma_shifts_by_the_spread_within_a_length():

@@ -1,5 +1,6 @@
 """What a table says, as text for people."""
 
+from topt_vllm.calibration.law import held_out_error
 from topt_vllm.thresholds import Budget, Quality, ThresholdTable
 
 
@@ -39,7 +40,20 @@ def _budgets(table: ThresholdTable) -> list[str]:
     tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
     if tokens is not None:
         lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
-    return lines
+    return lines + _law(table)
+
+
+def _law(table: ThresholdTable) -> list[str]:
+    errors = {budget.key: held_out_error(budget, table.lengths) for budget in table.budgets}
+    known = [
+        f"{key}: {error.rms:.2f} (p95 {error.p95:.2f})" for key, error in errors.items() if error is not None
+    ]
+    if not known:
+        return []
+    return [
+        f"        θ at {table.lengths[-1]} from the law of the shorter lengths is off by, rms in scaled logits:",
+        f"        {', '.join(known)}",
+    ]
 
 
 def _quality(quality: Quality | None) -> str:
