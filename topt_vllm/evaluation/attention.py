@@ -231,17 +231,10 @@ def rows_of(
     softcap: float | None = None,
     visible: torch.Tensor | None = None,
 ) -> Rows:
-    """Scores of some query rows.
+    """Scores of some query rows: ``part`` of those in query [H, n, D], with contexts int64 [n], ascending.
 
-    Args:
-        query: [H, n, D].
-        key: [Hkv, m, D].
-        contexts: int64 [n], ascending context lengths of the query rows.
-        part: Which of them.
-        layer: Index in the model.
-        scale: Factor of q·k.
-        softcap: Logits softcap, 0 or None for none.
-        visible: bool [n, m], what rows see; None for all keys of their context.
+    Args as in :class:`topt_vllm.calibration.scores.LayerCall`; key is [Hkv, m, D], and ``visible``, bool [n, m], is
+    what rows see, None for all keys of their context.
     """
     chosen = contexts[part]
     m = int(chosen[-1])
