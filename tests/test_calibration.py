@@ -16,8 +16,8 @@ from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.capture import captured
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
+from topt_vllm.calibration.predictions import Losses
 from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.replay import Losses
 from topt_vllm.calibration.scores import LayerCall, attend, top_k
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.calibration.texts import cut_sequences

@@ -16,8 +16,9 @@ from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.capture import captured
 from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.predictions import Losses
 from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.replay import Losses, Replay
+from topt_vllm.calibration.replay import Replay
 from topt_vllm.calibration.scan import ladder
 from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search

@@ -1,8 +1,8 @@
 """Reading and writing threshold tables: a versioned YAML contract between the calibrator and the server.
 
-The format is described in the README, its parts are in ``table_schema.py``. Loading is strict: whatever does not
-belong, is missing or does not add up is an error with the file and the key path. ``dump(load(x))`` gives the same
-bytes.
+The format is described in the README, its parts are in ``table_schema.py``, its rules in ``table_check.py``.
+Loading is strict: whatever does not belong, is missing or does not add up is an error with the file and the key
+path. ``dump(load(x))`` gives the same bytes.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from topt_vllm.table_check import check
 from topt_vllm.table_schema import (
     SCHEMA_VERSION,
     Budget,
@@ -24,7 +25,6 @@ from topt_vllm.table_schema import (
     TextSource,
     ThresholdTable,
     ThresholdTableError,
-    check,
 )
 
 __all__ = [

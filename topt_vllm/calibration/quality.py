@@ -7,7 +7,7 @@ The unfinished block that the server keeps dense is left out, for its size is th
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.replay import Losses
+from topt_vllm.calibration.predictions import Losses
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.model_identity import ModelIdentity
 from topt_vllm.thresholds import Quality, Spread

@@ -7,20 +7,16 @@ dense pass is made once; each run repeats only the last rows, from the first spa
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from topt_vllm.calibration.capture import selected
 from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.calibration.predictions import Losses, Predictions
 from topt_vllm.calibration.scores import LayerCall, attend
-
-# Logits held at once, [rows, vocabulary]: 128 MiB in float32.
-_LOGITS = 1 << 25
 
 
 class Selector(Protocol):
@@ -32,26 +28,6 @@ class Selector(Protocol):
     def select(
         self, layer: int, scores: torch.Tensor, probabilities: torch.Tensor, rows: torch.Tensor, part: slice
     ) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Next-token predictions against dense attention's.
-
-    Attributes:
-        nll: Mean negative log likelihood of the text's own next token, minus dense attention's (nats).
-        kl: Mean divergence from dense attention's distribution (nats).
-        agreement: Share of rows with the same most likely token.
-    """
-
-    nll: float
-    kl: float
-    agreement: float
-
-    @property
-    def loss_pct(self) -> float:
-        """Rise of perplexity, percent."""
-        return 100 * math.expm1(self.nll)
 
 
 class Replay:
@@ -69,7 +45,6 @@ class Replay:
         Raises:
             CalibrationError: The model has no next-token scores at these rows.
         """
-        self._model = model
         self._decoder = model.base_model
         self._subject = subject
         tokens = torch.tensor([sequence], device=model.device)
@@ -78,25 +53,24 @@ class Replay:
         self.first = self.length - count
         self.rows = torch.arange(self.first, self.length)
         self._inputs = inputs[:, self.first :]
-        self._targets = tokens[0, self.first + 1 :]
         self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._layer_outputs: dict[int, Any] = {}
-        self._dense_whole: torch.Tensor | None = None
         self._layers = _decoder_layers(self._decoder, subject.identity.num_layers)
         with torch.inference_mode(), self._recording(), selected(self._decoder, self._record):
             hidden = self._decoder(input_ids=inputs, use_cache=False)[0]
-            self._dense = hidden[:, self.first :].clone()
-            self._dense_nll = self._nll(self._dense)
-        if not math.isfinite(self._dense_nll):
+            self._predictions = Predictions(
+                model, self._inputs, tokens[0, self.first + 1 :], hidden[:, self.first :].clone()
+            )
+        if not math.isfinite(self.dense_nll):
             raise CalibrationError(
-                f"dense attention predicts the held-back text with a loss of {self._dense_nll}; "
+                f"dense attention predicts the held-back text with a loss of {self.dense_nll}; "
                 "the weights are broken or --dtype is too narrow for this model"
             )
 
     @property
     def dense_nll(self) -> float:
         """Mean negative log likelihood under dense attention (nats)."""
-        return self._dense_nll
+        return self._predictions.dense_nll
 
     def run(self, selector: Selector) -> Losses:
         """Runs the last rows with the selector's layers sparse."""
@@ -108,7 +82,7 @@ class Replay:
         positions = self.rows.to(self._inputs.device)[None]
         with torch.inference_mode(), self._skipping(first), selected(self._decoder, attention):
             output = self._decoder(input_ids=self._inputs, position_ids=positions, use_cache=False)
-            return self._compare(output[0])
+            return self._predictions.compare(output[0])
 
     def _record(
         self,
@@ -212,61 +186,6 @@ class Replay:
                 layer.forward = lambda *_, index=index, **__: self._layer_outputs[index]
                 stack.callback(_restore_forward, layer, before)
             yield
-
-    def _log_probabilities(self, hidden: torch.Tensor, part: slice) -> torch.Tensor:
-        """float32 [r, vocabulary] of some rows; through the model's own head, whatever it does to the logits."""
-        name = self._model.base_model_prefix
-        stub = _Given(hidden[:, part])
-        decoder = getattr(self._model, name)
-        setattr(self._model, name, stub)
-        try:
-            logits = self._model(input_ids=self._inputs[:, part], use_cache=False).logits
-        finally:
-            setattr(self._model, name, decoder)
-        return torch.log_softmax(logits[0].float(), dim=-1)
-
-    def _dense_log_probabilities(self, part: slice) -> torch.Tensor:
-        """Of the dense pass; kept from run to run where all of them take no more than one chunk's memory."""
-        whole = slice(0, len(self._targets))
-        if part != whole:
-            return self._log_probabilities(self._dense, part)
-        if self._dense_whole is None:
-            self._dense_whole = self._log_probabilities(self._dense, whole)
-        return self._dense_whole
-
-    def _parts(self) -> Iterator[slice]:
-        step = max(1, _LOGITS // self._model.config.get_text_config().vocab_size)
-        for start in range(0, len(self._targets), step):
-            yield slice(start, min(start + step, len(self._targets)))
-
-    def _nll(self, hidden: torch.Tensor) -> float:
-        total = 0.0
-        for part in self._parts():
-            found = self._log_probabilities(hidden, part)
-            total -= float(found.gather(1, self._targets[part, None]).double().sum())
-        return total / len(self._targets)
-
-    def _compare(self, hidden: torch.Tensor) -> Losses:
-        nll = kl = agreement = 0.0
-        for part in self._parts():
-            dense = self._dense_log_probabilities(part)
-            found = self._log_probabilities(hidden, part)
-            nll -= float(found.gather(1, self._targets[part, None]).double().sum())
-            agreement += int((found.argmax(dim=-1) == dense.argmax(dim=-1)).sum())
-            kl += float((dense.exp() * (dense - found)).sum(dtype=torch.float64))
-        count = len(self._targets)
-        return Losses(nll / count - self._dense_nll, kl / count, agreement / count)
-
-
-class _Given(torch.nn.Module):
-    """Stands in for a decoder whose output is known."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self._hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)
 
 
 def _decoder_layers(decoder: Any, count: int) -> list[torch.nn.Module]:
