@@ -43,7 +43,8 @@ class Inputs:
     Attributes:
         shape: Dimensions.
         query: [S, H, D].
-        memory: [B, Hkv, 2 P, D], vLLM's allocation: K of a block as [D, P] in the first half, V after it.
+        memory: The allocation behind the cache; vLLM's for the CPU is [B, Hkv, 2 P, D], K of a block as [D, P] in
+            the first half, V after it.
         cache: Its views.
         batch: Rows and block table.
         scale: Factor of q·k.
@@ -73,7 +74,8 @@ class Inputs:
         """Scaled, softcapped scores, computed in ``dtype``, [S, H, n]."""
         shape = self.shape
         group = shape.heads // shape.kv_heads
-        scores = torch.empty(shape.batch, shape.kv_heads, group, shape.seq_len, dtype=dtype)
+        sizes = (shape.batch, shape.kv_heads, group, shape.seq_len)
+        scores = torch.empty(sizes, dtype=dtype, device=self.query.device)
         for sequence in range(shape.batch):
             for head in range(shape.kv_heads):
                 key, _ = self.gather(sequence, head, dtype)
@@ -155,5 +157,6 @@ def thetas_for(inputs: Inputs, keep: float, policy: Policy) -> Thetas | None:
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if read(at(middle)) < keep else (low, middle)
-    lengths = torch.tensor([shape.seq_len], dtype=torch.int32)
-    return Thetas(lengths, at(high)[:, None].contiguous(), torch.zeros(shape.heads, 2))
+    device = inputs.query.device
+    lengths = torch.tensor([shape.seq_len], dtype=torch.int32, device=device)
+    return Thetas(lengths, at(high)[:, None].contiguous(), torch.zeros(shape.heads, 2, device=device))

@@ -9,9 +9,10 @@ import torch
 from topt_vllm.attention import api
 from topt_vllm.attention.common import Policy, Stat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
-from topt_vllm.benchmarks.kernels import count, our_kernel, platform_kernel, with_screen
+from topt_vllm.benchmarks.devices import CPU, Device
+from topt_vllm.benchmarks.kernels import count, our_kernel, with_screen
 from topt_vllm.benchmarks.oracle import Expectation, expect
-from topt_vllm.benchmarks.timing import Variant, streaming_read, take_turns
+from topt_vllm.benchmarks.timing import Variant, take_turns
 
 # What a K screen may not change.
 _KEPT = [Stat.KEPT_ELEMENTS, Stat.V_ROWS_READ]
@@ -55,7 +56,7 @@ def compare(
     k_screens: Sequence[str],
     policy: Policy,
     seconds: float,
-    implementation: str = "cpu",
+    device: Device = CPU,
 ) -> list[dict[str, Any]]:
     """Checks every variant against float64, lets them take turns, and describes each.
 
@@ -67,7 +68,7 @@ def compare(
         k_screens: Values of ``k_screen`` for the targets that are not dense.
         policy: Selection and compensation.
         seconds: Time for the turns.
-        implementation: Key of ``api.IMPLEMENTATIONS``.
+        device: Where the layers lie, and how to time there.
 
     Returns:
         One record per target and screen.
@@ -75,13 +76,14 @@ def compare(
     Raises:
         RuntimeError: A kernel is wrong, or a K screen changes what is kept; nothing is timed then.
     """
-    _, module = api.load_implementation(implementation, "cpu")
+    module = device.implementation(layers[0])
     everything = Target(1.0, [None] * len(layers))
     dense = [expect(inputs, None, policy) for inputs in layers]
-    stock = platform_kernel(layers)
-    if stock:
-        _check(stock, dense)
-    keep_all = our_kernel("every row", module, layers, everything.thetas, policy)
+    dense_kernels, left_out = device.rivals(layers)
+    rivals = [device.ready(rival) for rival in dense_kernels]
+    for rival in rivals:
+        _check(rival, dense)
+    keep_all = device.ready(our_kernel("every row", module, layers, everything.thetas, policy))
     _check(keep_all, dense)
     screened = {name: [with_screen(module, inputs, name) for inputs in layers] for name in k_screens}
     columns: list[_Column] = []
@@ -95,16 +97,17 @@ def compare(
         kept = _kept(count(module, layers, target.thetas, policy))
         for name in k_screens:
             label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
-            variant = our_kernel(f"{label}, k_screen {name}", module, screened[name], target.thetas, policy)
+            title = f"{label}, k_screen {name}"
+            variant = device.ready(our_kernel(title, module, screened[name], target.thetas, policy))
             columns.append(_column(module, variant, screened[name], target, name, expected, policy))
             found = _kept(count(module, screened[name], target.thetas, policy))
             if not torch.equal(found, kept):
                 raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
-    stream = streaming_read(module, layers[0].memory)
+    stream = device.stream(module, layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
-    take_turns([*([stock] if stock else []), keep_all, *ours], seconds, stream)
+    take_turns([*rivals, keep_all, *ours], seconds, stream, device.measure)
     bandwidth = stream.outs[0].nbytes / stream.median / 1e6
-    return [_record(layers, column, stock, keep_all, bandwidth) for column in columns]
+    return [_record(layers, column, rivals, left_out, keep_all, bandwidth) for column in columns]
 
 
 def _kept(counts: list[torch.Tensor]) -> torch.Tensor:
@@ -117,6 +120,8 @@ def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
     Raises:
         RuntimeError: One is larger than rounding explains, or rounding would explain nearly anything.
     """
+    for out in variant.outs:
+        out.fill_(float("nan"))
     variant.call()
     ties, kept = sum(entry.ties for entry in expected), sum(entry.kept for entry in expected)
     if ties > max(2, kept // 100):
@@ -164,8 +169,14 @@ def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bo
 
 
 def _record(
-    layers: Sequence[Inputs], column: _Column, stock: Variant | None, keep_all: Variant, bandwidth: float
+    layers: Sequence[Inputs],
+    column: _Column,
+    rivals: Sequence[Variant],
+    left_out: dict[str, str],
+    keep_all: Variant,
+    bandwidth: float,
 ) -> dict[str, Any]:
+    stock = min(rivals, key=lambda rival: rival.median, default=None)
     shape, variant, counts = layers[0].shape, column.variant, column.counts
     ms, moved = variant.median, column.bytes_moved
     return {
@@ -185,6 +196,9 @@ def _record(
         "ms": ms,
         "ms_p20": variant.quantile(0.2),
         "ms_p80": variant.quantile(0.8),
+        "platform": stock.name if stock else None,
+        "rivals": {rival.name: rival.median for rival in rivals},
+        "left_out": left_out,
         "ms_platform": stock.median if stock else None,
         "ms_platform_p20": stock.quantile(0.2) if stock else None,
         "ms_platform_p80": stock.quantile(0.8) if stock else None,

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from topt_vllm.attention.common import Policy
-from topt_vllm.benchmarks.cases import Shape, make_inputs, thetas_for
+from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.devices import CPU, Device, Gpu
 
 
 def bench_case(
@@ -14,7 +15,7 @@ def bench_case(
     policy: Policy,
     seconds: float = 2.0,
     k_screens: Sequence[str] = ("off",),
-    implementation: str = "cpu",
+    device: Device = CPU,
 ) -> list[dict[str, Any]]:
     """Checks, then times one shape at every share of V rows.
 
@@ -24,11 +25,20 @@ def bench_case(
         policy: Selection and compensation.
         seconds: Time for the turns of this shape.
         k_screens: Values of ``k_screen``.
-        implementation: Key of ``api.IMPLEMENTATIONS``.
+        device: Where to measure.
 
     Returns:
         One record per share and screen; every row kept has none to try.
     """
-    inputs = make_inputs(shape)
+    inputs = _inputs(shape, device)
     targets = [Target(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]
-    return compare([inputs], targets, k_screens, policy, seconds, implementation)
+    return compare([inputs], targets, k_screens, policy, seconds, device)
+
+
+def _inputs(shape: Shape, device: Device) -> Inputs:
+    """On the layout of the device's cache."""
+    if not isinstance(device, Gpu):
+        return make_inputs(shape)
+    from topt_vllm.benchmarks.device_cases import device_inputs
+
+    return device_inputs(shape, device.device)

@@ -19,9 +19,9 @@ def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
         torch.ops._C.cpu_attention_with_kv_cache  # noqa: B018
     except (ImportError, AttributeError):
         return None
-    outs = _poisoned(layers)
+    outs = poisoned(layers)
     calls = [_platform_call(inputs, out) for inputs, out in zip(layers, outs, strict=True)]
-    return Variant("platform", lambda: _run_all(calls), outs, [None] * len(layers))
+    return Variant("CPU_ATTN", lambda: run_all(calls), outs, [None] * len(layers))
 
 
 def our_kernel(
@@ -32,12 +32,12 @@ def our_kernel(
     policy: Policy,
 ) -> Variant:
     """Ours at these thresholds, one entry per layer."""
-    outs = _poisoned(layers)
+    outs = poisoned(layers)
     calls = [
         _our_call(implementation, inputs, theta, policy, out, None)
         for inputs, theta, out in zip(layers, thetas, outs, strict=True)
     ]
-    return Variant(name, lambda: _run_all(calls), outs, list(thetas))
+    return Variant(name, lambda: run_all(calls), outs, list(thetas))
 
 
 def count(
@@ -49,7 +49,7 @@ def count(
     """Statistics of one call, one tensor per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
-        found.append(new_statistics())
+        found.append(new_statistics(inputs.query.device))
         out = torch.empty_like(inputs.query)
         _our_call(implementation, inputs, theta, policy, out, found[-1])()
     return found
@@ -71,11 +71,13 @@ def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: st
     return replace(inputs, cache=cache)
 
 
-def _poisoned(layers: Sequence[Inputs]) -> list[torch.Tensor]:
+def poisoned(layers: Sequence[Inputs]) -> list[torch.Tensor]:
+    """Outputs full of NaN, one per layer."""
     return [torch.full_like(inputs.query, float("nan")) for inputs in layers]
 
 
-def _run_all(calls: Sequence[Call]) -> None:
+def run_all(calls: Sequence[Call]) -> None:
+    """One call after another."""
     for call in calls:
         call()
 

@@ -63,13 +63,13 @@ def attend(
     shape = inputs.shape
     group, n = shape.heads // shape.kv_heads, shape.seq_len
     raw = inputs.scores(dtype)
-    out = torch.empty(inputs.query.shape, dtype=dtype)
+    out = torch.empty_like(inputs.query, dtype=dtype)
     for sequence in range(shape.batch):
         for head in range(shape.kv_heads):
             heads = slice(head * group, (head + 1) * group)
             _, value = inputs.gather(sequence, head, dtype)
             probabilities = raw[sequence, heads].softmax(dim=-1)
-            used = torch.ones(group, n, dtype=torch.bool)
+            used = torch.ones(group, n, dtype=torch.bool, device=out.device)
             if thetas is not None:
                 used = scores[sequence, heads] >= thetas.at(n)[heads, None]
                 used[:, n - policy.recent_tokens :] = True

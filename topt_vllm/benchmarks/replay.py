@@ -9,6 +9,7 @@ from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.thresholds import Budget, ThresholdTable
 
 
@@ -55,7 +56,9 @@ def bench_replay(
     by_layers: dict[tuple[int, ...], list[int | str]] = {}
     for k in ks:
         by_layers.setdefault(_layers(captured, table, k, only_layers), []).append(k)
-    return _run(captured, table, by_layers, batch, block_size, (k_screens, policy, seconds, implementation))
+    return _run(
+        captured, table, by_layers, batch, block_size, (k_screens, policy, seconds, Cpu(implementation))
+    )
 
 
 def _run(
@@ -64,7 +67,7 @@ def _run(
     by_layers: dict[tuple[int, ...], list[int | str]],
     batch: int,
     block_size: int,
-    how: tuple[Sequence[str], Policy, float, str],
+    how: tuple[Sequence[str], Policy, float, Cpu],
 ) -> Iterator[dict[str, Any]]:
     for indices, budgets in by_layers.items():
         layers = [layer_inputs(captured, index, batch, block_size) for index in indices]

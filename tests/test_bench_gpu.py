@@ -1,0 +1,154 @@
+"""The GPU benchmark on CPU tensors: Triton's interpreter, nothing captured, a clock that is made up."""
+
+import ast
+import importlib.util
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from topt_vllm.attention.common import Policy
+from topt_vllm.benchmarks import cuda, rivals
+from topt_vllm.benchmarks.cases import Inputs, Shape
+from topt_vllm.benchmarks.decode import bench_case
+from topt_vllm.benchmarks.device_cases import device_inputs
+from topt_vllm.benchmarks.devices import Gpu
+from topt_vllm.benchmarks.kernels import our_kernel
+from topt_vllm.benchmarks.timing import Call, Variant
+from topt_vllm.cli.main import main
+
+CPU = torch.device("cpu")
+SHAPE = Shape(2, 300, 4, 2, 32, 64, torch.bfloat16)
+
+
+def fake_gpu(**changes: Any) -> Gpu:
+    """Runs on the CPU; a call takes 1 ms, and the next of all a hundredth more."""
+    counts = itertools.count(100)
+
+    def measure(call: Call) -> float:
+        call()
+        return next(counts) * 1e-5
+
+    return replace(Gpu(CPU, lambda call: call, measure, stream_bytes=1 << 16), **changes)
+
+
+def dense_rival(name: str, inputs: Inputs) -> Variant:
+    """Our kernel with every row read, in a rival's place."""
+    return replace(our_kernel(name, fake_gpu().implementation(inputs), [inputs], [None], Policy()), name=name)
+
+
+def vllm_arguments(file: str, function: str) -> tuple[set[str], set[str]]:
+    """Names of arguments without and with a default, from vLLM's source: FlashAttention's needs a GPU to import."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        pytest.skip("vLLM is not installed")
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    found = next(
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function
+    ).args
+    names = [each.arg for each in found.args]
+    first_optional = len(names) - len(found.defaults)
+    return set(names[:first_optional]), set(names[first_optional:])
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_inputs_lie_as_in_vllms_cache_and_sums_are_those_of_finished_blocks(block_size: int):
+    inputs = device_inputs(replace(SHAPE, block_size=block_size), CPU)
+    key, value = inputs.cache.key, inputs.cache.value
+    assert inputs.memory.shape == (2, key.shape[0], block_size, SHAPE.kv_heads, SHAPE.head_dim)
+    assert value.transpose(1, 2).is_contiguous()
+    assert value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    assert inputs.cache.value_sums is not None
+    finished = inputs.finished_blocks
+    assert finished.numel() == 2 * (300 // block_size)
+    expected = value[finished].sum(dim=2, dtype=torch.float32)
+    torch.testing.assert_close(inputs.cache.value_sums[finished], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_best_rival_is_the_platform_and_all_are_named(monkeypatch: pytest.MonkeyPatch):
+    left_out = {"absent": "ImportError: not here"}
+
+    def two(layers: list[Inputs]) -> tuple[list[Variant], dict[str, str]]:
+        return [dense_rival("first", layers[0]), dense_rival("second", layers[0])], left_out
+
+    monkeypatch.setattr("topt_vllm.benchmarks.devices.rivals", two)
+    records = bench_case(SHAPE, [1.0, 0.1], Policy(), 0, device=fake_gpu())
+    for record in records:
+        assert record["platform"] == "first"
+        assert set(record["rivals"]) == {"first", "second"}
+        assert record["rivals"]["second"] > record["rivals"]["first"] == record["ms_platform"]
+        assert record["left_out"] == left_out
+        assert record["streaming_gbps"] > 0
+    assert records[0]["v_rows_read"] == 1
+    assert 0.05 < records[1]["v_rows_read"] < 0.3
+    json.dumps(records)
+
+
+def test_what_is_captured_is_what_is_checked_and_timed():
+    graphs: list[Call] = []
+
+    def capture(call: Call) -> Call:
+        def broken() -> None:
+            pass
+
+        call()
+        graphs.append(broken)
+        return broken
+
+    with pytest.raises(RuntimeError, match=r"every row: error nan .*not timed"):
+        bench_case(SHAPE, [1.0], Policy(), 0, device=fake_gpu(capture=capture, measure=pytest.fail))
+    assert len(graphs) == 1
+
+
+def test_rivals_that_are_not_here_are_left_out_with_the_reason():
+    found, left_out = rivals.rivals([device_inputs(SHAPE, CPU)])
+    assert not found
+    assert set(left_out) == {"FlashAttention", "Triton"}
+    assert all(left_out.values())
+
+
+def test_rivals_get_arguments_that_vllms_kernels_take():
+    inputs = device_inputs(SHAPE, CPU)
+    flash = rivals.flash_arguments(inputs, inputs.query, 3)
+    triton = rivals.triton_arguments(inputs, inputs.query)
+    for file, function, given in (
+        ("vllm_flash_attn/flash_attn_interface.py", "flash_attn_varlen_func", flash),
+        ("v1/attention/ops/triton_unified_attention.py", "unified_attention", triton),
+    ):
+        required, optional = vllm_arguments(file, function)
+        assert required <= set(given) <= required | optional
+    assert flash["k"].shape == flash["v"].shape == (10, 64, 2, 32)
+    assert triton["softmax_segm_output"].shape == (64, 4, 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--device cuda needs a GPU that torch sees: "),
+        (["--k-screen", "int8"], "has no K screen"),
+        (["--dtype", "float32"], "bfloat16 and float16"),
+        (["--cache", "x.safetensors"], "--cache is replayed on the CPU"),
+    ],
+)
+def test_without_a_gpu_the_command_says_so(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "decode", "--device", "cuda", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_shape_is_what_the_record_says():
+    record = bench_case(SHAPE, [1.0], Policy(), 0, device=fake_gpu())[0]
+    assert {name: record[name] for name in asdict(SHAPE) if name != "dtype"} == {
+        name: value for name, value in asdict(SHAPE).items() if name != "dtype"
+    }
+    assert record["platform"] is None
+    assert record["ms_platform"] is None

@@ -1,0 +1,56 @@
+"""Synthetic decode batches on a GPU's cache layout, and the Triton kernel bound to its workspace."""
+
+from typing import cast
+
+import torch
+
+from topt_vllm.attention.api import Implementation
+from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.attention.triton import launcher
+from topt_vllm.benchmarks.cases import Inputs, Shape
+
+# Blocks of random numbers that are made at a time.
+_BLOCKS_AT_ONCE = 256
+
+
+def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
+    """As :func:`topt_vllm.benchmarks.cases.make_inputs`, but ``memory`` is [2, B, P, Hkv, D]: K, then V.
+
+    The V sums are written by the kernel that writes them when serving.
+
+    Args:
+        shape: Dimensions.
+        device: Of every tensor.
+        seed: Of the random numbers.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    total = shape.batch * shape.blocks
+    sizes = (2, total, shape.block_size, shape.kv_heads, shape.head_dim)
+    memory = torch.empty(sizes, dtype=shape.dtype, device=device)
+    for part in memory.flatten(0, 1).split(_BLOCKS_AT_ONCE):
+        part.copy_(torch.randn(part.shape, generator=generator, device=device))
+    key, value = memory.transpose(2, 3)
+    sums = torch.zeros(total, shape.kv_heads, shape.head_dim, device=device)
+    table = torch.randperm(total, generator=generator, device=device).int().view(shape.batch, shape.blocks)
+    query = torch.randn(shape.batch, shape.heads, shape.head_dim, generator=generator, device=device)
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+    lengths = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=device)
+    batch = DecodeBatch(starts, lengths, table, 1)
+    scale = shape.head_dim**-0.5
+    inputs = Inputs(shape, query.to(shape.dtype), memory, PagedCache(key, value, sums), batch, scale)
+    last_slots = inputs.finished_blocks * shape.block_size + shape.block_size - 1
+    launcher.update_sums(inputs.cache, last_slots)
+    return inputs
+
+
+def bound_kernel(shape: Shape, device: torch.device) -> Implementation:
+    """The Triton kernel on a workspace for this shape, as a CUDA graph needs it.
+
+    Raises:
+        RuntimeError: As :func:`topt_vllm.attention.triton.launcher.prepare`.
+    """
+    launcher.prepare(device.type)
+    capacity = shape.blocks * shape.block_size
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
+    workspace = launcher.allocate_workspace(shape.batch, shape.batch, *heads, capacity, 1, device)
+    return cast(Implementation, launcher.bind(workspace))

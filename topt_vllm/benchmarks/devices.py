@@ -1,0 +1,94 @@
+"""What measuring depends on besides the kernels: rivals, streaming, graphs and the clock of a device."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from topt_vllm.attention.api import Implementation, load_implementation
+from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.kernels import platform_kernel
+from topt_vllm.benchmarks.rivals import rivals
+from topt_vllm.benchmarks.timing import Call, Variant, streaming_read
+
+_STREAM_BYTES = 2**30  # far more than any GPU's caches hold
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The CPU: calls as they are, by the wall clock.
+
+    Attributes:
+        name: Key of ``api.IMPLEMENTATIONS``.
+    """
+
+    name: str = "cpu"
+
+    def implementation(self, inputs: Inputs) -> Implementation:
+        """Ours, for calls like this one."""
+        return load_implementation(self.name, "cpu")[1]
+
+    def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
+        """The platform's dense kernels, and why others are left out, by name."""
+        stock = platform_kernel(layers)
+        return ([stock], {}) if stock else ([], {"CPU_ATTN": "vLLM for CPU is not installed"})
+
+    def stream(self, implementation: Implementation, memory: torch.Tensor) -> Variant:
+        """Reads memory in order."""
+        return streaming_read(implementation, memory)
+
+    def ready(self, variant: Variant) -> Variant:
+        """The variant as it is timed."""
+        return variant
+
+    def measure(self, call: Call) -> float:
+        """Seconds of one call."""
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: calls captured in graphs, by the device's clock.
+
+    Attributes:
+        device: Of the tensors.
+        capture: A call as a graph of what it launches.
+        measure: Seconds of one call, the caches cold.
+        stream_bytes: Moved by one streaming copy.
+    """
+
+    device: torch.device
+    capture: Callable[[Call], Call]
+    measure: Callable[[Call], float]
+    stream_bytes: int = _STREAM_BYTES
+
+    def implementation(self, inputs: Inputs) -> Implementation:
+        """As :meth:`Cpu.implementation`: the Triton kernel on a workspace."""
+        from topt_vllm.benchmarks.device_cases import bound_kernel
+
+        return bound_kernel(inputs.shape, self.device)
+
+    def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
+        """As :meth:`Cpu.rivals`."""
+        return rivals(layers)
+
+    def stream(self, implementation: Implementation, memory: torch.Tensor) -> Variant:
+        """Copies one half of a buffer to the other, so that the buffer's bytes are what moves."""
+        scratch = torch.zeros(self.stream_bytes, dtype=torch.uint8, device=self.device)
+        source, target = scratch.chunk(2)
+
+        def copy() -> None:
+            target.copy_(source)
+
+        return self.ready(Variant("streaming copy", copy, [scratch], []))
+
+    def ready(self, variant: Variant) -> Variant:
+        """As :meth:`Cpu.ready`."""
+        return replace(variant, call=self.capture(variant.call))
+
+
+Device = Cpu | Gpu
+CPU = Cpu()
