@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from topt_vllm.attention.common import Policy
-from topt_vllm.benchmarks import cuda, rivals
-from topt_vllm.benchmarks.cases import Inputs, Shape
+from topt_vllm.benchmarks import autotune, cuda, rivals
+from topt_vllm.benchmarks.cases import Inputs, Shape, thetas_for
+from topt_vllm.benchmarks.compile import CHIPS
 from topt_vllm.benchmarks.decode import bench_case
 from topt_vllm.benchmarks.device_cases import device_inputs
 from topt_vllm.benchmarks.devices import Gpu
@@ -128,10 +129,11 @@ def test_rivals_get_arguments_that_vllms_kernels_take():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--device cuda needs a GPU that torch sees: "),
-        (["--k-screen", "int8"], "has no K screen"),
-        (["--dtype", "float32"], "bfloat16 and float16"),
-        (["--cache", "x.safetensors"], "--cache is replayed on the CPU"),
+        (["decode", "--device", "cuda"], "--device cuda needs a GPU that torch sees: "),
+        (["autotune"], "--device cuda needs a GPU that torch sees: "),
+        (["decode", "--device", "cuda", "--k-screen", "int8"], "has no K screen"),
+        (["decode", "--device", "cuda", "--dtype", "float32"], "bfloat16 and float16"),
+        (["decode", "--device", "cuda", "--cache", "x.safetensors"], "--cache is replayed on the CPU"),
     ],
 )
 def test_without_a_gpu_the_command_says_so(
@@ -141,7 +143,7 @@ def test_without_a_gpu_the_command_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "decode", "--device", "cuda", *options]) == 2
+    assert main(["bench", *options]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -152,3 +154,30 @@ def test_the_shape_is_what_the_record_says():
     }
     assert record["platform"] is None
     assert record["ms_platform"] is None
+
+
+def test_autotune_times_what_compiles_well_and_names_the_fastest():
+    inputs, policy = device_inputs(replace(SHAPE, seq_len=100), CPU), Policy()
+    seconds = itertools.chain([9.0] * 20, itertools.repeat(3.0))
+
+    def used(call: Any) -> dict[str, int]:
+        return {"registers": 100, "shared_bytes": 1 << 10, "spills": 8 * (call.arguments["TILE"] == 128)}
+
+    def choose(chosen: Any) -> list[Any]:
+        assert autotune.candidates(chosen)[0] == chosen
+        return [chosen, replace(chosen, tile=128), replace(chosen, tile=32, splits=2)]
+
+    gpu = fake_gpu(measure=lambda _: next(seconds))
+    thetas = thetas_for(inputs, 0.3, policy)
+    records = autotune.tune(inputs, thetas, policy, gpu, CHIPS["sm_90"], used, choose)
+    assert [(r["tile"], r["splits"], r["ms"]) for r in records] == [
+        (64, 1, 9e3),
+        (32, 2, 3e3),
+        (128, 1, None),
+    ]
+    assert records[2]["left_out"].startswith("spills 8")
+
+
+def test_code_that_fits_no_block_is_left_out():
+    used = {"registers": 100, "shared_bytes": 1 << 20, "spills": 0}
+    assert "no block fits" in (autotune.why_not(used, 4, CHIPS["gfx942"]) or "")

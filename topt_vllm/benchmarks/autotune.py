@@ -1,0 +1,136 @@
+"""Times launch parameters of the Triton decode kernel for one call, beside what the heuristic chooses."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from statistics import median
+from typing import Any
+
+import torch
+
+from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.triton.calls import Call, Step
+from topt_vllm.attention.triton.launch import MAX_SPLITS, MIN_SPLIT_TOKENS, Launch, target_of
+from topt_vllm.attention.triton.launcher import interpreted
+from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.compile import CHIPS, Chip, compile_call, resources
+from topt_vllm.benchmarks.devices import Gpu
+from topt_vllm.benchmarks.oracle import expect
+
+_TURNS = 20
+
+
+def step_of(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Step:
+    """The call that is tuned."""
+    out = torch.empty_like(inputs.query)
+    arguments = (inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, inputs.softcap, out)
+    return Step(*arguments, None)
+
+
+def candidates(chosen: Launch) -> list[Launch]:
+    """The heuristic's choice, then tiles, warps, stages and splits around it."""
+    splits = sorted({max(1, chosen.splits // 2), chosen.splits, min(MAX_SPLITS, chosen.splits * 2)})
+    tried = [
+        replace(
+            chosen,
+            tile=tile,
+            min_tiles=max(1, MIN_SPLIT_TOKENS // tile),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            splits=count,
+        )
+        for tile, num_warps, num_stages, count in product((32, 64, 128), (4, 8), (1, 2, 3, 4), splits)
+    ]
+    return [chosen, *(launch for launch in tried if launch != chosen)]
+
+
+def why_not(used: dict[str, int], num_warps: int, chip: Chip) -> str | None:
+    """Why code that takes this much is not worth timing; None if it is."""
+    if used["spills"]:
+        return f"spills {used['spills']}: registers in memory cost what the tile gains"
+    if not chip.occupancy(used["registers"], used["shared_bytes"], num_warps):
+        return (
+            f"{used['shared_bytes']} bytes of shared memory and {used['registers']} registers: no block fits"
+        )
+    return None
+
+
+def compiled_for(chip: Chip) -> Callable[[Call], dict[str, int]]:
+    """What a launch takes on a chip, compiled once for all numbers of splits."""
+    known: dict[tuple[int, int, int], dict[str, int]] = {}
+
+    def used(call: Call) -> dict[str, int]:
+        tile, warps, stages = (call.arguments[name] for name in ("TILE", "num_warps", "num_stages"))
+        code = (tile, warps, stages)
+        if code not in known:
+            known[code] = resources(*compile_call(call, chip.triton))
+        return known[code]
+
+    return used
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The compiler's view of a GPU.
+
+    Raises:
+        ValueError: Its limits are not known.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{major}{minor}"
+    if name not in CHIPS:
+        raise ValueError(f"--autotune knows the limits of {', '.join(CHIPS)}, and this GPU is {name}")
+    return CHIPS[name]
+
+
+def tune(
+    inputs: Inputs,
+    thetas: Thetas | None,
+    policy: Policy,
+    gpu: Gpu,
+    chip: Chip,
+    used: Callable[[Call], dict[str, int]],
+    choose: Callable[[Launch], Sequence[Launch]] = candidates,
+) -> list[dict[str, Any]]:
+    """One record per candidate: the heuristic's first, then those that were timed, fastest first, then the rest.
+
+    Args:
+        inputs: The case.
+        thetas: Thresholds, None for dense.
+        policy: Selection and compensation.
+        gpu: Where it lies.
+        chip: Its limits.
+        used: What a launch takes.
+        choose: From the heuristic's choice to the candidates, that choice being the first.
+
+    Raises:
+        RuntimeError: A candidate's output is wrong.
+    """
+    step, expected = step_of(inputs, thetas, policy), expect(inputs, thetas, policy)
+    heuristic, *others = [
+        _try(launch, step, gpu, chip, used, expected)
+        for launch in choose(step.choose(target_of(gpu.device), None))
+    ]
+    return [heuristic, *sorted(others, key=lambda record: record["ms"] or math.inf)]
+
+
+def _try(launch: Launch, step: Step, gpu: Gpu, chip: Chip, used: Any, expected: Any) -> dict[str, Any]:
+    memory = torch.empty(step.parts(launch).words, device=gpu.device)
+    calls = step.calls(launch, memory, interpreted())
+    reason = why_not(used(calls[0]), launch.num_warps, chip)
+    record = {**asdict(launch), "ms": None, "left_out": reason}
+    if reason:
+        return record
+
+    def run() -> None:
+        for call in calls:
+            call.launch()
+
+    captured = gpu.capture(run)
+    step.out.fill_(float("nan"))
+    captured()
+    error = expected.error(step.out)
+    if not error <= expected.allowed:
+        raise RuntimeError(f"{launch}: error {error:.3g} against float64, allowed {expected.allowed:.3g}")
+    return {**record, "ms": 1e3 * median(gpu.measure(captured) for _ in range(_TURNS))}

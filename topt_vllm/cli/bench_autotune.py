@@ -1,0 +1,60 @@
+"""``topt-vllm bench autotune``: launch parameters of the Triton kernel, searched on a GPU."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.cli import UserError
+from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+
+_AUTOTUNE = """Times tiles, warps, stages and splits of the Triton decode kernel for a shape on a GPU, each checked
+against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
+heuristic's choice; to use it, change attention/triton/launch.py and check with `topt-vllm bench compile`."""
+
+
+def add_mode(modes: Any) -> None:
+    """Adds the mode and its options."""
+    parser = modes.add_parser("autotune", help="launch parameters on a GPU", description=_AUTOTUNE)
+    add = parser.add_argument
+    add("--device", choices=("cuda",), default="cuda", help="default %(default)s")
+    sizes = {"batch": 16, "seq-len": 32768, "heads": 32, "kv-heads": 8, "head-dim": 128, "block-size": 16}
+    for name, default in sizes.items():
+        add(f"--{name}", type=int, default=default, help="default %(default)s")
+    add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default %(default)s")
+    add("--keep", type=float, default=0.1, help="target share of V rows (default %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write one record per candidate; the file must not exist")
+    parser.set_defaults(bench=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    refuse_existing(args.json)
+    import torch
+
+    from topt_vllm.attention.common import Policy
+    from topt_vllm.benchmarks.cases import Shape, thetas_for
+    from topt_vllm.benchmarks.cuda import find_gpu
+
+    try:
+        gpu = find_gpu()
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            raise ValueError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+        from topt_vllm.benchmarks.autotune import chip_of, compiled_for, tune
+        from topt_vllm.benchmarks.device_cases import device_inputs
+
+        chip = chip_of(gpu.device)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
+    shape = Shape(args.batch, args.seq_len, *dims, getattr(torch, args.dtype))
+    inputs, policy, origin = device_inputs(shape, gpu.device), Policy(), provenance()
+    thetas = thetas_for(inputs, args.keep, policy)
+    records = tune(inputs, thetas, policy, gpu, chip, compiled_for(chip))
+    timed = [record for record in records if record["ms"] is not None]
+    print(f"{len(timed)} of {len(records)} candidates timed")
+    best = min(timed, key=lambda record: record["ms"], default=records[0])
+    for title, record in (("heuristic", records[0]), ("best", best)):
+        fields = " ".join(f"{key}={value}" for key, value in record.items())
+        print(f"{title:10s} {fields}")
+    write_json(args.json, [{**record, "provenance": origin} for record in records])
+    return 0
