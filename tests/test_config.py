@@ -68,7 +68,7 @@ VALID = st.fixed_dictionaries(
     {},
     optional={
         "thresholds": st.none() | st.text(min_size=1).filter(lambda name: name != "none"),
-        "k": st.none() | st.integers(min_value=1),
+        "k": st.none() | st.integers(min_value=1) | st.text(min_size=1).filter(lambda name: not name.isdigit()),
         "min_seq_len": st.integers(min_value=0),
         "sink_tokens": st.integers(min_value=0),
         "recent_tokens": st.integers(min_value=1),
@@ -100,7 +100,8 @@ def is_valid(key: str, value: object) -> bool:
     if key == "thresholds":
         return value is None or (isinstance(value, str) and value != "")
     if key == "k":
-        return value is None or (whole and value >= 1)
+        named = isinstance(value, str) and value != "" and not value.isdigit()
+        return value is None or (whole and value >= 1) or named
     if key in ("min_seq_len", "sink_tokens", "recent_tokens"):
         return whole and value >= (key == "recent_tokens")
     return False
