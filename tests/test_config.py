@@ -68,7 +68,9 @@ VALID = st.fixed_dictionaries(
     {},
     optional={
         "thresholds": st.none() | st.text(min_size=1).filter(lambda name: name != "none"),
-        "k": st.none() | st.integers(min_value=1) | st.text(min_size=1).filter(lambda name: not name.isdigit()),
+        "k": st.none()
+        | st.integers(min_value=1)
+        | st.text(min_size=1).filter(lambda name: not name.isdigit()),
         "min_seq_len": st.integers(min_value=0),
         "sink_tokens": st.integers(min_value=0),
         "recent_tokens": st.integers(min_value=1),
