@@ -65,7 +65,7 @@ BROKEN = {
         "budgets[1].layers[1].theta: 4 query heads expected, got 1",
     ),
     "too few heads in the law": (
-        set_at(*LAYER, "law", value=[[0.0, 0.0]] * 5),
+        set_at(*LAYER, "law", value=[[0.0, 0.0] for _ in range(5)]),
         "budgets[1].layers[1].law: 4 query heads expected, got 5",
     ),
     "too few lengths": (
@@ -107,6 +107,27 @@ BROKEN = {
     "a name before a k": (
         lambda content: content["budgets"][0].update(k=None, name="loss-1%"),
         "budgets: those with a k come first, got ['loss-1%', 128]",
+    ),
+    "a length beyond int32": (set_at("lengths", 2, value=2**31), "lengths: must be at most 2147483647"),
+    "θ beyond float32": (
+        set_at(*LAYER, "theta", 0, 0, value=1e39),
+        "budgets[1].layers[1].theta[0]: must be finite",
+    ),
+    "quality that isn't finite": (
+        set_at("budgets", 0, "quality", "kept_over_k", "p5", value=math.nan),
+        "budgets[0].quality: must be finite",
+    ),
+    "window of a layer that isn't": (
+        set_at("model", "sliding_window_layers", value=[1, 3]),
+        "model.sliding_window_layers: must be ascending and among 3 layers, got [1, 3]",
+    ),
+    "dense layer twice": (
+        set_at("budgets", 0, "dense_layers", value=[0, 0]),
+        "budgets[0].dense_layers: layers must differ, got [0, 0]",
+    ),
+    "name over two lines": (
+        lambda content: content["budgets"][1].update(k=None, name="a\nb"),
+        "budgets[1].name: up to 80 printable characters expected",
     ),
     "dense layer that has a window": (
         set_at("budgets", 0, "dense_layers", value=[1]),
@@ -217,12 +238,13 @@ def test_table_written_before_there_were_names_stays_byte_identical(tmp_path):
 def test_keys_of_named_budgets():
     table = make_table()
     entries = [
-        entry.model_copy(update={"k": 32}) if entry.layer else entry for entry in table.budgets[0].layers
+        entry.model_copy(update={"k": [32, 8, 8, 16]}) if entry.layer else entry
+        for entry in table.budgets[0].layers
     ]
     named = table.budgets[0].model_copy(update={"k": None, "name": "rows-5%", "layers": entries})
     assert named.key == "rows-5%"
-    assert named.ks() == {2: 32}
-    assert table.budgets[0].ks() == {2: 64}
+    assert named.ks() == {2: [32, 8, 8, 16]}
+    assert table.budgets[0].ks() == {2: [64] * 4}
 
 
 def test_thetas_leave_dense_layers_out():

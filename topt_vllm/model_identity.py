@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,7 +46,7 @@ class ModelIdentity(BaseModel):
     num_query_heads: int = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
-    sliding_window_layers: list[int]
+    sliding_window_layers: Annotated[list[int], Field(fail_fast=True)]
     fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
 
     def difference(self, other: "ModelIdentity") -> str | None:

@@ -1,69 +1,118 @@
 """The rules of a threshold table that types can't say."""
 
 import math
-from collections.abc import Callable
+import reprlib
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from topt_vllm.table_schema import ThresholdTable, ThresholdTableError
+from topt_vllm.table_schema import Budget, LayerThresholds, Quality, ThresholdTable, ThresholdTableError
+
+# Lengths are int32 and thresholds float32 where they are used.
+_MAX_LENGTH = 2**31 - 1
+_MAX_THETA = 3.4e38
+_MAX_LAYERS = 10_000
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring = 2, 12, 80
+
+# Key path and what is wrong there.
+_Problems = Iterator[tuple[str, str]]
+
+
+def clipped(value: Any) -> str:
+    """``repr`` of a value from a table, short enough for a message whatever the file holds."""
+    return _SHORT.repr(value)[:400]
 
 
 def check(table: ThresholdTable, path: Path) -> None:
-    """What types can't say: order, counts and finiteness."""
+    """What types can't say: order, counts and finiteness.
 
-    def require(condition: bool, key: str, problem: str) -> None:
-        if not condition:
-            raise ThresholdTableError(f"{path}: {key}: {problem}")
+    Raises:
+        ThresholdTableError: The first rule that is broken.
+    """
+    # Lazy, so what a rule presupposes was checked by those before it.
+    for key, problem in _problems(table):
+        raise ThresholdTableError(f"{path}: {key}: {problem}")
 
+
+def _problems(table: ThresholdTable) -> _Problems:
     lengths, model = table.lengths, table.model
-    require(
-        lengths[0] > 0 and all(a < b for a, b in pairwise(lengths)),
-        "lengths",
-        f"must be positive and strictly ascending, got {lengths}",
-    )
-    _check_names(table, require)
-    expected = [layer for layer in range(model.num_layers) if layer not in model.sliding_window_layers]
+    if lengths[0] <= 0 or not _ascending(lengths):
+        yield "lengths", f"must be positive and strictly ascending, got {clipped(lengths)}"
+    if lengths[-1] > _MAX_LENGTH:
+        yield "lengths", f"must be at most {_MAX_LENGTH}, got {lengths[-1]}"
+    if model.num_layers > _MAX_LAYERS:
+        yield "model.num_layers", f"must be at most {_MAX_LAYERS}, got {model.num_layers}"
+    windowed = model.sliding_window_layers
+    if not _ascending(windowed) or not set(windowed) <= set(range(model.num_layers)):
+        problem = f"must be ascending and among {model.num_layers} layers, got {clipped(windowed)}"
+        yield "model.sliding_window_layers", problem
+    for name, value in table.calibration.options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"calibration.options.{name[:80]}", f"must be finite, got {value}"
+    yield from _names(table)
+    expected = sorted(set(range(model.num_layers)) - set(windowed))
     for b, budget in enumerate(table.budgets):
-        key = f"budgets[{b}]"
-        unknown = sorted(set(budget.dense_layers) - set(expected))
-        require(
-            not unknown, f"{key}.dense_layers", f"layers {unknown} are not among the full-attention layers"
-        )
-        found = [entry.layer for entry in budget.layers]
-        require(found == expected, f"{key}.layers", f"layers {expected} expected in this order, got {found}")
-        for position, entry in enumerate(budget.layers):
-            for name, rows, width in (("law", entry.law, 2), ("theta", entry.theta, len(lengths))):
-                where = f"{key}.layers[{position}].{name}"
-                require(
-                    len(rows) == model.num_query_heads,
-                    where,
-                    f"{model.num_query_heads} query heads expected, got {len(rows)}",
-                )
-                for head, row in enumerate(rows):
-                    require(
-                        len(row) == width, f"{where}[{head}]", f"{width} numbers expected, got {len(row)}"
-                    )
-                    require(
-                        all(math.isfinite(number) for number in row),
-                        f"{where}[{head}]",
-                        f"must be finite, got {row}",
-                    )
+        yield from _budget(budget, f"budgets[{b}]", expected, model.num_query_heads, len(lengths))
 
 
-def _check_names(table: ThresholdTable, require: Callable[[bool, str, str], None]) -> None:
+def _ascending(numbers: list[int]) -> bool:
+    return all(a < b for a, b in pairwise(numbers))
+
+
+def _names(table: ThresholdTable) -> _Problems:
     """Every budget can be chosen by exactly one k or name, and the last one is the default that was meant."""
     for b, budget in enumerate(table.budgets):
-        require(
-            (budget.k is None) != (budget.name is None) and budget.name != "",
-            f"budgets[{b}]",
-            f"either k or name is needed, got k {budget.k} and name {budget.name!r}",
-        )
+        if (budget.k is None) == (budget.name is None) or budget.name == "":
+            got = f"k {budget.k} and name {clipped(budget.name)}"
+            yield f"budgets[{b}]", f"either k or name is needed, got {got}"
+        if budget.name is not None and not (len(budget.name) <= 80 and budget.name.isprintable()):
+            problem = f"up to 80 printable characters expected, got {clipped(budget.name)}"
+            yield f"budgets[{b}].name", problem
     ks = [budget.k for budget in table.budgets if budget.k is not None]
-    require(all(a < b for a, b in pairwise(ks)), "budgets", f"k must be strictly ascending, got {ks}")
+    if not _ascending(ks):
+        yield "budgets", f"k must be strictly ascending, got {clipped(ks)}"
     names = [budget.key for budget in table.budgets[len(ks) :]]
-    require(
-        all(isinstance(name, str) for name in names),
-        "budgets",
-        f"those with a k come first, got {[budget.key for budget in table.budgets]}",
-    )
-    require(len(set(names)) == len(names), "budgets", f"names must differ, got {names}")
+    if not all(isinstance(name, str) for name in names):
+        yield "budgets", f"those with a k come first, got {clipped([budget.key for budget in table.budgets])}"
+    if len(set(names)) != len(names):
+        yield "budgets", f"names must differ, got {clipped(names)}"
+
+
+def _budget(budget: Budget, key: str, expected: list[int], num_heads: int, num_lengths: int) -> _Problems:
+    unknown = sorted(set(budget.dense_layers) - set(expected))
+    if unknown:
+        yield f"{key}.dense_layers", f"layers {clipped(unknown)} are not among the full-attention layers"
+    if len(set(budget.dense_layers)) != len(budget.dense_layers):
+        yield f"{key}.dense_layers", f"layers must differ, got {clipped(budget.dense_layers)}"
+    if budget.quality is not None:
+        yield from _quality(budget.quality, f"{key}.quality")
+    found = [entry.layer for entry in budget.layers]
+    if found != expected:
+        problem = f"layers {clipped(expected)} expected in this order, got {clipped(found)}"
+        yield f"{key}.layers", problem
+    for position, entry in enumerate(budget.layers):
+        yield from _layer(entry, f"{key}.layers[{position}]", num_heads, num_lengths)
+
+
+def _quality(quality: Quality, key: str) -> _Problems:
+    numbers = [value for _, value in quality if isinstance(value, float)]
+    numbers += [value for _, value in quality.kept_over_k or ()]
+    numbers += quality.layer_rows_read or []
+    if not all(map(math.isfinite, numbers)):
+        yield key, f"must be finite, got {clipped(numbers)}"
+
+
+def _layer(entry: LayerThresholds, key: str, num_heads: int, num_lengths: int) -> _Problems:
+    if entry.k is not None and (len(entry.k) != num_heads or min(entry.k) <= 0):
+        yield f"{key}.k", f"{num_heads} positive numbers expected, got {clipped(entry.k)}"
+    for name, rows, width in (("law", entry.law, 2), ("theta", entry.theta, num_lengths)):
+        if len(rows) != num_heads:
+            yield f"{key}.{name}", f"{num_heads} query heads expected, got {len(rows)}"
+        for head, row in enumerate(rows):
+            if len(row) != width:
+                yield f"{key}.{name}[{head}]", f"{width} numbers expected, got {len(row)}"
+            if not all(-_MAX_THETA < number < _MAX_THETA for number in row):
+                yield f"{key}.{name}[{head}]", f"must be finite, got {clipped(row)}"

@@ -1,5 +1,7 @@
 """What a threshold table holds: its parts as strict models."""
 
+from typing import Annotated, TypeVar
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -7,6 +9,10 @@ from topt_vllm.attention.common import Thetas
 from topt_vllm.model_identity import ModelIdentity
 
 SCHEMA_VERSION = 1
+
+_Item = TypeVar("_Item")
+# The first wrong item is enough: pydantic would keep a record of each, and a stranger's list may have millions.
+Items = Annotated[list[_Item], Field(fail_fast=True)]
 
 
 class ThresholdTableError(ValueError):
@@ -50,7 +56,7 @@ class Provenance(_Strict):
         date: ISO date.
     """
 
-    data: list[TextSource] = Field(min_length=1)
+    data: Items[TextSource] = Field(min_length=1)
     num_samples: int = Field(gt=0)
     tokens: int = Field(gt=0)
     max_seq_length: int = Field(gt=0)
@@ -94,7 +100,7 @@ class Quality(_Strict):
     loss_pct: float | None = None
     kl: float | None = None
     agreement: float | None = None
-    layer_rows_read: list[float] | None = None
+    layer_rows_read: Items[float] | None = None
 
     def sentence(self) -> str:
         """What was measured, for a log line."""
@@ -113,13 +119,13 @@ class LayerThresholds(_Strict):
         layer: Index in the model.
         law: Per query head [c0, c1] of θ(n) = c0 + c1 ln n.
         theta: Per query head, θ at each of the table's lengths.
-        k: Keys that a query head of this layer should keep, where the budget doesn't say it for all layers.
+        k: Keys that each query head of this layer should keep, where the budget doesn't say it for all layers.
     """
 
     layer: int
-    law: list[list[float]]
-    theta: list[list[float]]
-    k: int | None = None
+    law: Items[Items[float]]
+    theta: Items[Items[float]]
+    k: Items[int] | None = None
 
 
 class Budget(_Strict):
@@ -134,9 +140,9 @@ class Budget(_Strict):
     """
 
     k: int | None = Field(gt=0)
-    dense_layers: list[int]
+    dense_layers: Items[int]
     quality: Quality | None
-    layers: list[LayerThresholds]
+    layers: Items[LayerThresholds]
     name: str | None = None
 
     @property
@@ -144,12 +150,22 @@ class Budget(_Strict):
         """What chooses it: its k or its name."""
         return self.k if self.k is not None else str(self.name)
 
-    def ks(self) -> dict[int, int]:
-        """Keys that a query head should keep, by layer, for the sparse layers where that is said."""
-        known = {
-            entry.layer: entry.k or self.k for entry in self.layers if entry.layer not in self.dense_layers
+    def ks(self) -> dict[int, list[int]]:
+        """Keys that each query head should keep, by layer, for the sparse layers where that is said."""
+        known = {}
+        for entry in self.layers:
+            ks = [self.k] * len(entry.theta) if self.k is not None else entry.k
+            if ks is not None and entry.layer not in self.dense_layers:
+                known[entry.layer] = ks
+        return known
+
+    def thetas(self, lengths: list[int]) -> dict[int, Thetas]:
+        """Thresholds of the sparse layers, by layer index, at a table's lengths."""
+        return {
+            entry.layer: thetas_of(entry, lengths)
+            for entry in self.layers
+            if entry.layer not in self.dense_layers
         }
-        return {layer: k for layer, k in known.items() if k is not None}
 
 
 class ThresholdTable(_Strict):
@@ -168,8 +184,8 @@ class ThresholdTable(_Strict):
     producer: Producer
     model: ModelIdentity
     calibration: Provenance
-    lengths: list[int] = Field(min_length=1)
-    budgets: list[Budget] = Field(min_length=1)
+    lengths: Items[int] = Field(min_length=1)
+    budgets: Items[Budget] = Field(min_length=1)
 
     def budget(self, key: int | str | None) -> Budget:
         """The budget with this k or name; without one, the last: the calibrator's choice, or the largest k.
@@ -189,11 +205,17 @@ class ThresholdTable(_Strict):
 
     def thetas(self, budget: Budget) -> dict[int, Thetas]:
         """Thresholds of the budget's sparse layers, by layer index, float32 over all query heads."""
-        return {
-            entry.layer: thetas_of(entry, self.lengths)
-            for entry in budget.layers
-            if entry.layer not in budget.dense_layers
-        }
+        return budget.thetas(self.lengths)
+
+
+def keys_asked(ks: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """What budgets ask of rows: k keys, and never more than half of the context.
+
+    Args:
+        ks: int64, keys.
+        contexts: int64, context lengths; broadcast against ``ks``.
+    """
+    return torch.minimum(ks, contexts // 2).clamp(min=1)
 
 
 def thetas_of(entry: LayerThresholds, lengths: list[int]) -> Thetas:

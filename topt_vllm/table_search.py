@@ -52,7 +52,7 @@ def find_table(
     difference = identity.difference(table.model)
     if difference:
         raise ThresholdTableError(
-            f"{path}: model: this table belongs to {table.model.id}, not to {model}: {difference} "
+            f"{path}: model: this table belongs to {table.model.id[:80]}, not to {model}: {difference} "
             f"(served model against table). Calibrate one:\n    {calibrate_command(model)}"
         )
     return table, path

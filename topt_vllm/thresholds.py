@@ -3,6 +3,8 @@
 The format is described in the README, its parts are in ``table_schema.py``, its rules in ``table_check.py``.
 Loading is strict: whatever does not belong, is missing or does not add up is an error with the file and the key
 path. ``dump(load(x))`` gives the same bytes.
+
+A table may come from a stranger: ``table_yaml.py`` says what of YAML is refused.
 """
 
 import os
@@ -13,7 +15,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from topt_vllm.table_check import check
+from topt_vllm import table_yaml
+from topt_vllm.table_check import check, clipped
 from topt_vllm.table_schema import (
     SCHEMA_VERSION,
     Budget,
@@ -46,8 +49,6 @@ __all__ = [
 
 _HEADER = "# Thresholds of Top-Theta attention; written by `topt-vllm calibrate`. θ is in scaled logits.\n"
 
-# libyaml's loader is ten times faster than the pure Python one and just as safe.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -58,15 +59,7 @@ def load(path: str | os.PathLike[str]) -> ThresholdTable:
         ThresholdTableError: The file is missing, isn't YAML, or breaks the schema.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ThresholdTableError(f"{path}: can't be read: {error}") from error
-    try:
-        content = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ThresholdTableError(f"{path}: not valid YAML: {error}") from error
-    return _parse(content, path)
+    return _parse(table_yaml.read(path), path)
 
 
 def dumps(table: ThresholdTable) -> str:
@@ -117,20 +110,22 @@ def _parse(content: Any, path: Path) -> ThresholdTable:
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise ThresholdTableError(
-            f"{path}: schema_version is {version!r}, this release reads {SCHEMA_VERSION}; calibrate again"
+            f"{path}: schema_version is {clipped(version)}, this release reads {SCHEMA_VERSION}; calibrate again"
         )
     try:
         table = ThresholdTable.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ThresholdTableError(f"{path}: {_key_path(first['loc'])}: {_problem(first)}{more}") from error
+        # pydantic's own message repeats the file's content, whatever its size.
+        raise ThresholdTableError(f"{path}: {_key_path(first['loc'])}: {_problem(first)}{more}") from None
     check(table, path)
     return table
 
 
 def _key_path(location: tuple[int | str, ...]) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in location)
+    return "".join(parts).lstrip(".")
 
 
 def _problem(error: Any) -> str:
@@ -138,4 +133,4 @@ def _problem(error: Any) -> str:
         return "unknown key; remove it"
     if error["type"] == "missing":
         return "missing key"
-    return f"{error['msg']}, got {error['input']!r}"
+    return f"{error['msg']}, got {clipped(error['input'])}"
