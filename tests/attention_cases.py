@@ -6,18 +6,21 @@ from types import SimpleNamespace
 
 import torch
 
-from topt_vllm.attention import api
+from topt_vllm.attention import api, posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
 
 NAN = float("nan")
 GARBAGE_BLOCK = 2**31 - 1
+# What a cache of one byte an element may hold, by the code of a NaN; uint8 stands for posits.
+BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7F, torch.uint8: 0x80}
+SCALES = 0.037, 0.021  # of K and V in such a cache: no powers of two
 
 
 def implementation(name: str) -> api.Implementation:
     """An implementation by test name; ``cpu-scalar`` is the plain loop that checks the CPU kernel."""
     if name == "cpu-scalar":
         module = api.load_implementation("cpu", "cpu")[1]
-        return SimpleNamespace(decode=partial(module.decode, scalar=True))
+        return SimpleNamespace(decode=partial(module.decode, scalar=True), COUNTS_REACHED=True)
     return api.load_implementation(name, "cpu")[1]
 
 
@@ -43,7 +46,9 @@ class Case:
     scale: float
     softcap: float = 0.0
 
-    def run(self, name: str, statistics: torch.Tensor | None = None) -> torch.Tensor:
+    def run(
+        self, name: str, statistics: torch.Tensor | None = None, reached: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Output of an implementation, written into a buffer full of NaN."""
         out = torch.full_like(self.query, NAN)
         return api.decode(
@@ -57,6 +62,7 @@ class Case:
             self.softcap,
             out,
             statistics,
+            reached,
         )
 
     def rows(self) -> list[tuple[int, int, int]]:
@@ -69,10 +75,17 @@ class Case:
         return found
 
     def gather(self, sequence: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the first n tokens, each [Hkv, n, D]."""
+        """K and V of the first n tokens, each [Hkv, n, D]; those of a scaled cache in float64."""
         blocks = self.batch.block_table[sequence, : -(-n // self.cache.value.shape[2])].long()
-        pick = lambda part: part[blocks].transpose(0, 1).flatten(1, 2)[:, :n]  # noqa: E731
-        return pick(self.cache.key), pick(self.cache.value)
+        parts = []
+        for part, scale in (
+            (self.cache.key, self.cache.key_scale),
+            (self.cache.value, self.cache.value_scale),
+        ):
+            rows = part[blocks].transpose(0, 1).flatten(1, 2)[:, :n]
+            rows = posit.decode(rows) if self.cache.posit8 else rows
+            parts.append(rows if scale is None else rows.double() * scale.double())
+        return parts[0], parts[1]
 
     def scores64(self, row: int, sequence: int, n: int) -> torch.Tensor:
         """float64 [H, n]."""
@@ -101,6 +114,11 @@ def paged_cache(key: torch.Tensor, value: torch.Tensor) -> PagedCache:
     return cache
 
 
+def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values as a cache holds them; uint8 stands for posits."""
+    return posit.encode(values) if dtype == torch.uint8 else values.to(dtype)
+
+
 def random_case(
     contexts: list[tuple[int, int]],
     heads: int = 4,
@@ -122,8 +140,8 @@ def random_case(
         kv_heads: KV heads.
         head_dim: D.
         block_size: P.
-        dtype: Of the cache.
-        query_dtype: Of query and output; the cache's when None.
+        dtype: Of the cache; one of ``BYTES`` gives it scales.
+        query_dtype: Of query and output; the cache's when None, which must then be no byte.
         policy: Default: the policy's defaults.
         keep: Share of scores above θ, which lies in a gap between scores; None for no thresholds.
         softcap: 0 for none.
@@ -143,9 +161,13 @@ def random_case(
             used = min(block_size, context - start)
             key[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator)
             value[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator) + 0.3
-    cache = paged_cache(key.to(dtype), value.to(dtype))
-    finished = cache.value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
-    cache = replace(cache, value_sums=sums)
+    finished = value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
+    if dtype in BYTES:
+        key, value = key / SCALES[0], value / SCALES[1]
+    cache = replace(paged_cache(stored(key, dtype), stored(value, dtype)), value_sums=sums)
+    if dtype in BYTES:
+        scales = [torch.tensor([scale]) for scale in SCALES]
+        cache = replace(cache, key_scale=scales[0], value_scale=scales[1], posit8=dtype == torch.uint8)
     api.finish_blocks(implementation("reference"), cache, finished)
     rows = [rows for rows, _ in contexts]
     starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
@@ -240,6 +262,7 @@ def poison_unread_values(case: Case) -> Case:
         for start in range(0, n, size):
             part = read[:, start : start + size]
             needed[blocks[start // size], :, : part.shape[1]] |= part
-    value[~needed] = NAN
+    nan = BYTES.get(value.dtype)
+    (value if nan is None else value.view(torch.uint8))[~needed] = NAN if nan is None else nan
     poisoned = paged_cache(case.cache.key, value)
-    return replace(case, cache=replace(poisoned, value_sums=case.cache.value_sums))
+    return replace(case, cache=replace(case.cache, key=poisoned.key, value=poisoned.value))

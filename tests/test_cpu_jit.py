@@ -8,21 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_library import TINY, tiny_library
 
 from topt_vllm.attention.cpu import jit
-
-TINY = 'extern "C" int answer() { return 42; }\n'
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> jit.Library:
     """A library without torch headers, in its own cache folder."""
     monkeypatch.setenv("TOPT_CACHE_DIR", str(tmp_path / "cache"))
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    (folder / "tiny.cpp").write_text(TINY)
-    (folder / "tiny.h").write_text("// a header\n")
-    return jit.Library("tiny", folder, ("tiny.cpp",), ("-O0", "-fPIC"), ("1.0",))
+    return tiny_library(tmp_path / "csrc")
 
 
 def test_key_changes_with_everything_the_binary_depends_on(tiny: jit.Library) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import (
+    BYTES,
     NAN,
     Case,
     attend,
@@ -14,11 +15,12 @@ from attention_cases import (
     paged_cache,
     poison_unread_values,
     random_case,
+    stored,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topt_vllm.attention import api
+from topt_vllm.attention import api, posit
 from topt_vllm.attention.common import DecodeBatch, Policy, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
@@ -241,7 +243,9 @@ def test_rows_outside_the_batch_stay_as_they_are(impl: str) -> None:
 def oracle_error(case: Case, got: torch.Tensor) -> tuple[float, float]:
     """Largest error against fp64: of ``got``, and of eager attention in the cache's dtype."""
     exact = attend(case, torch.float64)
-    coarsest = min((case.query.dtype, case.cache.key.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+    # Bytes are decoded exactly, so a cache of bytes adds no rounding to that of the query's dtype.
+    cache_dtype = case.query.dtype if case.cache.key.dtype in BYTES else case.cache.key.dtype
+    coarsest = min((case.query.dtype, cache_dtype), key=lambda dtype: -torch.finfo(dtype).eps)
     eager = attend(case, coarsest)
     return float((got.double() - exact).abs().max()), float((eager.double() - exact).abs().max())
 
@@ -319,6 +323,114 @@ def test_multi_row_queries(impl: str, rows: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_mix(impl: str, dtype: torch.dtype, query_dtype: torch.dtype) -> None:
     check_against_oracle(impl, random_case([(1, 150)], dtype=dtype, query_dtype=query_dtype))
+
+
+def reads(impl: str, dtype: torch.dtype) -> bool:
+    """Whether an implementation reads a cache of this dtype."""
+    return impl != "triton" or dtype != torch.uint8
+
+
+BYTES_READ = [(impl, dtype) for impl in KERNELS for dtype in BYTES if reads(impl, dtype)]
+kernels_and_bytes = pytest.mark.parametrize(("impl", "dtype"), BYTES_READ)
+
+
+@kernels_and_bytes
+@pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
+def test_byte_caches(impl: str, dtype: torch.dtype, query_dtype: torch.dtype) -> None:
+    """A tile of 64 tokens, one of 16, an unfinished block; NaN in every slot that is not used."""
+    contexts = [(1, 391), (2, 70)]
+    check_against_oracle(impl, random_case(contexts, 6, 2, 80, 80, dtype, query_dtype))
+
+
+@kernels_and_bytes
+@pytest.mark.parametrize(("head_dim", "block_size"), [(64, 32), (128, 128), (256, 64)])
+def test_byte_caches_of_other_shapes(impl: str, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+    policy = Policy(group_keep="head", sink_tokens=2)
+    case = random_case([(1, 300)], 10, 2, head_dim, block_size, dtype, torch.bfloat16, policy, softcap=3.0)
+    check_against_oracle(impl, case)
+
+
+def byte_case(key: torch.Tensor, value: torch.Tensor, query: torch.Tensor, dtype: torch.dtype) -> Case:
+    """Dense attention of one head over one full block for each sequence.
+
+    Args:
+        key: uint8 codes [S, P, D].
+        value: uint8 codes [S, P, D].
+        query: [S, D].
+        dtype: What the codes are.
+    """
+    count, size, _ = key.shape
+    cache = paged_cache(key[:, None].view(dtype), value[:, None].view(dtype))
+    starts = torch.arange(count + 1, dtype=torch.int32)
+    table = torch.arange(count, dtype=torch.int32)[:, None]
+    batch = DecodeBatch(starts, torch.full((count,), size, dtype=torch.int32), table)
+    return Case(query[:, None], replace(cache, posit8=dtype == torch.uint8), batch, None, PLAIN, 1.0)
+
+
+def values_of(dtype: torch.dtype) -> torch.Tensor:
+    """float32 value of every code."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return posit.decode(codes) if dtype == torch.uint8 else codes.view(dtype).float()
+
+
+@cpu_kernels_only
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 256])
+def test_every_code_of_v_is_decoded(impl: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Sixteen tokens with weight 1/16 and the same V row: their mean is the row, but for the rounding of exp."""
+    codes = torch.arange(256, dtype=torch.uint8).view(-1, 1, head_dim).expand(-1, 16, -1)
+    query = torch.zeros(codes.shape[0], head_dim)
+    got = byte_case(torch.zeros_like(codes), codes, query, dtype).run(impl).flatten()
+    torch.testing.assert_close(got, values_of(dtype), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@cpu_kernels_only
+@pytest.mark.parametrize("dtype", BYTES, ids=str)
+@pytest.mark.parametrize("query_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [16, 64])
+def test_every_code_of_k_is_decoded(
+    impl: str, dtype: torch.dtype, query_dtype: torch.dtype, size: int
+) -> None:
+    """Code c stands in a channel of token c % P alone, and the query makes its score 1 or -1, nearly."""
+    values, codes, tokens = values_of(dtype), torch.arange(256), torch.arange(256) % size
+    key = torch.zeros(256, size, 64, dtype=torch.uint8)
+    key[codes, tokens, codes % 61] = codes.to(torch.uint8)
+    value = stored(torch.eye(size, 64), dtype).view(torch.uint8).expand(256, -1, -1)
+    query = torch.zeros(256, 64, dtype=query_dtype)
+    usual = values.isfinite() & (values != 0)
+    query[codes, codes % 61] = torch.where(usual, 1 / values.abs(), 1.0).to(query_dtype)
+    case = byte_case(key, value, query, dtype)
+    # The weight in float32 also where the query is bfloat16.
+    out = torch.full((256, 1, 64), NAN)
+    batch = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale)
+    got = api.decode(implementation(impl), *batch, out=out)[:, 0, :size]
+    scores = torch.zeros(256, size, dtype=torch.float64)
+    scores[codes, tokens] = values.double() * query[codes, codes % 61].double()
+    expected = scores.softmax(dim=1).float()
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+REFUSED_BYTES = {
+    "unmarked": (
+        lambda case: replace(case, cache=replace(case.cache, posit8=False)),
+        "posits are stored as torch.uint8",
+    ),
+    "screen": (
+        lambda case: replace(case, cache=replace(case.cache, key_screen=torch.zeros(1, 1, 1))),
+        "key_screen: expected none for K of 8 bits",
+    ),
+    "scale": (
+        lambda case: replace(case, cache=replace(case.cache, value_scale=torch.ones(2))),
+        "value_scale: expected one float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BYTES)
+def test_byte_caches_that_are_refused(what: str) -> None:
+    change, message = REFUSED_BYTES[what]
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        change(random_case([(1, 100)], dtype=torch.uint8, query_dtype=torch.bfloat16)).run("cpu")
 
 
 @kernels_only

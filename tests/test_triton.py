@@ -213,11 +213,11 @@ def test_number_of_splits_fills_the_device_and_respects_the_capacity():
             "seq_lens: expected int32, got torch.int64",
         ),
         (
-            lambda c: replace(c, cache=PagedCache(*[c.cache.value.to(torch.uint8)] * 2), thetas=None),
-            "key: expected .*float8_e4m3fn.*, got torch.uint8",
+            lambda c: replace(c, cache=PagedCache(*[c.cache.value.to(torch.int8)] * 2), thetas=None),
+            "key: expected .*float8_e4m3fn.*, got torch.int8",
         ),
     ],
-    ids=["query.dtype", "value.dtype", "value.stride", "int64 metadata", "uint8 cache"],
+    ids=["query.dtype", "value.dtype", "value.stride", "int64 metadata", "int8 cache"],
 )
 def test_refusals_name_argument_expected_and_got(change: Any, message: str):
     with pytest.raises(RuntimeError, match=message):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import RUNNER, assert_same_tokens, tokenizer
+from test_engine import assert_same_tokens, tokenizer
 
 from topt_vllm import thresholds
 
@@ -27,7 +27,7 @@ def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_engine(model: Path, prompts: list[list[int]], table: Path, implementation: str) -> dict[str, Any]:
-    """Outcome of one engine; see engine_run.py."""
+    """Outcome of one engine; see engine_main.py."""
     settings = {"thresholds": str(table), "k": 64, "implementation": implementation}
     engine = {
         "model": str(model),
@@ -40,10 +40,11 @@ def run_engine(model: Path, prompts: list[list[int]], table: Path, implementatio
         "additional_config": {"toptheta": settings},
         "enforce_eager": True,
         "seed": 0,
+        "logprobs_mode": "raw_logits",
     }
-    request = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS}
+    request = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "forced": None}
     run = subprocess.run(
-        [sys.executable, str(RUNNER)],
+        [sys.executable, "-m", "topt_vllm.verify.engine_main"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -63,8 +64,8 @@ def test_triton_gives_the_tokens_of_the_cpu_kernel(smollm2: Path, unseen_play: P
     triton = run_engine(smollm2, prompts, short_table, "triton")
     assert_same_tokens(triton, cpu)
     ours, theirs = triton["totals"], cpu["totals"]
-    assert ours["toptheta_decode_rows"] == theirs["toptheta_decode_rows"] > 0
-    assert ours["toptheta_v_rows_read"] < 0.7 * ours["toptheta_v_rows"]
+    assert ours["toptheta:decode_rows_total"] == theirs["toptheta:decode_rows_total"] > 0
+    assert ours["toptheta:v_rows_read_total"] < 0.7 * ours["toptheta:v_rows_total"]
     # The same rows but for rounding: of scores near θ, and of what the layers below passed on.
-    assert ours["toptheta_v_rows_read"] == pytest.approx(theirs["toptheta_v_rows_read"], rel=0.01)
-    assert ours["toptheta_dropped_mass"] == pytest.approx(theirs["toptheta_dropped_mass"], rel=0.02)
+    assert ours["toptheta:v_rows_read_total"] == pytest.approx(theirs["toptheta:v_rows_read_total"], rel=0.01)
+    assert ours["toptheta:dropped_mass_sum"] == pytest.approx(theirs["toptheta:dropped_mass_sum"], rel=0.02)

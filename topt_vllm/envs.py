@@ -21,7 +21,8 @@ VARIABLES = {
     ),
     "TOPT_CACHE_DIR": Variable(
         "~/.cache/topt_vllm",
-        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset.",
+        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset. Kernels are only "
+        "loaded from a folder that no other user but root owns or can write to.",
     ),
     "TOPT_CPU_CAPABILITY": Variable(
         "auto",

@@ -6,6 +6,7 @@ from typing import Protocol, cast
 
 import torch
 
+from topt_vllm.attention import posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
 
 IMPLEMENTATIONS = {
@@ -45,6 +46,26 @@ class ScreenImplementation(Implementation, Protocol):
         ...
 
 
+class CountingImplementation(Implementation, Protocol):
+    """An implementation that counts by row and query head how many keys reach θ; ``adapt`` asks for one."""
+
+    COUNTS_REACHED: bool
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        thetas: Thetas | None,
+        policy: Policy,
+        scale: float,
+        softcap: float,
+        out: torch.Tensor,
+        statistics: torch.Tensor | None,
+        reached: torch.Tensor | None = None,
+    ) -> None: ...
+
+
 def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
     """Imports an implementation and does its one-time work (compiling), so that the first step is not slow.
 
@@ -82,6 +103,17 @@ def screening(implementation: Implementation) -> ScreenImplementation:
     return cast(ScreenImplementation, implementation)
 
 
+def counting(implementation: Implementation) -> CountingImplementation:
+    """The implementation as one that counts the keys that reach θ.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if not getattr(implementation, "COUNTS_REACHED", False):
+        raise ValueError("this implementation doesn't count keys by query head; cpu and reference do")
+    return cast(CountingImplementation, implementation)
+
+
 def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
     """Brings what is stored per block up to date after the last slot of blocks was written.
 
@@ -96,7 +128,8 @@ def finish_blocks(implementation: Implementation, cache: PagedCache, finished_bl
     if not finished_blocks.numel():
         return
     if cache.value_sums is not None:
-        sums = cache.value[finished_blocks].sum(dim=2, dtype=torch.float32)
+        rows = cache.value[finished_blocks]
+        sums = (posit.decode(rows) if cache.posit8 else rows).sum(dim=2, dtype=torch.float32)
         cache.value_sums.index_copy_(0, finished_blocks, sums)
     if cache.key_screen is not None:
         screening(implementation).update_screen(cache, finished_blocks)
@@ -113,6 +146,7 @@ def decode(
     softcap: float = 0.0,
     out: torch.Tensor | None = None,
     statistics: torch.Tensor | None = None,
+    reached: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Top-Theta attention of the rows of a decode batch over a paged KV cache.
 
@@ -127,6 +161,8 @@ def decode(
         softcap: Logits softcap, 0 for none.
         out: [R, H, D] to write into; allocated when None.
         statistics: float64 accumulators to add to (:class:`~topt_vllm.attention.common.Stat`).
+        reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
+            that are dense for their length add nothing. Needs an implementation that :func:`counting` takes.
 
     Returns:
         ``out``.
@@ -137,8 +173,11 @@ def decode(
     _check(query, cache, batch, thetas, policy)
     if out is None:
         out = torch.empty_like(query)
-    if query.shape[0]:
-        implementation.decode(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
+    arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics
+    if query.shape[0] and reached is None:
+        implementation.decode(*arguments)
+    elif query.shape[0]:
+        counting(implementation).decode(*arguments, reached)
     return out
 
 
@@ -150,6 +189,11 @@ def _check(
     if cache.key.shape != cache.value.shape:
         raise ValueError(
             f"key cache {tuple(cache.key.shape)} and value cache {tuple(cache.value.shape)} differ"
+        )
+    if cache.posit8 != (cache.key.dtype == torch.uint8):
+        raise ValueError(
+            f"cache has posit8 = {cache.posit8} and holds {cache.key.dtype}; posits are stored as torch.uint8, and "
+            "torch.uint8 is no other format: take a view with the fp8 dtype, or set posit8"
         )
     if value_dim != head_dim or num_heads % num_kv_heads:
         raise ValueError(

@@ -88,6 +88,18 @@ class Thetas:
         weight = math.log2(seq_len / lengths[left]) / math.log2(lengths[right] / lengths[left])
         return torch.lerp(self.theta[:, left], self.theta[:, right], weight)
 
+    def at_each(self, contexts: torch.Tensor) -> torch.Tensor:
+        """:meth:`at` for many context lengths at once: int64 [r] to float32 [H, r]."""
+        lengths, n = self.lengths.float(), contexts.float()
+        right = torch.searchsorted(lengths, n).clamp(1, max(len(lengths) - 1, 1)).clamp(max=len(lengths) - 1)
+        left = (right - 1).clamp(min=0)
+        span = (lengths[right] / lengths[left]).log2().clamp(min=1e-9)
+        weight = ((n / lengths[left]).log2() / span).clamp(0, 1)
+        theta = self.theta[:, left].lerp(self.theta[:, right], weight)
+        beyond = self.law[:, :1] + self.law[:, 1:] * n.log()
+        theta = torch.where(n > lengths[-1], beyond, theta)
+        return theta.masked_fill(n < lengths[0], -math.inf)
+
     def to(self, device: torch.device) -> "Thetas":
         """The same thresholds on a device."""
         return Thetas(self.lengths.to(device), self.theta.to(device), self.law.to(device))
@@ -110,6 +122,8 @@ class PagedCache:
             layout; with it, keys that can't reach θ are dropped without reading their K. None for none.
         key_scale: float32 [1], K is what is stored times this; None for 1. For fp8 caches.
         value_scale: float32 [1], as ``key_scale`` for V; ``value_sums`` are sums of what is stored.
+        posit8: K and V are uint8 codes of 8-bit posits (:mod:`topt_vllm.attention.posit`), for which torch has no
+            dtype. vLLM has no such cache; this is for callers of the operator.
     """
 
     key: torch.Tensor
@@ -118,6 +132,7 @@ class PagedCache:
     key_screen: torch.Tensor | None = None
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
+    posit8: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ Source: Top-Theta attention, arXiv 2502.08363, section 3 (thresholds) and its ex
 
 import torch
 
+from topt_vllm.attention import posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+
+COUNTS_REACHED = True
 
 
 def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
@@ -60,6 +63,7 @@ def attend_row(
     softcap: float = 0.0,
     dense_from: int | None = None,
     statistics: torch.Tensor | None = None,
+    reached: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query row over plain tensors.
 
@@ -73,6 +77,7 @@ def attend_row(
         softcap: Logits softcap, 0 for none.
         dense_from: First key of the unfinished last block; None when there is no paging.
         statistics: Accumulators to add to, indexed by :class:`Stat`.
+        reached: int64 [H], counters of keys with s_j >= θ(n) to add to; none where θ is −inf.
 
     Returns:
         float32 [H, D].
@@ -102,6 +107,8 @@ def attend_row(
         statistics[Stat.V_ROWS_READ] += read.sum()
         statistics[Stat.DROPPED_MASS] += dropped.sum()
         statistics[Stat.K_ROWS_READ] += read.numel()
+    if reached is not None and theta is not None and n > policy.min_seq_len:
+        reached += ((scores >= theta[:, None]) & ~torch.isneginf(theta)[:, None]).sum(dim=-1)
     return out
 
 
@@ -115,6 +122,7 @@ def decode(
     softcap: float,
     out: torch.Tensor,
     statistics: torch.Tensor | None,
+    reached: torch.Tensor | None = None,
 ) -> None:
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
     block_size = cache.value.shape[2]
@@ -122,8 +130,8 @@ def decode(
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
         blocks = batch.block_table[sequence, : -(-last_len // block_size)].long()
-        key = _gather(cache.key, blocks, cache.key_scale)
-        value = _gather(cache.value, blocks, cache.value_scale)
+        key = _gather(cache.key, blocks, cache.key_scale, cache.posit8)
+        value = _gather(cache.value, blocks, cache.value_scale, cache.posit8)
         for row in range(first, end):
             n = last_len - (end - 1 - row)
             out[row] = attend_row(
@@ -136,10 +144,14 @@ def decode(
                 softcap,
                 dense_from=n // block_size * block_size if policy.compensation == "vmean" else None,
                 statistics=statistics,
+                reached=None if reached is None else reached[row],
             ).to(out.dtype)
 
 
-def _gather(part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """K or V of a sequence's blocks, [Hkv, n, D]; fp8 as float32, times its scale."""
+def _gather(
+    part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None, posit8: bool
+) -> torch.Tensor:
+    """K or V of a sequence's blocks, [Hkv, n, D]; posits as float32, and what has a scale as float32 times it."""
     rows = part[blocks].transpose(0, 1).flatten(1, 2)
+    rows = posit.decode(rows) if posit8 else rows
     return rows if scale is None else rows.float() * scale

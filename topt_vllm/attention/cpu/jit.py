@@ -1,9 +1,10 @@
 """Compiles a C++ operator library on first use and keeps it in the user's cache folder.
 
 The file's name carries a key over everything that its content depends on, so a stale library is never loaded and
-two versions live side by side. Nothing here runs at import.
+two versions live side by side. ``kernel_cache.py`` says which files are trusted. Nothing here runs at import.
 """
 
+import errno
 import hashlib
 import os
 import platform
@@ -13,11 +14,13 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 
 from topt_vllm import envs
+from topt_vllm.attention.cpu import kernel_cache
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd")
@@ -56,7 +59,10 @@ def capability_flags(name: str) -> tuple[str, ...]:
     if name == "avx512":
         # Every CPU with AVX512-BF16 has VNNI too.
         bf16 = ("-mavx512bf16", "-mavx512vnni") if torch.cpu._is_avx512_bf16_supported() else ()
-        return (*select, *_AVX512, *bf16)
+        # Byte lookups in registers; a torch too old to say leaves the shifts.
+        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        vbmi = ("-mavx512vbmi",) if known.get("avx512_vbmi") else ()
+        return (*select, *_AVX512, *bf16, *vbmi)
     return (*select, *_AVX2) if name == "avx2" else select
 
 
@@ -116,7 +122,8 @@ class Library:
     @property
     def path(self) -> Path:
         """Where the library lies once built."""
-        return envs.cache_dir() / "kernels" / f"{self.namespace}.so"
+        # Without symbolic links: what is checked is what is loaded.
+        return envs.cache_dir().resolve() / "kernels" / f"{self.namespace}.so"
 
 
 def torch_library(name: str, folder: Path, sources: tuple[str, ...], extra: tuple[str, ...] = ()) -> Library:
@@ -136,9 +143,12 @@ def torch_library(name: str, folder: Path, sources: tuple[str, ...], extra: tupl
 
 
 def load(library: Library) -> Path:
-    """Loads the library into torch.ops, building it first if it is missing or can't be loaded.
+    """Loads the library into torch.ops, building it first if it is missing or damaged.
+
+    Of processes that start at once, one builds and the others wait for it. A killed one leaves its lock open.
 
     Raises:
+        CacheError: The cache folder isn't to be trusted, or a library is missing there and it can't be written.
         RuntimeError: No compiler, or it failed, now or earlier in this process; the message has its output and the
             remedy.
     """
@@ -147,28 +157,42 @@ def load(library: Library) -> Path:
         return path
     if path in _failures:
         raise RuntimeError(_failures[path])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        # Another process may have built it while this one waited.
-        if not _try_load(path):
-            try:
-                build(library, path)
-            except RuntimeError as error:
-                _failures[path] = str(error)
-                raise
-            torch.ops.load_library(str(path))
+    kernel_cache.create_folder(path.parent)
+    try:
+        with FileLock(f"{path}.lock"):
+            # Another process may have built it while this one waited.
+            if not _try_load(path):
+                kernel_cache.remove_leftovers(path)
+                _build_and_load(library, path)
+    except OSError as error:
+        raise kernel_cache.unwritable(path.parent, error) from error
     return path
 
 
 def _try_load(path: Path) -> bool:
-    if not path.exists():
+    if not path.parent.exists():
+        return False
+    kernel_cache.check_folder(path.parent)
+    if not kernel_cache.is_sound(path):
         return False
     try:
         torch.ops.load_library(str(path))
     except OSError:
-        # A damaged file: the caller builds it again.
+        # Whole, but not for this system, such as another C++ runtime: the caller builds it again.
         return False
     return True
+
+
+def _build_and_load(library: Library, path: Path) -> None:
+    try:
+        build(library, path)
+    except RuntimeError as error:
+        _failures[path] = str(error)
+        raise
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise RuntimeError(f"the CPU kernel was compiled, but {path} can't be loaded: {error}") from error
 
 
 def build(library: Library, path: Path) -> None:
@@ -176,30 +200,35 @@ def build(library: Library, path: Path) -> None:
     compiler = find_compiler()
     root = Path(torch.__file__).parent
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=kernel_cache.build_prefix(path)) as folder:
         commands = []
         for source in library.sources:
             target = str(Path(folder) / f"{source}.o")
             define = f"-DTOPT_LIBRARY={library.namespace}"
             unit = str(library.folder / source)
             commands.append([compiler, *library.flags, define, *includes, "-c", unit, "-o", target])
-        _run_all(commands)
+        _run_all(commands, folder)
         # No -fopenmp here: GOMP's symbols must come from the runtime that libtorch_cpu already loaded. Naming
         # libgomp would bring the system's copy, and a second thread pool, where torch bundles its own.
         objects = [command[-1] for command in commands]
         sanitizers = [flag for flag in library.flags if flag.startswith("-fsanitize")]
         linked = str(Path(folder) / "library.so")
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run_all([[compiler, "-shared", *sanitizers, *objects, "-o", linked, *libraries]])
+        _run_all([[compiler, "-shared", *sanitizers, *objects, "-o", linked, *libraries]], folder)
+        kernel_cache.seal(Path(linked))
         os.replace(linked, path)
 
 
-def _run_all(commands: list[list[str]]) -> None:
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
+def _run_all(commands: list[list[str]], folder: str) -> None:
+    """Runs compilers side by side, with their temporary files in ``folder`` and their messages in English."""
+    environment = os.environ | {"TMPDIR": folder, "LC_ALL": "C"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        running = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+    except OSError as error:
+        raise RuntimeError(f"{commands[0][0]} can't be started: {error}. {_REMEDY}") from error
     outputs = [process.communicate()[0] for process in running]
     for command, process, output in zip(commands, running, outputs, strict=True):
         if process.returncode:
-            raise RuntimeError(f"compiling the CPU kernel failed.\n{' '.join(command)}\n{output}\n{_REMEDY}")
+            remedy = kernel_cache.REMEDY if os.strerror(errno.ENOSPC) in output else _REMEDY
+            raise RuntimeError(f"compiling the CPU kernel failed.\n{' '.join(command)}\n{output}\n{remedy}")

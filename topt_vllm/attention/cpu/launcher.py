@@ -11,10 +11,12 @@ from topt_vllm.attention.cpu import jit
 
 _FOLDER = Path(__file__).parent / "csrc"
 
+COUNTS_REACHED = True
+
 
 @cache
 def _operators() -> Any:
-    library = jit.torch_library("topt", _FOLDER, ("binding.cpp", "kernel.cpp"))
+    library = jit.torch_library("topt", _FOLDER, ("binding.cpp", "kernel.cpp", "kernel_bytes.cpp"))
     jit.load(library)
     return getattr(torch.ops, library.namespace)
 
@@ -42,13 +44,15 @@ def decode(
     softcap: float,
     out: torch.Tensor,
     statistics: torch.Tensor | None,
+    reached: torch.Tensor | None = None,
     scalar: bool = False,
 ) -> None:
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
 
     Args:
         query: [R, H, D].
-        cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D].
+        cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D]; bfloat16, float16, float32,
+            float8_e4m3fn, float8_e5m2, or uint8 with ``posit8``.
         batch: Rows, context lengths and block table, int32.
         thetas: Thresholds, or None for θ = −inf.
         policy: Selection and compensation.
@@ -56,6 +60,7 @@ def decode(
         softcap: Logits softcap, 0 for none.
         out: [R, H, D], written.
         statistics: float64 [7] to add to, or None.
+        reached: int64 [R, H] to add to, or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
     _operators().decode(
@@ -79,6 +84,10 @@ def decode(
         out,
         statistics,
         cache.key_screen,
+        reached,
+        cache.key_scale,
+        cache.value_scale,
+        cache.posit8,
         scalar,
     )
 

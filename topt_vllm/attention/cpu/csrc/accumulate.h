@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ahead.h"
+#include "bytes.h"
 #include "vector.h"
 
 namespace topt {
@@ -17,23 +18,25 @@ inline void accumulate_tile(float* acc, int64_t acc_stride, const float* weights
   for (int m = 0; m < MT; ++m) {
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) sum[m][c] = load16(acc + m * acc_stride + dim + c * kLanes);
+    Columns<T, C>::reorder(sum[m]);
   }
+  const Columns<T, C> columns;
   for (int i = 0; i < count; ++i) {
     for (int d = 0; d < ask_dim && i + kRowsAhead < count; d += kLineBytes / static_cast<int>(sizeof(T))) {
       ask(rows[i + kRowsAhead] + d);
     }
     Vec16 row[C];
-    TOPT_UNROLL
-    for (int c = 0; c < C; ++c) row[c] = load16(rows[i] + dim + c * kLanes);
+    columns.load(rows[i] + dim, row);
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       const Vec16 weight(weights[m * weight_stride + i]);
-  TOPT_UNROLL
+      TOPT_UNROLL
       for (int c = 0; c < C; ++c) sum[m][c] = fma16(weight, row[c], sum[m][c]);
     }
   }
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
+    columns.reorder(sum[m]);
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) store16(acc + m * acc_stride + dim + c * kLanes, sum[m][c]);
   }

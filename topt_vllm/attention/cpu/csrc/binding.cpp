@@ -25,6 +25,18 @@ topt::DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// What K or V holds. uint8 is no format by itself: a cache has to say that it holds posits.
+topt::DType stored_dtype_of(const Tensor& t, const char* name, bool posit8) {
+  TORCH_CHECK(posit8 == (t.scalar_type() == at::kByte), name, ": expected uint8 for posits and for nothing else, got ",
+              t.scalar_type(), posit8 ? " for posits" : " without posit8");
+  switch (t.scalar_type()) {
+    case at::kByte: return topt::DType::kPosit8;
+    case at::kFloat8_e4m3fn: return topt::DType::kE4M3;
+    case at::kFloat8_e5m2: return topt::DType::kE5M2;
+    default: return dtype_of(t, name);
+  }
+}
+
 void check(const Tensor& t, const char* name, int64_t dims, at::ScalarType dtype) {
   TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got shape ", t.sizes());
   TORCH_CHECK(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
@@ -85,6 +97,13 @@ void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const o
   }
 }
 
+float scale_of(const optional<Tensor>& scale, const char* name) {
+  if (!scale) return 1.0f;
+  TORCH_CHECK(scale->scalar_type() == at::kFloat && scale->numel() == 1 && scale->device().is_cpu(), name,
+              ": expected one float32 on the CPU, got ", scale->scalar_type(), " ", scale->sizes());
+  return *scale->const_data_ptr<float>();
+}
+
 void set_batch(topt::Problem& p, const Tensor& starts, const Tensor& seq_lens, const Tensor& block_table) {
   check(starts, "query_start_loc", 1, at::kInt);
   check(seq_lens, "seq_lens", 1, at::kInt);
@@ -127,6 +146,15 @@ void set_thetas(topt::Problem& p, const optional<Tensor>& lengths, const optiona
   TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
 }
 
+void set_reached(topt::Problem& p, const Tensor& query, const optional<Tensor>& reached) {
+  p.reached = nullptr;
+  if (!reached) return;
+  check(*reached, "reached", 2, at::kLong);
+  TORCH_CHECK(reached->is_contiguous() && reached->size(0) == query.size(0) && reached->size(1) == p.num_heads,
+              "reached: expected contiguous [", query.size(0), ", ", p.num_heads, "], got ", reached->sizes());
+  p.reached = reached->data_ptr<int64_t>();
+}
+
 void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped, bool scalar) {
   if (scalar) return topt::run_scalar(p, cache, counts, dropped);
   // One workspace per calling thread; it grows to the largest call and stays.
@@ -166,7 +194,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             const optional<Tensor>& lengths, const optional<Tensor>& theta, const optional<Tensor>& law,
             int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens, bool keep_union, bool vmean, double scale,
             double softcap, Tensor out, const optional<Tensor>& statistics, const optional<Tensor>& key_screen,
-            bool scalar) {
+            const optional<Tensor>& reached, const optional<Tensor>& key_scale, const optional<Tensor>& value_scale,
+            bool posit8, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -175,6 +204,9 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.vmean = vmean;
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
+  const topt::DType stored = stored_dtype_of(key, "key", posit8);
+  TORCH_CHECK(!key_screen || key.element_size() > 1, "key_screen: expected none for K of 8 bits, whose copy would be as ",
+              "large as K itself");
   set_screen(p, key_screen);
   TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
               p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
@@ -185,12 +217,14 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
   p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
-  p.scale = static_cast<float>(scale);
+  p.scale = static_cast<float>(scale) * scale_of(key_scale, "key_scale");
+  p.value_scale = scale_of(value_scale, "value_scale");
   p.softcap = static_cast<float>(softcap);
   if (p.query_start_loc[p.num_sequences] == p.query_start_loc[0]) return;
   topt::Counts counts;
+  set_reached(p, query, reached);
   double dropped = 0;
-  run(p, dtype_of(key, "key"), counts, dropped, scalar);
+  run(p, stored, counts, dropped, scalar);
   if (statistics) add_statistics(p, counts, dropped, *statistics);
 }
 
@@ -237,7 +271,8 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "decode(Tensor query, Tensor key, Tensor value, Tensor? value_sums, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, int min_seq_len, int sink_tokens, "
       "int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
-      "Tensor(b!)? statistics, Tensor? key_screen, bool scalar) -> ()");
+      "Tensor(b!)? statistics, Tensor? key_screen, Tensor(c!)? reached, Tensor? key_scale, "
+      "Tensor? value_scale, bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def("encode_screen(Tensor key, Tensor blocks, Tensor(a!) key_screen) -> ()");
   m.impl("encode_screen", c10::DispatchKey::CPU, TORCH_FN(encode_screen));

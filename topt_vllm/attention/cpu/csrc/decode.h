@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "accumulate.h"
+#include "bytes.h"
 #include "schedule.h"
 #include "score.h"
 #include "screen.h"
@@ -101,6 +102,17 @@ auto with_dtype(DType dtype, F&& visit) {
   }
 }
 
+// The same for what a cache may hold.
+template <typename F>
+auto with_stored(DType dtype, F&& visit) {
+  switch (dtype) {
+    case DType::kE4M3: return visit(E4M3());
+    case DType::kE5M2: return visit(E5M2());
+    case DType::kPosit8: return visit(Posit8());
+    default: return with_dtype(dtype, visit);
+  }
+}
+
 // One row of one head to or from float32 [D].
 inline void load_row(const Rows& rows, int64_t row, int64_t head, int dim, float* target) {
   with_dtype(rows.dtype, [&](auto element) {
@@ -157,11 +169,11 @@ class Decoder {
         const float lost = sum16(load16(state.dropped + m * kLanes));
         const float total = sum16(load16(state.used + m * kLanes)) + lost;
         const float share = n > 0 ? lost / total : 0.0f;
-        const float norm = n > 0 ? 1.0f / total : 0.0f;
+        const float norm = n > 0 ? p.value_scale / total : 0.0f;
         dropped += share;
         float* result = s.query;
         for (int d = 0; d < p.head_dim; d += kLanes) store16(result + d, load16(acc + d) * Vec16(norm));
-        const Vec16 mean(share / static_cast<float>(n));
+        const Vec16 mean(p.value_scale * share / static_cast<float>(n));
         for (int d = 0; d < p.head_dim && compensate; d += kLanes) {
           store16(result + d, fma16(mean, load16(sums + d), load16(result + d)));
         }
@@ -323,7 +335,7 @@ class Decoder {
   void select(const Item& item, int row, int start, int count, State& state, Counts& counts) {
     const int words = (count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(row, g, start, count, state, counts); });
+    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, start, count, state, counts); });
     const int pending = s.count[row];
     gather(item, row, start, words, counts);
     if (s.count[row] - pending < count) state.skipped[row] += 1;
@@ -339,12 +351,13 @@ class Decoder {
 
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
   template <int MT>
-  void mark(int row, int g, int start, int count, State& state, Counts& counts) {
+  void mark(const Item& item, int row, int g, int start, int count, State& state, Counts& counts) {
     const int first = row * group + g, stride = tile_tokens(p);
     const KeepRule* rules = s.rules + first;
     float* scores = this->scores + static_cast<int64_t>(first) * stride;
     bool forced = false;
     Vec16 best[MT];
+    int reached[MT] = {};
     for (int m = 0; m < MT; ++m) {
       best[m] = Vec16(-kInfinity);
       forced |= rules[m].dense || start < rules[m].low || start + count > rules[m].high;
@@ -361,23 +374,33 @@ class Decoder {
         store16(at, score);
         best[m] = max16(score, best[m]);
         uint32_t mask = ge16(score, rules[m].theta);
+        reached[m] += std::popcount(mask);
         if (forced) {
+          const int before = std::popcount(mask);
           mask |= rules[m].dense ? 0xffff : below(rules[m].low - start - t) | ~below(rules[m].high - start - t);
           mask &= valid;
+          counts.kept += std::popcount(mask) - before;
         }
         if (!p.keep_union) s.kept[(g + m) * (stride / kLanes) + t / kLanes] = mask;
         read |= mask;
-        counts.kept += std::popcount(mask);
       }
       s.read[t / kLanes] = read;
     }
     for (int m = 0; m < MT; ++m) {
+      counts.kept += reached[m];
+      if (p.reached && !rules[m].dense) count_reached(item.row + row, item.kv_head * group + g + m, reached[m]);
       const float largest = max_lane16(best[m]);
       if (largest > state.max[first + m] + kMaxSlack) {
         flush(row, state);
         raise(first + m, largest, state);
       }
     }
+  }
+
+  // Threads may share a row.
+  void count_reached(int row, int head, int count) const {
+    int64_t& total = p.reached[static_cast<int64_t>(row) * p.num_heads + head];
+    std::atomic_ref(total).fetch_add(count, std::memory_order_relaxed);
   }
 
   // Lanes whose index is below `limit`.

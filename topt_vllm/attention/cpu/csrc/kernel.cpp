@@ -6,16 +6,24 @@
 
 namespace topt {
 
+// In kernel_bytes.cpp, which is compiled beside this file.
+extern template void run_worker<E4M3>(const Problem&, Shared&, int);
+extern template void run_worker<E5M2>(const Problem&, Shared&, int);
+extern template void run_worker<Posit8>(const Problem&, Shared&, int);
+extern template void decode_scalar<E4M3>(const Problem&, Counts&, double&);
+extern template void decode_scalar<E5M2>(const Problem&, Counts&, double&);
+extern template void decode_scalar<Posit8>(const Problem&, Counts&, double&);
+
 void prepare_call(const Problem& p, DType cache, int threads, Shared& shared) {
-  with_dtype(cache, [&](auto element) { prepare<decltype(element)>(p, threads, shared); });
+  with_stored(cache, [&](auto element) { prepare<decltype(element)>(p, threads, shared); });
 }
 
 void run_call(const Problem& p, DType cache, Shared& shared, int worker) {
-  with_dtype(cache, [&](auto element) { run_worker<decltype(element)>(p, shared, worker); });
+  with_stored(cache, [&](auto element) { run_worker<decltype(element)>(p, shared, worker); });
 }
 
 void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass) {
-  with_dtype(cache, [&](auto element) { decode_scalar<decltype(element)>(p, counts, dropped_mass); });
+  with_stored(cache, [&](auto element) { decode_scalar<decltype(element)>(p, counts, dropped_mass); });
 }
 
 void encode_screen_block(const Problem& p, DType cache, int64_t block, int kv_head) {

@@ -7,7 +7,8 @@
 
 namespace topt {
 
-enum class DType : int { kBFloat16, kHalf, kFloat };
+// Query and output have one of the first three, the cache any.
+enum class DType : int { kBFloat16, kHalf, kFloat, kE4M3, kE5M2, kPosit8 };
 
 // Strides are in elements.
 struct Rows {
@@ -26,6 +27,7 @@ struct Problem {
   const void* value;  // [B, Hkv, P, D]
   int64_t key_block_stride, key_head_stride, key_dim_stride;
   int64_t value_block_stride, value_head_stride, value_token_stride;
+  float value_scale;  // V is what is stored times this; that of K is part of `scale`
   const float* value_sums;  // [B, Hkv, D], or null
   int64_t sums_block_stride, sums_head_stride;
   char* screen;  // [B, Hkv, ScreenBlock::bytes], or null
@@ -40,6 +42,7 @@ struct Problem {
   const float* theta;      // [H, L]
   const float* law;        // [H, 2]
   int num_lengths;
+  int64_t* reached;        // [R, H], keys that reach theta are added where a row has one; or null
 
   int num_sequences, num_heads, num_kv_heads, head_dim, block_size;
   int min_seq_len, sink_tokens, recent_tokens;

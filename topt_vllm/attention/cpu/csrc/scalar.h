@@ -38,6 +38,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
             kept[g * n + j] = keep;
             read[j] |= keep;
             counts.kept += keep;
+            if (p.reached && !rule.dense) p.reached[row * p.num_heads + kv_head * group + g] += score >= rule.theta;
           }
         }
         std::fill(sums.begin(), sums.end(), 0.0f);
@@ -75,7 +76,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
           for (int d = 0; d < p.head_dim; ++d) {
             double value = n > 0 ? acc[d] / total : 0.0;
             if (p.vmean && drops) value += dropped / total * sums[d] / n;
-            result[d] = static_cast<float>(value);
+            result[d] = static_cast<float>(value * p.value_scale);
           }
           store_row(p.out, row, kv_head * group + g, p.head_dim, result.data());
         }

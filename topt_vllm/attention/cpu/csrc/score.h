@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "ahead.h"
+#include "bytes.h"
 #include "vector.h"
 
 namespace topt {
@@ -36,11 +37,11 @@ inline void score_tile(const float* query, int dim, const T* key, int64_t dim_st
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) acc[m][c] = Vec16(0.0f);
   }
+  const Columns<T, C> columns;
   for (int d = 0; d < dim; ++d) {
     if (d % rows == 0) asks.ask_step();
     Vec16 column[C];
-    TOPT_UNROLL
-    for (int c = 0; c < C; ++c) column[c] = load16(key + d * dim_stride + c * kLanes);
+    columns.load(key + d * dim_stride, column);
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       const Vec16 q(query[m * dim + d]);
@@ -50,6 +51,7 @@ inline void score_tile(const float* query, int dim, const T* key, int64_t dim_st
   }
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
+    columns.reorder(acc[m]);
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) store16(scores + m * score_stride + c * kLanes, acc[m][c]);
   }
@@ -115,6 +117,47 @@ inline void score_tile_pairs(const c10::BFloat16* query, int dim, const c10::BFl
 }
 #endif
 
+#if TOPT_BF16_DOT && TOPT_BYTE_TABLES
+
+constexpr int kByteTokens = 64;
+
+// The same for 64 tokens in one byte an element: pairs of codes become pairs of bfloat16, once for all MT vectors.
+template <int MT, typename T>
+inline void score_tile_bytes(const c10::BFloat16* query, int dim, const T* key, int64_t dim_stride, float* scores,
+                             int64_t score_stride, Asks& asks) {
+  const ByteTables<T> tables;
+  __m512 acc[MT][4];
+  TOPT_UNROLL
+  for (int m = 0; m < MT; ++m) {
+    TOPT_UNROLL
+    for (int c = 0; c < 4; ++c) acc[m][c] = _mm512_setzero_ps();
+  }
+  for (int d = 0; d < dim; d += 2) {
+    asks.ask_step();
+    const __m512i even = _mm512_loadu_si512(key + d * dim_stride);
+    const __m512i odd = _mm512_loadu_si512(key + (d + 1) * dim_stride);
+    __m512i pairs[4];
+    tables.decode(_mm512_unpacklo_epi8(even, odd), pairs[0], pairs[1]);
+    tables.decode(_mm512_unpackhi_epi8(even, odd), pairs[2], pairs[3]);
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      int pair;
+      __builtin_memcpy(&pair, query + m * dim + d, sizeof(pair));
+      const __m512bh q = (__m512bh)_mm512_set1_epi32(pair);
+      TOPT_UNROLL
+      for (int c = 0; c < 4; ++c) acc[m][c] = _mm512_dpbf16_ps(acc[m][c], (__m512bh)pairs[c], q);
+    }
+  }
+  TOPT_UNROLL
+  for (int m = 0; m < MT; ++m) {
+    // Lane i of acc[m][c] holds tokens 16 i + 4 c and the three that follow.
+    swap_lanes(acc[m]);
+    TOPT_UNROLL
+    for (int c = 0; c < 4; ++c) _mm512_storeu_ps(scores + m * score_stride + c * kLanes, acc[m][c]);
+  }
+}
+#endif
+
 // MT vectors and all tokens, from token `t` on.
 template <int MT, typename T>
 inline void score_vectors(const Queries& q, int first, const T* key, int64_t dim_stride, int t, int tokens,
@@ -152,6 +195,21 @@ inline void score_pairs(const Queries& q, int first, const c10::BFloat16* key, i
 }
 #endif
 
+#if TOPT_BF16_DOT && TOPT_BYTE_TABLES
+template <int MT, typename T>
+inline void score_bytes(const Queries& q, int first, const T* key, int64_t dim_stride, int tokens, float* scores,
+                        int64_t score_stride, int passes, Asks& asks) {
+  const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim;
+  float* out = scores + first * score_stride;
+  int t = 0;
+  if (asks.at) asks.lines = lines_to_ask(2 * kByteTokens, passes);
+  for (; t + kByteTokens <= tokens; t += kByteTokens) {
+    score_tile_bytes<MT>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  }
+  score_vectors<MT>(q, first, key, dim_stride, t, tokens, scores, score_stride, passes, asks);
+}
+#endif
+
 // scores[m, t] = q_m · k_t for t < tokens, a multiple of 16; garbage slots give garbage scores. `next` is the block to
 // ask for meanwhile, or null.
 template <typename T>
@@ -176,6 +234,13 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
   const int passes = (q.count + kTileRows - 1) / kTileRows;
   in_register_tiles(q.count, [&](auto vectors, int m) {
     last_to_ask(m / kTileRows);
+#if TOPT_BF16_DOT && TOPT_BYTE_TABLES
+    if constexpr (kIsByte<T>) {
+      if (q.pairs) {
+        return score_bytes<vectors()>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
+      }
+    }
+#endif
     score_vectors<vectors()>(q, m, key, dim_stride, 0, tokens, scores, score_stride, passes, asks);
   });
 }
