@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+from topt_vllm.attention.common import DecodeBatch, Policy, Stat, Thetas
 from topt_vllm.backend.page import Tail
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 64, 128, 32
@@ -177,7 +177,7 @@ def reference_output(
 ) -> torch.Tensor:
     bound = layer.impl.bound
     cache = bound.paged_cache(kv_cache)
-    cache = PagedCache(cache.key, cache.value, value_sums)
+    cache = replace(cache, value_sums=value_sums)
     out = torch.empty_like(query, dtype=torch.float32)
     reference.decode(query, cache, batch, bound.thetas, bound.policy, SCALE, 0.0, out, None)
     return out
@@ -287,7 +287,9 @@ def test_sliding_window_layers_stay_with_vllm_and_are_counted(vllm_config: Any):
     after = recorder().totals()
     assert output.isfinite().all()
     assert after["dense_rows:sliding_window"] - before.get("dense_rows:sliding_window", 0) == 2
-    assert after["toptheta_v_rows_read"] - before["toptheta_v_rows_read"] == (64 + 20) * NUM_KV_HEADS
+    assert (
+        after["toptheta:v_rows_read_total"] - before["toptheta:v_rows_read_total"] == (64 + 20) * NUM_KV_HEADS
+    )
 
 
 def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
@@ -308,6 +310,52 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         assert layer.impl.bound.thetas.theta[:, 0].tolist() == heads
     with pytest.raises(ValueError, match="divides the heads"):
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_fp8_caches_are_read_as_vllm_writes_them(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, name: str, sparse: bool
+):
+    """With scales that are no powers of two; the prefill rows are vLLM's own reading of the same cache."""
+    from topt_vllm.backend.layers import bind_layer
+    from topt_vllm.backend.startup import resolve
+
+    torch.manual_seed(7)
+    monkeypatch.setattr(vllm_config.cache_config, "cache_dtype", name)
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.ones(NUM_HEADS, 1), torch.tensor([[1.0, 0]] * 4)
+    )
+    builder, layer = build(vllm_config, cache_config=vllm_config.cache_config)
+    layer._k_scale_float, layer._v_scale_float = 0.043, 0.031
+    bind_layer(layer, LAYER, resolve(vllm_config), BLOCK_SIZE, tensor_parallel_size=1)
+    layer.impl.bound.thetas = thetas if sparse else None
+    content, tail = NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_DIM, layer.impl.bound.tail.bytes
+    pages = torch.full((NUM_BLOCKS, content + tail), 0x55, dtype=torch.uint8)
+    kv_cache = pages[:, :content].view(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_DIM)
+    block_table = torch.randperm(NUM_BLOCKS, dtype=torch.int32).view(4, 8)
+    batch = BatchSpec("mixed", [300, 511, 90], [1, 1, 90])
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    layer.impl.bound.statistics.zero_()
+    query, output, metadata = step(builder, layer, batch, block_table, kv_cache)
+    cache, statistics = layer.impl.bound.cache, layer.impl.bound.statistics
+    assert cache.key.dtype == (torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn)
+    expected = reference_output(layer, query[:2], kv_cache, metadata.decode, cache.value_sums)
+    torch.testing.assert_close(output[:2].float(), expected, atol=2e-2, rtol=2e-2)
+    read = statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS]
+    assert read < 0.6 if sparse else read == 1
+    layer.impl.bound.thetas = None
+    common = common_metadata(batch, block_table)
+    rows = DecodeBatch(common.query_start_loc[2:] - 2, common.seq_lens[2:], block_table[2:])
+    expected = reference_output(layer, query[2:], kv_cache, rows, None)
+    torch.testing.assert_close(output[2:].float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_screen_of_an_fp8_cache_is_refused(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_config.cache_config, "cache_dtype", "fp8")
+    monkeypatch.setitem(vllm_config.additional_config["toptheta"], "k_screen", "int8")
+    with pytest.raises(ValueError, match="k_screen is 'int8' and the cache 'fp8'"):
+        build(vllm_config, cache_config=vllm_config.cache_config)
 
 
 def test_the_triton_kernel_reads_the_cpu_cache(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
@@ -376,3 +424,74 @@ def test_a_screen_asks_for_larger_pages_and_its_cost_is_logged(
         assert f"{'V sums and int8 copy of K' if screen == 'int8' else 'V sums'}: {share}" in caplog.text
     assert content < pages["off"] < 1.02 * content
     assert 1.2 * content < pages["int8"] < 1.3 * content
+
+
+def test_thresholds_follow_the_traffic(vllm_config: Any):
+    """Too many keys are kept at first, so that θ rises from the second step on, and fewer are."""
+    from dataclasses import replace
+
+    from topt_vllm.adaptation import ROWS
+    from topt_vllm.backend.layers import bind_layer
+    from topt_vllm.backend.startup import resolve
+
+    torch.manual_seed(8)
+    builder, layer = build(vllm_config)
+    thetas = Thetas(
+        torch.tensor([1], dtype=torch.int32), torch.zeros(NUM_HEADS, 1), torch.zeros(NUM_HEADS, 2)
+    )
+    resolved = replace(resolve(vllm_config), thetas={1: thetas}, promised_keys={1: [40, 40, 40, 600]})
+    bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=1)
+    bound = layer.impl.bound
+    kv_cache, block_table = new_cache()
+    batch = BatchSpec("verify", [900] * 4, [1] * 4)
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    for _ in range(ROWS // 4):
+        assert bound.controller.offset.tolist() == [0] * NUM_HEADS
+        step(builder, layer, batch, block_table, kv_cache)
+    # Half of 900 random scores are positive; the last head is asked for half of them too, not for 600.
+    assert (bound.controller.offset[:3] > 0.1).all()
+    assert abs(float(bound.controller.offset[3])) < 0.05
+    torch.testing.assert_close(bound.thetas.theta[:, 0], bound.controller.offset)
+    assert thetas.theta.abs().max() == 0
+    before = bound.statistics[Stat.KEPT_ELEMENTS].clone()
+    step(builder, layer, batch, block_table, kv_cache)
+    assert bound.statistics[Stat.KEPT_ELEMENTS] - before < 4 * NUM_HEADS * 440
+
+
+def test_a_rank_adapts_its_own_heads(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    from dataclasses import replace
+
+    import vllm.distributed
+
+    from topt_vllm.backend.layers import bind_layer
+    from topt_vllm.backend.startup import resolve
+
+    _, layer = build(vllm_config)
+    thetas = Thetas(torch.tensor([1], dtype=torch.int32), torch.zeros(4, 1), torch.zeros(4, 2))
+    resolved = replace(resolve(vllm_config), thetas={1: thetas}, promised_keys={1: [10, 20, 30, 40]})
+    layer.impl.num_heads = NUM_HEADS // 2
+    monkeypatch.setattr(vllm.distributed, "get_tensor_model_parallel_rank", lambda: 1)
+    bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=2)
+    controller = layer.impl.bound.controller
+    controller.count(torch.tensor([[30, 80]]).expand(32, 2), torch.full((32,), 1000))
+    assert controller.offset[0] == 0
+    assert controller.offset[1] > 0
+
+
+def test_extrapolation_is_logged_once_and_when_it_happens(
+    vllm_config: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    from topt_vllm.backend.rows import ExtrapolationNotice
+
+    torch.manual_seed(9)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    builder, layer = build(vllm_config)
+    builder._extrapolation = ExtrapolationNotice(512)
+    kv_cache, block_table = new_cache()
+    with caplog.at_level(logging.INFO):
+        for seq_len, notices in ((512, 0), (513, 1), (700, 1)):
+            step(builder, layer, BatchSpec("decode", [seq_len, 20], [1, 1]), block_table, kv_cache)
+            # A record may be seen by several handlers.
+            found = {text for text in caplog.messages if "extrapolated by each head's fitted law" in text}
+            assert len(found) == notices
+    assert "513 tokens is longer than the table's 512" in found.pop()

@@ -45,6 +45,11 @@ REFUSED = {
     "implementation": ({"implementation": "cuda"}, ["auto | cpu | triton | reference"]),
     "unhashable": ({"implementation": ["cpu"]}, ["toptheta.implementation is ['cpu']"]),
     "on_missing": ({"on_missing": "ignore"}, ["error | dense"]),
+    "adapt is a word": ({"adapt": "yes"}, ["toptheta.adapt is 'yes' (str)", "true | false"]),
+    "nothing to adapt": (
+        {"thresholds": "none", "adapt": True},
+        ["toptheta.adapt is true", "nothing to adapt"],
+    ),
     "budget of no table": ({"thresholds": "none", "k": 64}, ["toptheta.k is 64", "no budgets"]),
     "missing though named": ({"thresholds": "t.yaml", "on_missing": "dense"}, ["on_missing", "Leave one"]),
 }
@@ -74,6 +79,7 @@ VALID = st.fixed_dictionaries(
         "min_seq_len": st.integers(min_value=0),
         "sink_tokens": st.integers(min_value=0),
         "recent_tokens": st.integers(min_value=1),
+        "adapt": st.booleans(),
         "group_keep": st.sampled_from(["head", "union"]),
         "compensation": st.sampled_from(["none", "vmean"]),
         "implementation": st.sampled_from(["auto", "cpu", "triton", "reference"]),
@@ -104,6 +110,8 @@ def is_valid(key: str, value: object) -> bool:
     if key == "k":
         named = isinstance(value, str) and value != "" and not value.isdigit()
         return value is None or (whole and value >= 1) or named
+    if key in ("adapt", "per_layer_metrics"):
+        return isinstance(value, bool)
     if key in ("min_seq_len", "sink_tokens", "recent_tokens"):
         return whole and value >= (key == "recent_tokens")
     return False

@@ -1,17 +1,16 @@
 """Real vLLM engines on the real SmolLM2: θ = −inf against stock, a calibrated table, Gemma 3's sliding windows."""
 
 import json
-import math
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from topt_vllm.verify import engine as engines
+from topt_vllm.verify.near_ties import compare
+
 pytestmark = pytest.mark.engine
-RUNNER = Path(__file__).parent / "engine_run.py"
 MAX_TOKENS = 24
 QUESTION = "\n\nWho are the main characters of this text?"
 
@@ -37,37 +36,25 @@ def prompts(model: Path, text: Path) -> list[list[int]]:
 
 @cache
 def run_engine(model: Path, text: Path, backend: str, settings: str, **engine: Any) -> dict[str, Any]:
-    """Outcome of one engine (see engine_run.py); engines are slow, so each configuration runs once."""
+    """Outcome of one engine (see engine_main.py); engines are slow, so each configuration runs once."""
     arguments = {
         "model": str(model),
         "dtype": "bfloat16",
         "max_model_len": 4096,
         "kv_cache_memory_bytes": 1 << 30,
+        "logprobs_mode": "raw_logits",
         "attention_backend": backend,
         "additional_config": {"toptheta": json.loads(settings)} if backend == "TOPTHETA" else {},
         "seed": 0,
     }
-    request = {"engine": arguments | engine, "prompts": prompts(model, text), "max_tokens": MAX_TOKENS}
-    run = subprocess.run(
-        [sys.executable, str(RUNNER)], input=json.dumps(request), capture_output=True, text=True, timeout=1200
-    )
-    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-    return json.loads(results[0].removeprefix("RESULT "))
+    return engines.run(engines.Request(arguments | engine, prompts(model, text), MAX_TOKENS), timeout=1200)
 
 
 def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     """Equal up to a near tie: stock's two highest logits within two bf16 steps, the rounding of either logit."""
-    ties = 0
-    for mine, theirs, logits in zip(ours["tokens"], stock["tokens"], stock["logits"], strict=True):
-        step = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
-        if step is None:
-            continue
-        first, second = logits[step]
-        bf16_step = 2.0 ** (math.floor(math.log2(abs(first))) - 7)
-        assert first - second <= 2 * bf16_step, f"step {step}: {first} against {second} is no near tie"
-        ties += 1
-    assert ties < len(ours["tokens"]), "every prompt ended in a near tie: nothing was compared to the end"
+    found = compare(ours["tokens"], stock["tokens"], stock["logits"], stock["dtype"])
+    assert not found.wrong
+    assert found.equal, "every prompt ended in a near tie: nothing was compared to the end"
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "compiled"])
@@ -77,19 +64,21 @@ def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Pat
     assert stock["totals"] is None, "TOPTHETA's code ran although it was not chosen"
     assert_same_tokens(ours, stock)
     layers = 30
-    assert ours["totals"]["toptheta_decode_rows"] == ours["totals"]["dense_rows:no_thresholds"]
+    assert ours["totals"]["toptheta:decode_rows_total"] == ours["totals"]["dense_rows:no_thresholds"]
     # The one-token prompt is a decode row too; the last sampled token is never fed back.
-    assert ours["totals"]["toptheta_decode_rows"] == layers * (len(ours["tokens"]) * (MAX_TOKENS - 1) + 1)
-    assert ours["totals"]["toptheta_v_rows_read"] == ours["totals"]["toptheta_v_rows"] > 0
+    assert ours["totals"]["toptheta:decode_rows_total"] == layers * (
+        len(ours["tokens"]) * (MAX_TOKENS - 1) + 1
+    )
+    assert ours["totals"]["toptheta:v_rows_read_total"] == ours["totals"]["toptheta:v_rows_total"] > 0
 
 
 def test_calibrated_table_skips_rows_and_answers(smollm2: Path, unseen_play: Path):
     """The shipped table is found by its fingerprint; the answer is still about the text."""
     ours = run_engine(smollm2, unseen_play, "TOPTHETA", '{"k": 64}', enforce_eager=True)
     totals = ours["totals"]
-    assert 0.01 < totals["toptheta_v_rows_read"] / totals["toptheta_v_rows"] < 0.3
-    assert totals["toptheta_kept_elements"] < totals["toptheta_elements"]
-    assert 0 < totals["toptheta_dropped_mass"] < 0.5 * 9 * totals["toptheta_decode_rows"]
+    assert 0.01 < totals["toptheta:v_rows_read_total"] / totals["toptheta:v_rows_total"] < 0.3
+    assert totals["toptheta:attention_elements_kept_total"] < totals["toptheta:attention_elements_total"]
+    assert 0 < totals["toptheta:dropped_mass_sum"] < 0.5 * 9 * totals["toptheta:decode_rows_total"]
     # The prompt asks for no name, so one of these can only come from the text.
     assert any(name in ours["texts"][-1] for name in ("Romeo", "Juliet", "Montague", "Capulet"))
 

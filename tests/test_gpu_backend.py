@@ -145,9 +145,9 @@ def test_what_the_host_counts(make_rig: Any):
     assert added["dense_rows:dense_layer"] == 4
     assert added["dense_rows:short_context"] == 3
     assert added["dense_rows:sliding_window"] == 4
-    assert added["toptheta_decode_rows"] == 3 * 4
+    assert added["toptheta:decode_rows_total"] == 3 * 4
     windowed = sum(min(24, length) for length in DECODE.seq_lens)
-    assert added["toptheta_v_rows"] == (2 * sum(DECODE.seq_lens) + windowed) * NUM_KV_HEADS
+    assert added["toptheta:v_rows_total"] == (2 * sum(DECODE.seq_lens) + windowed) * NUM_KV_HEADS
 
 
 def test_a_cache_group_of_windows_stays_with_the_platform(make_rig: Any):

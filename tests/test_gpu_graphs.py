@@ -59,7 +59,7 @@ def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: An
     assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
     rig.builder._group.statistics._next_copy = 0.0
     rig.builder.build(0, real)
-    assert recorder().totals()["toptheta_decode_rows"] - before["toptheta_decode_rows"] == 4
+    assert recorder().totals()["toptheta:decode_rows_total"] - before["toptheta:decode_rows_total"] == 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

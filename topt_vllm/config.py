@@ -47,8 +47,10 @@ _RULES = {
     "group_keep": _one_of("head", "union"),
     "compensation": _one_of("none", "vmean"),
     "k_screen": _one_of("off", "int8"),
+    "adapt": _Rule("true | false", lambda value: isinstance(value, bool)),
     "implementation": _one_of("auto", "cpu", "triton", "reference"),
     "on_missing": _one_of("error", "dense"),
+    "per_layer_metrics": _Rule("true | false", lambda value: isinstance(value, bool)),
 }
 
 
@@ -66,8 +68,11 @@ class TopThetaConfig:
         compensation: What stands in for the dropped rows.
         k_screen: Whether an 8-bit copy of K drops keys that can't reach θ before their K is read. Keeps the same
             keys, for a quarter more cache memory (bf16).
+        adapt: Whether thresholds follow the traffic, so that each head keeps the keys that its budget promises (see
+            ``adaptation.py``).
         implementation: Kernel; a named one runs or start-up fails.
         on_missing: Without a table, fail at start-up (``error``) or keep every row (``dense``).
+        per_layer_metrics: Whether the metrics also have the V rows of each layer.
     """
 
     thresholds: str | None = None
@@ -78,8 +83,10 @@ class TopThetaConfig:
     group_keep: GroupKeep = "union"
     compensation: Compensation = "vmean"
     k_screen: Literal["off", "int8"] = "off"
+    adapt: bool = False
     implementation: Literal["auto", "cpu", "triton", "reference"] = "auto"
     on_missing: Literal["error", "dense"] = "error"
+    per_layer_metrics: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -93,6 +100,11 @@ class TopThetaConfig:
             raise ConfigError(
                 f'toptheta.k is {self.k}, but toptheta.thresholds is "none", which has no budgets. '
                 "Leave k out, or name a table."
+            )
+        if self.thresholds == NO_THRESHOLDS and self.adapt:
+            raise ConfigError(
+                'toptheta.adapt is true, but toptheta.thresholds is "none", which leaves nothing to adapt. '
+                "Leave adapt out, or name a table."
             )
         if self.thresholds is not None and self.on_missing == "dense":
             raise ConfigError(

@@ -14,7 +14,7 @@ from topt_vllm.backend.page import tail_of
 class TopThetaBackend(CPUAttentionBackend):
     """Top-Theta decode on vLLM's CPU cache layout; prefill and cache writes are vLLM's own."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16"]
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16", *compat.CPU_FP8_DTYPES]
 
     @staticmethod
     def get_name() -> str:

@@ -11,10 +11,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.layers import bind_layer
+from topt_vllm.backend.layers import bind_layer, describe_rank
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.page import tail_of
-from topt_vllm.backend.rows import row_lengths, rows_after, split
+from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -48,13 +48,15 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
+        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
+        describe_rank(resolved, tensor_parallel_size)
         tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.block_size)
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
         self._dense_up_to = resolved.dense_up_to
+        self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             if isinstance(layer.impl, TopThetaImpl):
-                tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
                 bind_layer(layer, name, resolved, self.block_size, tensor_parallel_size)
         self._any_layer_stays_dense = any(
             isinstance(layer.impl, TopThetaImpl) and layer.impl.platform_reason for layer in layers.values()
@@ -85,6 +87,7 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         lengths = torch.empty(0, dtype=torch.int64)
         if decode is not None:
             lengths = row_lengths(decode.query_start_loc, decode.seq_lens)
+            self._extrapolation.see(lengths)
         return TopThetaMetadata(
             common.num_actual_tokens,
             num_decode_rows,

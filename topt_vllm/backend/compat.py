@@ -4,6 +4,8 @@ import copyreg
 import logging
 from typing import Any
 
+import torch
+
 BACKEND_NAME = "TOPTHETA"
 BACKEND_PATH = "topt_vllm.backend.choice.TopThetaBackend"
 
@@ -77,6 +79,15 @@ def is_chosen(vllm_config: Any) -> bool:
 def is_draft_layer(layer_name: str) -> bool:
     """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
     return layer_name.startswith("draft_model.")
+
+
+# What vLLM stores in CPU caches under the names of --kv-cache-dtype: the bytes of torch's formats, K [D, P] and
+# V [P, D] as at 16 bits. Its writer cuts digits off instead of rounding, and saturates (0.32).
+CPU_FP8_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 def stored_fp8_dtype() -> Any:

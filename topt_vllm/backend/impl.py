@@ -8,12 +8,14 @@ from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
+from topt_vllm.adaptation import ThetaController
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Thetas
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.page import Tail, configure
-from topt_vllm.config import TopThetaConfig
+from topt_vllm.backend.quantised import Quantisation
+from topt_vllm.config import ConfigError, TopThetaConfig
 
 
 @dataclass
@@ -27,9 +29,12 @@ class TopThetaLayer:
         dense_reason: Why thetas is None, for the counters; None when it is not.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
+        kv_replicas: Tensor-parallel ranks that hold each of the layer's KV heads.
         tail: What the cache pages carry behind K and V.
+        controller: Moves ``thetas`` so that heads keep what the budget promises; None for thresholds as calibrated.
         cache: Views of ``source``; made when it is first seen.
         source: vLLM's tensor of the layer's cache.
+        quantisation: Of an fp8 cache; None for one in a dtype of its own.
     """
 
     implementation: api.Implementation
@@ -39,8 +44,11 @@ class TopThetaLayer:
     block_size: int
     tail: Tail
     statistics: torch.Tensor
+    kv_replicas: float = 1.0
+    controller: ThetaController | None = None
     cache: PagedCache | None = None
     source: torch.Tensor | None = None
+    quantisation: Quantisation | None = None
 
     def paged_cache(self, kv_cache: torch.Tensor) -> PagedCache:
         """Views of vLLM's CPU cache [B, Hkv, P, 2D]: first all of a block's K as [D, P], then its V as [P, D].
@@ -54,8 +62,9 @@ class TopThetaLayer:
                 raise RuntimeError(
                     f"cache blocks have {block_size} slots, {self.block_size} expected; this is a bug"
                 )
-            head_dim = self.tail.head_dim
-            key, value = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
+            head_dim, quantised = self.tail.head_dim, self.quantisation
+            stored = kv_cache if quantised is None else kv_cache.view(quantised.dtype)
+            key, value = stored.view(num_blocks, num_kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
             key = key.view(num_blocks, num_kv_heads, head_dim, block_size).transpose(2, 3)
             needs_sums = self.policy.compensation == "vmean" and self.thetas is not None
             needs_screen = self.tail.screen_bytes > 0 and self.thetas is not None
@@ -65,6 +74,8 @@ class TopThetaLayer:
                 value,
                 self.tail.value_sums(kv_cache) if needs_sums else None,
                 self.tail.key_screen(kv_cache) if needs_screen else None,
+                quantised.key_scale if quantised else None,
+                quantised.value_scale if quantised else None,
             )
         return self.cache
 
@@ -78,6 +89,12 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         config = TopThetaConfig.from_additional_config(get_current_vllm_config().additional_config)
         configure(config, current_platform.device_type)
+        if self.is_fp8_kv_cache and config.k_screen != "off":
+            raise ConfigError(
+                f"toptheta.k_screen is {config.k_screen!r} and the cache {self.kv_cache_dtype!r}: an 8-bit copy "
+                "of K is as large as K itself then, so screening would read more, not less. Set k_screen to off, "
+                "or --kv-cache-dtype to auto."
+            )
         if self.alibi_slopes is not None:
             raise NotImplementedError("TOPTHETA doesn't support ALiBi (alibi_slopes); use CPU_ATTN")
         if self.sinks is not None:
@@ -100,15 +117,15 @@ class TopThetaImpl(CPUAttentionBackendImpl):
         """One step of one layer; shapes as vLLM's ``CPUAttentionBackendImpl.forward``."""
         if attn_metadata is None:  # vLLM's warm-up
             return output
+        if self.bound is None:
+            raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
         scales = (output_scale, output_block_scale)
         rows = attn_metadata.num_decode_rows
         if self.platform_reason:
             keys = attn_metadata.decode_lengths.clamp(max=self.sliding_window)
-            recorder().count_platform_rows(self.platform_reason, keys, self.num_heads, self.num_kv_heads)
+            kv_heads = self.num_kv_heads / self.bound.kv_replicas
+            recorder().count_platform_rows(self.platform_reason, keys, self.num_heads, kv_heads)
             return super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output, *scales)
-
-        if self.bound is None:
-            raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
         cache = self.bound.paged_cache(kv_cache)
         api.finish_blocks(self.bound.implementation, cache, attn_metadata.finished_blocks)
         if attn_metadata.prefill is not None:
@@ -120,6 +137,8 @@ class TopThetaImpl(CPUAttentionBackendImpl):
                 recorder().count_dense_rows(self.bound.dense_reason, rows)
             else:
                 recorder().count_dense_rows("short_context", attn_metadata.short_rows)
+            controller = self.bound.controller
+            reached = None if controller is None else controller.counters(rows)
             api.decode(
                 self.bound.implementation,
                 query[:rows],
@@ -131,5 +150,8 @@ class TopThetaImpl(CPUAttentionBackendImpl):
                 self.logits_soft_cap,
                 output[:rows],
                 self.bound.statistics,
+                reached,
             )
+            if controller is not None and reached is not None:
+                controller.count(reached, attn_metadata.decode_lengths)
         return output

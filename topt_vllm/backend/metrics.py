@@ -1,56 +1,59 @@
 """Counters of a worker: what was read, what was dropped, what ran dense and why.
 
-Layers add to plain tensors; a thread carries the sums to prometheus_client once a second and to the log every ten.
-prometheus_client's multiprocess mode takes them from the worker to the API server's /metrics: set
-PROMETHEUS_MULTIPROC_DIR to an empty folder before the server starts.
+Layers add to plain tensors; a thread carries the sums to Prometheus once a second and to the log every ten. Under
+tensor parallelism each rank counts its own query heads, its part of a KV head that several ranks hold, and only the
+first rank counts rows: sums over the ranks are those of one rank alone.
 """
 
 import atexit
 import logging
 import threading
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
-import prometheus_client
 import torch
+from prometheus_client import REGISTRY, CollectorRegistry
 
-from topt_vllm.attention.common import Stat, new_statistics
+from topt_vllm.attention.common import Stat
+from topt_vllm.backend.exporter import COUNTERS, DROPPED_COUNT, DROPPED_SUM, Amounts, Exporter
 
 logger = logging.getLogger("vllm.topt_vllm")
 
 _EXPORT_SECONDS = 1.0
 _LOG_EVERY = 10  # exports
 
-_COUNTERS = {
-    Stat.ROWS: ("toptheta_decode_rows", "Decoded query rows, summed over layers"),
-    Stat.ELEMENTS: ("toptheta_elements", "(query head, key) pairs in context of decoded rows"),
-    Stat.KEPT_ELEMENTS: ("toptheta_kept_elements", "Pairs that a query head's own rule kept"),
-    Stat.V_ROWS: ("toptheta_v_rows", "(KV head, key) pairs in context of decoded rows"),
-    Stat.V_ROWS_READ: ("toptheta_v_rows_read", "V rows read: pairs that some head of the GQA group kept"),
-    Stat.K_ROWS_READ: ("toptheta_k_rows_read", "(KV head, key) pairs whose K was read in full"),
-    Stat.DROPPED_MASS: (
-        "toptheta_dropped_mass",
-        "Attention probability not multiplied with V, over query heads",
-    ),
-}
+
+@dataclass(frozen=True)
+class LayerAccumulators:
+    """What one layer of this rank adds up.
+
+    Attributes:
+        statistics: float64 [7] on the host, indexed by :class:`~topt_vllm.attention.common.Stat`.
+        num_heads: Query heads of the layer on this rank.
+        kv_replicas: Ranks that hold each of its KV heads.
+        label: Its name in the metrics by layer.
+    """
+
+    statistics: torch.Tensor
+    num_heads: int
+    kv_replicas: float = 1.0
+    label: str = ""
 
 
 class Recorder:
     """All counters of one process."""
 
-    def __init__(self) -> None:
-        self._layers: list[torch.Tensor] = []
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        self._layers: list[LayerAccumulators] = []
         self._platform = [0.0] * len(Stat)
+        self._platform_heads = 0.0
         self._dense_rows: Counter[str] = Counter()
-        self._exported = new_statistics()
-        self._exported_dense: Counter[str] = Counter()
-        self._logged = new_statistics()
-        self._counters = {
-            stat: prometheus_client.Counter(name, text) for stat, (name, text) in _COUNTERS.items()
-        }
-        self._dense_counter = prometheus_client.Counter(
-            "toptheta_dense_rows", "Decoded rows that read every V row, summed over layers", ["reason"]
-        )
+        self._rank, self._ranks = 0, 1
+        self._per_layer = False
+        self._exporter = Exporter(registry)
+        self._logged = self.amounts()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="toptheta-metrics", daemon=True)
         self._thread.start()
@@ -62,35 +65,47 @@ class Recorder:
         self._stopped.set()
         self._thread.join()
 
-    def add_layer(self, statistics: torch.Tensor) -> None:
-        """Includes accumulators (float64 [7], on the host) from now on."""
-        self._layers.append(statistics)
+    def describe(self, table: Mapping[str, str], rank: int, ranks: int, per_layer: bool) -> None:
+        """Says what this process serves; call it before its layers are added.
+
+        Args:
+            table: Labels of the table's info metric.
+            rank: This tensor-parallel rank.
+            ranks: Tensor-parallel ranks.
+            per_layer: Whether layers are exported one by one too.
+        """
+        self._rank, self._ranks, self._per_layer = rank, ranks, per_layer
+        self._exporter.set_table(table)
+
+    def add_layer(self, layer: LayerAccumulators) -> None:
+        """Includes a layer's accumulators from now on."""
+        self._layers.append(layer)
 
     def count_dense_rows(self, reason: str | None, rows: int) -> None:
         """Counts decode rows that read every V row; the first of each reason is logged."""
-        if reason is None or rows == 0:
+        if reason is None or rows == 0 or self._rank:
             return
         if reason not in self._dense_rows:
             logger.info("TOPTHETA: some rows read every V row, reason: %s", reason)
         self._dense_rows[reason] += rows
 
     def count_platform_rows(
-        self, reason: str, lengths: torch.Tensor, num_heads: int, num_kv_heads: int, layers: int = 1
+        self, reason: str, lengths: torch.Tensor, num_heads: int, num_kv_heads: float, layers: int = 1
     ) -> None:
         """Counts decode rows that vLLM's own kernel serves.
 
         Args:
             reason: Why.
             lengths: int64 [rows] on the host, keys that each row attends to (tokens).
-            num_heads: Query heads of a layer.
-            num_kv_heads: KV heads of a layer.
+            num_heads: Query heads of a layer on this rank.
+            num_kv_heads: KV heads of a layer on this rank, divided by the ranks that hold each.
             layers: Layers of that kind.
         """
         rows = len(lengths) * layers
         self.count_dense_rows(reason, rows)
         keys = int(lengths.sum()) * layers
         added = {
-            Stat.ROWS: rows,
+            Stat.ROWS: 0 if self._rank else rows,
             Stat.ELEMENTS: keys * num_heads,
             Stat.KEPT_ELEMENTS: keys * num_heads,
             Stat.V_ROWS: keys * num_kv_heads,
@@ -99,27 +114,40 @@ class Recorder:
         }
         for stat, amount in added.items():
             self._platform[stat] += amount
+        self._platform_heads += rows * num_heads
 
     def totals(self) -> dict[str, float]:
-        """Sums since the process started, by counter name, and ``dense_rows:REASON`` entries."""
-        sums = self._sums()
-        named = {name: float(sums[stat]) for stat, (name, _) in _COUNTERS.items()}
-        return named | {f"dense_rows:{reason}": float(rows) for reason, rows in self._dense_rows.items()}
+        """Sums since the process started, by sample name, and ``dense_rows:REASON`` entries."""
+        now = self.amounts()
+        named = {f"{name}_total": now.sums[stat] for stat, (name, _) in COUNTERS.items()}
+        named |= {DROPPED_SUM: now.sums[Stat.DROPPED_MASS], DROPPED_COUNT: now.head_rows}
+        named["toptheta:decode_rows_total"] = now.sums[Stat.ROWS]
+        return named | {f"dense_rows:{reason}": float(rows) for reason, rows in now.dense_rows.items()}
+
+    def amounts(self) -> Amounts:
+        """This rank's part of all sums since the process started."""
+        layers = list(self._layers)
+        own = torch.zeros(len(layers), len(Stat), dtype=torch.float64)
+        if layers:
+            torch.stack([layer.statistics for layer in layers], out=own)
+        head_rows = self._platform_heads + sum(
+            rows * layer.num_heads for rows, layer in zip(own[:, Stat.ROWS].tolist(), layers, strict=True)
+        )
+        replicas = torch.tensor([layer.kv_replicas for layer in layers], dtype=torch.float64)
+        for stat in (Stat.V_ROWS, Stat.V_ROWS_READ, Stat.K_ROWS_READ):
+            own[:, stat] /= replicas
+        if self._rank:
+            own[:, Stat.ROWS] = 0
+        sums = own.sum(dim=0) + torch.tensor(self._platform, dtype=torch.float64)
+        by_layer: dict[str, list[float]] = {}
+        if self._per_layer:
+            by_layer = {layer.label: row for layer, row in zip(layers, own.tolist(), strict=True)}
+        # Last: a layer counts why it is dense before it decodes, so no row looks sparse for lack of a reason.
+        return Amounts(sums.tolist(), head_rows, Counter(self._dense_rows), by_layer)
 
     def export(self) -> None:
-        """Carries what was added since the last call to prometheus_client."""
-        sums = self._sums()
-        for stat, counter in self._counters.items():
-            counter.inc(max(0.0, float(sums[stat] - self._exported[stat])))
-        self._exported = sums
-        dense = Counter(self._dense_rows)
-        for reason, rows in dense.items():
-            self._dense_counter.labels(reason).inc(rows - self._exported_dense[reason])
-        self._exported_dense = dense
-
-    def _sums(self) -> torch.Tensor:
-        platform = torch.tensor(self._platform, dtype=torch.float64)
-        return torch.stack([platform, *self._layers]).sum(dim=0)
+        """Carries what was added since the last call to Prometheus."""
+        self._exporter.export(self.amounts())
 
     def _run(self) -> None:
         exports = 0
@@ -131,17 +159,28 @@ class Recorder:
         self.export()
 
     def _log(self) -> None:
-        new = self._exported - self._logged
-        if new[Stat.ROWS] <= 0:
+        now = self.amounts()
+        line = summary(now, self._logged)
+        if line is None:
             return
-        self._logged = self._exported
-        heads = max(1.0, float(new[Stat.ELEMENTS]))
-        logger.info(
-            "TOPTHETA: V rows read: %.1f%%, keys kept by a head: %.1f%%, rows decoded (all layers): %d",
-            100 * float(new[Stat.V_ROWS_READ] / new[Stat.V_ROWS]),
-            100 * float(new[Stat.KEPT_ELEMENTS]) / heads,
-            int(new[Stat.ROWS]),
-        )
+        self._logged = now
+        heads = f" (heads of rank 0 of {self._ranks})" if self._ranks > 1 else ""
+        logger.info("TOPTHETA: %s%s", line, heads)
+
+
+def summary(now: Amounts, before: Amounts) -> str | None:
+    """What an interval decoded, for the log; None when it was nothing."""
+    new = [a - b for a, b in zip(now.sums, before.sums, strict=True)]
+    if new[Stat.ROWS] <= 0 or new[Stat.V_ROWS] <= 0:
+        return None
+    dense = now.dense_rows - before.dense_rows
+    reasons = ", ".join(f"{reason} {rows / new[Stat.ROWS]:.1%}" for reason, rows in dense.most_common())
+    return (
+        f"V rows read: {new[Stat.V_ROWS_READ] / new[Stat.V_ROWS]:.1%}, "
+        f"keys kept by a head: {new[Stat.KEPT_ELEMENTS] / new[Stat.ELEMENTS]:.1%}, "
+        f"rows decoded (all layers): {new[Stat.ROWS]:.0f}, "
+        f"dense: {dense.total() / new[Stat.ROWS]:.1%}" + (f" ({reasons})" if reasons else "")
+    )
 
 
 @cache

@@ -1,11 +1,38 @@
 """How a step falls into decode rows and prefill rows, from what the host knows; nothing is read off a device."""
 
+import logging
+
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 # Fields of CommonAttentionMetadata with one entry per request (0.32) that a part of a batch takes along where set.
 _PER_REQUEST = ("seq_lens", "block_table_tensor", "seq_lens_cpu_upper_bound", "is_prefilling", "req_idx")
+
+logger = logging.getLogger("vllm.topt_vllm")
+
+
+class ExtrapolationNotice:
+    """Says once in the log that contexts are longer than calibrated.
+
+    Args:
+        calibrated_up_to: Longest calibrated context (tokens); None without thresholds.
+    """
+
+    def __init__(self, calibrated_up_to: int | None) -> None:
+        self._limit = calibrated_up_to
+
+    def see(self, lengths: torch.Tensor) -> None:
+        """Context lengths of decoded rows; on the host."""
+        if self._limit is None or not len(lengths) or (longest := int(lengths.max())) <= self._limit:
+            return
+        logger.info(
+            "TOPTHETA: a context of %d tokens is longer than the table's %d; from here on its thresholds are "
+            "extrapolated by each head's fitted law",
+            longest,
+            self._limit,
+        )
+        self._limit = None
 
 
 def split(common: CommonAttentionMetadata, threshold: int) -> tuple[int, int, bool]:

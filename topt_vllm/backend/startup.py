@@ -1,14 +1,16 @@
 """What is decided once, before anything is loaded: configuration, threshold table, kernel."""
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topt_vllm.attention.api import Implementation, load_implementation, screening
+from topt_vllm.attention.api import Implementation, counting, load_implementation, screening
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.model_identity import ModelIdentity, identify
 from topt_vllm.table_search import chooses_no_table, find_table
+from topt_vllm.thresholds import Budget
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +27,8 @@ class Resolved:
         implementation: Its module.
         thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
         description: One line for the log.
+        table_labels: The table in the metrics: name, digest and budget, and the model that is served.
+        promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
     """
 
     config: TopThetaConfig
@@ -33,6 +37,13 @@ class Resolved:
     implementation: Implementation
     thetas: dict[int, Thetas]
     description: str
+    table_labels: dict[str, str]
+    promised_keys: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def calibrated_up_to(self) -> int | None:
+        """Longest context with calibrated thresholds (tokens); None where there are none."""
+        return max((int(thetas.lengths[-1]) for thetas in self.thetas.values()), default=None)
 
     @property
     def dense_up_to(self) -> int:
@@ -58,17 +69,57 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     if config.k_screen != "off":
         screening(implementation)
     thetas: dict[int, Thetas] = {}
+    budget = None
+    labels = {"name": "none", "sha256": "", "budget": ""}
     if found is None:
         rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
         table, path = found
         budget = table.budget(config.k)
         thetas = table.thetas(budget)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        labels = {"name": path.name, "sha256": digest, "budget": str(budget.key)}
         rows = f"table {path}, budget k = {budget.key}, dense layers {budget.dense_layers or 'none'}"
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
-    return Resolved(config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}")
+    labels |= {"model": identity.id, "fingerprint": identity.fingerprint}
+    keys = _promised_keys(config, name, implementation, budget)
+    rows += "; thresholds adapt to the traffic" if keys else ""
+    return Resolved(
+        config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}", labels, keys
+    )
+
+
+def _promised_keys(
+    config: TopThetaConfig, name: str, implementation: Implementation, budget: Budget | None
+) -> dict[int, list[int]]:
+    """Keys that each query head of the sparse layers should keep, where thresholds adapt; else {}.
+
+    Raises:
+        ConfigError: They can't adapt.
+    """
+    if not config.adapt:
+        return {}
+    try:
+        counting(implementation)
+    except ValueError as error:
+        raise ConfigError(
+            f"toptheta.adapt is true, but the {name} kernel can't tell how many keys each query head keeps. "
+            "Leave adapt out here; on CPUs, implementation cpu and reference can."
+        ) from error
+    if budget is None:
+        raise ConfigError(
+            "toptheta.adapt is true, but there is no threshold table. Leave adapt out, or name one."
+        )
+    keys = budget.ks()
+    silent = [entry.layer for entry in budget.layers if entry.layer not in {*keys, *budget.dense_layers}]
+    if silent:
+        raise ConfigError(
+            f"toptheta.adapt is true, but budget {budget.key} doesn't say how many keys a query head of layer "
+            f"{silent[0]} should keep. Choose a budget with a k, or leave adapt out."
+        )
+    return keys
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:

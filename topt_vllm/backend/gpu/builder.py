@@ -12,8 +12,9 @@ from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.gpu.group import bind_layers
 from topt_vllm.backend.gpu.impl import GpuImpl
 from topt_vllm.backend.gpu.metadata import GpuMetadata
+from topt_vllm.backend.layers import describe_rank
 from topt_vllm.backend.page import Tail
-from topt_vllm.backend.rows import rows_after, split
+from topt_vllm.backend.rows import ExtrapolationNotice, rows_after, split
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -47,15 +48,17 @@ class GpuBuilder(_Platform):
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
+        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
+        describe_rank(resolved, tensor_parallel_size)
         block_size = kv_cache_spec.block_size
         tail = Tail(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
-        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
         self._group, self._counters = bind_layers(impls, resolved, block_size, tensor_parallel_size, device)
         self._any_on_platform = any(impl.platform_reason for impl in impls.values())
         self._captured = False
+        self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
 
     def build(
         self,
@@ -72,6 +75,8 @@ class GpuBuilder(_Platform):
                 self._group.statistics.reset()
             self._group.statistics.publish()
         self._counters.count(common_attn_metadata, num_decodes=parts[0])
+        if (lengths := common_attn_metadata.seq_lens_cpu_upper_bound) is not None:
+            self._extrapolation.see(lengths[: parts[0]])
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:

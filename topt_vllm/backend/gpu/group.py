@@ -11,7 +11,7 @@ from topt_vllm.attention.api import Implementation
 from topt_vllm.backend.gpu.kernel import on_device
 from topt_vllm.backend.gpu.layer import GpuLayer
 from topt_vllm.backend.gpu.statistics import DeviceStatistics, HostCounters
-from topt_vllm.backend.layers import thresholds_of
+from topt_vllm.backend.layers import kv_replicas, layer_label, thresholds_of
 from topt_vllm.backend.page import Tail
 from topt_vllm.backend.startup import Resolved
 
@@ -30,7 +30,8 @@ class LayerGroup:
         num_kv_heads: KV heads of each layer on this rank.
         head_dim: D.
         block_size: Slots of a cache block.
-        num_layers: Layers that decode with the operator.
+        labels: Names in the metrics of the layers that decode with the operator.
+        kv_replicas: Ranks that hold each KV head.
         device: Of the cache.
 
     Attributes:
@@ -46,13 +47,17 @@ class LayerGroup:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
-        num_layers: int,
+        labels: list[str],
+        kv_replicas: float,
         device: torch.device,
     ) -> None:
         self.implementation = on_device(resolved.implementation, resolved.implementation_name)
         self._kernel: Implementation | None = None
         self.statistics = DeviceStatistics(
-            torch.stack([self.implementation.new_statistics(device) for _ in range(num_layers)])
+            torch.stack([self.implementation.new_statistics(device) for _ in labels]),
+            labels,
+            num_heads,
+            kv_replicas,
         )
         self.block_size = block_size
         self._heads = (num_heads, num_kv_heads, head_dim)
@@ -120,13 +125,17 @@ def bind_layers(
     Raises:
         ValueError: A layer's heads are not those of the model that was identified.
     """
-    windows: Counter[tuple[int, int, int]] = Counter()
+    windows: Counter[tuple[int, int, float]] = Counter()
     dense: Counter[str] = Counter()
     ours: list[tuple[Any, Any]] = []
+    labels: list[str] = []
+    replicas = 1.0  # all layers have the same heads
     for name, impl in impls.items():
+        replicas = kv_replicas(impl, name, resolved, tensor_parallel_size)
         if impl.platform_reason:
-            windows[(impl.sliding_window[0] + 1, impl.num_heads, impl.num_kv_heads)] += 1
+            windows[(impl.sliding_window[0] + 1, impl.num_heads, impl.num_kv_heads / replicas)] += 1
             continue
+        labels.append(layer_label(name))
         thetas, reason = thresholds_of(impl, name, resolved, tensor_parallel_size)
         ours.append((impl, thetas))
         if reason:
@@ -139,7 +148,14 @@ def bind_layers(
         return bound.group, counters
     first = ours[0][0]
     group = LayerGroup(
-        resolved, first.num_heads, first.num_kv_heads, first.head_size, block_size, len(ours), device
+        resolved,
+        first.num_heads,
+        first.num_kv_heads,
+        first.head_size,
+        block_size,
+        labels,
+        replicas,
+        device,
     )
     for (impl, thetas), statistics in zip(ours, group.statistics.layers, strict=True):
         impl.bound = GpuLayer(

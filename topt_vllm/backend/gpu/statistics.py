@@ -7,12 +7,13 @@ end the capture. So the device's sums are copied to host memory on the step's st
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from topt_vllm.attention.common import Stat
-from topt_vllm.backend.metrics import recorder
+from topt_vllm.backend.metrics import LayerAccumulators, recorder
 from topt_vllm.backend.rows import row_lengths
 
 _COPY_SECONDS = 0.05
@@ -21,16 +22,25 @@ _COPY_SECONDS = 0.05
 class DeviceStatistics:
     """Accumulators of some layers, and their sums on the host.
 
+    Args:
+        layers: As below.
+        labels: Names of the layers in the metrics.
+        num_heads: Query heads of each layer on this rank.
+        kv_replicas: Ranks that hold each KV head.
+
     Attributes:
         layers: float64 [layers, slots, 7] on the device.
     """
 
-    def __init__(self, layers: torch.Tensor) -> None:
+    def __init__(
+        self, layers: torch.Tensor, labels: Sequence[str], num_heads: int, kv_replicas: float
+    ) -> None:
         self.layers = layers
-        self._sums = layers.new_zeros(len(Stat))
-        self._host = torch.zeros(len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
+        self._sums = layers.new_zeros(len(layers), len(Stat))
+        self._host = torch.zeros(len(layers), len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
         self._next_copy = 0.0
-        recorder().add_layer(self._host)
+        for host, label in zip(self._host, labels, strict=True):
+            recorder().add_layer(LayerAccumulators(host, num_heads, kv_replicas, label))
 
     def reset(self) -> None:
         """Forgets what was counted so far; nothing waits for it."""
@@ -42,7 +52,7 @@ class DeviceStatistics:
         if now < self._next_copy:
             return
         self._next_copy = now + _COPY_SECONDS
-        torch.sum(self.layers, dim=(0, 1), out=self._sums)
+        torch.sum(self.layers, dim=1, out=self._sums)
         self._host.copy_(self._sums, non_blocking=True)
 
 
@@ -52,12 +62,12 @@ class HostCounters:
     Args:
         dense: Layers by the reason that makes them dense.
         sparse: Layers with thresholds.
-        windows: Layers by (keys of the window, query heads, KV heads).
+        windows: Layers by (keys of the window, query heads, KV heads divided by the ranks that hold each).
         dense_up_to: Longest context that is dense for being short (tokens).
     """
 
     def __init__(
-        self, dense: Counter[str], sparse: int, windows: Counter[tuple[int, int, int]], dense_up_to: int
+        self, dense: Counter[str], sparse: int, windows: Counter[tuple[int, int, float]], dense_up_to: int
     ) -> None:
         self._dense = dense
         self._sparse = sparse
