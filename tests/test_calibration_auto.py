@@ -11,15 +11,15 @@ from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.attention.reference import attend_row
-from topt_vllm.calibration.allocation import Allocation, Point, allocations, hull
+from topt_vllm.calibration.allocation import Point, Step, greedy_path, hull
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.capture import captured
 from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.plan import ladder
 from topt_vllm.calibration.predictions import Losses
 from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.replay import Replay
-from topt_vllm.calibration.scan import ladder
 from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
 from topt_vllm.cli.main import main
@@ -40,7 +40,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for name, config in CONFIGS.items():
         made[name] = save_model(tmp_path_factory.mktemp("model"), config)
-        save_text(made[name] / "text.txt", 3100)
+        save_text(made[name] / "text.txt", 3700)
     return made
 
 
@@ -54,42 +54,48 @@ def run(folder: Path, **changes: object) -> ThresholdTable:
 
 def test_hull_leaves_out_what_a_mixture_beats():
     points = [
-        Point(None, 0.0, 1.0),
+        Point(512, 0.0, 1.0),
         Point(64, 0.1, 0.5),
         Point(32, 0.9, 0.25),
         Point(16, 1.0, 0.1),
         Point(8, 3.0, 0.2),
     ]
-    assert hull(points) == [Point(16, 1.0, 0.1), Point(64, 0.1, 0.5), Point(None, 0.0, 1.0)]
+    assert hull(points) == [Point(16, 1.0, 0.1), Point(64, 0.1, 0.5), Point(512, 0.0, 1.0)]
 
 
 def test_greedy_path_is_optimal_among_all_choices():
-    """Each step of the path loses least among all combinations that read no more."""
+    """Each place on the path loses least among all combinations that read no more, and is what it says."""
     generator = torch.Generator().manual_seed(0)
     curves = {}
-    for layer in range(4):
-        losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
-        rows = torch.rand(4, generator=generator).sort().values.tolist()
-        curves[layer] = [
-            Point(k, loss, row) for k, loss, row in zip((8, 16, 32, 64), losses, rows, strict=True)
+    for head in range(4):
+        losses = torch.rand(5, generator=generator).sort(descending=True).values.tolist()
+        rows = torch.rand(5, generator=generator).sort().values.tolist()
+        curves[0, head] = [
+            Point(k, loss, row) for k, loss, row in zip((8, 16, 32, 64, 128), losses, rows, strict=True)
         ]
-        curves[layer].append(Point(None, 0.0, 1.0))
-    path = allocations(curves)
-    assert [a.rows for a in path] == sorted(a.rows for a in path)
-    choices = [(sum(p.rows for p in c) / 4, sum(p.loss for p in c)) for c in product(*curves.values())]
-    for allocation in path:
-        assert allocation.loss <= min(loss for rows, loss in choices if rows <= allocation.rows) + 1e-12
-    assert path[-1].ks == dict.fromkeys(range(4))
+    path = greedy_path(curves)
+    assert [step.rows for step in path.steps] == sorted(step.rows for step in path.steps)
+    choices = [(sum(p.rows for p in c), sum(p.loss for p in c)) for c in product(*curves.values())]
+    for place, step in enumerate(path.steps):
+        assert step.loss <= min(loss for rows, loss in choices if rows <= step.rows + 1e-9) + 1e-9
+        chosen = [next(p for p in curves[head] if p.k == k) for head, k in path.ks(place).items()]
+        assert step.loss == pytest.approx(sum(point.loss for point in chosen))
+        assert step.rows == pytest.approx(sum(point.rows for point in chosen))
+    assert path.ks(len(path.moves)) == dict.fromkeys(curves, 128)
 
 
-def ramp(steps: int = 40) -> list[Allocation]:
-    return [Allocation({0: i + 1}, 0.08 * 0.85**i, (i + 1) / steps) for i in range(steps)]
+def ramp(steps: int = 40) -> list[Step]:
+    return [Step(0.08 * 0.85**i, (i + 1) / steps) for i in range(steps)]
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.7, 4.0])
 def test_search_meets_a_loss_that_was_predicted_wrongly(factor):
-    path = ramp()
-    found = search(path, Target("loss", 1.0), lambda a: Measured(100 * factor * a.loss, 100 * a.rows))
+    steps = ramp()
+
+    def measure(place: int) -> Measured:
+        return Measured(100 * factor * steps[place].loss, 100 * steps[place].rows)
+
+    found = search(steps, Target("loss", 1.0), measure, {})
     assert found.met
     assert found.runs <= MAX_RUNS
     assert 0.85 <= found.measured.loss <= 1.0
@@ -97,20 +103,41 @@ def test_search_meets_a_loss_that_was_predicted_wrongly(factor):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.3])
 def test_search_stays_within_rows_that_were_predicted_wrongly(factor):
-    found = search(ramp(), Target("rows", 30.0), lambda a: Measured(100 * a.loss, 100 * factor * a.rows))
+    steps = ramp()
+
+    def measure(place: int) -> Measured:
+        return Measured(100 * steps[place].loss, 100 * factor * steps[place].rows)
+
+    found = search(steps, Target("rows", 30.0), measure, {})
     assert found.met
     assert 30.0 - 2.5 * factor <= found.measured.rows <= 30.0
 
 
 def test_search_says_when_a_target_is_out_of_reach():
-    found = search(ramp(), Target("loss", 1.0), lambda a: Measured(5.0 + a.loss, 100 * a.rows))
+    steps = ramp()
+    found = search(steps, Target("loss", 1.0), lambda p: Measured(5.0 + steps[p].loss, p), {})
     assert not found.met
     assert found.runs <= MAX_RUNS
 
 
-@pytest.mark.parametrize(("largest", "expected"), [(256, (16, 64, 256)), (100, (25, 100)), (4, (4,))])
-def test_ladder(largest, expected):
-    assert ladder(largest) == expected
+def test_search_uses_what_other_targets_have_measured():
+    """A second search starts from the ratio that the first has found, and doesn't repeat a run."""
+    steps, known, asked = ramp(), {}, []
+
+    def measure(place: int) -> Measured:
+        asked.append(place)
+        return Measured(300 * steps[place].loss, 100 * steps[place].rows)
+
+    search(steps, Target("loss", 1.0), measure, known)
+    second = search(steps, Target("loss", 2.0), measure, known)
+    assert second.met
+    assert second.runs <= 2
+    assert len(set(asked)) == len(asked) == len(known)
+
+
+def test_ladder():
+    assert ladder(100) == (1, 2, 4, 8, 16, 32)
+    assert ladder(8192)[-1] == 4096
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -214,7 +241,8 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
     assert little.quality.v_rows_read < much.quality.v_rows_read < 0.72
     assert much.quality.kl <= little.quality.kl
     for entry in little.layers:
-        assert (entry.k is None) == (entry.layer in little.dense_layers)
+        assert len(entry.k) == 4
+    assert little.dense_layers == []
     dump(table, tmp_path / "table.yaml")
     assert load(tmp_path / "table.yaml") == table
     assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.png")]) == 0

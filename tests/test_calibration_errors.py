@@ -22,7 +22,7 @@ from topt_vllm.thresholds import dumps
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A tiny model with a text."""
-    save_text(save_model(tmp_path, LlamaConfig(**SMALL)) / "text.txt", 2700)
+    save_text(save_model(tmp_path, LlamaConfig(**SMALL)) / "text.txt", 3300)
     return tmp_path
 
 
@@ -42,13 +42,13 @@ def test_tokenizer_of_another_model(folder):
 
 
 def test_text_that_is_too_short(folder):
-    with pytest.raises(CalibrationError, match=r"the text has 2700 tokens.*Add text, or lower --num-samples"):
+    with pytest.raises(CalibrationError, match=r"the text has 3300 tokens.*Add text, or lower --num-samples"):
         prepare(options(folder, num_samples=5))
 
 
 def test_encoder_decoder(tmp_path):
     T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=257).save_pretrained(tmp_path)
-    save_text(tmp_path / "text.txt", 2700)
+    save_text(tmp_path / "text.txt", 3300)
     with pytest.raises(CalibrationError, match="encoder-decoder"):
         prepare(options(tmp_path))
 
@@ -108,7 +108,7 @@ calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), f
 """
 
 
-@pytest.mark.parametrize("last", ["sequence-0000", "curve-0001"])
+@pytest.mark.parametrize("last", ["sequence-0000", "sensitivity-0001"])
 def test_killed_run_goes_on_and_gives_the_same_table(folder, monkeypatch, last):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     asked = options(folder, budget="auto", target_rows=(30.0,))

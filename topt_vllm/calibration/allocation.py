@@ -1,44 +1,63 @@
 """Spending V rows where they lower the loss most.
 
-Each layer has a curve: what it loses and reads when it alone is sparse, for several numbers of keys k, and at its
-end dense attention, which loses nothing and reads everything. Losses of layers are taken to add up, which a run
-with all of them sparse then checks. Under that assumption the best allocation for any total is found greedily on
-the lower convex hulls of the curves: start every layer at its cheapest point and always take the step that saves
-most loss per row.
+Each query head has a curve: what it loses and how many V rows it causes to be read, for several numbers of keys.
+Losses of heads are taken to add up, which a run with all of them sparse then checks. Under that assumption the best
+allocation for any total is found greedily on the lower convex hulls of the curves: start every head at its
+cheapest point and always take the step that saves most loss per row.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+
+# Layer and query head.
+Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Point:
-    """One choice for a layer.
+    """One choice for a head.
 
     Attributes:
-        k: Keys per query head; None for dense attention.
-        loss: Mean divergence from dense attention with only this layer sparse (nats).
-        rows: Share of the layer's V rows read.
+        k: Keys.
+        loss: Mean divergence from dense attention that it causes (nats).
+        rows: Share of the V rows of all sparse layers that it causes to be read.
     """
 
-    k: int | None
+    k: int
     loss: float
     rows: float
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """A choice for every layer.
+class Step:
+    """One place on the greedy path.
 
     Attributes:
-        ks: By layer; None for dense attention.
-        loss: Sum over the layers (nats).
-        rows: Mean share of V rows read, over these layers.
+        loss: Predicted, all heads together (nats).
+        rows: Predicted share of V rows read, sparse layers.
     """
 
-    ks: dict[int, int | None]
     loss: float
     rows: float
+
+
+@dataclass(frozen=True)
+class Path:
+    """All allocations from the fewest rows to every head at its most.
+
+    Attributes:
+        start: Keys by head at the first place.
+        moves: The head and its new keys, from each place to the next.
+        steps: Every place, one more than moves.
+    """
+
+    start: dict[Head, int]
+    moves: list[tuple[Head, int]]
+    steps: list[Step]
+
+    def ks(self, place: int) -> dict[Head, int]:
+        """Keys by head at a place."""
+        return self.start | dict(self.moves[:place])
 
 
 def hull(points: list[Point]) -> list[Point]:
@@ -53,35 +72,30 @@ def hull(points: list[Point]) -> list[Point]:
     return kept
 
 
-def allocations(curves: dict[int, list[Point]]) -> list[Allocation]:
-    """All allocations of the greedy path, from the fewest rows to every layer dense or at its best.
+def greedy_path(curves: dict[Head, list[Point]]) -> Path:
+    """The greedy path over all heads.
 
     Args:
-        curves: Points of each layer.
+        curves: Points of each head.
     """
-    hulls = {layer: hull(points) for layer, points in curves.items()}
-    current = {layer: points[0] for layer, points in hulls.items()}
-    steps = [
-        (_slope(before, after), layer, after)
-        for layer, points in hulls.items()
-        for before, after in pairwise(points)
-    ]
-    path = [_allocation(current)]
-    # A hull's slopes fall, so the steps of one layer come in order.
-    for _, layer, after in sorted(steps, key=lambda step: (-step[0], step[1], step[2].rows)):
-        current[layer] = after
-        path.append(_allocation(current))
-    return path
+    hulls = {head: hull(points) for head, points in curves.items()}
+    moves = [(head, before, after) for head, points in hulls.items() for before, after in pairwise(points)]
+    # A hull's slopes fall, so the moves of one head come in order.
+    moves.sort(key=lambda move: (-_slope(move[1], move[2]), move[0], move[2].rows))
+    cheapest = [points[0] for points in hulls.values()]
+    first = Step(sum(point.loss for point in cheapest), sum(point.rows for point in cheapest))
+
+    def after_move(step: Step, move: tuple[Head, Point, Point]) -> Step:
+        _, before, after = move
+        return Step(step.loss + after.loss - before.loss, step.rows + after.rows - before.rows)
+
+    return Path(
+        start={head: points[0].k for head, points in hulls.items()},
+        moves=[(head, after.k) for head, _, after in moves],
+        steps=list(accumulate(moves, after_move, initial=first)),
+    )
 
 
 def _slope(before: Point, after: Point) -> float:
     """Loss saved per row."""
     return (before.loss - after.loss) / (after.rows - before.rows)
-
-
-def _allocation(points: dict[int, Point]) -> Allocation:
-    return Allocation(
-        ks={layer: point.k for layer, point in points.items()},
-        loss=sum(point.loss for point in points.values()),
-        rows=sum(point.rows for point in points.values()) / len(points),
-    )

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from topt_vllm.calibration.budgets import Maker, measured, targeted
-from topt_vllm.calibration.collect import collect
+from topt_vllm.calibration.allocation import greedy_path
+from topt_vllm.calibration.budgets import curves, measured, targeted
+from topt_vllm.calibration.collect import collect, collect_errors
+from topt_vllm.calibration.maker import Maker
 from topt_vllm.calibration.model import load_causal_lm
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
+from topt_vllm.calibration.search import MAX_RUNS
 from topt_vllm.thresholds import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
@@ -46,15 +49,24 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> list[Budget]:
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=options.num_samples * layers, desc="calibrating", unit="layer") as bar:
         maker = Maker(plan, collect(model.base_model, plan, partial, bar.update))
-    if options.budget == "mass":
-        budgets = [maker.mass(percent) for percent in plan.masses]
-    else:
-        budgets = [maker.constant(k) for k in options.ks]
-    if options.targets:
-        with tqdm(total=layers, desc="scanning layers one by one", unit="layer") as bar:
-            budgets += targeted(model, plan, maker, partial, bar.update)
+    budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
+    if options.budget != "k":
+        budgets += _measured_budgets(model, plan, maker, partial)
     with tqdm(total=len(budgets), desc="measuring on held-back text", unit="budget") as bar:
         return measured(model, plan, budgets, bar.update)
+
+
+def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) -> list[Budget]:
+    """Those that follow from what skipping does: shares of probability, or allocations for targets."""
+    options, layers = plan.options, len(plan.subject.full_layers)
+    with tqdm(total=len(plan.error_sequences) * layers, desc="errors of heads", unit="layer") as bar:
+        errors = collect_errors(model.base_model, plan, partial, maker.thetas(), bar.update)
+    if options.budget == "mass":
+        return [maker.mass(percent, errors) for percent in options.masses]
+    with tqdm(total=len(plan.allocated_layers), desc="sensitivity of layers", unit="layer") as bar:
+        path = greedy_path(curves(model, plan, maker, errors, partial, bar.update))
+    with tqdm(total=MAX_RUNS * len(options.targets), desc="searching targets", unit="run") as bar:
+        return targeted(model, plan, maker, path, bar.update)
 
 
 def _out_of_memory(plan: Plan) -> str:

@@ -52,19 +52,12 @@ class _Capture:
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        call = LayerCall(
-            layer=module.layer_idx,
-            query=query[0],
-            key=key[0],
-            value=value[0],
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=softcap or 0.0,
-            mask=None if attention_mask is None else visible_keys(attention_mask),
-        )
+        mask = None if attention_mask is None else visible_keys(attention_mask)
+        call = LayerCall.of(module.layer_idx, query[0], key[0], value[0], scaling, softcap, mask=mask)
         self._check_heads(call)
         windowed = call.layer in self._windowed
         if not windowed:
-            _check_plain_causal(module, call, kwargs)
+            check_plain_causal(module, call, call.mask, kwargs)
             self._observe(call)
         k = None if windowed or call.layer in self._dense else self._top_k
         if softcap or k is not None:
@@ -133,7 +126,10 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
 
 
-def _check_plain_causal(module: torch.nn.Module, call: LayerCall, kwargs: dict[str, Any]) -> None:
+def check_plain_causal(
+    module: torch.nn.Module, call: LayerCall, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises CalibrationError where a row of a whole pass sees anything but all keys up to its own."""
     refused = [name for name in REFUSED if kwargs.get(name) is not None]
     n = call.query.shape[1]
     asked = kwargs.get("is_causal")
@@ -142,7 +138,7 @@ def _check_plain_causal(module: torch.nn.Module, call: LayerCall, kwargs: dict[s
     window = kwargs.get("sliding_window")
     if window is not None and window < n:
         refused.append(f"sliding_window={window}")
-    if call.mask is not None and not torch.equal(call.mask, torch.ones_like(call.mask).tril()):
+    if mask is not None and not torch.equal(mask, torch.ones_like(mask).tril()):
         refused.append("a mask that isn't causal")
     if refused:
         raise CalibrationError(

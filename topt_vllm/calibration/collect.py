@@ -1,28 +1,24 @@
-"""One pass over the calibration sequences: the scores that thresholds follow from."""
+"""Passes over the calibration sequences: the scores that thresholds follow from, and what skipping by them does."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.capture import Observer, captured
+from topt_vllm.calibration.head_errors import HeadErrors, head_errors, mean_errors, output_projection
 from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.partial import Partial
-from topt_vllm.calibration.plan import Plan
+from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.scores import LayerCall
-from topt_vllm.calibration.statistics import (
-    KthScoreMoments,
-    RowSample,
-    kth_scores,
-    mass_scores,
-    sample_rows,
-)
+from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 
 
 def collect(
     model: Any, plan: Plan, partial: Partial, progress: Callable[[int], object]
 ) -> dict[int, KthScoreMoments]:
-    """Statistics of every layer, for ``plan.ks`` and then ``plan.masses``.
+    """Statistics of every layer, for ``plan.ks``.
 
     Args:
         model: The decoder.
@@ -31,9 +27,8 @@ def collect(
         progress: Called with the number of layers done.
     """
     subject = plan.subject
-    columns = len(plan.ks) + len(plan.masses)
     moments = {
-        layer: KthScoreMoments(columns, subject.identity.num_query_heads, subject.lengths)
+        layer: KthScoreMoments(len(plan.ks), subject.identity.num_query_heads, subject.lengths)
         for layer in subject.full_layers
     }
     generator = torch.Generator().manual_seed(plan.options.seed)
@@ -50,6 +45,52 @@ def collect(
     return moments
 
 
+def collect_errors(
+    model: Any,
+    plan: Plan,
+    partial: Partial,
+    thetas: dict[int, list[Thetas]],
+    progress: Callable[[int], object],
+) -> dict[int, HeadErrors]:
+    """What each head's skipping does, by layer, at every budget of ``plan.ks``.
+
+    Args:
+        model: The decoder.
+        plan: The run.
+        partial: Keeps each sequence's errors.
+        thetas: By layer, a budget of ``plan.ks`` each.
+        progress: Called with the number of layers done.
+    """
+    subject = plan.subject
+    width = subject.identity.num_query_heads * subject.identity.head_dim
+    found: dict[int, list[HeadErrors]] = {layer: [] for layer in subject.full_layers}
+    for index, sequence in enumerate(plan.error_sequences):
+        stored = partial.load(f"errors-{index:04}")
+        if stored is None:
+            rows = _late_rows(len(sequence), plan.options.seed + index)
+            stored = {}
+
+            def observe(call: LayerCall, rows: torch.Tensor = rows, into: dict = stored) -> None:
+                weight = output_projection(model, call.layer, width)
+                into[call.layer] = vars(head_errors(call, rows, thetas[call.layer], weight))
+                progress(1)
+
+            _run(model, plan, sequence, observe)
+            partial.save(f"errors-{index:04}", stored)
+        else:
+            progress(len(stored))
+        for layer, tensors in stored.items():
+            found[layer].append(HeadErrors(**tensors))
+    return {layer: mean_errors(parts) for layer, parts in found.items()}
+
+
+def _late_rows(length: int, seed: int) -> torch.Tensor:
+    """Query rows of the last quarter: budgets are made for long contexts."""
+    first = length * 3 // 4
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randperm(length - first, generator=generator)[:ERROR_ROWS] + first).sort().values
+
+
 def _scores(
     model: Any, plan: Plan, sequence: list[int], sample: RowSample, progress: Callable[[], object]
 ) -> dict[int, torch.Tensor]:
@@ -57,10 +98,7 @@ def _scores(
     values: dict[int, torch.Tensor] = {}
 
     def observe(call: LayerCall) -> None:
-        parts = [kth_scores(call, sample.rows, plan.ks)]
-        if plan.masses:
-            parts.append(mass_scores(call, sample.rows, plan.masses))
-        values[call.layer] = torch.cat(parts).cpu()
+        values[call.layer] = kth_scores(call, sample.rows, plan.ks).cpu()
         progress()
 
     _run(model, plan, sequence, observe)

@@ -98,7 +98,8 @@ class CalibrationOptions:
 def calibrated_lengths(max_seq_length: int, largest_k: int) -> list[int]:
     """Context lengths that get a θ of their own: octaves, and the longest length.
 
-    The first is at least twice the largest budget, for below that nearly every key is among the top k.
+    The first is at least twice the largest budget that is asked for, for below that nearly every key is among the
+    top k; budgets of ``auto`` ask at most half of a context.
 
     Raises:
         CalibrationError: The sequences are too short for the budget.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
-from topt_vllm.calibration.plan import Plan
-from topt_vllm.calibration.scan import SCAN_LENGTH, SCAN_ROWS
+from topt_vllm.calibration.plan import ERROR_ROWS, Plan
+from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS
 from topt_vllm.version import __version__
 
 # What a run may change without changing its results.
@@ -70,7 +70,7 @@ def _digest(plan: Plan) -> str:
         torch.__version__,
         sorted(options.items()),
         plan.subject,
-        (plan.ks, plan.masses, ROWS_PER_LENGTH, SCAN_ROWS, SCAN_LENGTH),
+        (plan.ks, ROWS_PER_LENGTH, ERROR_ROWS, SENSITIVITY_ROWS),
         [source.model_dump() for source in plan.sources],
         plan.sequences,
     )

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 
 from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
-from topt_vllm.calibration.scan import ladder
 from topt_vllm.calibration.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.thresholds import TextSource, refuse_overwrite
+
+# Query rows of a sequence on which heads' errors are measured, and how many sequences.
+ERROR_ROWS = 64
+_ERROR_SEQUENCES = 2
+_TUNING_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,25 @@ class Plan:
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """Every k that thresholds are collected for, ascending: those asked for, and those of the scan."""
-        scanned = ladder(self.options.ks[-1]) if self.options.budget == "auto" else ()
-        return tuple(sorted({*self.options.ks, *scanned}))
+        """Every k that thresholds are collected for, ascending: those asked for, and those that heads may get."""
+        offered = ladder(self.subject.max_seq_length) if self.options.budget != "k" else ()
+        return tuple(sorted({*self.options.ks, *offered}))
 
     @property
-    def masses(self) -> tuple[float, ...]:
-        """Dropped probability that thresholds are collected for, percent."""
-        return self.options.masses if self.options.budget == "mass" else ()
+    def allocated_layers(self) -> list[int]:
+        """Layers whose heads get a k of their own in a budget with a target: all that aren't asked to be dense."""
+        asked = self.options.dense_layers or ()
+        return [layer for layer in self.subject.full_layers if layer not in asked]
+
+    @property
+    def error_sequences(self) -> list[list[int]]:
+        """The calibration sequences on which heads' errors are measured."""
+        return self.sequences.calibration[-_ERROR_SEQUENCES:]
+
+
+def ladder(max_seq_length: int) -> tuple[int, ...]:
+    """Numbers of keys that a head may get: powers of two, up to half of the context."""
+    return tuple(1 << power for power in range((max_seq_length // 2).bit_length()))
 
 
 def prepare(options: CalibrationOptions) -> Plan:
@@ -49,7 +64,7 @@ def prepare(options: CalibrationOptions) -> Plan:
     _check_output_folder(options)
     check_device(options.device)
     subject = examine(options)
-    tuning = 1 if options.targets else 0
+    tuning = _TUNING_SEQUENCES if options.targets else 0
     tokens = (options.num_samples + tuning + 1) * subject.max_seq_length
     documents, sources = read_texts(options.dataset, tokens)
     tokenizer = load_tokenizer(options.model)

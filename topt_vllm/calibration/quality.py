@@ -8,8 +8,10 @@ import torch
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.predictions import Losses
+from topt_vllm.calibration.scores import any_of_group, kept_by_theta, percentiles, true_per_row
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table_schema import keys_asked
 from topt_vllm.thresholds import Quality, Spread
 
 
@@ -19,7 +21,7 @@ class ThresholdTally:
     def __init__(
         self,
         identity: ModelIdentity,
-        ks: dict[int, int],
+        ks: dict[int, list[int]],
         thetas: dict[int, Thetas],
         rows: torch.Tensor,
         window: int,
@@ -27,14 +29,14 @@ class ThresholdTally:
         """
         Args:
             identity: Of the model.
-            ks: Keys that a query head should keep, by layer; {} where the budget doesn't say.
+            ks: Keys that each query head should keep, by layer; {} where the budget doesn't say.
             thetas: Of the sparse layers; the other full-attention layers count as dense.
             rows: int64 [R], ascending query rows to measure; row i has context i + 1.
             window: V rows that the layers without thresholds read at most (tokens).
         """
         self._identity = identity
         self._ks = ks
-        self._thetas = {layer: _theta_by_row(entry, rows) for layer, entry in thetas.items()}
+        self._thetas = {layer: entry.at_each(rows + 1) for layer, entry in thetas.items()}
         self._contexts = int((rows + 1).sum())
         self._windows = int((rows + 1).clamp(max=window).sum())
         self._read = dict.fromkeys(thetas, 0)
@@ -50,7 +52,7 @@ class ThresholdTally:
     def select(
         self, layer: int, scores: torch.Tensor, probabilities: torch.Tensor, rows: torch.Tensor, part: slice
     ) -> torch.Tensor:
-        """Which V rows the query heads of a layer use, bool [H, r, m]; counts them.
+        """Which V rows the query heads of each group use, bool [Hkv, r, m]; counts them.
 
         Args:
             layer: Index in the model, one of ``layers``.
@@ -60,19 +62,16 @@ class ThresholdTally:
             part: Where they lie in the rows given at construction.
         """
         theta = self._thetas[layer][:, part].to(scores.device)
-        kept = scores >= theta[..., None]
-        # −inf scores are keys that the row doesn't see; below the first calibrated length θ is −inf too.
-        kept &= ~torch.isneginf(scores)
-        kept |= torch.arange(scores.shape[-1], device=scores.device) == rows[:, None]
-        num_kv_heads = self._identity.num_kv_heads
-        read = kept.view(num_kv_heads, -1, *kept.shape[1:]).any(dim=1)
-        used = read.repeat_interleave(kept.shape[0] // num_kv_heads, dim=0)
-        self._read[layer] += int(read.sum())
-        self._dropped += float(1.0 * used[..., 0].numel() - (probabilities * used).sum(dtype=torch.float64))
-        self._counted += used[..., 0].numel()
+        kept = kept_by_theta(scores, theta, rows)
+        read = any_of_group(kept.view(self._identity.num_kv_heads, -1, *kept.shape[1:]))
+        self._read[layer] += int(true_per_row(read).sum())
+        used = probabilities.view(len(read), -1, *read.shape[1:]) * read[:, None]
+        self._dropped += float((1.0 - used.sum(dim=-1)).sum(dtype=torch.float64))
+        self._counted += kept[..., 0].numel()
         if layer in self._ks:
-            self._kept.append((kept.sum(dim=-1) / self._ks[layer]).flatten().cpu())
-        return used
+            asked = keys_asked(torch.tensor(self._ks[layer])[:, None], rows.cpu() + 1)
+            self._kept.append((true_per_row(kept).cpu() / asked).flatten())
+        return read
 
     def layer_rows_read(self) -> list[float]:
         """Share of V rows read by every layer of the model, in order."""
@@ -119,15 +118,8 @@ class ThresholdTally:
     def _spread(self) -> Spread | None:
         if not self._kept:
             return None
-        # quantile() refuses more than 16M numbers; sorting doesn't.
-        kept = torch.cat(self._kept).double().sort().values
-        p5, p50, p95 = (_rounded(kept[round(p * (len(kept) - 1))].item()) for p in (0.05, 0.5, 0.95))
+        p5, p50, p95 = map(_rounded, percentiles(torch.cat(self._kept)))
         return Spread(p5=p5, p50=p50, p95=p95)
-
-
-def _theta_by_row(thetas: Thetas, rows: torch.Tensor) -> torch.Tensor:
-    """θ of each row at its own context, float32 [H, R]."""
-    return torch.stack([thetas.at(n) for n in (rows + 1).tolist()], dim=1)
 
 
 def _rounded(number: float) -> float:

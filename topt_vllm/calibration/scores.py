@@ -4,17 +4,24 @@ Shapes as in :mod:`topt_vllm.attention.common`; here ``n`` is the length of the 
 those of its last rows, all n in a whole forward pass; row i of the sequence sees the keys 0..i.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 
-# Scores held at once, [H, rows, n]: 16 MiB in fp32. Softmax, masks and selections make a few copies of it.
-_CHUNK_ELEMENTS = 1 << 22
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
+# Scores held at once, [H, rows, n]: 4 MiB in fp32, so that what is made of them stays in a CPU's cache.
+_CHUNK_ELEMENTS = 1 << 20
 
 # Chooses the V rows that query heads use: from scores and their softmax [H, r, m], the rows' indices in the
-# sequence (int64 [r]) and their place among all rows that are attended, it makes bool [H, r, m].
+# sequence (int64 [r]) and their place among all rows that are attended, it makes bool [H, r, m], or [Hkv, r, m]
+# where the heads of a group use the same.
 Select = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
@@ -44,6 +51,21 @@ class LayerCall:
     first: int = 0
     window: int = 0
 
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        **place: Any,
+    ) -> "LayerCall":
+        """From what transformers gives an attention function, tensors of one sequence; ``place`` as above."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return cls(layer, query, key, value, scale, softcap or 0.0, **place)
+
     def visible(self, rows: torch.Tensor) -> torch.Tensor:
         """Which keys the rows see: bool [rows, m], m being one more than the last row's index."""
         m = int(rows.max()) + 1
@@ -59,14 +81,33 @@ class LayerCall:
         Args:
             rows: int64 [rows], ascending indices in the sequence of query rows.
         """
-        m = int(rows.max()) + 1
-        num_kv_heads = self.key.shape[0]
-        query = self.query[:, rows - self.first].float().reshape(num_kv_heads, -1, self.query.shape[-1])
-        scores = query @ self.key[:, :m].float().transpose(1, 2)
-        scores = scores.view(self.query.shape[0], len(rows), m).mul_(self.scale)
+        m = int(rows[-1]) + 1
+        query = self.query[:, rows - self.first].float().mul_(self.scale)
+        grouped = query.view(self.key.shape[0], -1, self.query.shape[-1])
+        scores = torch.bmm(grouped, self.keys[:, :, :m]).view(self.query.shape[0], len(rows), m)
         if self.softcap > 0:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        return scores.masked_fill_(~self.visible(rows), float("-inf"))
+        # Before the first row's own key, only masks and windows hide anything.
+        start = 0 if self.mask is not None or self.window else int(rows[0])
+        scores[..., start:].masked_fill_(~self.visible(rows)[:, start:], float("-inf"))
+        return scores
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """float32 [Hkv, D, n], contiguous, which the product with the queries reads fastest."""
+        return self.key.transpose(1, 2).float().contiguous()
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """float32 [Hkv, n, Dv]."""
+        return self.value.float()
+
+    @cached_property
+    def means(self) -> torch.Tensor:
+        """Mean of V over each query row's context, float32 [Hkv, n − first, Dv]."""
+        before = self.values[:, : self.first].sum(dim=1, keepdim=True)
+        counts = torch.arange(self.first + 1, self.value.shape[1] + 1, device=self.value.device)
+        return (before + self.values[:, self.first :].cumsum(dim=1)) / counts[:, None]
 
     def chunks(self, rows: torch.Tensor) -> Iterator[slice]:
         """Parts of ``rows`` whose scores fit in memory."""
@@ -99,25 +140,91 @@ def attend(call: LayerCall, select: Select | None) -> torch.Tensor:
     """
     num_heads, count, _ = call.query.shape
     num_kv_heads, _, value_dim = call.value.shape
-    group = num_heads // num_kv_heads
     out = call.query.new_empty(num_heads, count, value_dim)
     rows = torch.arange(call.first, call.first + count, device=call.query.device)
-    means = _running_mean(call.value) if select is not None else None
-    for part in call.chunks(rows):
+    lock = Lock()
+
+    def compute(part: slice) -> None:
         scores = call.scores(rows[part])
-        weights = torch.softmax(scores, dim=-1)
+        weights = torch.softmax(scores, dim=-1).view(num_kv_heads, -1, *scores.shape[1:])
         if select is not None:
-            weights.masked_fill_(~select(scores, weights, rows[part], part), 0.0)
-        used = weights.view(num_kv_heads, -1, weights.shape[-1])
-        result = (used @ call.value[:, : weights.shape[-1]].float()).view(num_heads, -1, value_dim)
-        if means is not None:
+            with lock:
+                used = select(scores, weights.view(scores.shape), rows[part], part)
+            weights.mul_(used.view(num_kv_heads, -1, *scores.shape[1:]))
+        result = torch.bmm(weights.flatten(1, 2), call.values[:, : scores.shape[-1]])
+        result = result.view(*weights.shape[:3], value_dim)
+        if select is not None:
             dropped = 1.0 - weights.sum(dim=-1, keepdim=True)
-            result += dropped * means[:, rows[part]].repeat_interleave(group, dim=0)
-        out[:, part] = result.to(out.dtype)
+            result += dropped * call.means[:, None, part]
+        out[:, part] = result.flatten(0, 1).to(out.dtype)
+
+    for_each_part(compute, call, rows)
     return out
 
 
-def _running_mean(value: torch.Tensor) -> torch.Tensor:
-    """Mean of V over each row's context, float32 [Hkv, n, Dv]."""
-    counts = torch.arange(1, value.shape[1] + 1, device=value.device)
-    return value.float().cumsum(dim=1) / counts[:, None]
+def for_each_part(compute: Callable[[slice], None], call: LayerCall, rows: torch.Tensor) -> None:
+    """Calls ``compute`` for parts of ``rows``; on CPUs in a thread per core.
+
+    Each thread computes alone. Operations on a chunk are so short that cores which share one mostly wait for each
+    other where other programs run too.
+    """
+    # Made before the threads need them.
+    _ = call.keys, call.values, call.means
+    in_threads(compute, list(call.chunks(rows)), call.query.device)
+
+
+def in_threads(
+    compute: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+) -> list[Result]:
+    """``compute`` of each item, in order; on CPUs in a thread per core, each of which computes alone."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(items) == 1:
+        return [compute(item) for item in items]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.inference_mode(inference):
+            return compute(item)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, items))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """What each head keeps: keys whose score reaches θ, and the row's newest one; bool [H, r, m].
+
+    Args:
+        scores: float32 [H, r, m], −inf where a row doesn't see a key.
+        theta: float32 [H, r], −inf where a row keeps everything that it sees.
+        newest: int64 [r], index of each row's newest key.
+    """
+    # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
+    kept = scores >= theta[..., None].clamp(min=torch.finfo(scores.dtype).min)
+    kept[:, torch.arange(len(newest), device=kept.device), newest] = True
+    return kept
+
+
+def percentiles(values: torch.Tensor) -> tuple[float, float, float]:
+    """p5, p50 and p95 of any number of values."""
+    # quantile() refuses more than 16M numbers; sorting doesn't.
+    ordered = values.double().sort().values
+    p5, p50, p95 = (ordered[round(p * (len(ordered) - 1))].item() for p in (0.05, 0.5, 0.95))
+    return p5, p50, p95
+
+
+def any_of_group(kept: torch.Tensor) -> torch.Tensor:
+    """Keys that some head of a group keeps: bool [Hkv, heads of a group, r, m] to [Hkv, r, m]."""
+    # Several times as fast as any(dim=1) on CPUs.
+    read = kept[:, 0]
+    for head in range(1, kept.shape[1]):
+        read = read | kept[:, head]
+    return read
+
+
+def true_per_row(kept: torch.Tensor) -> torch.Tensor:
+    """How many of the last dimension are true, int32."""
+    # Several times as fast as summing booleans to int64 on CPUs.
+    return kept.view(torch.uint8).sum(dim=-1, dtype=torch.int32)

@@ -1,14 +1,14 @@
-"""From curves to a budget that keeps its promise: an allocation, measured with all its layers sparse, and mended.
+"""From the greedy path to a budget that keeps its promise: an allocation is measured as a whole, and mended.
 
-Losses of single layers only nearly add up. So the allocation for a target is run on held-back text, and the step on
-the greedy path is moved by the ratio of what was measured to what was predicted, a few times at most.
+Predicted losses only nearly add up. So the allocation for a target is run on text held for that, and the place on
+the path is moved by the ratio of what was measured to what was predicted, a few times at most.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from topt_vllm.calibration.allocation import Allocation
+from topt_vllm.calibration.allocation import Step
 
 MAX_RUNS = 4
 
@@ -34,7 +34,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run with all layers sparse gave: rise of perplexity and V rows read, percent."""
+    """What a run with all heads sparse gave: rise of perplexity and V rows read, percent."""
 
     loss: float
     rows: float
@@ -42,68 +42,90 @@ class Measured:
 
 @dataclass(frozen=True)
 class Found:
-    """A budget for a target.
+    """A place on the path for a target.
 
     Attributes:
-        allocation: Keys by layer.
-        measured: Of it, on the text that it was mended on.
-        met: Whether the target was met there.
-        runs: Runs with all layers sparse.
+        place: Index into the path's steps.
+        measured: What was measured there.
+        met: Whether the target was met.
+        runs: Runs made for it.
     """
 
-    allocation: Allocation
+    place: int
     measured: Measured
     met: bool
     runs: int
 
 
-def search(path: list[Allocation], target: Target, measure: Callable[[Allocation], Measured]) -> Found:
-    """The allocation of the path that reads least (``loss``) or loses least (``rows``) and meets the target.
+def search(
+    steps: list[Step], target: Target, measure: Callable[[int], Measured], known: dict[int, Measured]
+) -> Found:
+    """The place that reads least (``loss``) or loses least (``rows``) and meets the target.
 
     Args:
-        path: By ascending rows, from :func:`~topt_vllm.calibration.allocation.allocations`.
+        steps: The path's, from :func:`~topt_vllm.calibration.allocation.greedy_path`.
         target: What to reach.
-        measure: A run with all layers sparse.
+        measure: A run at a place.
+        known: What runs have given so far, by place; grows.
     """
-    predicted = [_predicted(allocation, target) for allocation in path]
-    # Positions below `low` are known to miss the target of a loss, those from `high` on to meet it; for rows the
+    predicted = [100 * (step.loss if target.kind == "loss" else step.rows) for step in steps]
+    # Places below `low` are known to miss the target of a loss, those from `high` on to meet it; for rows the
     # other way round.
-    low, high = 0, len(path) - 1
-    results: dict[int, Measured] = {}
-    position = _position(predicted, target, 1.0, low, high)
-    while len(results) < MAX_RUNS and position not in results:
-        results[position] = measure(path[position])
-        met = _value(results[position], target) <= target.percent
-        if met == (target.kind == "loss"):
-            high = min(high, position)
-        else:
-            low = max(low, position)
-        ratio = _value(results[position], target) / predicted[position] if predicted[position] else 1.0
-        position = _position(predicted, target, max(ratio, 1e-3), low, high)
-        if position in results and high - low > 1:
-            position = (low + high) // 2
-    return _best(path, target, results)
+    low, high = 0, len(steps) - 1
+    ratio, runs = 1.0, 0
+    # What runs for other targets have found; the nearest, last, says most about the ratio.
+    for place in sorted(known, key=lambda p: -abs(_value(known[p], target) - target.percent)):
+        low, high = _narrowed(low, high, place, _met(known[place], target), target)
+        ratio = _ratio(known[place], predicted[place], target)
+    while runs < MAX_RUNS:
+        place = _place(predicted, target, ratio, low, high)
+        if place in known and high - low > 1:
+            place = (low + high) // 2
+        if place in known:
+            break
+        known[place] = measure(place)
+        runs += 1
+        low, high = _narrowed(low, high, place, _met(known[place], target), target)
+        ratio = _ratio(known[place], predicted[place], target)
+        if _close(known[place], target):
+            break
+    return _best(target, known, runs)
 
 
-def _best(path: list[Allocation], target: Target, results: dict[int, Measured]) -> Found:
-    good = [p for p, result in results.items() if _value(result, target) <= target.percent]
+def _narrowed(low: int, high: int, place: int, met: bool, target: Target) -> tuple[int, int]:
+    if met == (target.kind == "loss"):
+        return low, min(high, place)
+    return max(low, place), high
+
+
+def _close(measured: Measured, target: Target) -> bool:
+    """Met with less than a twentieth to spare: another run would cost more than it could gain."""
+    return 0.95 * target.percent <= _value(measured, target) <= target.percent
+
+
+def _best(target: Target, known: dict[int, Measured], runs: int) -> Found:
+    good = [place for place, result in known.items() if _met(result, target)]
     if good:
         best = min(good) if target.kind == "loss" else max(good)
     else:
-        best = min(results, key=lambda p: _value(results[p], target))
-    return Found(path[best], results[best], bool(good), len(results))
+        best = min(known, key=lambda place: _value(known[place], target))
+    return Found(best, known[best], bool(good), runs)
 
 
-def _position(predicted: list[float], target: Target, ratio: float, low: int, high: int) -> int:
-    """The step that should just meet the target, if what is measured is ``ratio`` times what is predicted."""
-    fits = [p for p in range(low, high + 1) if predicted[p] * ratio <= target.percent]
+def _place(predicted: list[float], target: Target, ratio: float, low: int, high: int) -> int:
+    """The place that should just meet the target, if what is measured is ``ratio`` times what is predicted."""
+    fits = [place for place in range(low, high + 1) if predicted[place] * ratio <= target.percent]
     if target.kind == "loss":
         return min(fits, default=high)
     return max(fits, default=low)
 
 
-def _predicted(allocation: Allocation, target: Target) -> float:
-    return 100 * (allocation.loss if target.kind == "loss" else allocation.rows)
+def _ratio(measured: Measured, predicted: float, target: Target) -> float:
+    return max(_value(measured, target) / predicted, 1e-3) if predicted else 1.0
+
+
+def _met(measured: Measured, target: Target) -> bool:
+    return _value(measured, target) <= target.percent
 
 
 def _value(measured: Measured, target: Target) -> float:

@@ -17,6 +17,7 @@ import torch
 
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.table_schema import keys_asked
 
 DECIMALS = 4
 
@@ -48,49 +49,37 @@ def sample_rows(lengths: list[int], generator: torch.Generator) -> RowSample:
 
 
 def kth_scores(call: LayerCall, rows: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
-    """Each row's k-th largest score, float32 [K, H, rows].
+    """Each row's k-th largest score, float32 [K, H, rows]; of its middle one where k is more than half its context.
 
     Raises:
         CalibrationError: A score isn't a number.
     """
-    kth = torch.tensor(ks, device=call.query.device) - 1
+    wanted = torch.tensor(ks, device=call.query.device)
     rows = rows.to(call.query.device)
     parts = []
     for part in call.chunks(rows):
-        # NaN counts as the largest, so a NaN anywhere in a row comes first.
-        top = call.scores(rows[part]).topk(ks[-1], dim=-1).values
-        _require_numbers(top, call.layer)
-        parts.append(top[..., kth].permute(2, 0, 1))
+        # Unseen keys come first; NaN counts as the largest, so a NaN anywhere in a row comes last.
+        ordered = _sorted(call.scores(rows[part]))
+        place = ordered.shape[-1] - keys_asked(wanted, rows[part, None] + 1)
+        found = ordered.gather(-1, place.expand(ordered.shape[0], -1, -1))
+        _require_numbers(torch.cat([ordered[..., -1:], found], dim=-1), call.layer)
+        parts.append(found.permute(2, 0, 1))
     return torch.cat(parts, dim=2)
 
 
-def mass_scores(call: LayerCall, rows: torch.Tensor, masses: tuple[float, ...]) -> torch.Tensor:
-    """The largest θ with which each row drops at most a share of its probability, float32 [M, H, rows].
-
-    Args:
-        call: The layer.
-        rows: int64 [rows].
-        masses: Shares, percent.
-    """
-    rows = rows.to(call.query.device)
-    parts = []
-    for part in call.chunks(rows):
-        scores = call.scores(rows[part]).sort(dim=-1, descending=True).values
-        kept = torch.softmax(scores, dim=-1).cumsum(dim=-1)
-        # The first key with which enough is kept; rounding may leave the sum of all of them short.
-        first = torch.stack([(kept < 1 - mass / 100).sum(dim=-1) for mass in masses])
-        last = torch.isfinite(scores).sum(dim=-1) - 1
-        parts.append(
-            torch.stack([scores.gather(-1, torch.minimum(f, last)[..., None])[..., 0] for f in first])
-        )
-    return torch.cat(parts, dim=2)
+def _sorted(scores: torch.Tensor) -> torch.Tensor:
+    """Ascending, in place on a CPU, where numpy's vectorised sort is ten times faster than torch's."""
+    if scores.device.type != "cpu":
+        return scores.sort(dim=-1).values
+    scores.numpy().sort(axis=-1)
+    return scores
 
 
-def _require_numbers(top: torch.Tensor, layer: int) -> None:
-    bad = ~torch.isfinite(top).all(dim=-1).all(dim=-1)
+def _require_numbers(found: torch.Tensor, layer: int) -> None:
+    bad = ~torch.isfinite(found).all(dim=-1).all(dim=-1)
     if bool(bad.any()):
         head = int(bad.nonzero()[0])
-        value = top[head][~torch.isfinite(top[head])][0].item()
+        value = found[head][~torch.isfinite(found[head])][0].item()
         raise CalibrationError(
             f"layer {layer}, query head {head}: a score is {value}; "
             "the weights are broken or --dtype is too narrow for this model"

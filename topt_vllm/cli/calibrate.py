@@ -46,7 +46,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         choices=BUDGETS,
         default="k",
         help="k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
-        "one for each target, with more keys in layers that lose more (default %(default)s)",
+        "one for each target, with more keys for the heads that lose more (default %(default)s)",
     )
     add("--mass", type=_percent, nargs="+", default=[5.0], help="budgets of --budget mass (default 5%%)")
     add(
@@ -136,6 +136,24 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
         print(f'The server uses k={default} unless "toptheta" in --additional-config names another "k".')
 
 
+def _work(plan: "Plan") -> str:
+    """What takes the time, so that it can be judged before it is spent."""
+    from topt_vllm.calibration.budgets import MEASURED_ROWS
+    from topt_vllm.calibration.search import MAX_RUNS
+    from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, SENSITIVITY_RUNS
+
+    options, passes = plan.options, plan.options.num_samples + 1
+    if options.budget != "k":
+        passes += len(plan.error_sequences)
+    if options.budget != "auto":
+        return f"{passes} passes"
+    tuning, layers = len(plan.sequences.tuning), len(plan.allocated_layers)
+    return (
+        f"{passes + tuning + 1} passes, at most {SENSITIVITY_RUNS} runs of the last {SENSITIVITY_ROWS} rows for "
+        f"each of {layers} layers, at most {MAX_RUNS * tuning} runs of {MEASURED_ROWS} rows for each target"
+    )
+
+
 def _resolved(plan: "Plan") -> str:
     options, subject = plan.options, plan.subject
     lines = {
@@ -149,6 +167,7 @@ def _resolved(plan: "Plan") -> str:
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
         "dense layers": ", ".join(map(str, subject.dense_layers)) or "none",
         "sigma": options.sigma,
+        "work": _work(plan),
         "attention": f"top {options.ks[-1]} keys" if options.topk_at_calibration else "dense",
         "seed": options.seed,
         "device": options.device or "a GPU where there is one",

@@ -1,0 +1,207 @@
+"""One dense pass over a sequence, kept so that parts of it can be decoded again behind a dense prompt.
+
+That is what a server does: the prompt's K and V come from dense attention, the decoded rows' from whatever attends
+to them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from topt_vllm.calibration.capture import check_plain_causal, selected, visible_keys
+from topt_vllm.calibration.model import Subject
+from topt_vllm.calibration.scores import LayerCall, attend
+
+
+class SparseAttention(Protocol):
+    """Attention of some layers; the others stay dense."""
+
+    @property
+    def layers(self) -> list[int]: ...
+
+    def attend(self, call: LayerCall) -> torch.Tensor:
+        """Output of the decoded rows, [H, r, Dv]."""
+        ...
+
+
+class DensePass:
+    """K and V of every layer, and what the decoder's layers gave for chosen rows.
+
+    Attributes:
+        length: Rows of the pass (tokens).
+        device: Where tokens go.
+    """
+
+    def __init__(
+        self, model: Any, subject: Subject, tokens: list[int], spans: tuple[range, ...] = ()
+    ) -> None:
+        """Makes the pass.
+
+        Args:
+            model: A transformers causal language model.
+            subject: What is known about it.
+            tokens: All of them are run.
+            spans: Rows of later :class:`~topt_vllm.calibration.replay.Replay` objects.
+
+        Raises:
+            CalibrationError: A layer attends in a way that its configuration doesn't say.
+        """
+        self.length = len(tokens)
+        self._decoder = model.base_model
+        self._subject = subject
+        self.device = model.device
+        self._layers = _decoder_layers(self._decoder, subject.identity.num_layers)
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._outputs: dict[tuple[range, int], Any] = {}
+        with torch.inference_mode(), self._recording(spans), selected(self._decoder, self._record):
+            hidden = self._decoder(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)[0]
+        self._hidden = {span: hidden[:, span.start : span.stop].clone() for span in spans}
+
+    def hidden(self, span: range) -> torch.Tensor:
+        """The decoder's dense output for one of the spans, [1, r, hidden size]."""
+        return self._hidden[span]
+
+    def decode(
+        self,
+        inputs: torch.Tensor,
+        first: int,
+        attention: SparseAttention | None = None,
+        span: range | None = None,
+    ) -> torch.Tensor:
+        """The decoder's output for tokens that follow the first ``first`` ones of the pass.
+
+        Args:
+            inputs: int64 [B, r], continuations of equal length, each by itself.
+            first: Tokens of the dense prompt.
+            attention: Of its layers; None for dense attention.
+            span: One of the spans, whose tokens ``inputs`` are: layers before the first sparse one, which can only
+                give what they gave, aren't run.
+
+        Returns:
+            [B, r, hidden size].
+        """
+        sparse = attention.layers if attention is not None else []
+
+        def function(module: torch.nn.Module, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            used = attention if module.layer_idx in sparse else None
+            return self._attend(used, first, module, *tensors, **kwargs)
+
+        positions = torch.arange(first, first + inputs.shape[1], device=inputs.device)[None]
+        known = min(sparse, default=self._subject.identity.num_layers)
+        skipping = nullcontext() if span is None else self._skipping(known, span)
+        with torch.inference_mode(), skipping, selected(self._decoder, function):
+            return self._decoder(input_ids=inputs, position_ids=positions, use_cache=False)[0]
+
+    def _record(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = int(module.layer_idx)
+        window = self._window(layer)
+        call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, window=window)
+        if layer not in self._subject.identity.sliding_window_layers:
+            seen = None if attention_mask is None else visible_keys(attention_mask)
+            check_plain_causal(module, call, seen, kwargs)
+        self._cache[layer] = key[0].contiguous(), value[0].contiguous()
+        if softcap:
+            return attend(call, None).transpose(0, 1).unsqueeze(0), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+    def _attend(
+        self,
+        attention: SparseAttention | None,
+        first: int,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        layer = int(module.layer_idx)
+        window = self._window(layer)
+        # Keys that even the first row no longer sees are left out.
+        start = max(0, first - window + 1) if window else 0
+        before = [tensor[:, start:first] for tensor in self._cache[layer]]
+        outputs = []
+        for index in range(query.shape[0]):
+            seen_key = torch.cat([before[0], key[index]], dim=1)
+            seen_value = torch.cat([before[1], value[index]], dim=1)
+            place = {"first": first - start, "window": window}
+            call = LayerCall.of(layer, query[index], seen_key, seen_value, scaling, softcap, **place)
+            if attention is not None:
+                outputs.append(attention.attend(call).transpose(0, 1))
+            elif softcap:
+                outputs.append(attend(call, None).transpose(0, 1))
+            else:
+                outputs.append(_dense(module, call, scaling, kwargs))
+        return torch.stack(outputs), None
+
+    def _window(self, layer: int) -> int:
+        return self._subject.window if layer in self._subject.identity.sliding_window_layers else 0
+
+    @contextmanager
+    def _recording(self, spans: tuple[range, ...]) -> Iterator[None]:
+        """Keeps what every decoder layer gives for the spans, so that runs can start behind it."""
+
+        def keep(index: int) -> Callable[..., None]:
+            def hook(_: torch.nn.Module, __: Any, output: Any) -> None:
+                hidden = output if isinstance(output, torch.Tensor) else output[0]
+                for span in spans:
+                    part = hidden[:, span.start : span.stop].clone()
+                    self._outputs[span, index] = (
+                        part if isinstance(output, torch.Tensor) else (part, *output[1:])
+                    )
+
+            return hook
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers):
+                handle = layer.register_forward_hook(keep(index))
+                stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def _skipping(self, count: int, span: range) -> Iterator[None]:
+        """Within it, the first ``count`` decoder layers give what they gave in the dense pass."""
+        with ExitStack() as stack:
+            for index, layer in enumerate(self._layers[:count]):
+                before = layer.__dict__.get("forward")
+                layer.forward = lambda *_, index=index, **__: self._outputs[span, index]
+                stack.callback(_restore_forward, layer, before)
+            yield
+
+
+def _dense(
+    module: torch.nn.Module, call: LayerCall, scaling: float | None, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """transformers' own attention of the call's rows, [r, H, Dv]."""
+    rows = torch.arange(call.first, call.key.shape[1], device=call.query.device)
+    tensors = call.query[None], call.key[None], call.value[None], call.visible(rows)[None, None]
+    # The mask says all: the rows are the last of the sequence, which is_causal can't express.
+    return sdpa_attention_forward(module, *tensors, scaling=scaling, **{**kwargs, "is_causal": False})[0][0]
+
+
+def _decoder_layers(decoder: Any, count: int) -> list[torch.nn.Module]:
+    """The decoder's layers; [] where they can't be told, so that runs start at the first."""
+    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def _restore_forward(layer: torch.nn.Module, before: Any) -> None:
+    if before is None:
+        del layer.forward
+    else:
+        layer.forward = before
