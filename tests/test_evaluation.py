@@ -12,13 +12,17 @@ from table_factory import make_table
 from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma3TextConfig, LlamaConfig
 
+from topt_vllm.calibration import predictions
+from topt_vllm.calibration.dense_pass import DensePass
 from topt_vllm.calibration.model import load_causal_lm
+from topt_vllm.calibration.predictions import Comparison
+from topt_vllm.calibration.replay import Replay
 from topt_vllm.cli.main import main
-from topt_vllm.evaluation import perplexity
+from topt_vllm.evaluation.attention import Counts, RuleAttention
 from topt_vllm.evaluation.needles import answer, hide
-from topt_vllm.evaluation.options import RULES, EvaluationError, EvaluationOptions
-from topt_vllm.evaluation.perplexity import check_head, compare, hidden_states
+from topt_vllm.evaluation.options import RULES, EvaluationOptions
 from topt_vllm.evaluation.plan import Plan, prepare
+from topt_vllm.evaluation.records import quality, spread
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
@@ -78,7 +82,7 @@ def command(folder: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("name", RULES)
 def test_each_rule_is_tuned_to_its_target(plan, model, name):
     """Halfway between what its parameter can reach. A tile of 128 keys is a large step for BLASST."""
-    (found,) = sample(model, plan.subject, plan.texts[0].tuning, [spread_rows(plan.first, LONGEST)])
+    (found,) = sample(model, plan.subject, plan.texts[0].tuning, [spread_rows(LENGTHS[0], LONGEST)])
     (family,) = families((name,), plan.table, LONGEST)
     few, many = (found.v_rows_read(family.make(x), frozenset()) for x in (family.few, family.many))
     target = (few + many) / 2
@@ -89,56 +93,68 @@ def test_each_rule_is_tuned_to_its_target(plan, model, name):
 
 
 def test_a_target_out_of_reach_gives_the_nearest(plan, model):
-    (found,) = sample(model, plan.subject, plan.texts[0].tuning, [spread_rows(plan.first, LONGEST)])
+    (found,) = sample(model, plan.subject, plan.texts[0].tuning, [spread_rows(LENGTHS[0], LONGEST)])
     (family,) = families(("quest",), plan.table, LONGEST)
     tuned = tune(family, 1e-6, found, frozenset())
     assert tuned.parameter == 1
 
 
 def test_the_sample_counts_as_the_run_does(plan, model):
-    """Over all rows of one text the tuner's share is the evaluation's, where no layer feeds on a sparse one."""
+    """Over all decoded rows of one text the tuner's share is the run's, where no layer feeds on a sparse one."""
     tokens, last = plan.texts[0].tuning, plan.subject.full_layers[-1]
-    (found,) = sample(model, plan.subject, tokens, [torch.arange(plan.first - 1, LONGEST)])
+    replay = Replay(model, plan.subject, tokens, 40)
+    (found,) = sample(model, plan.subject, tokens, [replay.rows])
     dense = frozenset(plan.subject.full_layers) - {last}
-    _, counts = hidden_states(model, plan.subject, tokens, {last: TopK(9)}, plan.first)
-    assert found.v_rows_read(TopK(9), dense) == pytest.approx(counts.shares()["v_rows_read"], abs=1e-9)
+    used = RuleAttention(plan.subject.identity, {last: TopK(9)}, replay.rows + 1, plan.subject.window)
+    replay.compare(used)
+    assert found.v_rows_read(TopK(9), dense) == pytest.approx(used.counts.shares()["v_rows_read"], abs=1e-9)
 
 
 def test_comparison_is_the_models_own_loss(plan, model, monkeypatch):
-    monkeypatch.setattr(perplexity, "_CHUNK_LOGITS", 257 * 7)
+    monkeypatch.setattr(predictions, "_LOGITS", 257 * 7)
     tokens = plan.texts[0].sequences[0]
-    check_head(model, tokens)
-    dense, _ = hidden_states(model, plan.subject, tokens, {}, plan.first)
-    found = compare(model, tokens, dense, dense, plan.first)
+    replay = Replay(model, plan.subject, tokens, 40)
+    found = replay.compare(RuleAttention(plan.subject.identity, {}, replay.rows + 1, plan.subject.window))
     given = torch.tensor([tokens])
     with torch.inference_mode():
         logits = model(given, use_cache=False).logits[0].float()
-    expected = torch.nn.functional.cross_entropy(logits[:-1], given[0, 1:], reduction="none")[
-        plan.first - 1 :
-    ]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], given[0, 1:], reduction="none")[-40:]
     torch.testing.assert_close(found.dense, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.loss, found.dense)
     assert found.agree.all()
     assert found.kl.abs().max() < 1e-5
-    assert found.contexts.tolist() == list(range(plan.first, LONGEST))
 
 
-def test_divergence_of_known_distributions(model):
-    width = model.config.get_text_config().hidden_size
-    states = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(0))
-    found = compare(model, [3, 1, 4, 1, 5], states[0], states[1], 2)
-    with torch.inference_mode():
-        p, q = (perplexity.log_probabilities(model, part)[1:4] for part in states)
-    torch.testing.assert_close(found.kl, (p.exp() * (p - q)).sum(dim=-1), rtol=1e-4, atol=1e-5)
-    assert found.dense.tolist() == pytest.approx(
-        [-p[0, 4].item(), -p[1, 1].item(), -p[2, 5].item()], rel=1e-4
-    )
+def test_divergence_of_known_distributions():
+    p, q = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.7, 0.1]]), torch.tensor([[0.25, 0.5, 0.25]] * 2)
+    found = predictions.compared(p.log(), q.log(), torch.tensor([1, 2]))
+    assert found.dense.tolist() == pytest.approx([-math.log(0.25), -math.log(0.1)])
+    assert found.loss.tolist() == pytest.approx([-math.log(0.5), -math.log(0.25)])
+    second = 0.2 * math.log(0.8) + 0.7 * math.log(1.4) + 0.1 * math.log(0.4)
+    assert found.kl.tolist() == pytest.approx([0.25 * math.log(2), second])
+    assert found.agree.tolist() == [False, True]
+    losses = found.losses()
+    rise = [math.log(0.25 / 0.5), math.log(0.1 / 0.25)]
+    assert losses.loss_pct == pytest.approx(100 * math.expm1(sum(rise) / 2))
+    assert losses.agreement == 0.5
 
 
-def test_a_head_that_is_not_understood_is_refused(plan, model, monkeypatch):
-    monkeypatch.setattr(perplexity, "log_probabilities", lambda model, hidden: torch.zeros(16, 257))
-    with pytest.raises(EvaluationError, match="computes its logits in a way that is not known here"):
-        check_head(model, plan.texts[0].sequences[0])
+def test_standard_error_is_that_of_paired_block_means():
+    """A difference that is the same in every row has none, however much the losses themselves vary."""
+    dense = torch.rand(256, generator=torch.Generator().manual_seed(0)) * 5
+    counts = Counts(v_rows=1, elements=1)
+    steady = quality(Comparison(dense, dense + 0.1, dense, dense > 9), counts)
+    assert steady["loss_pct"] == pytest.approx(100 * math.expm1(0.1), abs=1e-3)
+    assert steady["loss_pct_se"] == pytest.approx(0, abs=1e-4)
+    # Eight blocks of 32 alike rows: 256 rows are worth eight.
+    blocks = torch.tensor([0.0, 0.2] * 4).repeat_interleave(32)
+    found = quality(Comparison(dense, dense + blocks, dense, dense > 9), counts)
+    expected = math.exp(0.1) * 100 * math.sqrt(0.01 * 8 / 7 / 8)
+    assert found["loss_pct_se"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_spread_of_kept_keys():
+    assert spread(torch.arange(101.0).flip(0)) == {"p5": 5.0, "p50": 50.0, "p95": 95.0}
 
 
 def test_needles_hold_the_fact_at_their_depth():
@@ -156,19 +172,28 @@ def test_needles_hold_the_fact_at_their_depth():
 
 
 def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
-    """Dense answers against one pass over prompt, question and answer; a rule after another sees the same cache."""
+    """Dense answers against one pass over prompt, question and answer; a rule before leaves no trace."""
     tokenizer = byte_tokenizer()
     (needle,) = hide(tokenizer, plan.texts[0].sequences[0], (260,), (0.5,))
+    prompt, head = DensePass(model, plan.subject, needle.prompt), predictions.Head(model)
     rules = dict.fromkeys(plan.subject.full_layers, TopK(3))
-    found = [ours for ours, _ in answer(model, plan.subject, needle, [{}, rules, {}], plan.first)]
-    for tokens, likelihood in zip(needle.answers, found[0].likelihoods, strict=True):
+    right, wrong = (
+        RuleAttention(plan.subject.identity, rules, needle.contexts, plan.subject.window) for _ in range(2)
+    )
+    sparse = answer(prompt, head, needle, right, wrong)
+    dense = answer(prompt, head, needle, None, None)
+    for tokens, likelihood in zip(needle.answers, dense.likelihoods, strict=True):
         given = torch.tensor([needle.prompt + needle.question + tokens])
         with torch.inference_mode():
             known = model(given, use_cache=False).logits[0].float().log_softmax(dim=-1)
         rows = torch.arange(given.shape[1] - len(tokens) - 1, given.shape[1] - 1)
         assert likelihood == pytest.approx(known[rows, torch.tensor(tokens)].sum().item(), rel=1e-3)
-    assert found[2].likelihoods == pytest.approx(found[0].likelihoods, rel=1e-4)
-    assert found[1].likelihoods != pytest.approx(found[0].likelihoods, rel=1e-4)
+    assert sparse.likelihoods != pytest.approx(dense.likelihoods, rel=1e-4)
+    assert dense.retrieved == (dense.likelihoods[0] == max(dense.likelihoods))
+    # Question and right answer are counted, once each.
+    asked = len(needle.question) + len(needle.answers[0]) - 1
+    assert right.counts.sparse == 4 * len(rules) * asked
+    assert right.counts.elements_kept < right.counts.elements
 
 
 def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_path, capsys):
@@ -187,15 +212,21 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         "256",
         "--depths",
         "0.5",
+        "--lengths",
+        "128",
+        "320",
+        "--decode-rows",
+        "100",
     ]
     assert main(command(folder, *more, "--json", str(out), "--plot", str(picture))) == 0
     records = json.loads(out.read_text())
-    found = {(r["text"], r["rule"], r["rows_target"], r["k"]) for r in records}
+    found = {(r["text"], r["context"], r["rule"], r["rows_target"], r["k"]) for r in records}
     jobs = [
         ("toptheta", None, 64),
         *((rule, rows, None) for rule in ("toptheta", "topk") for rows in (0.5, 0.8)),
     ]
-    assert found == {(text, *job) for text in ("play.txt", "code.txt", "needles") for job in jobs}
+    texts = [("play.txt", 128), ("play.txt", LONGEST), ("code.txt", 128), ("code.txt", LONGEST)]
+    assert found == {(*text, *job) for text in (*texts, ("needles", 256)) for job in jobs}
     assert len(records) == len(found)
     for record in records:
         assert set(KEYS) <= set(record)
@@ -206,10 +237,16 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         if record["text"] == "needles":
             assert record["cells"][0]["length"] == 256
         else:
-            assert record["by_position"][0]["from"] == LENGTHS[0]
-            assert record["by_position"][-1]["to"] == LONGEST - 1
+            # No rows below the table's first length, 64, though 100 were asked for.
+            rows = 64 if record["context"] == 128 else 100
+            assert record["decode_rows"] == record["tokens"] == rows
+            assert record["by_position"][0]["from"] == record["first_context"] == record["context"] - rows
+            assert record["by_position"][-1]["to"] == record["context"] - 1
+            assert record["loss_pct_se"] >= 0
+        assert ("kept_over_k" in record) == (record["k"] is not None and record["text"] != "needles")
     shipped = next(r for r in records if r["k"] == 64)
     assert shipped["dense_layers"] == [1]
+    assert 0 < shipped["kept_over_k"]["p5"] <= shipped["kept_over_k"]["p50"] <= shipped["kept_over_k"]["p95"]
     assert picture.read_text().startswith("<?xml")
     assert "toptheta" in capsys.readouterr().out
 
@@ -225,6 +262,9 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         (["--rows", "0.3", "--dense-layers", "1"], "raise the target, or name fewer --dense-layers"),
         (["--dense-layers", "9"], r"--dense-layers \[9\] are not full-attention layers"),
         (["--dense-layers", "x"], "--dense-layers x: layer numbers, or none"),
+        (["--decode-rows", "1"], "--decode-rows is 1; it must be at least 2"),
+        (["--lengths", "64"], "--lengths 64: contexts are longer than the table's first length, 64"),
+        (["--lengths", "999"], "at most as long as --max-seq-length, 320"),
         (["--needles", "64"], "--needles 64: prompts are longer than the table's first length, 64"),
         (["--depths", "2"], "--depths 2.0: 0 is the start"),
         (["--num-samples", "9"], "the text has 1400 tokens"),

@@ -1,4 +1,4 @@
-"""A model under rules: dense where nothing is skipped, as decoding one token at a time, and counted."""
+"""Rules in a replay: dense where nothing is skipped, as decoding one token at a time, and counted."""
 
 import pytest
 import torch
@@ -7,9 +7,12 @@ from tiny_models import SMALL, save_model
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.calibration import scores
+from topt_vllm.calibration.dense_pass import DensePass
+from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.evaluation import attention
-from topt_vllm.evaluation.attention import attending
+from topt_vllm.calibration.replay import Replay, replayed_rows
+from topt_vllm.evaluation.attention import RuleAttention
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
@@ -17,9 +20,12 @@ from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.rules.toptheta import TopTheta
 from topt_vllm.model_identity import identify
 
-TOKENS = torch.randint(0, 256, (1, 90), generator=torch.Generator().manual_seed(0))
-FIRST = 20
-GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+N, ROWS, WINDOW = 90, 50, 32
+TOKENS = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(0))
+GEMMA = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL),
     "gemma2, softcap": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
@@ -29,118 +35,154 @@ CONFIGS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of a few rows, so that every test crosses their edges."""
-    monkeypatch.setattr(attention, "_CHUNK_ELEMENTS", 9000)
+    """Chunks of a few rows, so that every test crosses their edges and uses several threads."""
+    monkeypatch.setattr(scores, "_CHUNK_ELEMENTS", 9000)
 
 
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
 def model(request, tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("model"), request.param)
-    loaded = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
     return loaded.eval()
 
 
-def full_layers(model) -> tuple:
+def subject_of(model) -> Subject:
     identity = identify(model.config, "tiny")
-    return identity, [layer for layer in range(3) if layer not in identity.sliding_window_layers]
+    full = [layer for layer in range(3) if layer not in identity.sliding_window_layers]
+    return Subject(identity, full, [], [64], WINDOW if identity.sliding_window_layers else 0, 257)
 
 
 def thetas(layers: list[int]) -> TopTheta:
-    entry = Thetas(torch.tensor([FIRST, 90]), torch.tensor([[0.5, 1.0]] * 4), torch.zeros(4, 2))
+    entry = Thetas(torch.tensor([20, N]), torch.tensor([[0.5, 1.0]] * 4), torch.zeros(4, 2))
     return TopTheta(dict.fromkeys(layers, entry))
 
 
-def hidden(model, rules, **arguments):
-    identity, _ = full_layers(model)
-    with torch.inference_mode(), attending(model, identity, rules, FIRST, window=32) as counts:
-        return model(TOKENS, use_cache=False).last_hidden_state, counts
+def attention(subject: Subject, rule, contexts: torch.Tensor, **more) -> RuleAttention:
+    rules = dict.fromkeys(subject.full_layers, rule)
+    return RuleAttention(subject.identity, rules, contexts, subject.window, **more)
 
 
-@pytest.mark.parametrize("rule", [None, TopK(90), Quest(6), Blasst(0.0), SparseV(1e-30)], ids=str)
+def decoded(model, rule, first: int, steps: list[int]) -> tuple[torch.Tensor, list[RuleAttention]]:
+    """The decoder's output for rows after a dense prompt of ``first`` tokens, decoded in ``steps``."""
+    subject = subject_of(model)
+    dense = DensePass(model, subject, TOKENS.tolist())
+    outputs, used = [], []
+    for stop in steps:
+        used.append(attention(subject, rule, torch.arange(first + 1, stop + 1)))
+        outputs.append(dense.decode(TOKENS[None, first:stop], first, used[-1]))
+    return outputs[-1], used
+
+
+@pytest.mark.parametrize("rule", [TopK(N), Quest(6), Blasst(0.0), SparseV(1e-30)], ids=str)
 def test_a_rule_that_keeps_everything_changes_nothing(model, rule):
-    _, layers = full_layers(model)
     with torch.inference_mode():
-        expected = model(TOKENS, use_cache=False).last_hidden_state
-    found, counts = hidden(model, {} if rule is None else dict.fromkeys(layers, rule))
+        expected = model.base_model(TOKENS[None], use_cache=False).last_hidden_state[:, N - ROWS :]
+    found, (used,) = decoded(model, rule, N - ROWS, [N])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert counts.v_rows_read == counts.v_rows
+    counts = used.counts
+    assert counts.v_rows == counts.v_rows_read
     assert counts.elements_kept == counts.elements == 2 * counts.v_rows
     assert counts.dropped == pytest.approx(0, abs=1e-3)
+
+
+class Stepper:
+    """A rule's attention for single tokens behind a cache that earlier tokens filled."""
+
+    def __init__(self, subject: Subject, rule) -> None:
+        self.subject, self.rule = subject, rule
+
+    def __call__(self, module, query, key, value, mask, scaling=None, softcap=None, **_):
+        n, layer = key.shape[2], module.layer_idx
+        windowed = layer in self.subject.identity.sliding_window_layers
+        call = scores.LayerCall(
+            layer, query[0], key[0], value[0], scaling, softcap or 0.0, None, n - 1, WINDOW if windowed else 0
+        )
+        if windowed:
+            return scores.attend(call, None).transpose(0, 1)[None], None
+        used = attention(self.subject, self.rule, torch.tensor([n]))
+        return used.attend(call).transpose(0, 1)[None], None
 
 
 @pytest.mark.parametrize(
     "make", [thetas, lambda layers: TopK(5), lambda layers: Quest(2)], ids=["θ", "k", "pages"]
 )
-def test_one_pass_is_decoding_one_token_at_a_time(model, make):
-    identity, layers = full_layers(model)
-    rules = dict.fromkeys(layers, make(layers))
-    found, counts = hidden(model, rules)
-    steps = []
-    with torch.inference_mode(), attending(model, identity, rules, FIRST, window=32) as stepped:
-        cache = transformers.DynamicCache(config=model.config)
-        for position in range(90):
-            token = TOKENS[:, position : position + 1]
-            steps.append(model(token, past_key_values=cache, use_cache=True).last_hidden_state)
+def test_rows_at_once_are_decoding_one_token_at_a_time(model, make):
+    """Each decoded row sees dense K and V of the prompt, and those that sparse rows before it made."""
+    from topt_vllm.calibration.capture import selected
+
+    subject, first = subject_of(model), N - 12
+    rule = make(subject.full_layers)
+    found, _ = decoded(model, rule, first, [N])
+    cache, steps = transformers.DynamicCache(), []
+    with torch.inference_mode():
+        model.base_model(TOKENS[None, :first], past_key_values=cache, use_cache=True)
+        with selected(model.base_model, Stepper(subject, rule)):
+            for position in range(first, N):
+                token = TOKENS[None, position : position + 1]
+                steps.append(model.base_model(token, past_key_values=cache, use_cache=True)[0])
     torch.testing.assert_close(found, torch.cat(steps, dim=1), rtol=1e-3, atol=1e-3)
-    assert (stepped.v_rows, stepped.elements, stepped.sparse) == (
-        counts.v_rows,
-        counts.elements,
-        counts.sparse,
-    )
-    assert stepped.v_rows_read == counts.v_rows_read < counts.v_rows
-    assert stepped.dropped == pytest.approx(counts.dropped, rel=1e-3)
 
 
-def test_rows_after_a_dense_prompt_attend_by_the_rule(model):
-    """A cache filled densely, then several rows at once: as needles are answered."""
-    identity, layers = full_layers(model)
-    rules = dict.fromkeys(layers, TopK(5))
-    results = []
-    for split in (1, 4):
-        cache = transformers.DynamicCache(config=model.config)
-        with torch.inference_mode():
-            model(TOKENS[:, :80], past_key_values=cache, use_cache=True)
-            with attending(model, identity, rules, FIRST):
-                parts = TOKENS[:, 80:88].split(split, dim=1)
-                found = [
-                    model(part, past_key_values=cache, use_cache=True).last_hidden_state for part in parts
-                ]
-        results.append(torch.cat(found, dim=1))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-3)
+def test_continuations_in_a_batch_do_not_see_each_other(model):
+    subject = subject_of(model)
+    dense = DensePass(model, subject, TOKENS[:60].tolist())
+    inputs = torch.stack([TOKENS[60:66], TOKENS[70:76]])
+    contexts = torch.arange(61, 67)
+    both = dense.decode(inputs, 60, attention(subject, TopK(5), contexts))
+    alone = [dense.decode(row[None], 60, attention(subject, TopK(5), contexts)) for row in inputs]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
-def test_every_layer_is_counted_and_rows_below_the_first_context_are_not(model):
-    identity, layers = full_layers(model)
-    _, counts = hidden(model, {layers[-1]: TopK(1)})
-    contexts = torch.arange(FIRST, 91)
-    windowed = len(identity.sliding_window_layers) * int(contexts.clamp(max=32).sum())
-    assert counts.v_rows == 2 * (len(layers) * int(contexts.sum()) + windowed)
+def test_windows_of_one_pass_are_replays_of_shorter_sequences(model):
+    """A window that ends early in a long dense pass predicts as if the sequence ended there."""
+    subject, tokens = subject_of(model), TOKENS.tolist()
+    long = DensePass(model, subject, tokens[:-1], (replayed_rows(60, 9), replayed_rows(N, 9)))
+    for length in (60, N):
+        window = Replay(model, subject, tokens[:length], 9, long)
+        alone = Replay(model, subject, tokens[:length], 9)
+        assert window.rows.tolist() == alone.rows.tolist() == list(range(length - 10, length - 1))
+        assert window.dense_nll == pytest.approx(alone.dense_nll, abs=1e-5)
+        rule = attention(subject, TopK(3), window.rows + 1)
+        again = attention(subject, TopK(3), window.rows + 1)
+        first, second = window.compare(rule), alone.compare(again)
+        torch.testing.assert_close(first.loss, second.loss, rtol=1e-4, atol=1e-4)
+        assert rule.counts.v_rows_read == again.counts.v_rows_read
+
+
+def test_every_layer_is_counted(model):
+    subject = subject_of(model)
+    contexts = torch.arange(N - ROWS + 1, N + 1)
+    last = subject.full_layers[-1]
+    used = RuleAttention(subject.identity, {last: TopK(1)}, contexts, WINDOW, {last: [2, 1, 1, 1]})
+    DensePass(model, subject, TOKENS.tolist()).decode(TOKENS[None, N - ROWS :], N - ROWS, used)
+    counts, context = used.counts, int(contexts.sum())
+    windowed = len(subject.identity.sliding_window_layers) * int(contexts.clamp(max=WINDOW).sum())
+    assert counts.v_rows == 2 * (len(subject.full_layers) * context + windowed)
     assert counts.elements == 2 * counts.v_rows
-    assert counts.sparse == 4 * len(contexts)
+    assert counts.sparse == 4 * ROWS
     # The layer with the rule reads one or two rows of each context, the others all of them.
-    others = counts.v_rows - 2 * int(contexts.sum())
-    assert others + 2 * len(contexts) <= counts.v_rows_read <= others + 4 * len(contexts)
-    assert counts.elements_kept == 2 * others + 4 * len(contexts)
+    others = counts.v_rows - 2 * context
+    assert others + 2 * ROWS <= counts.v_rows_read <= others + 4 * ROWS
+    assert counts.elements_kept == 2 * others + 4 * ROWS
     assert counts.shares()["v_rows_read"] == counts.v_rows_read / counts.v_rows
+    # One key of the two that head 0 was asked for, and of the one of the others.
+    kept = torch.cat(used.kept_over_k).sort().values
+    assert kept.tolist() == [0.5] * ROWS + [1.0] * 3 * ROWS
 
 
 def test_a_rule_for_a_layer_that_cannot_have_one(model):
-    identity, _ = full_layers(model)
-    wrong = (identity.sliding_window_layers or [3])[0]
-    with (
-        pytest.raises(ValueError, match=rf"\[{wrong}\], which can't have one"),
-        attending(model, identity, {wrong: TopK(1)}, 1),
-    ):
-        pass
+    subject = subject_of(model)
+    wrong = (subject.identity.sliding_window_layers or [3])[0]
+    with pytest.raises(ValueError, match=rf"\[{wrong}\], which can't have one"):
+        RuleAttention(subject.identity, {wrong: TopK(1)}, torch.tensor([9]), WINDOW)
 
 
 def test_a_window_that_the_configuration_does_not_name(tmp_path):
     folder = save_model(tmp_path, CONFIGS["gemma3, windows"])
-    model = transformers.AutoModel.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
-    with (
-        torch.inference_mode(),
-        attending(model, claimed, {}, 1),
-        pytest.raises(CalibrationError, match="layer 0 attends with sliding_window=32"),
-    ):
-        model(TOKENS, use_cache=False)
+    subject = Subject(claimed, [0, 1, 2], [], [64], 0, 257)
+    with pytest.raises(CalibrationError, match="layer 0 attends with sliding_window=32"):
+        DensePass(model, subject, TOKENS.tolist())

@@ -13,7 +13,8 @@ from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
-from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, ladder, theta_at
+from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, ladder
+from topt_vllm.thresholds import ThresholdTable
 
 
 def rows_from(scores: list[list[float]], contexts: list[int] | None = None, kv_heads: int = 1) -> Rows:
@@ -22,8 +23,7 @@ def rows_from(scores: list[list[float]], contexts: list[int] | None = None, kv_h
     tensor = tensor[:, None] if contexts is None else tensor[None]
     n = torch.tensor(contexts or [tensor.shape[-1]])
     tensor = tensor.masked_fill(torch.arange(tensor.shape[-1]) >= n[:, None], -math.inf)
-    empty = torch.zeros(kv_heads, tensor.shape[-1], 1)
-    return Rows(0, tensor, n, torch.zeros(*tensor.shape[:2], 1), empty)
+    return Rows(0, tensor, n, torch.zeros(*tensor.shape[:2], 1), kv_heads)
 
 
 def kept(rule, rows: Rows) -> list[list[int]]:
@@ -55,10 +55,10 @@ def test_theta_of_many_contexts_is_the_operators():
     entry = Thetas(torch.tensor([16, 64, 100]), torch.randn(3, 3), torch.randn(3, 2))
     contexts = torch.tensor([1, 15, 16, 17, 40, 64, 65, 99, 100, 101, 5000])
     expected = torch.stack([entry.at(n) for n in contexts.tolist()], dim=1)
-    torch.testing.assert_close(theta_at(entry, contexts), expected)
+    torch.testing.assert_close(entry.at_each(contexts), expected)
     single = Thetas(torch.tensor([16]), torch.randn(3, 1), torch.randn(3, 2))
     expected = torch.stack([single.at(n) for n in contexts.tolist()], dim=1)
-    torch.testing.assert_close(theta_at(single, contexts), expected)
+    torch.testing.assert_close(single.at_each(contexts), expected)
 
 
 def test_between_budgets_theta_is_interpolated_and_beyond_them_extrapolated():
@@ -88,6 +88,40 @@ def test_named_budgets_come_before_those_with_a_k_and_are_ordered_by_rows_or_thr
     assert named({"loss-1%": 0.2, "rows-5%": 0.05}) == ["rows-5%", "loss-1%"]
     assert named({"loss-1%": 0.05, "rows-5%": 0.2}) == ["loss-1%", "rows-5%"]
     assert named({"loss-1%": 0.05, "rows-5%": None}) == ["rows-5%", "loss-1%"]
+
+
+def named_table(dense: tuple[list[int], list[int]]) -> ThresholdTable:
+    """Two named budgets with these dense layers."""
+    table = make_table(dense_layers=())
+    budgets = [
+        budget.model_copy(update={"k": None, "name": name, "dense_layers": layers})
+        for budget, name, layers in zip(table.budgets, ("rows-5%", "rows-20%"), dense, strict=False)
+    ]
+    return table.model_copy(update={"budgets": budgets})
+
+
+def test_named_budgets_take_their_dense_layers_along():
+    """Towards the budget that keeps a layer dense its θ falls below every score; θ of other layers doesn't."""
+    table = named_table(([], [0]))
+    few, many = ladder(table)
+    assert (few.dense_layers, many.dense_layers) == ([], [0])
+    a, b = ({entry.layer: torch.tensor(entry.theta) for entry in budget.layers} for budget in (few, many))
+    for position in (0.0, 0.5, 0.9, 1.0, 2.0):
+        found = between_budgets(table, position)
+        inside = min(position, 1.0)
+        other = a[2].lerp(b[2], inside) - (position - inside)
+        torch.testing.assert_close(found[2].theta, other)
+        fall = -math.log(1 - position) if position < 1 else 1e9
+        torch.testing.assert_close(found[0].theta, a[0].lerp(b[0], inside) - fall - (position - inside))
+    below = between_budgets(table, -3.0)
+    torch.testing.assert_close(below[0].theta, a[0] + 3.0)
+    both = named_table(([0], [0]))
+    assert between_budgets(both, 0.5)[0].theta.max() < -1e8
+    # Far below the first budget a layer that is dense in it gives rows up like the others.
+    torch.testing.assert_close(between_budgets(both, -3.0)[0].theta, a[0] + 3.0)
+    few_only = named_table(([0], []))
+    assert between_budgets(few_only, 0.0)[0].theta.max() < -1e8
+    torch.testing.assert_close(between_budgets(few_only, 1.0)[0].theta, b[0])
 
 
 def test_topk_keeps_k_and_ties():
@@ -134,20 +168,21 @@ def test_sparsev_drops_small_probabilities():
     assert kept(SparseV(1e-9), rows_from([[0.0, 0.0, 0.0]], contexts=[2])) == [[0, 1]]
 
 
-def quest_rows(n: int, heads: int = 2) -> Rows:
+def quest_rows(n: int, heads: int = 2) -> tuple[Rows, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(heads, 1, 4, generator=generator), torch.randn(1, n, 4, generator=generator)
-    return Rows(0, query @ key.transpose(1, 2), torch.tensor([n]), query, key)
+    rows = Rows(0, query @ key.transpose(1, 2), torch.tensor([n]), query, 1, Quest(1).prepare(key))
+    return rows, key
 
 
 @pytest.mark.parametrize("n", [64, 70])
 def test_quest_keeps_the_pages_of_the_highest_bounds_and_the_newest(n):
-    rows = quest_rows(n)
+    rows, key = quest_rows(n)
     newest = (n - 1) // 16
     for head in range(2):
         bounds = []
         for page in range(newest):
-            keys = rows.key[0, page * 16 : page * 16 + 16]
+            keys = key[0, page * 16 : page * 16 + 16]
             low, high = keys.min(dim=0).values, keys.max(dim=0).values
             bounds.append(torch.maximum(rows.query[head, 0] * low, rows.query[head, 0] * high).sum().item())
         best = max(range(newest), key=lambda page: bounds[page])
@@ -158,13 +193,15 @@ def test_quest_keeps_the_pages_of_the_highest_bounds_and_the_newest(n):
 
 
 def test_quest_never_chooses_pages_after_the_row():
-    rows = quest_rows(64, heads=1)
+    rows, key = quest_rows(64, heads=1)
     early = Rows(
         0,
         torch.cat([rows.scores.masked_fill(torch.arange(64) >= 20, -math.inf), rows.scores], dim=1),
         torch.tensor([20, 64]),
         rows.query.expand(1, 2, 4),
-        rows.key,
+        1,
+        # Prepared from more keys than the rows see, as by a layer for all its rows.
+        Quest(3).prepare(torch.cat([key, key], dim=1)),
     )
     assert kept(Quest(3), early)[0] == list(range(20))
 
@@ -173,7 +210,7 @@ def random_rows(n: int = 300) -> tuple[Rows, torch.Tensor, torch.Tensor, torch.T
     torch.manual_seed(3)
     query, key, value = torch.randn(4, 1, 8) * 2, torch.randn(2, n, 8), torch.randn(2, n, 6)
     scores = (query.view(2, 2, 8) @ key.transpose(1, 2)).view(4, 1, n)
-    return Rows(0, scores, torch.tensor([n]), query, key), query, key, value
+    return Rows(0, scores, torch.tensor([n]), query, 2, Quest(1).prepare(key)), query, key, value
 
 
 @pytest.mark.parametrize("compensation", ["vmean", "none"])
@@ -195,13 +232,13 @@ def test_attention_under_toptheta_is_the_operators(compensation):
         statistics=statistics,
     )
     torch.testing.assert_close(found.out[:, 0], expected)
-    assert found.kept == statistics[Stat.KEPT_ELEMENTS]
+    assert found.kept.sum() == statistics[Stat.KEPT_ELEMENTS]
     assert found.read == statistics[Stat.V_ROWS_READ]
     assert found.dropped == pytest.approx(statistics[Stat.DROPPED_MASS].item(), rel=1e-5)
 
 
 def rows_at(rows: Rows, n: int) -> Rows:
-    return Rows(0, rows.scores[..., :n], torch.tensor([n]), rows.query, rows.key[:, :n])
+    return Rows(0, rows.scores[..., :n], torch.tensor([n]), rows.query, 2)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +254,7 @@ def test_attention_under_a_rule_is_its_definition(rule):
         probabilities = torch.softmax(rows.scores.masked_fill(~used, -math.inf), dim=-1)
     expected = probabilities @ value.repeat_interleave(2, dim=0)
     torch.testing.assert_close(found.out, expected)
-    assert found.kept == used.sum()
+    assert found.kept.flatten().tolist() == used.sum(dim=-1).flatten().tolist()
     assert found.read == used.view(2, 2, 1, -1).any(dim=1).sum()
     assert found.dropped == pytest.approx(dropped.sum().item(), abs=1e-5)
     assert not torch.isnan(found.out).any()

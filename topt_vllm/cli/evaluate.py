@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import DTYPES, CalibrationError
 from topt_vllm.cli import UserError
-from topt_vllm.evaluation.options import RULES, EvaluationOptions
+from topt_vllm.evaluation.options import ADAPTING, RULES, EvaluationOptions
 
 if TYPE_CHECKING:
     from topt_vllm.evaluation.plan import Plan
 
-_DESCRIPTION = """Runs the model over texts, each row attending as a decoded row would under a rule that skips V
-rows, and compares it with dense attention: perplexity, divergence, agreement, and with --needles the retrieval of
-hidden facts. Each rule has one parameter, tuned so that the rules read equally many V rows."""
+_DESCRIPTION = """Decodes the last rows of texts behind a densely attended prompt, as a server does, under rules
+that skip V rows, and compares them with dense attention: perplexity, divergence, agreement, and with --needles
+the retrieval of hidden facts. Each rule has one parameter, tuned so that the rules read equally many V rows."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         nargs="+",
         default=list(RULES),
         metavar="RULE",
-        help=f"out of {' '.join(RULES)} (default all)",
+        help=f"out of {' '.join(RULES)} (default all of these), and, for --k, {ADAPTING}",
     )
     add(
         "--rows",
@@ -62,7 +62,25 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "to the rule, else none)",
     )
     add(
-        "--max-seq-length", type=int, help="tokens of a sequence (default: the model's context, at most 8192)"
+        "--max-seq-length",
+        type=int,
+        help="tokens of a sequence (default: the longest of --lengths and --needles, else the model's context, "
+        "at most 8192)",
+    )
+    add(
+        "--decode-rows",
+        type=int,
+        default=1024,
+        metavar="ROWS",
+        help="rows decoded under each rule; what lies before them is the dense prompt (default %(default)s)",
+    )
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="contexts at which the decoded rows end, a record for each (default: --max-seq-length alone)",
     )
     add("--num-samples", type=int, default=1, help="sequences of each text (default %(default)s)")
     add(
@@ -112,6 +130,8 @@ def _options(args: argparse.Namespace) -> EvaluationOptions:
         thresholds=args.thresholds,
         dense_layers=_layers(args.dense_layers),
         max_seq_length=args.max_seq_length,
+        decode_rows=args.decode_rows,
+        lengths=tuple(sorted(set(args.lengths))),
         num_samples=args.num_samples,
         tune_on=args.tune_on,
         needles=tuple(sorted(set(args.needles))),
@@ -171,7 +191,8 @@ def _resolved(plan: "Plan") -> str:
         "texts": ", ".join(text.name for text in plan.texts),
         "tuned on": ", ".join(dict.fromkeys(text.tuned_on for text in plan.texts)),
         "sequences": f"{options.num_samples} of each text, of {subject.max_seq_length} tokens",
-        "rules": f"{', '.join(options.rules)}, for contexts from {plan.first} tokens on",
+        "rules": ", ".join(options.rules),
+        "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths),
         "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
         "budgets": ", ".join(f"k={k}" for k in options.ks) or "-",
         "needles": needles if options.needles else "-",

@@ -6,18 +6,14 @@ tokens is the model's first choice.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 
-from topt_vllm.calibration.model import Subject
-from topt_vllm.evaluation.attention import Counts, attending
+from topt_vllm.calibration.dense_pass import DensePass, SparseAttention
+from topt_vllm.calibration.predictions import Head
 from topt_vllm.evaluation.options import EvaluationError
-from topt_vllm.evaluation.perplexity import Comparison, log_probabilities
-from topt_vllm.evaluation.rules.base import Rule
 
 _WRONG = 5
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Quito", "Delhi", "Lima", "Prague", "Dakar", "Perth", "Kyoto")
@@ -43,6 +39,17 @@ class Needle:
     question: list[int]
     answers: list[list[int]]
 
+    @property
+    def right(self) -> torch.Tensor:
+        """Tokens of the right answer, int64."""
+        return torch.tensor(self.answers[0])
+
+    @property
+    def contexts(self) -> torch.Tensor:
+        """Contexts of the decoded rows: the question, and all but the last token of an answer; int64."""
+        decoded = len(self.question) + len(self.answers[0]) - 1
+        return torch.arange(1, decoded + 1) + len(self.prompt)
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -57,9 +64,14 @@ class Answered:
     likelihoods: list[float]
 
     @property
+    def margin(self) -> float:
+        """Log likelihood of the right answer over that of the likeliest wrong one (nats)."""
+        return self.likelihoods[0] - max(self.likelihoods[1:])
+
+    @property
     def retrieved(self) -> bool:
         """Whether the right answer is the likeliest."""
-        return self.likelihoods[0] > max(self.likelihoods[1:])
+        return self.margin > 0
 
     def exact(self, needle: Needle) -> bool:
         """Whether greedy decoding gives the right answer."""
@@ -95,53 +107,33 @@ def hide(
 
 
 def answer(
-    model: Any, subject: Subject, needle: Needle, rule_sets: list[Mapping[int, Rule]], first: int
-) -> Iterator[tuple[Answered, Counts]]:
-    """Answers a needle under each set of rules (by layer; {} for dense), over one dense prefill."""
-    base = model.base_model
+    prompt: DensePass,
+    head: Head,
+    needle: Needle,
+    right: SparseAttention | None,
+    wrong: SparseAttention | None,
+) -> Answered:
+    """Answers a needle.
 
-    def run(tokens: list[int]) -> torch.Tensor:
-        given = torch.tensor([tokens], device=model.device)
-        return base(given, past_key_values=cache, use_cache=True).last_hidden_state[0]
-
-    # Without the configuration no layer forgets what is outside its window, so the cache can be cropped.
-    cache = transformers.DynamicCache()
-    with torch.inference_mode():
-        with attending(base, subject.identity, {}, first, subject.window):
-            run(needle.prompt)
-        for rules in rule_sets:
-            with attending(base, subject.identity, rules, first, subject.window) as counts:
-                found = _answer(model, needle, run, cache)
-            # Negative: so many tokens less. The positive form goes away in transformers 5.
-            cache.crop(-len(needle.question))
-            yield found, counts
-
-
-def _answer(model: Any, needle: Needle, run: Callable[[list[int]], torch.Tensor], cache: Any) -> Answered:
-    last = run(needle.question)[-1:]
-    likelihoods, right = [], None
-    for tokens in needle.answers:
-        states = torch.cat([last, run(tokens[:-1])])
-        cache.crop(1 - len(tokens))
-        known = log_probabilities(model, states).cpu()
-        likelihoods.append(known.gather(1, torch.tensor(tokens)[:, None]).sum().item())
-        right = known if right is None else right
-    assert right is not None
-    return Answered(right, likelihoods)
-
-
-def compared(needle: Needle, dense: Answered, ours: Answered) -> Comparison:
-    """The tokens of the right answer, as perplexity compares a text's."""
-    p, q = dense.log_probabilities, ours.log_probabilities
-    target = torch.tensor(needle.answers[0])[:, None]
-    asked = len(needle.prompt) + len(needle.question)
-    return Comparison(
-        contexts=torch.arange(asked, asked + len(target)),
-        dense=-p.gather(1, target)[:, 0],
-        loss=-q.gather(1, target)[:, 0],
-        kl=torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1),
-        agree=p.argmax(dim=-1) == q.argmax(dim=-1),
-    )
+    Args:
+        prompt: The dense pass over its prompt.
+        head: The model's.
+        needle: The needle.
+        right: Attention while question and right answer are decoded; None for dense.
+        wrong: The same, while the wrong answers are; apart, so that ``right`` counts each row once.
+    """
+    device = torch.device(prompt.device)
+    likelihoods, known = [], []
+    for answers, attention in ((needle.answers[:1], right), (needle.answers[1:], wrong)):
+        inputs = torch.tensor([needle.question + tokens[:-1] for tokens in answers], device=device)
+        hidden = prompt.decode(inputs, prompt.length, attention)
+        last = slice(len(needle.question) - 1, None)
+        for tokens, row, states in zip(answers, inputs, hidden, strict=True):
+            with torch.inference_mode():
+                found = head.log_probabilities(row[None, last], states[None, last]).cpu()
+            likelihoods.append(found.gather(1, torch.tensor(tokens)[:, None]).sum().item())
+            known.append(found)
+    return Answered(known[0], likelihoods)
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from topt_vllm.calibration.options import DTYPES, CalibrationError
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
-OURS = ("toptheta", "toptheta-nomean")
+# Evaluates budgets only, and only where it is named.
+ADAPTING = "toptheta-adapt"
+OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 
 
 class EvaluationError(CalibrationError):
@@ -20,13 +22,16 @@ class EvaluationOptions:
     Attributes:
         model: Folder or hub id.
         dataset: Texts to evaluate on, each by itself: as in calibration.
-        rules: Names out of :data:`RULES`.
+        rules: Names out of :data:`RULES`, and :data:`ADAPTING`.
         rows: Targets, shares of V rows read; each rule is tuned to each of them.
         ks: Budgets of the table, by k or name, to evaluate as they stand, with their own dense layers.
         thresholds: The table's path; None to search for it as the server does.
         dense_layers: Layers that are dense under every rule at every target; None for the budget's where they leave
             half of the target to the rule, and none where they don't.
-        max_seq_length: Tokens of a sequence; None for the model's context, 8192 at most.
+        max_seq_length: Tokens of a sequence; None for the longest of ``lengths`` and ``needles``, or without any
+            the model's context, 8192 at most.
+        decode_rows: Rows that are decoded behind a dense prompt, for every rule and length.
+        lengths: Contexts at which they end (tokens); () for ``max_seq_length`` alone.
         num_samples: Sequences of each text.
         tune_on: Text that the rules' parameters are tuned on; None for the end of each text, which isn't evaluated.
         needles: Lengths of needle prompts (tokens), none for no needles.
@@ -45,6 +50,8 @@ class EvaluationOptions:
     thresholds: str | None = None
     dense_layers: tuple[int, ...] | None = None
     max_seq_length: int | None = None
+    decode_rows: int = 1024
+    lengths: tuple[int, ...] = ()
     num_samples: int = 1
     tune_on: str | None = None
     needles: tuple[int, ...] = ()
@@ -59,8 +66,13 @@ class EvaluationOptions:
             if not condition:
                 raise EvaluationError(problem)
 
-        unknown = [name for name in self.rules if name not in RULES]
-        require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(RULES)}")
+        allowed = (*RULES, ADAPTING)
+        unknown = [name for name in self.rules if name not in allowed]
+        require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(allowed)}")
+        require(
+            ADAPTING not in self.rules or bool(self.ks),
+            f"--rules {ADAPTING} holds a budget's number of keys; name budgets with --k",
+        )
         require(
             all(0 < share < 1 for share in self.rows),
             f"--rows {_listed(self.rows)}: shares lie above 0 and below 1",
@@ -72,6 +84,7 @@ class EvaluationOptions:
             not self.ks or any(rule in OURS for rule in self.rules),
             f"--k {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
         )
+        require(self.decode_rows >= 2, f"--decode-rows is {self.decode_rows}; it must be at least 2")
         require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")
         require(
             all(0 <= depth <= 1 for depth in self.depths),

@@ -8,7 +8,7 @@ from topt_vllm.calibration.model import Subject, check_device, examine, load_tok
 from topt_vllm.calibration.options import CalibrationOptions
 from topt_vllm.calibration.texts import cut_sequences, read_texts
 from topt_vllm.config import TopThetaConfig
-from topt_vllm.evaluation.options import EvaluationError, EvaluationOptions
+from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
 from topt_vllm.table_search import find_table
@@ -57,9 +57,13 @@ class Plan:
     dense: dict[float, frozenset[int]]
 
     @property
-    def first(self) -> int:
-        """The shortest context that the rules are applied to: below it no θ is known."""
-        return self.table.lengths[0]
+    def lengths(self) -> tuple[int, ...]:
+        """Contexts at which the decoded rows end."""
+        return self.options.lengths or (self.subject.max_seq_length,)
+
+    def count(self, length: int) -> int:
+        """Rows decoded before a context of ``length``: none below the table's first length, where no θ is known."""
+        return min(self.options.decode_rows, length - self.table.lengths[0])
 
 
 def prepare(options: EvaluationOptions) -> Plan:
@@ -71,12 +75,13 @@ def prepare(options: EvaluationOptions) -> Plan:
     if options.plot:
         require_matplotlib()
     check_device(options.device)
+    longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
     loading = CalibrationOptions(
         model=options.model,
         dataset=options.dataset,
         output=Path(),
         num_samples=options.num_samples,
-        max_seq_length=options.max_seq_length,
+        max_seq_length=longest,
         ks=(1,),
         device=options.device,
         dtype=options.dtype,
@@ -85,7 +90,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     table, path = _table(options, subject)
     _check_lengths(options, subject, table)
     for k in options.ks:
-        _budget(table, k)
+        _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
     tokenizer = load_tokenizer(options.model)
     texts = [_text(options, tokenizer, name, subject.max_seq_length) for name in options.dataset]
@@ -105,19 +110,29 @@ def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable
     return found
 
 
-def _budget(table: ThresholdTable, k: int | str) -> None:
+def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None:
     try:
-        table.budget(k)
+        budget = table.budget(k)
     except ThresholdTableError as error:
         raise EvaluationError(f"--k: {error}") from error
+    if ADAPTING in rules and not budget.ks():
+        raise EvaluationError(
+            f"--rules {ADAPTING} needs budgets that promise keys, and --k {k} promises none; leave one of them out"
+        )
 
 
 def _check_lengths(options: EvaluationOptions, subject: Subject, table: ThresholdTable) -> None:
-    if subject.max_seq_length <= table.lengths[0]:
+    if subject.max_seq_length < table.lengths[0] + 2:
         raise EvaluationError(
             f"--max-seq-length is {subject.max_seq_length}, but the table's first length is {table.lengths[0]}, "
             "below which every row is dense; evaluate on longer sequences"
         )
+    for length in options.lengths:
+        if not table.lengths[0] + 2 <= length <= subject.max_seq_length:
+            raise EvaluationError(
+                f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
+                f"and at most as long as --max-seq-length, {subject.max_seq_length}"
+            )
     wrong = [length for length in options.needles if not table.lengths[0] < length <= subject.max_seq_length]
     if wrong:
         raise EvaluationError(
@@ -132,7 +147,8 @@ def _dense_layers(
     """The layers that are dense under every rule at a target."""
     identity = subject.identity
     full, windowed = len(subject.full_layers), len(identity.sliding_window_layers)
-    context = (table.lengths[0] + subject.max_seq_length) / 2
+    longest = max(options.lengths, default=subject.max_seq_length)
+    context = longest - min(options.decode_rows, longest - table.lengths[0]) / 2
     windows = windowed * min(subject.window, context)
 
     def share(layers: frozenset[int]) -> float:

@@ -1,4 +1,4 @@
-"""Loss against V rows read: a line for each rule, a hollow mark for each budget, a panel for each text."""
+"""Loss against V rows read: a line for each rule, a hollow mark for each budget, a panel by text and context."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    texts = list(dict.fromkeys(record["text"] for record in records))
+    texts = list(dict.fromkeys((record["text"], record["context"]) for record in records))
     figure = Figure(figsize=(5.2 * len(texts), 4.2), layout="constrained")
     rules = list(dict.fromkeys(record["rule"] for record in records))
     panels = figure.subplots(1, len(texts), squeeze=False)[0]
     for panel, text in zip(panels, texts, strict=True):
-        here = [record for record in records if record["text"] == text]
+        here = [record for record in records if (record["text"], record["context"]) == text]
         for style, rule in enumerate(rules):
             look: dict[str, Any] = {"marker": "osD^vP"[style % 6], "color": f"C{style}"}
             tuned = [
@@ -47,7 +47,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         panel.set_xscale("log")
         panel.axhline(0, color="grey", linewidth=0.8)
         panel.grid(True, which="both", alpha=0.25)
-        panel.set_title(text)
+        panel.set_title(f"{text[0]}, {text[1]} tokens")
         panel.set_xlabel("V rows read, all layers (%)")
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter("{x:g}")

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 
+from topt_vllm.calibration.predictions import Comparison
+from topt_vllm.calibration.scores import percentiles
 from topt_vllm.evaluation.attention import Counts
-from topt_vllm.evaluation.perplexity import Comparison
 
 _BINS = 8
+# Rows whose mean counts as one independent number for the standard error: neighbours are alike.
+_BLOCK = 32
 
 
 def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
@@ -19,22 +22,57 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
         "perplexity_dense": _rounded(math.exp(dense)),
         "perplexity": _rounded(math.exp(loss)),
         "loss_pct": _rounded(100 * math.expm1(loss - dense)),
+        "loss_pct_se": _rounded(100 * math.exp(loss - dense) * _standard_error(compared)),
         "kl": _rounded(compared.kl.double().mean().item()),
         "agreement": _rounded(compared.agree.double().mean().item()),
         "tokens": len(compared.loss),
     }
 
 
-def by_position(compared: Comparison) -> list[dict[str, Any]]:
-    """Loss over dense loss by context length, in equal parts of the range."""
-    edges = torch.linspace(int(compared.contexts.min()), int(compared.contexts.max()) + 1, _BINS + 1)
-    bins = torch.bucketize(compared.contexts.float(), edges, right=True) - 1
+def _standard_error(compared: Comparison) -> float:
+    """Of the mean difference of loss, rows paired (nats)."""
+    rise = (compared.loss - compared.dense).double()
+    size = min(_BLOCK, max(1, len(rise) // 8))
+    means = rise[: len(rise) // size * size].view(-1, size).mean(dim=1)
+    return (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else math.nan
+
+
+def spread(kept_over_k: torch.Tensor) -> dict[str, float]:
+    """p5, p50 and p95 of keys kept over keys asked for."""
+    return dict(zip(("p5", "p50", "p95"), map(_rounded, percentiles(kept_over_k)), strict=True))
+
+
+def by_head(ratios: list[torch.Tensor]) -> dict[str, float]:
+    """How each query head holds its budget.
+
+    Args:
+        ratios: Of each layer, keys kept over keys asked for, [H, rows].
+
+    Returns:
+        ``mean``, over all; of the medians of all (layer, head) pairs over their rows, p5, p50 and p95, and
+        ``within_20pct``, the share of them within a fifth of 1.
+    """
+    medians = torch.cat([layer.double().quantile(0.5, dim=1) for layer in ratios])
+    within = ((medians >= 0.8) & (medians <= 1.2)).double().mean()
+    mean = torch.cat(ratios).double().mean()
+    return {"mean": _rounded(mean.item()), **spread(medians), "within_20pct": _rounded(within.item())}
+
+
+def by_position(compared: Comparison, row_contexts: torch.Tensor) -> list[dict[str, Any]]:
+    """Loss over dense loss by context length, in equal parts of the decoded rows' range.
+
+    Args:
+        compared: The rows.
+        row_contexts: int64, their contexts.
+    """
+    edges = torch.linspace(int(row_contexts.min()), int(row_contexts.max()) + 1, _BINS + 1)
+    bins = torch.bucketize(row_contexts.float(), edges, right=True) - 1
     found = []
     for index in range(_BINS):
         inside = bins == index
         if inside.any():
             rise = (compared.loss - compared.dense)[inside].double().mean().item()
-            contexts = compared.contexts[inside]
+            contexts = row_contexts[inside]
             found.append(
                 {
                     "from": int(contexts.min()),
@@ -47,8 +85,8 @@ def by_position(compared: Comparison) -> list[dict[str, Any]]:
 
 
 HEADER = (
-    f"{'text':<22} {'rows':>6} {'rule':<16} {'parameter':>11} {'V read':>7} {'kept':>7} {'perplexity':>10}"
-    f" {'loss':>8} {'KL':>8} {'agree':>7} {'dropped':>8}  dense layers"
+    f"{'text':<22} {'context':>7} {'rows':>6} {'rule':<16} {'parameter':>11} {'V read':>7} {'kept':>7}"
+    f" {'perplexity':>10} {'loss':>8} {'±':>6} {'KL':>8} {'agree':>7} {'dropped':>8}  dense layers"
 )
 
 
@@ -57,11 +95,17 @@ def line(record: dict[str, Any]) -> str:
     target = f"{record['rows_target']:.0%}" if record["rows_target"] is not None else f"k={record['k']}"
     parameter = "-" if record["parameter"] is None else f"{record['parameter']:.4g}"
     text = (
-        f"{record['text'][:22]:<22} {target:>6} {record['rule']:<16} {parameter:>11} {record['v_rows_read']:7.2%}"
-        f" {record['elements_kept']:7.2%} {record['perplexity']:10.3f} {record['loss_pct']:+7.2f}%"
+        f"{record['text'][:22]:<22} {record['context']:>7} {target:>6} {record['rule']:<16} {parameter:>11}"
+        f" {record['v_rows_read']:7.2%} {record['elements_kept']:7.2%} {record['perplexity']:10.3f}"
+        f" {record['loss_pct']:+7.2f}% {record['loss_pct_se']:6.2f}"
         f" {record['kl']:8.4f} {record['agreement']:7.2%} {record['dropped_mass']:8.2%}"
         f"  {', '.join(map(str, record['dense_layers'])) or 'none'}"
     )
+    if "kept_over_k" in record:
+        text += "; kept/k " + " ".join(f"{name} {value:.2f}" for name, value in record["kept_over_k"].items())
+    if "heads_kept_over_k" in record:
+        heads = record["heads_kept_over_k"]
+        text += f", mean {heads['mean']:.2f}, median of {heads['within_20pct']:.0%} of heads within 20 %"
     if "retrieval" in record:
         text += (
             f"; retrieved {record['retrieval']:.0%} (dense {record['retrieval_dense']:.0%}), "

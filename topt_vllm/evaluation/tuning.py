@@ -5,14 +5,14 @@ parameters are tried on them. What the rule reads on the evaluated text is measu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from topt_vllm.calibration.capture import captured
 from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.calibration.scores import LayerCall, any_of_group, in_threads, true_per_row
 from topt_vllm.evaluation.attention import rows_of
 from topt_vllm.evaluation.rules.base import Rows, Rule
 from topt_vllm.evaluation.rules.families import Family
@@ -28,7 +28,7 @@ class Sample:
 
     Attributes:
         subject: The model.
-        rows: By layer.
+        rows: By layer; what they share is the layer's keys, [Hkv, n, D].
     """
 
     subject: Subject
@@ -42,10 +42,13 @@ class Sample:
         windowed = len(identity.sliding_window_layers) * int(contexts.clamp(max=self.subject.window).sum())
         total = identity.num_kv_heads * (len(self.rows) * context + windowed)
         read = identity.num_kv_heads * (len(dense) * context + windowed)
-        for layer, rows in self.rows.items():
-            if layer not in dense:
-                read += int(rows.by_group(rule.keep(rows)).any(dim=1).sum())
-        return read / total
+
+        def count(rows: Rows) -> int:
+            prepared = replace(rows, shared=rule.prepare(rows.shared))
+            return int(true_per_row(any_of_group(rows.by_group(rule.keep(prepared)))).sum())
+
+        sparse = [rows for layer, rows in self.rows.items() if layer not in dense]
+        return (read + sum(in_threads(count, sparse, contexts.device))) / total
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,9 @@ def sample(model: Any, subject: Subject, tokens: list[int], wanted: list[torch.T
     taken: list[dict[int, Rows]] = [{} for _ in wanted]
 
     def observe(call: LayerCall) -> None:
-        contexts = torch.arange(1, call.query.shape[1] + 1, device=call.query.device)
+        key = call.key.contiguous()
         for into, rows in zip(taken, wanted, strict=True):
-            here = rows.to(call.query.device)
-            into[call.layer] = rows_of(
-                call.query, call.key, contexts, here, call.layer, call.scale, call.softcap, call.mask
-            )
+            into[call.layer] = rows_of(call, rows.to(call.query.device), key)
 
     with torch.inference_mode(), captured(model.base_model, subject.identity, observe):
         model.base_model(torch.tensor([tokens], device=model.device), use_cache=False)

@@ -5,9 +5,11 @@ Shapes as in :mod:`topt_vllm.attention.common`; ``r`` query rows of one sequence
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+
+from topt_vllm.calibration.scores import any_of_group, true_per_row
 
 
 @dataclass(frozen=True)
@@ -19,18 +21,20 @@ class Rows:
         scores: float32 [H, r, m], scaled and softcapped; −inf at keys that a row doesn't see.
         contexts: int64 [r], context length of each row: it sees the keys before this index.
         query: float32 [H, r, D].
-        key: float32 [Hkv, m, D].
+        num_kv_heads: Hkv.
+        shared: What :meth:`Rule.prepare` made of the layer's keys.
     """
 
     layer: int
     scores: torch.Tensor
     contexts: torch.Tensor
     query: torch.Tensor
-    key: torch.Tensor
+    num_kv_heads: int
+    shared: Any = None
 
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view [Hkv, heads of a group, …] of a tensor [H, …]."""
-        return tensor.unflatten(0, (self.key.shape[0], -1))
+        return tensor.unflatten(0, (self.num_kv_heads, -1))
 
 
 class Rule(ABC):
@@ -40,11 +44,17 @@ class Rule(ABC):
         union: Each head uses every row that some head of its group keeps.
         renormalise: The softmax runs over the used keys only, not over all.
         compensate: The dropped probability times the mean of V is added.
+        in_order: What a row keeps depends on the rows before it, which have to come first.
     """
 
     union: ClassVar[bool] = False
     renormalise: ClassVar[bool] = False
     compensate: ClassVar[bool] = False
+    in_order: ClassVar[bool] = False
+
+    def prepare(self, key: torch.Tensor) -> Any:
+        """What the rule knows of all keys of a layer, [Hkv, n, D], whatever the row; None for nothing."""
+        return None
 
     @abstractmethod
     def keep(self, rows: Rows) -> torch.Tensor:
@@ -57,13 +67,13 @@ class Outcome:
 
     Attributes:
         out: float32 [H, r, Dv].
-        kept: (query head, key) pairs that the heads' own rule keeps.
+        kept: int32 [H, r], keys that the head's own rule keeps.
         read: (KV head, key) pairs whose V row is read: some head of the group keeps it.
         dropped: Probability not multiplied with V, summed over heads and rows.
     """
 
     out: torch.Tensor
-    kept: int
+    kept: torch.Tensor
     read: int
     dropped: float
 
@@ -74,18 +84,19 @@ def attend(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> 
     Args:
         rule: Chooses what is kept.
         rows: The query rows.
-        value: [Hkv, m, Dv].
+        value: float32 [Hkv, m, Dv].
         means: float32 [Hkv, r, Dv], the mean of V over each row's context.
     """
-    kept = rows.by_group(rule.keep(rows))
-    read = kept.any(dim=1)
-    used = read[:, None] if rule.union else kept
+    kept = rule.keep(rows)
+    grouped = rows.by_group(kept)
+    read = any_of_group(grouped)
+    used = read[:, None] if rule.union else grouped
     weights = rows.by_group(torch.softmax(rows.scores, dim=-1)).mul_(used)
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
         weights /= mass
-    out = (weights.flatten(1, 2) @ value.float()).unflatten(1, weights.shape[1:3])
+    out = torch.bmm(weights.flatten(1, 2), value).unflatten(1, weights.shape[1:3])
     dropped = 1.0 - mass
     if rule.compensate:
         out += dropped * means[:, None]
-    return Outcome(out.flatten(0, 1), int(kept.sum()), int(read.sum()), float(dropped.sum()))
+    return Outcome(out.flatten(0, 1), true_per_row(kept), int(true_per_row(read).sum()), float(dropped.sum()))

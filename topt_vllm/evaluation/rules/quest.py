@@ -28,6 +28,13 @@ class Quest(Rule):
 
     renormalise: ClassVar[bool] = True
 
+    def prepare(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Channelwise minimum and maximum of each whole page, float32 [Hkv, D, pages]."""
+        whole = key.shape[1] // PAGE
+        pages = key[:, : whole * PAGE].float().unflatten(1, (whole, PAGE))
+        low, high = pages.amin(dim=2), pages.amax(dim=2)
+        return low.transpose(1, 2).contiguous(), high.transpose(1, 2).contiguous()
+
     def keep(self, rows: Rows) -> torch.Tensor:
         m = rows.scores.shape[-1]
         newest = (rows.contexts - 1) // PAGE
@@ -43,9 +50,8 @@ class Quest(Rule):
 
 def _bounds(rows: Rows) -> torch.Tensor:
     """Upper bounds on q·k of the whole pages, float32 [H, r, whole pages]; a softcap doesn't change their order."""
-    whole = rows.key.shape[1] // PAGE
-    pages = rows.key[:, : whole * PAGE].unflatten(1, (whole, PAGE))
+    whole = rows.scores.shape[-1] // PAGE
+    low, high = (bound[..., :whole] for bound in rows.shared)
     query = rows.by_group(rows.query).flatten(1, 2)
-    high = query.clamp(min=0) @ pages.amax(dim=2).transpose(1, 2)
-    low = query.clamp(max=0) @ pages.amin(dim=2).transpose(1, 2)
-    return (high + low).view(*rows.query.shape[:2], whole)
+    bounds = query.clamp(min=0) @ high + query.clamp(max=0) @ low
+    return bounds.view(*rows.query.shape[:2], whole)

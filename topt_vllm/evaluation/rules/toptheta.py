@@ -4,8 +4,9 @@ Idea: θ is static per layer, query head and context length, so a key is judged 
 Rule: s_j ≥ θ(n), or j is the newest token; group union; the softmax runs over all keys.
 Compensation: the dropped probability times the mean of V (the paper's VMC), or none.
 Parameter: a position among the table's budgets, those with a name where it has any, in the order of the rows that
-they read. Between two budgets θ is interpolated, beyond the ends extrapolated from the last two, and with a single
-budget each step lowers every θ by 1.
+they read. Between two budgets θ is interpolated. Beyond the ends it is extrapolated from the last two budgets with
+a k; with named ones, whose layers differ in what they change, or with a single one, each step lowers every θ by 1.
+A named budget's dense layers are part of its allocation: towards it their θ falls without end.
 """
 
 import math
@@ -16,12 +17,15 @@ from typing import ClassVar
 import torch
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.calibration.scores import kept_by_theta
 from topt_vllm.evaluation.rules.base import Rows, Rule
 from topt_vllm.thresholds import Budget, LayerThresholds, ThresholdTable
 
 # How far beyond the ends a target is looked for, in logits of the mean θ.
 _REACH = 32.0
 _LEAST_STEP = 1e-3
+# Lowers a θ below any score, and stays finite: θ between lengths is a weighted mean, which −inf makes NaN.
+_DENSE = 1e9
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,8 @@ class TopTheta(Rule):
         keys = torch.arange(rows.scores.shape[-1], device=rows.scores.device)
         if rows.layer not in self.thetas:
             return (keys < rows.contexts[:, None]).expand(rows.scores.shape)
-        theta = theta_at(self.thetas[rows.layer].to(rows.scores.device), rows.contexts)
-        # Unseen keys score −inf, as θ does below the first calibrated length.
-        seen = rows.scores > -math.inf
-        return (
-            (rows.scores >= theta[..., None])
-            .logical_and_(seen)
-            .logical_or_(keys == rows.contexts[:, None] - 1)
-        )
+        theta = self.thetas[rows.layer].to(rows.scores.device).at_each(rows.contexts)
+        return kept_by_theta(rows.scores, theta, rows.contexts - 1)
 
 
 @dataclass(frozen=True)
@@ -56,19 +54,6 @@ class TopThetaNoMean(TopTheta):
     """The same thresholds; what is dropped is lost."""
 
     compensate: ClassVar[bool] = False
-
-
-def theta_at(thetas: Thetas, contexts: torch.Tensor) -> torch.Tensor:
-    """:meth:`Thetas.at` for many contexts at once: int64 [r] to float32 [H, r]."""
-    lengths, n = thetas.lengths.float(), contexts.float()
-    right = torch.searchsorted(lengths, n).clamp(1, max(len(lengths) - 1, 1)).clamp(max=len(lengths) - 1)
-    left = (right - 1).clamp(min=0)
-    span = (lengths[right] / lengths[left]).log2().clamp(min=1e-9)
-    weight = ((n / lengths[left]).log2() / span).clamp(0, 1)
-    theta = thetas.theta[:, left].lerp(thetas.theta[:, right], weight)
-    beyond = thetas.law[:, :1] + thetas.law[:, 1:] * n.log()
-    theta = torch.where(n > lengths[-1], beyond, theta)
-    return theta.masked_fill(n < lengths[0], -math.inf)
 
 
 def ladder(table: ThresholdTable) -> list[Budget]:
@@ -92,24 +77,53 @@ def between_budgets(table: ThresholdTable, position: float) -> dict[int, Thetas]
     left = min(max(math.floor(position), 0), max(last - 1, 0))
     weight = position - left
     few, many = budgets[left], budgets[min(left + 1, last)]
-    return {
-        a.layer: _mixed(table.lengths, a, b, weight) for a, b in zip(few.layers, many.layers, strict=True)
-    }
+    found = {}
+    for a, b in zip(few.layers, many.layers, strict=True):
+        if few.k is None:
+            inside = min(max(weight, 0.0), 1.0)
+            dense = (a.layer in few.dense_layers, a.layer in many.dense_layers)
+            lowered = weight - inside + _fall(weight, *dense)
+        else:
+            inside, lowered = (0.0, weight) if few is many else (weight, 0.0)
+        found[a.layer] = _mixed(table.lengths, a, b, inside, lowered)
+    return found
 
 
-def _mixed(lengths: list[int], a: LayerThresholds, b: LayerThresholds, weight: float) -> Thetas:
-    theta, law = torch.tensor(a.theta), torch.tensor(a.law)
-    if a is b:
-        theta, law = theta - weight, law - weight * torch.tensor([1.0, 0.0])
-    else:
-        theta, law = theta.lerp(torch.tensor(b.theta), weight), law.lerp(torch.tensor(b.law), weight)
+def _mixed(
+    lengths: list[int], a: LayerThresholds, b: LayerThresholds, weight: float, lowered: float
+) -> Thetas:
+    theta = torch.tensor(a.theta).lerp(torch.tensor(b.theta), weight) - lowered
+    law = torch.tensor(a.law).lerp(torch.tensor(b.law), weight) - lowered * torch.tensor([1.0, 0.0])
     return Thetas(torch.tensor(lengths, dtype=torch.int32), theta, law)
+
+
+def _fall(weight: float, few: bool, many: bool) -> float:
+    """By how much θ of a layer lies below what it is elsewhere, where one of two budgets keeps it dense.
+
+    Args:
+        weight: Position between them, 0 at the one of fewer rows.
+        few: Whether the layer is dense in that one.
+        many: Whether it is in the other.
+    """
+    if few and many:
+        # Below the first budget dense layers, too, must give rows up.
+        return _down(-weight) if weight < 0 else _DENSE
+    if many:
+        return _down(1.0 - weight)
+    return _down(abs(weight)) if few and weight < 1 else 0.0
+
+
+def _down(distance: float) -> float:
+    """At a distance from where a layer is dense; continuous, and 0 from 1 on."""
+    return min(max(-math.log(distance), 0.0), _DENSE) if distance > 0 else _DENSE
 
 
 def position_range(table: ThresholdTable) -> tuple[float, float]:
     """Positions between which a target is looked for: from few rows to many."""
-    means = [_mean(budget.layers) for budget in ladder(table)]
-    steps = (means[0] - means[1], means[-2] - means[-1]) if len(means) > 1 else (1.0, 1.0)
+    budgets = ladder(table)
+    means = [_mean(budget.layers) for budget in budgets]
+    linear = len(means) > 1 and budgets[0].k is not None
+    steps = (means[0] - means[1], means[-2] - means[-1]) if linear else (1.0, 1.0)
     first, last = (_REACH / max(step, _LEAST_STEP) for step in steps)
     return -first, len(means) - 1 + last
 

@@ -1,0 +1,97 @@
+"""The rules that a text is evaluated under, tuned to their targets."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from topt_vllm.evaluation.attention import RuleAttention
+from topt_vllm.evaluation.options import ADAPTING, OURS
+from topt_vllm.evaluation.plan import Plan, Text
+from topt_vllm.evaluation.rules.adaptive import TopThetaAdapt
+from topt_vllm.evaluation.rules.base import Rule
+from topt_vllm.evaluation.rules.families import families
+from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean
+from topt_vllm.evaluation.tuning import Sample, sample, spread_rows, tune
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rule at one target.
+
+    Attributes:
+        facts: What its records say about it, in their words.
+        rules: The rule of each layer that isn't dense.
+        ks: Keys that each query head should keep, by layer; {} where nothing says so.
+    """
+
+    facts: dict[str, Any]
+    rules: dict[int, Rule]
+    ks: dict[int, list[int]] = field(default_factory=dict)
+
+    def attention(self, plan: Plan, contexts: torch.Tensor) -> RuleAttention:
+        """For one run of rows with these contexts, int64 [r]."""
+        return RuleAttention(plan.subject.identity, self.rules, contexts, plan.subject.window, self.ks)
+
+
+def count_jobs(plan: Plan) -> int:
+    """How many jobs a text has at one length."""
+    options = plan.options
+    tuned, ours = set(options.rules) - {ADAPTING}, set(options.rules) & set(OURS)
+    return len(tuned) * len(options.rows) + len(ours) * len(options.ks)
+
+
+def jobs_by_length(model: Any, plan: Plan, text: Text, lengths: list[int]) -> dict[int, list[Job]]:
+    """Every job at each length, from one dense pass over the text's tuning sequence.
+
+    Rules are tuned for each length by itself, on rows with the contexts that will be decoded.
+    """
+    wanted = [spread_rows(length - plan.count(length), length) for length in lengths]
+    samples = sample(model, plan.subject, text.tuning[: max(lengths)], wanted)
+    return {length: _jobs(plan, found, length) for length, found in zip(lengths, samples, strict=True)}
+
+
+def _jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
+    """Every rule at every target, and every budget of the table that was asked for."""
+    options = plan.options
+    jobs: list[Job] = []
+    for k in options.ks:
+        budget = plan.table.budget(k)
+        thetas, ks = plan.table.thetas(budget), budget.ks()
+        rules: dict[str, Rule] = {"toptheta": TopTheta(thetas), "toptheta-nomean": TopThetaNoMean(thetas)}
+        rules[ADAPTING] = TopThetaAdapt(thetas, ks)
+        for name in OURS:
+            if name in options.rules:
+                jobs.append(
+                    _job(plan, _facts(name, None, k, budget.dense_layers, None, None), rules[name], ks)
+                )
+    for target in options.rows:
+        dense = plan.dense[target]
+        for family in families(options.rules, plan.table, longest):
+            tuned = tune(family, target, found, dense)
+            facts = _facts(family.name, target, None, sorted(dense), tuned.parameter, tuned.v_rows_read)
+            jobs.append(_job(plan, facts, tuned.rule, {}))
+    return jobs
+
+
+def _facts(
+    rule: str,
+    target: float | None,
+    k: int | str | None,
+    dense_layers: list[int],
+    parameter: float | None,
+    tuned: float | None,
+) -> dict[str, Any]:
+    return {
+        "rule": rule,
+        "rows_target": target,
+        "k": k,
+        "dense_layers": list(dense_layers),
+        "parameter": parameter,
+        "v_rows_tuned": tuned,
+    }
+
+
+def _job(plan: Plan, facts: dict[str, Any], rule: Rule, ks: dict[int, list[int]]) -> Job:
+    sparse = set(plan.subject.full_layers) - set(facts["dense_layers"])
+    return Job(facts, {layer: rule for layer in sorted(sparse)}, ks)
