@@ -19,7 +19,8 @@ class Shape:
         kv_heads: KV heads.
         head_dim: D.
         block_size: Tokens of a block.
-        dtype: Of query and cache.
+        dtype: Of the query, and of the cache unless ``cache`` says more.
+        cache: fp8 format of the cache; None for ``dtype``.
     """
 
     batch: int
@@ -29,6 +30,7 @@ class Shape:
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    cache: torch.dtype | None = None
 
     @property
     def blocks(self) -> int:
@@ -124,7 +126,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     """
     generator = torch.Generator().manual_seed(seed)
     total, size, dim = shape.batch * shape.blocks, shape.block_size, shape.head_dim
-    memory = torch.empty(total, shape.kv_heads, 2 * size, dim, dtype=shape.dtype)
+    memory = torch.empty(total, shape.kv_heads, 2 * size, dim, dtype=shape.cache or shape.dtype)
     for block in memory:
         block.copy_(torch.randn(block.shape, generator=generator))
     table = torch.randperm(total, generator=generator).int().view(shape.batch, shape.blocks)

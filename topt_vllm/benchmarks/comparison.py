@@ -158,7 +158,7 @@ def _column(
 def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bool) -> int:
     """Rows of K and V that were read in full, V sums, and the low-bit copies of finished blocks (bytes)."""
     shape = layers[0].shape
-    row = shape.head_dim * layers[0].query.element_size()
+    row = shape.head_dim * layers[0].cache.key.element_size()
     moved = int(counts[Stat.K_ROWS_READ] + counts[Stat.V_ROWS_READ]) * row
     for inputs in layers:
         if compensated:
@@ -187,6 +187,7 @@ def _record(
         "head_dim": shape.head_dim,
         "block_size": shape.block_size,
         "dtype": str(shape.dtype).removeprefix("torch."),
+        "cache_dtype": str(shape.cache or shape.dtype).removeprefix("torch."),
         "layers": len(layers),
         "k": column.target.k,
         "keep_target": column.target.keep,

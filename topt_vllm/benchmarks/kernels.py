@@ -10,6 +10,9 @@ from topt_vllm.attention.common import Policy, Thetas, new_statistics
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.timing import Call, Variant
 
+# vLLM's names of its CPU caches in fp8.
+_PLATFORM_FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+
 
 def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
     """vLLM's CPU_ATTN decode kernel; None where vLLM for CPU is not installed."""
@@ -101,7 +104,9 @@ def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
     shape = inputs.shape
     # The layout that both kernels read; on an AMX machine vLLM would choose another for itself.
     isa = "vec" if shape.block_size % 32 == 0 and shape.head_dim % 32 == 0 else "vec16"
-    key, value = inputs.memory.chunk(2, dim=2)
+    stored = "auto" if shape.cache is None else _PLATFORM_FP8[shape.cache]
+    memory = inputs.memory if shape.cache is None else inputs.memory.view(torch.uint8)
+    key, value = memory.chunk(2, dim=2)
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=shape.batch,
         num_heads=shape.heads,
@@ -114,6 +119,7 @@ def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
         sliding_window_size=-1,
         isa=isa,
         enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        kv_cache_dtype=stored,
     )
 
     def call() -> None:
@@ -132,6 +138,7 @@ def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
             softcap=inputs.softcap,
             scheduler_metadata=metadata,
             s_aux=None,
+            kv_cache_dtype=stored,
         )
 
     return call

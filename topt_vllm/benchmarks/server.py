@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,14 +68,21 @@ def serve(
         _stop(process)
 
 
+def is_healthy(url: str, timeout: float) -> bool:
+    """Whether a server's /health answers within ``timeout`` seconds."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=timeout):
+            return True
+    except OSError:  # of which urllib's errors are kinds
+        return False
+
+
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(_POLL_SECONDS)
+        if is_healthy(url, timeout=5):
+            return
+        time.sleep(_POLL_SECONDS)
     state = "did not answer in time" if process.poll() is None else f"ended with status {process.returncode}"
     raise ServerError(f"vllm serve {state}; the end of {log}:\n{log.read_text()[-3000:]}")
 

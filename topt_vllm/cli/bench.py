@@ -5,7 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError, bench_autotune, bench_capture, bench_compile, bench_decode, bench_traffic
+from topt_vllm.cli import (
+    UserError,
+    bench_autotune,
+    bench_capture,
+    bench_compile,
+    bench_decode,
+    bench_formats,
+    bench_traffic,
+)
 from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 
 _SERVE = """Serves the model with the platform's backend and with TOPTHETA in turns, sends both the same long
@@ -18,6 +26,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     modes = parser.add_subparsers(title="modes", required=True, metavar="MODE", dest="mode")
     bench_decode.add_mode(modes)
     bench_capture.add_mode(modes)
+    bench_formats.add_mode(modes)
     bench_compile.add_mode(modes)
     bench_traffic.add_mode(modes)
     bench_autotune.add_mode(modes)

@@ -20,6 +20,7 @@ model's cache, made by `topt-vllm bench capture`, with the thresholds of a table
 With --device cuda the rivals are vLLM's FlashAttention and Triton kernels (the better one is the platform), calls
 are captured in CUDA graphs, and caches are cold."""
 _DTYPES = ("bfloat16", "float16", "float32")
+_CACHE_DTYPES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 # Options that describe a synthetic cache, with their defaults; a captured one has its own.
 _SYNTHETIC: dict[str, Any] = {
     "seq_lens": [2048, 8192, 32768],
@@ -27,6 +28,7 @@ _SYNTHETIC: dict[str, Any] = {
     "kv_heads": 8,
     "head_dim": 128,
     "dtype": "bfloat16",
+    "cache_dtype": "auto",
     "keep": [1.0, 0.3, 0.1, 0.03],
 }
 # Options of a replay, which mean nothing without a captured cache.
@@ -63,6 +65,11 @@ def _add_synthetic(group: Any) -> None:
     add("--kv-heads", type=int, help="KV heads (default 8)")
     add("--head-dim", type=int, help="head dimension (default 128)")
     add("--dtype", choices=_DTYPES, help="of query and cache (default bfloat16)")
+    add(
+        "--cache-dtype",
+        choices=("auto", *_CACHE_DTYPES),
+        help="of the cache, as --kv-cache-dtype of vLLM without scales (default auto: --dtype)",
+    )
     add(
         "--keep",
         type=float,
@@ -125,6 +132,8 @@ def _device(args: argparse.Namespace) -> "Device":
         raise UserError(
             "--k-screen: the triton kernel has no K screen; with --device cuda only off is allowed"
         )
+    if args.cache_dtype != "auto":
+        raise UserError("--cache-dtype: with --device cuda, only auto is measured")
     if args.dtype == "float32":
         raise UserError(
             "--dtype float32: FlashAttention reads bfloat16 and float16, so those are allowed on cuda"
@@ -161,6 +170,10 @@ def _check(args: argparse.Namespace) -> None:
     for name, default in _SYNTHETIC.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.cache_dtype != "auto" and args.k_screen != ["off"]:
+        raise UserError(
+            f"--k-screen: an 8-bit copy of K is as large as a K in {args.cache_dtype}; only off is allowed"
+        )
     if args.heads % args.kv_heads:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
     if not all(0 < keep <= 1 for keep in args.keep):
@@ -173,10 +186,11 @@ def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> 
     from topt_vllm.benchmarks.cases import Shape
     from topt_vllm.benchmarks.decode import bench_case
 
+    cache = getattr(torch, _CACHE_DTYPES[args.cache_dtype]) if args.cache_dtype in _CACHE_DTYPES else None
     for batch in args.batch:
         for seq_len in args.seq_lens:
             dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
-            shape = Shape(batch, seq_len, *dims, getattr(torch, args.dtype))
+            shape = Shape(batch, seq_len, *dims, getattr(torch, args.dtype), cache)
             yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen, device)
 
 

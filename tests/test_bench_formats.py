@@ -1,0 +1,77 @@
+"""Errors of 8-bit formats, and decode calls on fp8 caches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from topt_vllm.attention.common import Policy
+from topt_vllm.benchmarks.cases import Shape
+from topt_vllm.benchmarks.decode import bench_case
+from topt_vllm.benchmarks.formats import FORMATS, cut_off, rounded
+from topt_vllm.cli.main import main
+
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_cutting_off_is_the_largest_number_that_is_not_beyond(dtype: torch.dtype):
+    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    numbers = numbers[numbers.isfinite()].unique()
+    values = torch.cat([numbers * factor for factor in (1.0, 1.03, 0.97)]).clamp(numbers[0], numbers[-1])
+    distance = torch.where(
+        numbers.abs() <= values.abs()[:, None], (values[:, None] - numbers).abs(), torch.inf
+    )
+    assert torch.equal(cut_off(dtype)(values), numbers[distance.argmin(dim=1)])
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_cutting_off_is_what_vllm_writes(dtype: torch.dtype):
+    ops = pytest.importorskip("vllm._custom_ops")
+    if not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"):
+        pytest.skip("vLLM for CPU is not installed")
+    values = torch.randn(64, 1, 64) * torch.logspace(-5, 4, 64)[:, None, None]
+    blocks = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
+    name = "fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8_e4m3"
+    key, value = blocks.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(values, values, key, value, torch.arange(64), "vec", kv_cache_dtype=name)
+    written = blocks[:, 0, 32:].flatten(0, 1).view(dtype).float()
+    torch.testing.assert_close(
+        written, cut_off(dtype)(rounded_into_range(values[:, 0], dtype)), rtol=0, atol=0
+    )
+
+
+def rounded_into_range(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values beyond the format's largest number as that number."""
+    largest = torch.finfo(dtype).max
+    return values.clamp(-largest, largest)
+
+
+def test_formats_err_by_their_digits():
+    values = torch.randn(100000)
+    errors = {name: float((store(values) - values).square().mean().sqrt()) for name, store in FORMATS.items()}
+    # Near 1, posits have the three bits of fraction that e4m3 has, and e5m2 has two.
+    assert errors["posit8"] == pytest.approx(errors["fp8_e4m3"], rel=0.1)
+    assert errors["fp8_e5m2"] == pytest.approx(2 * errors["fp8_e4m3"], rel=0.1)
+    assert errors["fp8_e5m2"] < errors["fp8_e5m2, cut off"]
+    assert 0.02 < errors["fp8_e4m3"] < 0.03
+    assert 1.8 < errors["fp8_e4m3, cut off"] / errors["fp8_e4m3"] < 2.2
+    assert torch.equal(rounded(torch.float8_e5m2)(torch.tensor([1e9])), torch.tensor([57344.0]))
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+def test_decode_calls_on_fp8_caches_pass_the_check(dtype: torch.dtype):
+    shape = Shape(1, 700, 4, 2, 64, 64, torch.bfloat16, dtype)
+    full, sparse = bench_case(shape, [1.0, 0.2], Policy(), seconds=0)
+    assert full["cache_dtype"] == str(dtype).removeprefix("torch.")
+    assert full["bytes_moved"] == 2 * 700 * 2 * 64
+    assert sparse["v_rows_read"] < 0.4
+
+
+def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["bench", "decode", "--cache-dtype", "fp8_e4m3", "--k-screen", "int8"]
+    assert main(arguments) == 2
+    assert "as large as a K in fp8_e4m3" in capsys.readouterr().err
+    assert main(["bench", "formats", "--cache", str(tmp_path / "none")]) == 2
+    assert json.dumps(str(tmp_path / "none"))[1:-1] in capsys.readouterr().err
