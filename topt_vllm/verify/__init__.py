@@ -1,0 +1,1 @@
+"""Checks that an installation serves a model as it should: ``topt-vllm verify``."""

@@ -1,0 +1,93 @@
+"""Runs one vLLM engine on given prompts and prints the outcome; started as a process of its own.
+
+Reads a :class:`~topt_vllm.verify.engine.Request` as JSON from standard input. Prints one line ``RESULT {...}``:
+``tokens``, ``texts`` and ``logits`` (the two highest per step) of every prompt; ``dtype``; ``totals``, the worker's
+counters (None without TOPTHETA); with a forced text ``decoded`` and ``prefilled``, its tokens' log-probabilities
+by decoding them and by prefilling them.
+"""
+
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answers the request on standard input."""
+    from vllm import LLM
+
+    request = json.load(sys.stdin)
+    llm = LLM(worker_extension_cls="topt_vllm.verify.worker.WorkerCounters", **request["engine"])
+    result: dict[str, Any] = {"dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch.")}
+    if request["prompts"]:
+        result |= answers(llm, request["prompts"], request["max_tokens"])
+    if request["forced"]:
+        result["decoded"] = decoded(llm, **request["forced"])
+    result["totals"] = llm.collective_rpc("toptheta_totals")[0]
+    if request["forced"]:
+        result["prefilled"] = prefilled(llm, **request["forced"])
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+def answers(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
+    """Greedy answers to all prompts in one batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    completions = [output.outputs[0] for output in outputs]
+    return {
+        "tokens": [list(completion.token_ids) for completion in completions],
+        "texts": [completion.text for completion in completions],
+        "logits": [
+            [
+                sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
+                for step in completion.logprobs
+            ]
+            for completion in completions
+        ],
+    }
+
+
+def decoded(llm: Any, tokens: list[int], first: int, rows: int) -> list[float]:
+    """Log-probability of each token from ``first`` on, by decoding it after those before it.
+
+    Raises:
+        RuntimeError: The engine decoded other tokens.
+    """
+    from vllm import SamplingParams
+
+    starts = range(first, len(tokens), rows)
+    parts = [tokens[start : start + rows] for start in starts]
+    sampling = [
+        SamplingParams(
+            temperature=0.0,
+            max_tokens=len(part),
+            logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"forced_tokens": part},
+        )
+        for part in parts
+    ]
+    prompts = [{"prompt_token_ids": tokens[:start]} for start in starts]
+    found: list[float] = []
+    for part, output in zip(parts, llm.generate(prompts, sampling, use_tqdm=False), strict=True):
+        completion = output.outputs[0]
+        if list(completion.token_ids) != part:
+            raise RuntimeError("the engine decoded other tokens than those of the text")
+        found += [step[token].logprob for step, token in zip(completion.logprobs, part, strict=True)]
+    return found
+
+
+def prefilled(llm: Any, tokens: list[int], first: int, rows: int) -> list[float]:
+    """The same by prefilling the whole text, which vLLM's own kernel does."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    output = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0]
+    steps = output.prompt_logprobs[first:]
+    return [step[token].logprob for step, token in zip(steps, tokens[first:], strict=True)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the engines' answers say about tokens, rows and loss."""
+
+import math
+from statistics import fmean, stdev
+from typing import Any
+
+from topt_vllm.table_schema import Quality
+from topt_vllm.verify.checks import CheckError
+from topt_vllm.verify.near_ties import compare
+
+# Percentage points of perplexity on top of the promise: the table's was measured on another text.
+_TOLERANCE = 1.0
+# Of the measurement's own noise; a loss that is all noise is no pass.
+_MOST_NOISE = 2.0
+# Assumed for tables that were written before they stated a loss (percent).
+_UNSTATED = 5.0
+
+
+def tokens(ours: dict[str, Any], stock: dict[str, Any]) -> str:
+    """θ = −inf gives stock vLLM's tokens, up to near ties, with every row counted as dense.
+
+    Raises:
+        CheckError: It doesn't.
+    """
+    found = compare(ours["tokens"], stock["tokens"], stock["logits"], stock["dtype"])
+    prompts, steps = len(ours["tokens"]), len(ours["tokens"][0])
+    if found.wrong:
+        raise CheckError(f"θ = −inf differs from stock vLLM: {'; '.join(found.wrong)}")
+    if not found.equal:
+        raise CheckError(f"all {prompts} prompts ended in a near tie; nothing was compared to the end")
+    if stock["totals"] is not None:
+        raise CheckError("TOPTHETA ran although stock vLLM was asked for")
+    totals = ours["totals"]
+    if not totals or totals["toptheta:v_rows_read_total"] != totals["toptheta:v_rows_total"]:
+        raise CheckError(f"θ = −inf must read every V row; the counters say {totals}")
+    ties = f", {found.ties} up to a near tie" if found.ties else ""
+    return f"θ = −inf gives stock vLLM's tokens: {prompts} prompts, {steps} steps each, {found.equal} equal{ties}"
+
+
+def rows_skipped(totals: dict[str, float], quality: Quality | None) -> str:
+    """Decoding read fewer V rows than there are.
+
+    Raises:
+        CheckError: It didn't.
+    """
+    read, total = totals["toptheta:v_rows_read_total"], totals["toptheta:v_rows_total"]
+    rows = totals["toptheta:decode_rows_total"]
+    dense = {
+        name.partition(":")[2]: count for name, count in totals.items() if name.startswith("dense_rows:")
+    }
+    reasons = ", ".join(f"{reason} {count / rows:.1%}" for reason, count in dense.items())
+    if not 0 < read < total:
+        raise CheckError(f"{read:.0f} of {total:.0f} V rows were read; dense rows: {reasons or 'none'}")
+    table = f" (the table's own text: {quality.v_rows_read:.1%})" if quality is not None else ""
+    return f"{read / total:.1%} of V rows read{table}; dense rows: {reasons or 'none'}"
+
+
+def loss(decoded: list[float], prefilled: list[float], promised: float | None) -> str:
+    """Decoding with the table raises perplexity by no more than it promises.
+
+    Args:
+        decoded: Log-probability of each token of the text, decoded with the table.
+        prefilled: The same by dense prefill.
+        promised: Rise of perplexity by the table (percent); None where it doesn't say.
+
+    Raises:
+        CheckError: It raises it by more.
+    """
+    rises = [dense - sparse for dense, sparse in zip(prefilled, decoded, strict=True)]
+    if not all(map(math.isfinite, rises)):
+        raise CheckError("some tokens of the text have no finite log-probability")
+    mean = fmean(rises)
+    measured = 100 * math.expm1(mean)
+    error = 100 * math.exp(mean) * stdev(rises) / math.sqrt(len(rises))
+    stated = f"{promised} % promised" if promised is not None else f"{_UNSTATED} %, for the table states none"
+    limit = (promised if promised is not None else _UNSTATED) + _TOLERANCE + min(2 * error, _MOST_NOISE)
+    detail = (
+        f"perplexity {measured:+.2f} % ± {error:.2f} over {len(rises)} decoded tokens; "
+        f"limit {limit:.2f} % ({stated}, {_TOLERANCE} for another text, "
+        f"two standard errors up to {_MOST_NOISE})"
+    )
+    if not measured <= limit:
+        raise CheckError(
+            f"{detail}. Calibrate again on texts like those that you serve, or take a larger budget"
+        )
+    return detail
