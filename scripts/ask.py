@@ -13,7 +13,7 @@ from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
 
 QUESTION = "Which two families are enemies in Romeo and Juliet?"
-READ, TOTAL = "toptheta_v_rows_read_total", "toptheta_v_rows_total"
+READ, TOTAL = "toptheta:v_rows_read_total", "toptheta:v_rows_total"
 EXPORT_SECONDS = 10.0
 
 

@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 PORT=8000
 KEEP=""
 CALIBRATE=""
-BUDGET=128
+BUDGET=loss-1%
 SHIPPED="$ROOT/configs/SmolLM2-135M-Instruct.yaml"
 OWN_TABLE="$CACHE/tables/SmolLM2-135M-Instruct.yaml"
 TABLE="$SHIPPED"
@@ -92,9 +92,10 @@ command_line() {
 prepare_table() {
     # The options that the shipped table was made with.
     local texts calibrate
-    mapfile -t texts < <(plays hamlet othello richard_iii)
-    calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --dataset "${texts[@]}" --num-samples 8
-        --max-seq-length 8192 --k 64 128 256 --dense-layers 0 2 --output "$OWN_TABLE" --force)
+    mapfile -t texts < <(plays hamlet lear othello henry_v coriolanus twelfth_night winters_tale)
+    calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --dataset "${texts[@]}" --num-samples 16
+        --max-seq-length 8192 --dtype float32 --budget auto --k 64 128 256 --max-loss 1% 0.2% --target-rows 10%
+        --output "$OWN_TABLE" --force)
     if [[ -z $CALIBRATE ]]; then
         say "The shipped table is used: configs/${SHIPPED##*/}. To calibrate one, run with --calibrate, or:"
         say "  $(command_line "${calibrate[@]}")"
@@ -107,7 +108,7 @@ prepare_table() {
 
 start_server() {
     local settings command
-    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "k": int(sys.argv[2])}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "k": sys.argv[2]}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
     # Eager, for compiling the model takes longer than the one answer; serve without it for a longer run.
     command=("$VENV/bin/vllm" serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
         --attention-backend TOPTHETA --additional-config "$settings"

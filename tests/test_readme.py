@@ -1,5 +1,6 @@
 """The README names every setting, and its examples are real."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_every_default_is_the_code_s():
     for field in fields(TopThetaConfig):
         shown = rows[field.name].split("|")[1].strip().strip("`")
         if field.default is not None:
-            assert shown == str(field.default), field.name
+            assert shown == json.dumps(field.default).strip('"'), field.name
 
 
 def test_every_environment_variable_is_listed():

@@ -48,7 +48,11 @@ def imports(folder: str) -> dict[Path, set[str]]:
                 "topt_vllm.attention.reference",
             ),
         ),
-        ("benchmarks", ("topt_vllm.cli", "topt_vllm.backend")),
+        ("benchmarks", ("topt_vllm.cli", "topt_vllm.backend", "topt_vllm.verify")),
+        (
+            "verify",
+            ("topt_vllm.cli", "topt_vllm.benchmarks", "topt_vllm.calibration", "topt_vllm.evaluation"),
+        ),
     ],
 )
 def test_a_part_does_not_import_what_lies_above_or_beside_it(folder: str, forbidden: tuple[str, ...]):
@@ -59,8 +63,8 @@ def test_a_part_does_not_import_what_lies_above_or_beside_it(folder: str, forbid
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
 
 
-def test_only_the_adapter_and_the_benchmarks_know_vllm():
+def test_only_the_adapter_and_what_starts_engines_know_vllm():
     for path, names in imports("").items():
         part = path.relative_to(PACKAGE).parts[0]
-        if part not in ("backend", "benchmarks"):
+        if part not in ("backend", "benchmarks", "verify"):
             assert not [name for name in names if name == "vllm" or name.startswith("vllm.")], path
