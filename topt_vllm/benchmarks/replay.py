@@ -76,7 +76,8 @@ def _run(
             budget = table.budget(k)
             thetas = table.thetas(budget)
             targets.append(Target(_share(budget, captured.seq_len), [thetas[index] for index in indices], k))
-        yield from compare(layers, targets, *how)
+        identity = {"model": captured.identity.id, "fingerprint": captured.identity.fingerprint}
+        yield from ({**record, **identity} for record in compare(layers, targets, *how))
 
 
 def _share(budget: Budget, seq_len: int) -> float:

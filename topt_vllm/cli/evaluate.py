@@ -1,6 +1,7 @@
 """``topt-vllm evaluate``: what rules that skip V rows cost, at equal rows read."""
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     print(_resolved(plan))
     if dry_run:
         return
-    origin = provenance() | {"table": str(plan.path), "dtype": options.dtype}
+    origin = provenance() | {"dtype": options.dtype} | _subject(plan)
     print(HEADER)
     records: list[dict[str, Any]] = []
     for record in evaluate(plan):
@@ -176,6 +177,16 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
             options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         plot(records, options.plot)
+
+
+def _subject(plan: "Plan") -> dict[str, Any]:
+    """Model and table, so that a reader of the records can tell whether they speak about the table at hand."""
+    return {
+        "model": plan.subject.identity.id,
+        "fingerprint": plan.subject.identity.fingerprint,
+        "table": str(plan.path),
+        "table_sha256": hashlib.sha256(plan.path.read_bytes()).hexdigest(),
+    }
 
 
 def _resolved(plan: "Plan") -> str:
