@@ -53,6 +53,22 @@ def imports(folder: str) -> dict[Path, set[str]]:
             "verify",
             ("topt_vllm.cli", "topt_vllm.benchmarks", "topt_vllm.calibration", "topt_vllm.evaluation"),
         ),
+        # It reads files, and needs neither a model nor what has measured it.
+        (
+            "report",
+            (
+                "vllm",
+                "torch",
+                "transformers",
+                "topt_vllm.attention",
+                "topt_vllm.backend",
+                "topt_vllm.benchmarks",
+                "topt_vllm.calibration",
+                "topt_vllm.cli",
+                "topt_vllm.evaluation",
+                "topt_vllm.verify",
+            ),
+        ),
     ],
 )
 def test_a_part_does_not_import_what_lies_above_or_beside_it(folder: str, forbidden: tuple[str, ...]):

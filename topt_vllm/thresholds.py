@@ -45,6 +45,7 @@ __all__ = [
     "dumps",
     "load",
     "refuse_overwrite",
+    "write_text",
 ]
 
 _HEADER = "# Thresholds of Top-Theta attention; written by `topt-vllm calibrate`. θ is in scaled logits.\n"
@@ -84,11 +85,20 @@ def dump(table: ThresholdTable, path: str | os.PathLike[str], force: bool = Fals
     """
     path = Path(path)
     check(table, path)
+    write_text(dumps(table), path, force)
+
+
+def write_text(text: str, path: Path, force: bool = False) -> None:
+    """Writes a file in one step: a reader sees the old file or the whole new one.
+
+    Raises:
+        FileExistsError: The file exists and ``force`` is not set.
+    """
     refuse_overwrite(path, force)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dumps(table))
+            file.write(text)
         os.chmod(temporary, 0o644)
         if force:
             os.replace(temporary, path)

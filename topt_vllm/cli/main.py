@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from topt_vllm.cli import UserError
 from topt_vllm.version import __version__
 
-_COMMANDS = ("calibrate", "inspect", "evaluate", "verify", "bench")
+_COMMANDS = ("calibrate", "inspect", "evaluate", "report", "verify", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:

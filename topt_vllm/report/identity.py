@@ -1,0 +1,116 @@
+"""Who the table is for, where it comes from, and what each budget was measured to do."""
+
+from topt_vllm.report import numbers
+from topt_vllm.report.inputs import Inputs
+from topt_vllm.report.parts import Section, Table
+from topt_vllm.thresholds import Budget, ThresholdTable
+
+
+def facts(table: ThresholdTable) -> list[tuple[str, str]]:
+    """Names and values for the head of the page."""
+    model, origin = table.model, table.calibration
+    windowed = len(model.sliding_window_layers)
+    versions = [f"{table.producer.name} {table.producer.version}"]
+    versions += [f"{name} {version}" for name, version in origin.libraries.items()]
+    return [
+        (
+            "Model",
+            model.id + (f" at {model.revision}" if model.revision else "") + f" ({model.architecture})",
+        ),
+        (
+            "Shape",
+            f"{model.num_layers} layers"
+            + (f", {windowed} of them without thresholds (sliding window)" if windowed else "")
+            + f"; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, head size {model.head_dim}",
+        ),
+        ("Fingerprint", model.fingerprint),
+        ("Calibrated", f"{origin.date} by {', '.join(versions)}"),
+        ("On", ", ".join(source.name for source in origin.data)),
+        (
+            "Sequences",
+            f"{origin.num_samples} of up to {numbers.tokens(origin.max_seq_length)} tokens, "
+            f"{numbers.tokens(origin.tokens)} tokens in all; seed {origin.seed}",
+        ),
+        ("Options", ", ".join(f"{name} {value}" for name, value in origin.options.items())),
+        (
+            "Lengths",
+            f"{', '.join(map(numbers.tokens, table.lengths))} tokens; every row is read below the first, "
+            "the fitted law holds beyond the last",
+        ),
+        (
+            "Budgets",
+            ", ".join(numbers.budget(budget.key) for budget in table.budgets)
+            + f"; the default is {numbers.budget(table.budget(None).key)}",
+        ),
+    ]
+
+
+def quality(inputs: Inputs) -> Section:
+    """Every budget's measured quality."""
+    table = inputs.table
+    measured = [budget.quality for budget in table.budgets if budget.quality is not None]
+    intro = "The calibrator measured each budget on text held back from calibration."
+    if measured:
+        rows = measured[-1].rows
+        decoded = (
+            f", of which the last {numbers.tokens(rows)} were decoded sparsely" if rows is not None else ""
+        )
+        intro += (
+            f" It had {numbers.tokens(measured[-1].tokens)} tokens{decoded}. Loss is the rise of perplexity over "
+            "dense attention; kept/k is keys kept over keys asked for."
+        )
+    return Section(
+        key="quality",
+        title="Quality by budget",
+        intro=intro,
+        finding=_finding(table.budget(None)),
+        tables=[
+            Table(
+                caption="Budgets of the table; the last one is the default",
+                head=(
+                    "Budget",
+                    "Loss",
+                    "V rows read",
+                    "KL, nats",
+                    "Same next token",
+                    "Dropped mass",
+                    "kept/k p5",
+                    "p50",
+                    "p95",
+                    "Dense layers",
+                ),
+                rows=[_row(budget) for budget in table.budgets],
+            )
+        ],
+    )
+
+
+def _finding(budget: Budget) -> str:
+    found = budget.quality
+    if found is None:
+        return f"The default budget {numbers.budget(budget.key)} was not measured: no text was held back."
+    parts = [f"reads {numbers.share(found.v_rows_read)} of V rows"]
+    if found.loss_pct is not None:
+        parts.append(f"loses {numbers.rise(found.loss_pct)} of perplexity")
+    if found.agreement is not None:
+        parts.append(f"keeps {numbers.share(found.agreement)} of the most likely next tokens")
+    return f"The default budget {numbers.budget(budget.key)} {', '.join(parts)} on held-back text."
+
+
+def _row(budget: Budget) -> tuple[str, ...]:
+    dense = ", ".join(map(str, budget.dense_layers)) or "none"
+    found = budget.quality
+    if found is None:
+        return (numbers.budget(budget.key), "not measured", *[numbers.NOTHING] * 7, dense)
+    kept = found.kept_over_k
+    spread = [numbers.plain(value) for value in ((kept.p5, kept.p50, kept.p95) if kept else (None,) * 3)]
+    return (
+        numbers.budget(budget.key),
+        numbers.rise(found.loss_pct),
+        numbers.share(found.v_rows_read),
+        numbers.plain(found.kl, 4),
+        numbers.share(found.agreement),
+        numbers.share(found.dropped_mass),
+        *spread,
+        dense,
+    )

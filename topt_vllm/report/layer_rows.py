@@ -1,0 +1,76 @@
+"""V rows read, layer by layer."""
+
+import math
+
+from topt_vllm.report import numbers
+from topt_vllm.report.axes import LEFT, RIGHT, TOP, Axes
+from topt_vllm.report.inputs import Inputs
+from topt_vllm.report.parts import Figure, Section
+from topt_vllm.report.svg import Scale, path, picture, tag
+from topt_vllm.thresholds import Budget
+
+# Percent; a layer that reads less is drawn here.
+_FLOOR = 0.1
+
+
+def rows_by_layer(inputs: Inputs) -> Section:
+    """The default budget's curve, and the others' folded."""
+    section = Section(
+        key="layers",
+        title="V rows read by layer",
+        intro="Measured on the held-back text. The axis is logarithmic; the dashed line is all layers' share.",
+        missing="This table doesn't say which layers read how much. Calibrate again with this release:",
+        command="topt-vllm calibrate --model MODEL_FOLDER --dataset TEXT.txt",
+    )
+    curves = {budget.key: budget for budget in inputs.table.budgets if _shares(budget)}
+    if not curves:
+        return section
+    default = curves.pop(inputs.table.budget(None).key, None) or curves.popitem()[1]
+    return Section(
+        key=section.key,
+        title=section.title,
+        intro=section.intro,
+        finding=_finding(default),
+        figures=[_figure(default)],
+        more=[_figure(budget) for budget in curves.values()],
+    )
+
+
+def _shares(budget: Budget) -> list[float]:
+    """Percent of each layer's V rows."""
+    known = budget.quality.layer_rows_read if budget.quality is not None else None
+    return [100 * share for share in known or ()]
+
+
+def _finding(budget: Budget) -> str:
+    shares = _shares(budget)
+    most = shares.index(max(shares))
+    middle = sorted(shares)[len(shares) // 2]
+    return (
+        f"With budget {numbers.budget(budget.key)}, half of the layers read less than "
+        f"{numbers.share(middle / 100)} of their V rows; layer {most} reads the most, "
+        f"{numbers.share(shares[most] / 100)}."
+    )
+
+
+def _figure(budget: Budget) -> Figure:
+    shares = _shares(budget)
+    low = 10 ** math.floor(math.log10(max(_FLOOR, min(shares))))
+    axes = Axes(
+        Scale(0, max(1, len(shares) - 1), LEFT + 4, RIGHT),
+        Scale(low, 100, TOP + 150, TOP, math.log10),
+        "layer",
+        "V rows read, %",
+        range(0, len(shares), max(1, -(-len(shares) // 10))),
+    )
+    mean = axes.y(100 * budget.quality.v_rows_read if budget.quality is not None else 100)
+    points = [(axes.x(layer), axes.y(share)) for layer, share in enumerate(shares)]
+    parts = [
+        *axes.frame(),
+        tag("line", x1=LEFT, x2=RIGHT, y1=mean, y2=mean, class_="mean"),
+        tag("path", d=path(points), class_="line s0"),
+        *(tag("circle", cx=x, cy=y, r=2.5, class_="dot s0") for x, y in points),
+    ]
+    return Figure(
+        picture(axes.height, f"Curve. {_finding(budget)}", parts), f"Budget {numbers.budget(budget.key)}"
+    )

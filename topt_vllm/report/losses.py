@@ -1,0 +1,164 @@
+"""Loss against V rows read: the table's own budgets, and ours beside rival rules on texts of an evaluation."""
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from topt_vllm.report import numbers
+from topt_vllm.report.inputs import Inputs
+from topt_vllm.report.loss_plot import LINEAR, Point, Series, draw
+from topt_vllm.report.parts import Figure, Key, Section, Table
+from topt_vllm.report.records import Evaluated
+from topt_vllm.report.svg import marker, picture
+from topt_vllm.thresholds import ThresholdTable
+
+_COMMAND = (
+    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --k {} --json E.json"
+)
+
+
+def losses(inputs: Inputs) -> Section:
+    """A panel for the table, and one for each text and context."""
+    own = _own(inputs.table)
+    records, rules = inputs.texts, _rules(inputs.texts)
+    panels = list(dict.fromkeys((record.text, record.context) for record in records))
+    groups = {panel: [r for r in records if (r.text, r.context) == panel] for panel in panels}
+    said = {panel: _sentences(group) for panel, group in groups.items()}
+    figures = [
+        Figure(draw(_series(group, rules), " ".join(said[panel])), _title(panel), " ".join(said[panel]))
+        for panel, group in groups.items()
+    ]
+    key = shlex.quote(str(inputs.table.budget(None).key))
+    return Section(
+        key="losses",
+        title="Loss against V rows read",
+        intro="Filled: each rule tuned to read as many V rows. Hollow: the table's budgets as they stand. Bars are "
+        f"one standard error. Both axes are logarithmic, that of losses only above {LINEAR:g}\u00a0%.",
+        finding=" ".join(f"{_title(panel)}: {_middle(sentences)}" for panel, sentences in said.items())
+        or None,
+        legend=_legend(rules) if records else [],
+        figures=[*([own] if own else []), *figures],
+        tables=[_table(records)] if records else [],
+        missing=None
+        if records
+        else "Not compared with other rules yet. With --evaluation E.json, written by:",
+        command=None if records else _COMMAND.format(key),
+    )
+
+
+def _title(panel: tuple[str, int]) -> str:
+    return f"{panel[0]}, {numbers.tokens(panel[1])} tokens"
+
+
+def _rules(records: Sequence[Evaluated]) -> dict[str, int]:
+    """Style by rule: ours first, so that they look the same in every report."""
+    names = sorted(
+        {record.rule for record in records}, key=lambda name: (not name.startswith("toptheta"), name)
+    )
+    return {name: style for style, name in enumerate(["toptheta", *(n for n in names if n != "toptheta")])}
+
+
+def _legend(rules: dict[str, int]) -> list[Key]:
+    def symbol(style: int) -> Key:
+        drawn = marker(8, 8, style, f"dot s{style % 6}")
+        return Key(picture(16, "", [drawn], width=16), names[style])
+
+    names = {style: name for name, style in rules.items()}
+    return [symbol(style) for style in names] if len(names) > 1 else []
+
+
+def _own(table: ThresholdTable) -> Figure | None:
+    """The budgets as the calibrator measured them."""
+    constant: list[Point] = []
+    named: list[Point] = []
+    for budget in table.budgets:
+        if budget.quality is not None and budget.quality.loss_pct is not None:
+            point = Point(
+                100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, numbers.budget(budget.key)
+            )
+            (constant if budget.k is not None else named).append(point)
+    if not constant and not named:
+        return None
+    said = "; ".join(
+        f"{p.label} {numbers.rise(p.loss)} at {numbers.share(p.rows / 100)}" for p in [*constant, *named]
+    )
+    return Figure(
+        draw([Series(0, [*constant, *named], joined=False)], f"Plot of the table's budgets. {said}."),
+        "The table's budgets, held-back text",
+        "Measured by the calibrator, without standard errors.",
+    )
+
+
+def _series(records: Sequence[Evaluated], rules: dict[str, int]) -> list[Series]:
+    found = []
+    for rule, style in rules.items():
+        here = [record for record in records if record.rule == rule]
+        tuned = [_point(record, "") for record in here if record.rows_target is not None]
+        budgets = [
+            _point(record, record.aim if rule == "toptheta" else "")
+            for record in here
+            if record.rows_target is None
+        ]
+        found += [Series(style, tuned, True)] if tuned else []
+        # The table's budgets have dense layers of their own, so they lie on no line.
+        found += [Series(style, budgets, False)] if budgets else []
+    # Ours lie on top.
+    return found[::-1]
+
+
+def _point(record: Evaluated, name: str) -> Point:
+    error = record.loss_pct_se if math.isfinite(record.loss_pct_se) else 0.0
+    return Point(100 * record.v_rows_read, record.loss_pct, error, name)
+
+
+def _sentences(records: Sequence[Evaluated]) -> list[str]:
+    """Ours against the best other rule at each target; the budgets where there is nothing to compare."""
+    targets = sorted({record.rows_target for record in records if record.rows_target is not None})
+    found = [_sentence([record for record in records if record.rows_target == target]) for target in targets]
+    return found or [
+        f"{r.rule} with {r.aim} reads {numbers.share(r.v_rows_read)} of V rows and loses "
+        f"{numbers.rise(r.loss_pct, r.loss_pct_se)}."
+        for r in records
+    ]
+
+
+def _sentence(records: Sequence[Evaluated]) -> str:
+    """What happens at one target."""
+    ours = next((record for record in records if record.rule == "toptheta"), None)
+    rival = min((record for record in records if not record.ours), key=lambda r: r.loss_pct, default=None)
+    parts = []
+    if ours is not None:
+        parts.append(f"{ours.rule} loses {numbers.rise(ours.loss_pct, ours.loss_pct_se)}")
+    if rival is not None:
+        parts.append(f"the best other rule, {rival.rule}, {numbers.rise(rival.loss_pct, rival.loss_pct_se)}")
+    return f"At {records[0].aim}, {', '.join(parts) or 'only variants of ours were measured'}."
+
+
+def _middle(sentences: Sequence[str]) -> str:
+    """One of them stands for all at the head of the page."""
+    return sentences[len(sentences) // 2]
+
+
+def _table(records: Sequence[Evaluated]) -> Table:
+    head = (
+        "Text, context",
+        "Rule",
+        "At",
+        "V rows read",
+        "Loss ± standard error",
+        "KL, nats",
+        "Same next token",
+    )
+    rows = [
+        (
+            f"{record.text}, {numbers.tokens(record.context)}",
+            record.rule,
+            record.aim,
+            numbers.share(record.v_rows_read),
+            numbers.rise(record.loss_pct, record.loss_pct_se),
+            numbers.plain(record.kl, 4),
+            numbers.share(record.agreement),
+        )
+        for record in records
+    ]
+    return Table("Every measurement in numbers", head, rows, folded=True)

@@ -1,0 +1,96 @@
+"""Hidden facts by depth and length: ours beside dense attention. The grids are HTML tables, which all can read."""
+
+import shlex
+from collections.abc import Sequence
+
+from topt_vllm.report import numbers
+from topt_vllm.report.inputs import Inputs
+from topt_vllm.report.parts import Mark, Section, Table
+from topt_vllm.report.records import Evaluated, NeedleCell
+
+_INTRO = (
+    "A fact is hidden in a prompt at a depth, 0 % is its start; question and answer are decoded under the rule. "
+    "● the answer is what greedy decoding gives, ◐ it is likelier than every wrong one, ○ it is not. Beside it "
+    "the lead over the likeliest wrong answer, in nats."
+)
+_COMMAND = (
+    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --k {} --json E.json"
+)
+
+
+def needles(inputs: Inputs) -> Section:
+    """Dense attention's grid, ours, and a line for every rule."""
+    records = inputs.needles
+    if not records:
+        return Section(
+            key="needles",
+            title="Facts hidden in long prompts",
+            intro=_INTRO,
+            missing="Not measured yet. With --evaluation E.json, written by:",
+            command=_COMMAND.format(shlex.quote(str(inputs.table.budget(None).key))),
+        )
+    shown = _shown(records)
+    dense = _grid("Dense attention", records[0].cells or [], dense=True)
+    grids = [dense, *(_grid(f"{r.rule}, {r.aim}", r.cells or [], dense=False) for r in shown)]
+    return Section(
+        key="needles",
+        title="Facts hidden in long prompts",
+        intro=_INTRO,
+        finding=_finding(shown[-1]),
+        tables=[*grids, _summary(records)],
+    )
+
+
+def _shown(records: Sequence[Evaluated]) -> list[Evaluated]:
+    """The table's budgets as they stand; without any, ours at each target; else whatever there is."""
+    budgets = [r for r in records if r.rule == "toptheta" and r.rows_target is None]
+    return budgets or [r for r in records if r.rule == "toptheta"] or list(records)
+
+
+def _finding(record: Evaluated) -> str:
+    cells = record.cells or []
+    count = len(cells)
+    return (
+        f"{record.rule} with {record.aim} retrieves {sum(cell.retrieved for cell in cells)} of {count} facts, "
+        f"dense attention {sum(cell.retrieved_dense for cell in cells)} of {count}."
+    )
+
+
+def _grid(caption: str, cells: Sequence[NeedleCell], dense: bool) -> Table:
+    lengths = sorted({cell.length for cell in cells})
+    by_place = {(cell.depth, cell.length): cell for cell in cells}
+    rows = []
+    for depth in sorted({cell.depth for cell in cells}):
+        marks = [_mark(by_place.get((depth, length)), dense) for length in lengths]
+        rows.append((numbers.share(depth, 0), *marks))
+    return Table(caption, ("Depth", *(f"{numbers.tokens(length)} tokens" for length in lengths)), rows)
+
+
+def _mark(cell: NeedleCell | None, dense: bool) -> str:
+    if cell is None:
+        return numbers.NOTHING
+    exact, retrieved, margin = (
+        (cell.exact_dense, cell.retrieved_dense, cell.margin_dense)
+        if dense
+        else (cell.exact, cell.retrieved, cell.margin)
+    )
+    kind, sign = ("hit", "●") if exact else ("near", "◐") if retrieved else ("miss", "○")
+    return Mark(f"{sign}\u00a0{margin:+.1f}".replace("-", "−"), kind)
+
+
+def _summary(records: Sequence[Evaluated]) -> Table:
+    rows = []
+    for record in records:
+        cells = record.cells or []
+        shares = [
+            numbers.share(sum(found) / len(cells), 0)
+            for found in (
+                [cell.retrieved for cell in cells],
+                [cell.retrieved_dense for cell in cells],
+                [cell.exact for cell in cells],
+                [cell.exact_dense for cell in cells],
+            )
+        ]
+        rows.append((record.rule, record.aim, numbers.share(record.v_rows_read), *shares))
+    head = ("Rule", "At", "V rows read", "Retrieved", "Dense", "Exact", "Dense")
+    return Table("Every rule", head, rows, folded=True)

@@ -1,0 +1,164 @@
+"""What the report reads of the JSON files of ``topt-vllm evaluate`` and ``topt-vllm bench``.
+
+Only the keys that the page shows are named and the rest is ignored: the files have more, and later ones will have
+others.
+Bounds are here, so that nothing behind them divides by zero or draws to infinity.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from topt_vllm.report import numbers
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e12)]
+Ratio = Annotated[float, Field(gt=0, le=1e9)]
+# Of a stranger's list the first wrong item is enough.
+Records = Annotated[list[Any], Field(min_length=1, fail_fast=True)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Origin(_Part):
+    """Where numbers come from; files of earlier releases lack model and table.
+
+    Attributes:
+        command: Command line.
+        topt_vllm: Version.
+        commit: Of the source tree, where there was one.
+        cpu: Processor.
+        threads: Of torch.
+        gpu: Accelerator, where there is one.
+        vllm: Version.
+        torch: Version.
+        model: Name for people.
+        fingerprint: Of the model, see :mod:`topt_vllm.model_identity`.
+        table: Path of the threshold table.
+        table_sha256: Of its bytes.
+    """
+
+    command: str
+    topt_vllm: str
+    commit: str | None = None
+    cpu: str | None = None
+    threads: int | None = None
+    gpu: str | None = None
+    vllm: str | None = None
+    torch: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+    table: str | None = None
+    table_sha256: str | None = None
+
+
+class NeedleCell(_Part):
+    """One hidden fact, under a rule and under dense attention."""
+
+    length: Count
+    depth: Share
+    retrieved: bool
+    exact: bool
+    margin: float
+    retrieved_dense: bool
+    exact_dense: bool
+    margin_dense: float
+
+
+class Evaluated(_Part):
+    """One rule at one target or budget, on one text at one context.
+
+    Attributes:
+        cells: The needle grid; None for a text.
+    """
+
+    text: str
+    context: Count
+    rule: str
+    rows_target: Share | None
+    k: int | str | None
+    v_rows_read: Share
+    loss_pct: float = Field(ge=-100, le=1e12)
+    # NaN where there were too few rows for one.
+    loss_pct_se: float = Field(allow_inf_nan=True)
+    kl: float
+    agreement: Share
+    tokens: Count
+    cells: Annotated[list[NeedleCell], Field(min_length=1, fail_fast=True)] | None = None
+    provenance: Origin
+
+    @property
+    def ours(self) -> bool:
+        """Whether the rule is Top-Theta or a variant of it."""
+        return self.rule.startswith("toptheta")
+
+    @property
+    def aim(self) -> str:
+        """Its target or budget, for people."""
+        if self.rows_target is not None:
+            return f"{100 * self.rows_target:g}\u00a0% of V rows"
+        return numbers.budget(self.k)
+
+
+class Decoded(_Part):
+    """One case of ``topt-vllm bench decode``.
+
+    Attributes:
+        model: Of a captured cache; None for a synthetic one.
+        fingerprint: The same.
+    """
+
+    batch: Count
+    seq_len: Count
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    layers: Count
+    cache_dtype: str
+    k: int | str | None
+    keep_target: Share
+    k_screen: str
+    v_rows_read: Share
+    ms: Milliseconds
+    ms_p20: Milliseconds
+    ms_p80: Milliseconds
+    platform: str | None
+    ms_platform: Milliseconds | None
+    ratio_platform: Ratio | None
+    ratio_keep_all: Ratio
+    model: str | None = None
+    fingerprint: str | None = None
+    provenance: Origin
+
+
+class Side(_Part):
+    """One backend under ``topt-vllm bench serve``."""
+
+    decode_tokens_per_second: float = Field(gt=0, le=1e12)
+    itl_ms_median: float = Field(ge=0, le=1e12)
+    ttft_ms_median: float = Field(ge=0, le=1e12)
+
+
+class ServeSettings(_Part):
+    """How the engine was driven."""
+
+    model: str
+    concurrency: Count
+    prompt_tokens: Count
+    max_tokens: Count
+    rounds: Count
+    toptheta: dict[str, Any]
+    platform_backend: str
+
+
+class Served(_Part):
+    """The whole of a file of ``topt-vllm bench serve``."""
+
+    platform: Side
+    toptheta: Side
+    ratio_decode: Ratio
+    settings: ServeSettings
+    provenance: Origin
