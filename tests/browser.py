@@ -1,6 +1,5 @@
 """A headless Chromium, driven over a pipe by its DevTools protocol: no port, no package."""
 
-import base64
 import json
 import os
 import shutil
@@ -85,11 +84,6 @@ class Browser:
         if "exceptionDetails" in found:
             raise RuntimeError(found["exceptionDetails"])
         return found["result"].get("value")
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page, PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._pending:
