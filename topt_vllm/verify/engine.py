@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -62,10 +63,27 @@ def run(request: Request, timeout: float) -> dict[str, Any]:
     Raises:
         EngineError: It failed or took too long.
     """
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(request.separate_core))}
+    return ask(["-m", "topt_vllm.verify.engine_main"], asdict(request), request.separate_core, timeout)
+
+
+def ask(
+    program: Sequence[str], request: dict[str, Any], separate_core: bool, timeout: float
+) -> dict[str, Any]:
+    """Runs a Python program that reads a request as JSON and prints ``RESULT {...}``.
+
+    Args:
+        program: Arguments of Python.
+        request: What the program reads from its standard input.
+        separate_core: As of :class:`Request`.
+        timeout: After which it is killed, with all that it started (seconds).
+
+    Raises:
+        EngineError: It failed or took too long.
+    """
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_core))}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "topt_vllm.verify.engine_main"],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -77,7 +95,7 @@ def run(request: Request, timeout: float) -> dict[str, Any]:
         timer = threading.Timer(timeout, _expire, (process, late))
         timer.start()
         try:
-            output, result = _converse(process, json.dumps(asdict(request)))
+            output, result = _converse(process, json.dumps(request))
         finally:
             timer.cancel()
             # The engine's own processes survive a parent that was killed, and take seconds to leave by themselves.

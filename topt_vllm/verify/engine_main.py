@@ -34,7 +34,11 @@ def answers(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, An
 
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-    completions = [output.outputs[0] for output in outputs]
+    return describe([output.outputs[0] for output in outputs])
+
+
+def describe(completions: list[Any]) -> dict[str, Any]:
+    """What is compared of answers that were asked for with two log-probabilities a step."""
     return {
         "tokens": [list(completion.token_ids) for completion in completions],
         "texts": [completion.text for completion in completions],
