@@ -55,6 +55,25 @@ check_compiler() {
         "The CPU kernel is compiled on first use. Install one (Debian, Ubuntu: apt-get install g++), or name it with CXX."
 }
 
+# A test looks at a page in a browser. Root on Debian gets one; Ubuntu's package is a stub for snap.
+find_chromium() {
+    local candidate log
+    for candidate in chromium chromium-browser google-chrome; do
+        if command -v "$candidate" >/dev/null; then return; fi
+    done
+    if ((EUID == 0)) && command -v apt-get >/dev/null && grep -qx ID=debian /etc/os-release; then
+        log="$(mktemp)"
+        say "Installing Debian's chromium, for a test of a page (log: $log)"
+        if { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } \
+            >"$log" 2>&1; then
+            rm -f "$log"
+            return
+        fi
+        say "  That failed: $(last_line "$log")"
+    fi
+    say "There is no Chromium: the test that looks at a page in a browser is skipped (Debian: apt-get install chromium)."
+}
+
 # forward COMMAND...: runs it so that signals to this shell take effect at once (bash holds them back while a
 # foreground command runs).
 forward() {

@@ -32,6 +32,8 @@ if [[ -z $FAST ]]; then
     "$VENV/bin/python" scripts/prepare_demo.py --model smollm2 gemma3
     step "Sources of the other vLLM versions"
     "$VENV/bin/python" scripts/fetch_vllm_sources.py || say "  Tests of their interfaces are skipped."
+    step "Browser"
+    find_chromium
 fi
 
 step "Lint and types"

@@ -146,6 +146,13 @@ def test_a_missing_compiler_is_named(bin_without: Path):
     assert "apt-get install g++" in refused.stderr
 
 
+def test_a_missing_browser_stops_nothing(bin_without: Path):
+    command = f"set -euo pipefail; source {ROOT}/scripts/lib.sh; find_chromium"
+    done = run(BASH, "-c", command, PATH=str(bin_without))
+    assert done.returncode == 0
+    assert "is skipped (Debian: apt-get install chromium)" in done.stdout
+
+
 def test_a_missing_python_is_named(bin_without: Path):
     refused = run(BASH, ROOT / "scripts" / "quickstart.sh", PATH=str(bin_without), PYTHON="")
     assert refused.returncode == 1
