@@ -25,14 +25,16 @@ def rows_by_layer(inputs: Inputs) -> Section:
     curves = {budget.key: budget for budget in inputs.table.budgets if _shares(budget)}
     if not curves:
         return section
+    least = min(min(_shares(budget)) for budget in curves.values())
+    low = 10 ** math.floor(math.log10(max(_FLOOR, least)))
     default = curves.pop(inputs.table.budget(None).key, None) or curves.popitem()[1]
     return Section(
         key=section.key,
         title=section.title,
         intro=section.intro,
         finding=_finding(default),
-        figures=[_figure(default)],
-        more=[_figure(budget) for budget in curves.values()],
+        figures=[_figure(default, low)],
+        more=[_figure(budget, low) for budget in curves.values()],
     )
 
 
@@ -53,9 +55,9 @@ def _finding(budget: Budget) -> str:
     )
 
 
-def _figure(budget: Budget) -> Figure:
+def _figure(budget: Budget, low: float) -> Figure:
+    """The curve, on an axis from ``low`` percent, the same for all budgets."""
     shares = _shares(budget)
-    low = 10 ** math.floor(math.log10(max(_FLOOR, min(shares))))
     axes = Axes(
         Scale(0, max(1, len(shares) - 1), LEFT + 4, RIGHT),
         Scale(low, 100, TOP + 150, TOP, math.log10),

@@ -66,7 +66,7 @@ def _axes(points: Sequence[Point]) -> Axes:
     low = min(0.0, *(point.loss - point.error for point in points))
     high = max(LINEAR, *(point.loss + point.error for point in points))
     return Axes(
-        Scale(min(rows) / 1.25, max(max(rows) * 1.25, 2 * min(rows)), LEFT, RIGHT, math.log10),
+        Scale(min(rows) / 1.25, max(max(rows) * 1.25, 4 * min(rows)), LEFT, RIGHT, math.log10),
         Scale(1.15 * low - 0.02, 1.15 * high, TOP + _HEIGHT, TOP, lambda loss: math.asinh(loss / LINEAR)),
         "V rows read, % of all layers",
         "perplexity over dense, %",
