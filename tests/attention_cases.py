@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from topt_vllm.attention import api, posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
 
 NAN = float("nan")
 GARBAGE_BLOCK = 2**31 - 1
@@ -20,7 +20,9 @@ def implementation(name: str) -> api.Implementation:
     """An implementation by test name; ``cpu-scalar`` is the plain loop that checks the CPU kernel."""
     if name == "cpu-scalar":
         module = api.load_implementation("cpu", "cpu")[1]
-        return SimpleNamespace(decode=partial(module.decode, scalar=True), COUNTS_REACHED=True)
+        return SimpleNamespace(
+            decode=partial(module.decode, scalar=True), COUNTS_REACHED=True, TAKES_ROW_THETAS=True
+        )
     return api.load_implementation(name, "cpu")[1]
 
 
@@ -41,7 +43,7 @@ class Case:
     query: torch.Tensor
     cache: PagedCache
     batch: DecodeBatch
-    thetas: Thetas | None
+    thetas: Thetas | RowThetas | None
     policy: Policy
     scale: float
     softcap: float = 0.0

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 
 from topt_vllm.attention import posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
 
 IMPLEMENTATIONS = {
     "reference": "topt_vllm.attention.reference",
@@ -66,6 +66,25 @@ class CountingImplementation(Implementation, Protocol):
     ) -> None: ...
 
 
+class RowThetaImplementation(Implementation, Protocol):
+    """An implementation that takes a θ for each row by itself; ``policy: sift`` asks for one."""
+
+    TAKES_ROW_THETAS: bool
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        thetas: Thetas | RowThetas | None,
+        policy: Policy,
+        scale: float,
+        softcap: float,
+        out: torch.Tensor,
+        statistics: torch.Tensor | None,
+    ) -> None: ...
+
+
 def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
     """Imports an implementation and does its one-time work (compiling), so that the first step is not slow.
 
@@ -114,6 +133,17 @@ def counting(implementation: Implementation) -> CountingImplementation:
     return cast(CountingImplementation, implementation)
 
 
+def taking_row_thetas(implementation: Implementation) -> RowThetaImplementation:
+    """The implementation as one that takes :class:`~topt_vllm.attention.common.RowThetas`.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if not getattr(implementation, "TAKES_ROW_THETAS", False):
+        raise ValueError("this implementation takes no thresholds by row; cpu and reference do")
+    return cast(RowThetaImplementation, implementation)
+
+
 def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
     """Brings what is stored per block up to date after the last slot of blocks was written.
 
@@ -140,7 +170,7 @@ def decode(
     query: torch.Tensor,
     cache: PagedCache,
     batch: DecodeBatch,
-    thetas: Thetas | None,
+    thetas: Thetas | RowThetas | None,
     policy: Policy,
     scale: float,
     softcap: float = 0.0,
@@ -155,14 +185,16 @@ def decode(
         query: [R, H, D].
         cache: K, V and V sums of the layer.
         batch: Rows, context lengths and block table.
-        thetas: Thresholds of the layer's query heads; None for θ = −inf, which keeps every row.
+        thetas: Thresholds of the layer's query heads, or of each row, which needs an implementation that
+            :func:`taking_row_thetas` takes; None for θ = −inf, which keeps every row.
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, D] to write into; allocated when None.
         statistics: float64 accumulators to add to (:class:`~topt_vllm.attention.common.Stat`).
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
-            that are dense for their length add nothing. Needs an implementation that :func:`counting` takes.
+            that are dense for their length add nothing. Needs an implementation that :func:`counting` takes, and
+            no thresholds by row.
 
     Returns:
         ``out``.
@@ -171,18 +203,28 @@ def decode(
         ValueError: Shapes or options that contradict each other.
     """
     _check(query, cache, batch, thetas, policy)
+    if reached is not None and isinstance(thetas, RowThetas):
+        raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
     if out is None:
         out = torch.empty_like(query)
-    arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics
-    if query.shape[0] and reached is None:
-        implementation.decode(*arguments)
-    elif query.shape[0]:
-        counting(implementation).decode(*arguments, reached)
+    if not query.shape[0]:
+        return out
+    rest = policy, scale, softcap, out, statistics
+    if isinstance(thetas, RowThetas):
+        taking_row_thetas(implementation).decode(query, cache, batch, thetas, *rest)
+    elif reached is None:
+        implementation.decode(query, cache, batch, thetas, *rest)
+    else:
+        counting(implementation).decode(query, cache, batch, thetas, *rest, reached)
     return out
 
 
 def _check(
-    query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, thetas: Thetas | None, policy: Policy
+    query: torch.Tensor,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    thetas: Thetas | RowThetas | None,
+    policy: Policy,
 ) -> None:
     num_heads, head_dim = query.shape[1:]
     num_blocks, num_kv_heads, _, value_dim = cache.value.shape
@@ -201,7 +243,9 @@ def _check(
         )
     if batch.query_start_loc.shape[0] != batch.seq_lens.shape[0] + 1:
         raise ValueError("query_start_loc must have one entry more than seq_lens")
-    if thetas is not None and thetas.theta.shape != (num_heads, thetas.lengths.shape[0]):
+    if isinstance(thetas, RowThetas) and thetas.theta.shape != query.shape[:2]:
+        raise ValueError(f"theta {tuple(thetas.theta.shape)} must be [R, H] = {tuple(query.shape[:2])}")
+    if isinstance(thetas, Thetas) and thetas.theta.shape != (num_heads, thetas.lengths.shape[0]):
         raise ValueError(
             f"theta {tuple(thetas.theta.shape)} must be [H={num_heads}, L={thetas.lengths.shape[0]}]"
         )

@@ -111,6 +111,17 @@ class Thetas:
 
 
 @dataclass(frozen=True)
+class RowThetas:
+    """θ of each query row by itself, whatever its context length: for thresholds that belong to a request.
+
+    Attributes:
+        theta: float32 [R, H], in scaled logits; −inf keeps every key.
+    """
+
+    theta: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PagedCache:
     """The KV cache of one layer as logical views; strides tell how each platform lays a block out.
 

@@ -16,9 +16,9 @@ Source: Top-Theta attention, arXiv 2502.08363, section 3 (thresholds) and its ex
 import torch
 
 from topt_vllm.attention import posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Stat, Thetas
 
-COUNTS_REACHED = True
+COUNTS_REACHED = TAKES_ROW_THETAS = True
 
 
 def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
@@ -116,7 +116,7 @@ def decode(
     query: torch.Tensor,
     cache: PagedCache,
     batch: DecodeBatch,
-    thetas: Thetas | None,
+    thetas: Thetas | RowThetas | None,
     policy: Policy,
     scale: float,
     softcap: float,
@@ -130,15 +130,15 @@ def decode(
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
         blocks = batch.block_table[sequence, : -(-last_len // block_size)].long()
-        key = _gather(cache.key, blocks, cache.key_scale, cache.posit8)
-        value = _gather(cache.value, blocks, cache.value_scale, cache.posit8)
+        key = gather(cache.key, blocks, cache.key_scale, cache.posit8)
+        value = gather(cache.value, blocks, cache.value_scale, cache.posit8)
         for row in range(first, end):
             n = last_len - (end - 1 - row)
             out[row] = attend_row(
                 query[row],
                 key[:, :n],
                 value[:, :n],
-                None if thetas is None else thetas.at(n),
+                _theta(thetas, row, n),
                 policy,
                 scale,
                 softcap,
@@ -148,7 +148,13 @@ def decode(
             ).to(out.dtype)
 
 
-def _gather(
+def _theta(thetas: Thetas | RowThetas | None, row: int, n: int) -> torch.Tensor | None:
+    if isinstance(thetas, RowThetas):
+        return thetas.theta[row]
+    return None if thetas is None else thetas.at(n)
+
+
+def gather(
     part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None, posit8: bool
 ) -> torch.Tensor:
     """K or V of a sequence's blocks, [Hkv, n, D]; posits as float32, and what has a scale as float32 times it."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
 from topt_vllm.attention.cpu import jit
 
 _FOLDER = Path(__file__).parent / "csrc"
 
-COUNTS_REACHED = True
+COUNTS_REACHED = TAKES_ROW_THETAS = True
 
 
 @cache
@@ -38,7 +38,7 @@ def decode(
     query: torch.Tensor,
     cache: PagedCache,
     batch: DecodeBatch,
-    thetas: Thetas | None,
+    thetas: Thetas | RowThetas | None,
     policy: Policy,
     scale: float,
     softcap: float,
@@ -54,7 +54,7 @@ def decode(
         cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D]; bfloat16, float16, float32,
             float8_e4m3fn, float8_e5m2, or uint8 with ``posit8``.
         batch: Rows, context lengths and block table, int32.
-        thetas: Thresholds, or None for θ = −inf.
+        thetas: Thresholds of heads or of rows, or None for θ = −inf.
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
@@ -63,6 +63,7 @@ def decode(
         reached: int64 [R, H] to add to, or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
+    of_heads = thetas if isinstance(thetas, Thetas) else None
     _operators().decode(
         query,
         cache.key,
@@ -71,9 +72,10 @@ def decode(
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
-        None if thetas is None else thetas.lengths,
-        None if thetas is None else thetas.theta,
-        None if thetas is None else thetas.law,
+        of_heads.lengths if of_heads else None,
+        of_heads.theta if of_heads else None,
+        of_heads.law if of_heads else None,
+        thetas.theta if isinstance(thetas, RowThetas) else None,
         policy.min_seq_len,
         policy.sink_tokens,
         policy.recent_tokens,

@@ -146,6 +146,17 @@ void set_thetas(topt::Problem& p, const optional<Tensor>& lengths, const optiona
   TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
 }
 
+void set_row_theta(topt::Problem& p, const Tensor& query, const optional<Tensor>& row_theta) {
+  p.row_theta = nullptr;
+  if (!row_theta) return;
+  TORCH_CHECK(!p.lengths, "row_theta: expected none beside lengths, theta and law");
+  check(*row_theta, "row_theta", 2, at::kFloat);
+  TORCH_CHECK(row_theta->is_contiguous() && row_theta->size(0) == query.size(0) && row_theta->size(1) == p.num_heads,
+              "row_theta: expected contiguous [", query.size(0), ", ", p.num_heads, "], got ", row_theta->sizes());
+  TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
+  p.row_theta = row_theta->const_data_ptr<float>();
+}
+
 void set_reached(topt::Problem& p, const Tensor& query, const optional<Tensor>& reached) {
   p.reached = nullptr;
   if (!reached) return;
@@ -192,10 +203,10 @@ void add_statistics(const topt::Problem& p, const topt::Counts& counts, double d
 void decode(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums,
             const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& block_table,
             const optional<Tensor>& lengths, const optional<Tensor>& theta, const optional<Tensor>& law,
-            int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens, bool keep_union, bool vmean, double scale,
-            double softcap, Tensor out, const optional<Tensor>& statistics, const optional<Tensor>& key_screen,
-            const optional<Tensor>& reached, const optional<Tensor>& key_scale, const optional<Tensor>& value_scale,
-            bool posit8, bool scalar) {
+            const optional<Tensor>& row_theta, int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens,
+            bool keep_union, bool vmean, double scale, double softcap, Tensor out, const optional<Tensor>& statistics,
+            const optional<Tensor>& key_screen, const optional<Tensor>& reached, const optional<Tensor>& key_scale,
+            const optional<Tensor>& value_scale, bool posit8, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -214,6 +225,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   TORCH_CHECK(p.query_start_loc[0] >= 0 && p.query_start_loc[p.num_sequences] <= query.size(0),
               "query_start_loc: expected rows up to ", query.size(0), ", got ", p.query_start_loc[p.num_sequences]);
   set_thetas(p, lengths, theta, law);
+  set_row_theta(p, query, row_theta);
   p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
   p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
@@ -269,8 +281,8 @@ int64_t stream(const Tensor& memory) {
 TOPT_REGISTER(TOPT_LIBRARY, m) {
   m.def(
       "decode(Tensor query, Tensor key, Tensor value, Tensor? value_sums, Tensor query_start_loc, Tensor seq_lens, "
-      "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, int min_seq_len, int sink_tokens, "
-      "int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
+      "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, Tensor? row_theta, int min_seq_len, "
+      "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, Tensor? key_screen, Tensor(c!)? reached, Tensor? key_scale, "
       "Tensor? value_scale, bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);

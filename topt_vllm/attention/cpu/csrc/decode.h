@@ -211,7 +211,7 @@ class Decoder {
       const int n = row_length(p, item.sequence, item.row + row);
       for (int g = 0; g < group; ++g) {
         const int m = row * group + g, head = item.kv_head * group + g;
-        s.rules[m] = keep_rule(p, head, n);
+        s.rules[m] = keep_rule(p, item.row + row, head, n);
         dense &= s.rules[m].dense;
         screened &= !s.rules[m].dense;
         forced_below = std::max(forced_below, s.rules[m].low);

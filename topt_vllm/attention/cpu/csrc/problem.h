@@ -42,6 +42,7 @@ struct Problem {
   const float* theta;      // [H, L]
   const float* law;        // [H, 2]
   int num_lengths;
+  const float* row_theta;  // [R, H], in place of lengths, theta and law; or null
   int64_t* reached;        // [R, H], keys that reach theta are added where a row has one; or null
 
   int num_sequences, num_heads, num_kv_heads, head_dim, block_size;
@@ -93,8 +94,9 @@ struct KeepRule {
   bool dense;
 };
 
-inline KeepRule keep_rule(const Problem& p, int head, int n) {
-  KeepRule rule{n, p.sink_tokens, n - p.recent_tokens, theta_at(p, head, n), false};
+inline KeepRule keep_rule(const Problem& p, int row, int head, int n) {
+  const float theta = p.row_theta ? p.row_theta[static_cast<int64_t>(row) * p.num_heads + head] : theta_at(p, head, n);
+  KeepRule rule{n, p.sink_tokens, n - p.recent_tokens, theta, false};
   if (p.vmean && n / p.block_size * p.block_size < rule.high) rule.high = n / p.block_size * p.block_size;
   rule.dense = n <= p.min_seq_len || rule.theta == -std::numeric_limits<float>::infinity();
   return rule;

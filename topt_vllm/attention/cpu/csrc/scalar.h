@@ -24,7 +24,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
         read.assign(n, 0);
         counts.keys += n;
         for (int g = 0; g < group; ++g) {
-          const KeepRule rule = keep_rule(p, kv_head * group + g, n);
+          const KeepRule rule = keep_rule(p, row, kv_head * group + g, n);
           load_row(p.query, row, kv_head * group + g, p.head_dim, query.data());
           for (int j = 0; j < n; ++j) {
             const T* key = static_cast<const T*>(p.key) + table[j / p.block_size] * p.key_block_stride +
