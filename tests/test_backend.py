@@ -458,6 +458,57 @@ def test_thresholds_follow_the_traffic(vllm_config: Any):
     assert bound.statistics[Stat.KEPT_ELEMENTS] - before < 4 * NUM_HEADS * 440
 
 
+def test_sift_finds_thresholds_by_request(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    """Dense while warming up, sparse afterwards; a request keeps its thresholds in another place of the batch."""
+    from types import SimpleNamespace
+
+    from topt_vllm.backend import requests
+    from topt_vllm.backend.metrics import recorder
+
+    torch.manual_seed(9)
+    settings = {"policy": "sift", "sift_tau": 0.9, "sift_warmup": 2}
+    monkeypatch.setitem(vllm_config.additional_config, "toptheta", settings)
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a", "b", "c", "d"]))
+    monkeypatch.setattr(requests, "_runner", runner)
+    builder, layer = build(vllm_config)
+    bound = layer.impl.bound
+    kv_cache, block_table = new_cache()
+    batch = BatchSpec("verify", [900] * 4, [1] * 4)
+    fill_contexts(builder, layer, batch, block_table, kv_cache)
+    requests.ended(["a", "b", "c", "d"])  # prefilled one after the other, all as request a
+    dense = recorder().totals().get("dense_rows:sift_warmup", 0)
+    for _ in range(2):
+        *_, metadata = step(builder, layer, batch, block_table, kv_cache)
+        assert metadata.sift.warm.all()
+    assert recorder().totals()["dense_rows:sift_warmup"] - dense == 8
+    assert bound.statistics[Stat.KEPT_ELEMENTS] == bound.statistics[Stat.ELEMENTS] > 0
+
+    before = bound.statistics.clone()
+    *_, metadata = step(builder, layer, batch, block_table, kv_cache)
+    assert not metadata.sift.warm.any()
+    kept, elements = (bound.statistics - before)[[Stat.KEPT_ELEMENTS, Stat.ELEMENTS]]
+    assert 0.05 < kept / elements < 0.25  # a tenth, and the unfinished block
+    laws = bound.sift.thetas(metadata.sift).theta
+    runner.input_batch.req_ids = ["d", "e", "a", "b"]
+    requests.ended(["c"])
+    *_, metadata = step(builder, layer, batch, block_table, kv_cache)
+    assert metadata.sift.warm.tolist() == [False, True, False, False]
+    theta = bound.sift.thetas(metadata.sift).theta
+    assert torch.equal(theta[[0, 2, 3]], laws[[3, 0, 1]])
+    assert (theta[1] == -torch.inf).all()
+
+
+def test_sift_needs_a_worker_that_names_requests(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
+    from topt_vllm.backend import requests
+
+    monkeypatch.setitem(vllm_config.additional_config, "toptheta", {"policy": "sift"})
+    monkeypatch.setattr(requests, "_runner", None)
+    builder, layer = build(vllm_config)
+    kv_cache, block_table = new_cache()
+    with pytest.raises(RuntimeError, match="policy sift needs TOPTHETA's worker"):
+        step(builder, layer, BatchSpec("decode", [1], [1]), block_table, kv_cache)
+
+
 def test_a_rank_adapts_its_own_heads(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
     from dataclasses import replace
 

@@ -12,7 +12,7 @@ from topt_vllm.config import ConfigError, TopThetaConfig
 
 
 def test_defaults_are_the_operators():
-    assert TopThetaConfig().policy == Policy()
+    assert TopThetaConfig().operator_policy == Policy()
     assert TopThetaConfig.from_additional_config(None) == TopThetaConfig()
     assert TopThetaConfig.from_additional_config({"other_plugin": {"x": 1}}) == TopThetaConfig()
 
@@ -21,7 +21,7 @@ def test_settings_reach_the_policy():
     config = TopThetaConfig.from_additional_config(
         {"toptheta": {"min_seq_len": 99, "sink_tokens": 4, "recent_tokens": 8, "group_keep": "head"}}
     )
-    assert config.policy == Policy(99, 4, 8, "head", "vmean")
+    assert config.operator_policy == Policy(99, 4, 8, "head", "vmean")
 
 
 def test_configuration_is_frozen():
@@ -30,7 +30,7 @@ def test_configuration_is_frozen():
 
 
 REFUSED = {
-    "unknown key": ({"treshold": "x"}, ["toptheta.treshold", "'x'", "thresholds, k, min_seq_len"]),
+    "unknown key": ({"treshold": "x"}, ["toptheta.treshold", "'x'", "policy, thresholds, k, min_seq_len"]),
     "k is zero": ({"k": 0}, ["toptheta.k is 0", "at least 1"]),
     "k is text": ({"k": "128"}, ["toptheta.k is '128' (str)", "an integer of at least 1"]),
     "k is a fraction": ({"k": 1.5}, ["toptheta.k is 1.5 (float)"]),
@@ -45,6 +45,21 @@ REFUSED = {
     "implementation": ({"implementation": "cuda"}, ["auto | cpu | triton | reference"]),
     "unhashable": ({"implementation": ["cpu"]}, ["toptheta.implementation is ['cpu']"]),
     "on_missing": ({"on_missing": "ignore"}, ["error | dense"]),
+    "policy": ({"policy": "topk"}, ["toptheta.policy is 'topk'", "toptheta | sift"]),
+    "a table for sift": (
+        {"policy": "sift", "thresholds": "t.yaml"},
+        ["toptheta.thresholds is 't.yaml'", "toptheta.policy is 'sift'", "no threshold table"],
+    ),
+    "a screen for sift": (
+        {"policy": "sift", "k_screen": "int8"},
+        ["toptheta.k_screen is 'int8'", "Leave k_screen out"],
+    ),
+    "a warm-up for a table": (
+        {"sift_warmup": 16},
+        ["toptheta.sift_warmup is 16", "toptheta.policy is 'toptheta'"],
+    ),
+    "no warm-up": ({"policy": "sift", "sift_warmup": 1}, ["toptheta.sift_warmup is 1", "at least 2"]),
+    "everything is skipped": ({"policy": "sift", "sift_tau": 1.0}, ["toptheta.sift_tau is 1.0", "below 1"]),
     "adapt is a word": ({"adapt": "yes"}, ["toptheta.adapt is 'yes' (str)", "true | false"]),
     "nothing to adapt": (
         {"thresholds": "none", "adapt": True},
@@ -110,6 +125,8 @@ def is_valid(key: str, value: object) -> bool:
     if key == "k":
         named = isinstance(value, str) and value != "" and not value.isdigit()
         return value is None or (whole and value >= 1) or named
+    if key == "sift_warmup":
+        return value == 32 and whole  # any other needs policy sift too
     if key in ("adapt", "per_layer_metrics"):
         return isinstance(value, bool)
     if key in ("min_seq_len", "sink_tokens", "recent_tokens"):

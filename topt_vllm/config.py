@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, cast
 
 from topt_vllm.attention.common import Compensation, GroupKeep, Policy
+from topt_vllm.sift import SiftSettings
 
 NO_THRESHOLDS = "none"
 
@@ -33,6 +34,7 @@ def _one_of(*names: str) -> _Rule:
 
 
 _RULES = {
+    "policy": _one_of("toptheta", "sift"),
     "thresholds": _Rule(
         'a path, or "none" for θ = −inf',
         lambda value: value is None or (isinstance(value, str) and value != ""),
@@ -48,6 +50,10 @@ _RULES = {
     "compensation": _one_of("none", "vmean"),
     "k_screen": _one_of("off", "int8"),
     "adapt": _Rule("true | false", lambda value: isinstance(value, bool)),
+    "sift_tau": _Rule(
+        "a number above 0 and below 1", lambda value: isinstance(value, float) and 0.0 < value < 1.0
+    ),
+    "sift_warmup": _Rule("an integer of at least 2 (rows)", lambda value: _is_int(value, 2)),
     "implementation": _one_of("auto", "cpu", "triton", "reference"),
     "on_missing": _one_of("error", "dense"),
     "per_layer_metrics": _Rule("true | false", lambda value: isinstance(value, bool)),
@@ -59,6 +65,8 @@ class TopThetaConfig:
     """Settings of the backend; each is a key of ``toptheta`` in ``--additional-config``.
 
     Attributes:
+        policy: ``toptheta``: thresholds of a calibrated table. ``sift``: each request finds its own in its first
+            decoded rows (SiftAttention, see ``sift.py``); no table.
         thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table_search.py``).
         k: Which budget of the table, by its k or name; unset for its last: the largest k, or a named one.
         min_seq_len: Contexts up to this many tokens are attended densely.
@@ -70,11 +78,14 @@ class TopThetaConfig:
             keys, for a quarter more cache memory (bf16).
         adapt: Whether thresholds follow the traffic, so that each head keeps the keys that its budget promises (see
             ``adaptation.py``).
+        sift_tau: Share of its keys that a query head skips under ``policy: sift``.
+        sift_warmup: Rows of each request that are dense before ``policy: sift`` knows its thresholds.
         implementation: Kernel; a named one runs or start-up fails.
         on_missing: Without a table, fail at start-up (``error``) or keep every row (``dense``).
         per_layer_metrics: Whether the metrics also have the V rows of each layer.
     """
 
+    policy: Literal["toptheta", "sift"] = "toptheta"
     thresholds: str | None = None
     k: int | str | None = None
     min_seq_len: int = 0
@@ -84,6 +95,8 @@ class TopThetaConfig:
     compensation: Compensation = "vmean"
     k_screen: Literal["off", "int8"] = "off"
     adapt: bool = False
+    sift_tau: float = 0.95
+    sift_warmup: int = 32
     implementation: Literal["auto", "cpu", "triton", "reference"] = "auto"
     on_missing: Literal["error", "dense"] = "error"
     per_layer_metrics: bool = False
@@ -96,6 +109,7 @@ class TopThetaConfig:
                     f"toptheta.{field.name} is {value!r} ({type(value).__name__}); allowed: {rule.allowed}. "
                     "Mend it in --additional-config or leave it out for the default."
                 )
+        self._check_policy()
         if self.thresholds == NO_THRESHOLDS and self.k is not None:
             raise ConfigError(
                 f'toptheta.k is {self.k}, but toptheta.thresholds is "none", which has no budgets. '
@@ -111,6 +125,25 @@ class TopThetaConfig:
                 'toptheta.on_missing is "dense", but toptheta.thresholds says where the table is. '
                 "Leave one of them out."
             )
+
+    def _check_policy(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        sift = self.policy == "sift"
+        foreign = (
+            ("thresholds", "k", "adapt", "on_missing", "k_screen") if sift else ("sift_tau", "sift_warmup")
+        )
+        given = [name for name in foreign if getattr(self, name) != defaults[name]]
+        if given:
+            reason = "which has no threshold table" if sift else "which has no warm-up"
+            raise ConfigError(
+                f"toptheta.{given[0]} is {getattr(self, given[0])!r}, but toptheta.policy is {self.policy!r}, "
+                f"{reason}. Leave {given[0]} out, or choose the other policy."
+            )
+
+    @property
+    def sift(self) -> SiftSettings | None:
+        """Settings of ``policy: sift``; None for the other policy."""
+        return SiftSettings(self.sift_tau, self.sift_warmup) if self.policy == "sift" else None
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "TopThetaConfig":
@@ -134,7 +167,7 @@ class TopThetaConfig:
         return cls(**cast(dict[str, Any], dict(section)))
 
     @property
-    def policy(self) -> Policy:
+    def operator_policy(self) -> Policy:
         """The part that the operator needs."""
         return Policy(
             self.min_seq_len, self.sink_tokens, self.recent_tokens, self.group_keep, self.compensation

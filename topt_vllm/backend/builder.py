@@ -10,12 +10,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from topt_vllm.attention.common import DecodeBatch
+from topt_vllm.backend import requests
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import bind_layer, describe_rank
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.page import tail_of
 from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
 from topt_vllm.backend.startup import resolve
+from topt_vllm.sift import SiftRequests, SiftStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -54,6 +56,9 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
         self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
+        self._sift = None if resolved.config.sift is None else SiftRequests(resolved.config.sift)
+        if self._sift is not None:
+            requests.watch(self._sift)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for name, layer in layers.items():
             if isinstance(layer.impl, TopThetaImpl):
@@ -96,8 +101,17 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
             prefill,
             whole,
             int((lengths <= self._dense_up_to).sum()),
+            None if decode is None else self._sift_step(common, decode, lengths),
             self._finished_blocks(common.slot_mapping[: common.num_actual_tokens]),
         )
+
+    def _sift_step(
+        self, common: CommonAttentionMetadata, decode: DecodeBatch, lengths: torch.Tensor
+    ) -> SiftStep | None:
+        if self._sift is None:
+            return None
+        names = requests.of_batch(common, len(decode.seq_lens))
+        return self._sift.step(names, decode.query_start_loc, lengths)
 
     def _finished_blocks(self, slot_mapping: torch.Tensor) -> torch.Tensor:
         last = (slot_mapping >= 0) & (slot_mapping % self.block_size == self.block_size - 1)

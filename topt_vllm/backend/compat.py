@@ -76,6 +76,16 @@ def is_chosen(vllm_config: Any) -> bool:
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
 
 
+def name_requests(vllm_config: Any) -> None:
+    """Has the engine run by the worker that knows requests by name, unless the user named another one.
+
+    Goes when a metadata builder is given the names of a batch's requests (0.32 gives none).
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":
+        parallel.worker_cls = "topt_vllm.backend.worker.TopThetaWorker"
+
+
 def is_draft_layer(layer_name: str) -> bool:
     """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
     return layer_name.startswith("draft_model.")

@@ -10,12 +10,14 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from topt_vllm.adaptation import ThetaController
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.quantiles import score_quantiles
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.page import Tail, configure
 from topt_vllm.backend.quantised import Quantisation
 from topt_vllm.config import ConfigError, TopThetaConfig
+from topt_vllm.sift import SiftLayer
 
 
 @dataclass
@@ -25,13 +27,14 @@ class TopThetaLayer:
     Attributes:
         implementation: The kernel.
         policy: Selection and compensation.
-        thetas: Thresholds of this rank's query heads; None for θ = −inf.
-        dense_reason: Why thetas is None, for the counters; None when it is not.
+        thetas: Thresholds of this rank's query heads; None for θ = −inf, or with ``sift``.
+        dense_reason: Why every row is dense, for the counters; None when they aren't.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators of :class:`~topt_vllm.attention.common.Stat`.
         kv_replicas: Tensor-parallel ranks that hold each of the layer's KV heads.
         tail: What the cache pages carry behind K and V.
         controller: Moves ``thetas`` so that heads keep what the budget promises; None for thresholds as calibrated.
+        sift: Thresholds of requests, under ``policy: sift``.
         cache: Views of ``source``; made when it is first seen.
         source: vLLM's tensor of the layer's cache.
         quantisation: Of an fp8 cache; None for one in a dtype of its own.
@@ -46,9 +49,15 @@ class TopThetaLayer:
     statistics: torch.Tensor
     kv_replicas: float = 1.0
     controller: ThetaController | None = None
+    sift: SiftLayer | None = None
     cache: PagedCache | None = None
     source: torch.Tensor | None = None
     quantisation: Quantisation | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether the layer may skip rows at all."""
+        return self.thetas is not None or self.sift is not None
 
     def paged_cache(self, kv_cache: torch.Tensor) -> PagedCache:
         """Views of vLLM's CPU cache [B, Hkv, P, 2D]: first all of a block's K as [D, P], then its V as [P, D].
@@ -66,8 +75,8 @@ class TopThetaLayer:
             stored = kv_cache if quantised is None else kv_cache.view(quantised.dtype)
             key, value = stored.view(num_blocks, num_kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
             key = key.view(num_blocks, num_kv_heads, head_dim, block_size).transpose(2, 3)
-            needs_sums = self.policy.compensation == "vmean" and self.thetas is not None
-            needs_screen = self.tail.screen_bytes > 0 and self.thetas is not None
+            needs_sums = self.policy.compensation == "vmean" and self.skips
+            needs_screen = self.tail.screen_bytes > 0 and self.skips
             self.source = kv_cache
             self.cache = PagedCache(
                 key,
@@ -133,25 +142,52 @@ class TopThetaImpl(CPUAttentionBackendImpl):
                 layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:], *scales
             )
         if attn_metadata.decode is not None:
-            if self.bound.thetas is None:
-                recorder().count_dense_rows(self.bound.dense_reason, rows)
-            else:
-                recorder().count_dense_rows("short_context", attn_metadata.short_rows)
-            controller = self.bound.controller
-            reached = None if controller is None else controller.counters(rows)
-            api.decode(
-                self.bound.implementation,
-                query[:rows],
-                cache,
-                attn_metadata.decode,
-                self.bound.thetas,
-                self.bound.policy,
-                self.scale,
-                self.logits_soft_cap,
-                output[:rows],
-                self.bound.statistics,
-                reached,
-            )
-            if controller is not None and reached is not None:
-                controller.count(reached, attn_metadata.decode_lengths)
+            self._decode(self.bound, query[:rows], cache, attn_metadata, attn_metadata.decode, output[:rows])
         return output
+
+    def _decode(
+        self,
+        bound: TopThetaLayer,
+        query: torch.Tensor,
+        cache: PagedCache,
+        metadata: TopThetaMetadata,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+    ) -> None:
+        """The decode rows; whatever moves thresholds sees them afterwards."""
+        _count_dense_rows(bound, metadata)
+        thetas: Thetas | RowThetas | None = bound.thetas
+        if bound.sift is not None and metadata.sift is not None:
+            thetas = bound.sift.thetas(metadata.sift)
+        reached = bound.controller.counters(len(query)) if bound.controller is not None else None
+        logits = self.scale, self.logits_soft_cap
+        api.decode(
+            bound.implementation,
+            query,
+            cache,
+            batch,
+            thetas,
+            bound.policy,
+            *logits,
+            output,
+            bound.statistics,
+            reached,
+        )
+        if bound.controller is not None and reached is not None:
+            bound.controller.count(reached, metadata.decode_lengths)
+        if bound.sift is not None and metadata.sift is not None and metadata.sift.recording:
+            recording = metadata.sift.recording
+            bound.sift.record(
+                metadata.sift, score_quantiles(query, cache, batch, recording, bound.sift.tau, *logits)
+            )
+
+
+def _count_dense_rows(bound: TopThetaLayer, metadata: TopThetaMetadata) -> None:
+    """Counts why rows of the step are dense, each once."""
+    if not bound.skips:
+        recorder().count_dense_rows(bound.dense_reason, metadata.num_decode_rows)
+        return
+    recorder().count_dense_rows("short_context", metadata.short_rows)
+    if metadata.sift is not None:
+        warm = metadata.sift.warm & (metadata.decode_lengths > bound.policy.min_seq_len)
+        recorder().count_dense_rows("sift_warmup", int(warm.sum()))

@@ -12,6 +12,7 @@ from topt_vllm.backend.metrics import LayerAccumulators, recorder
 from topt_vllm.backend.page import tail_of
 from topt_vllm.backend.quantised import quantisation_of
 from topt_vllm.backend.startup import Resolved
+from topt_vllm.sift import SiftLayer
 
 
 def bind_layer(
@@ -40,7 +41,7 @@ def bind_layer(
         thetas = controller.thetas
     impl.bound = TopThetaLayer(
         implementation=resolved.implementation,
-        policy=resolved.config.policy,
+        policy=resolved.config.operator_policy,
         thetas=thetas,
         dense_reason=reason,
         block_size=block_size,
@@ -48,11 +49,18 @@ def bind_layer(
         tail=tail_of(impl.num_kv_heads, impl.head_size, block_size),
         statistics=new_statistics(),
         controller=controller,
+        sift=_sift_layer(impl, resolved) if thetas is None and reason is None else None,
         kv_replicas=replicas,
     )
     recorder().add_layer(
         LayerAccumulators(impl.bound.statistics, impl.num_heads, replicas, layer_label(layer_name))
     )
+
+
+def _sift_layer(impl: Any, resolved: Resolved) -> SiftLayer:
+    settings = resolved.config.sift
+    assert settings is not None
+    return SiftLayer(impl.num_heads, settings)
 
 
 def describe_rank(resolved: Resolved, tensor_parallel_size: int) -> None:
@@ -83,12 +91,16 @@ def thresholds_of(
 ) -> tuple[Thetas | None, str | None]:
     """A layer's thresholds, or None and why it has none; arguments as :func:`bind_layer`.
 
+    Under ``policy: sift`` neither: its thresholds belong to requests.
+
     Raises:
         ValueError: The layer's heads are not those of the model that was identified.
     """
     index = extract_layer_index(layer_name)
     if compat.is_draft_layer(layer_name) or index >= resolved.identity.num_layers:
         return None, "draft_model"
+    if resolved.config.sift is not None:
+        return None, None
     if not resolved.thetas:
         return None, "no_thresholds"
     if index not in resolved.thetas:

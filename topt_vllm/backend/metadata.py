@@ -6,6 +6,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
+from topt_vllm.sift import SiftStep
 
 
 @dataclass
@@ -20,6 +21,7 @@ class TopThetaMetadata:
         prefill: vLLM's metadata of the rows after the decode rows; None without any.
         whole: vLLM's metadata of the whole batch, for layers that stay dense; None when no layer does.
         short_rows: Decode rows whose context is too short for thresholds.
+        sift: The decode rows under ``policy: sift``; None under another or without any.
         finished_blocks: int64, physical blocks whose last slot is written in this step.
     """
 
@@ -30,4 +32,5 @@ class TopThetaMetadata:
     prefill: CPUAttentionMetadata | None
     whole: CPUAttentionMetadata | None
     short_rows: int
+    sift: SiftStep | None
     finished_blocks: torch.Tensor

@@ -24,7 +24,8 @@ class TopThetaCpuPlatform(_CpuPlatform):
         if vllm_config.model_config is not None and compat.is_chosen(vllm_config):
             from topt_vllm.backend.startup import resolve
 
-            resolve(vllm_config)
+            if resolve(vllm_config).config.sift is not None:
+                compat.name_requests(vllm_config)
 
     @classmethod
     def get_attn_backend_cls(

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topt_vllm.attention.api import Implementation, counting, load_implementation, screening
+from topt_vllm.attention.api import (
+    Implementation,
+    counting,
+    load_implementation,
+    screening,
+    taking_row_thetas,
+)
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.model_identity import ModelIdentity, identify
@@ -64,8 +70,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     _refuse(vllm_config)
     model_config = vllm_config.model_config
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
-    found = find_table(config, identity, model_config.model, model_config.revision)
     name, implementation = load_implementation(config.implementation, vllm_config.device_config.device_type)
+    if config.sift is not None:
+        return _resolve_sift(vllm_config, config, identity, name, implementation)
+    found = find_table(config, identity, model_config.model, model_config.revision)
     if config.k_screen != "off":
         screening(implementation)
     thetas: dict[int, Thetas] = {}
@@ -89,6 +97,38 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     return Resolved(
         config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}", labels, keys
     )
+
+
+def _resolve_sift(
+    vllm_config: "VllmConfig",
+    config: TopThetaConfig,
+    identity: ModelIdentity,
+    name: str,
+    implementation: Implementation,
+) -> Resolved:
+    """The outcome under ``policy: sift``, which has no table.
+
+    Raises:
+        ConfigError: The kernel or the speculator don't go with it.
+    """
+    try:
+        taking_row_thetas(implementation)
+    except ValueError as error:
+        raise ConfigError(
+            f"toptheta.policy is 'sift', but the {name} kernel takes no thresholds by row. Use policy toptheta "
+            "here; on CPUs, implementation cpu and reference can."
+        ) from error
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        raise ConfigError(
+            f"toptheta.policy is 'sift', but speculation is {speculative.method!r}: a draft model's steps would "
+            "count as those of the requests. Use ngram, or policy toptheta."
+        )
+    rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
+    rows += f"{config.sift_tau:.1%} of the keys"
+    labels = {"name": "none", "sha256": "", "budget": f"sift {config.sift_tau}"}
+    labels |= {"model": identity.id, "fingerprint": identity.fingerprint}
+    return Resolved(config, identity, name, implementation, {}, f"TOPTHETA: {name} kernel, {rows}", labels)
 
 
 def _promised_keys(

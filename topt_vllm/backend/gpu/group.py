@@ -160,7 +160,7 @@ def bind_layers(
     for (impl, thetas), statistics in zip(ours, group.statistics.layers, strict=True):
         impl.bound = GpuLayer(
             group,
-            resolved.config.policy,
+            resolved.config.operator_policy,
             thetas.to(device) if thetas else None,
             block_size,
             statistics,

@@ -1,0 +1,48 @@
+"""Which requests a step's rows belong to, and which have ended; for state that belongs to requests.
+
+vLLM gives a metadata builder a batch without names (0.32). The worker knows both; TOPTHETA's own
+(:mod:`topt_vllm.backend.worker`) tells this module. One engine worker per process, so one module's state.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakSet
+
+from topt_vllm.sift import SiftRequests
+
+_runner: Any = None
+_tables: WeakSet[SiftRequests] = WeakSet()
+
+
+def follow(runner: Any) -> None:
+    """Takes the process's model runner, of either version that vLLM has."""
+    global _runner
+    _runner = runner
+
+
+def watch(table: SiftRequests) -> None:
+    """From now on the table is told which requests have ended."""
+    _tables.add(table)
+
+
+def ended(requests: Iterable[str]) -> None:
+    """Forgets requests that have finished or were aborted; preempted ones go on and aren't among them."""
+    names = list(requests)
+    for table in _tables:
+        table.forget(names)
+
+
+def of_batch(common: Any, count: int) -> list[str]:
+    """Names of the first ``count`` requests of the batch that is being built, in its order.
+
+    Raises:
+        RuntimeError: Another worker than TOPTHETA's runs the model.
+    """
+    if _runner is None:
+        raise RuntimeError(
+            "policy sift needs TOPTHETA's worker, but --worker-cls names another. Leave --worker-cls out, or use "
+            "policy toptheta."
+        )
+    if common.req_idx is not None:  # vLLM's second model runner keeps requests in a table
+        return [_runner.req_states.index_to_req_id[int(index)] for index in common.req_idx[:count]]
+    return list(_runner.input_batch.req_ids[:count])
