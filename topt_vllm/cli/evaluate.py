@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import DTYPES, CalibrationError
 from topt_vllm.cli import UserError
-from topt_vllm.evaluation.options import ADAPTING, RULES, EvaluationOptions
+from topt_vllm.evaluation.options import ADAPTING, RULES, SIFT, EvaluationOptions
 
 if TYPE_CHECKING:
     from topt_vllm.evaluation.plan import Plan
@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         nargs="+",
         default=list(RULES),
         metavar="RULE",
-        help=f"out of {' '.join(RULES)} (default all of these), and, for --k, {ADAPTING}",
+        help=f"out of {' '.join(RULES)} (default all of these), {' '.join(SIFT)}, and, for --k, {ADAPTING}",
     )
     add(
         "--rows",

@@ -6,6 +6,8 @@ from pathlib import Path
 from topt_vllm.calibration.options import DTYPES, CalibrationError
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
+# Named where they are wanted: they start with a warm-up that the others don't have.
+SIFT = ("sift", "sift-step", "sift-context")
 # Evaluates budgets only, and only where it is named.
 ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)
@@ -22,7 +24,7 @@ class EvaluationOptions:
     Attributes:
         model: Folder or hub id.
         dataset: Texts to evaluate on, each by itself: as in calibration.
-        rules: Names out of :data:`RULES`, and :data:`ADAPTING`.
+        rules: Names out of :data:`RULES`, :data:`SIFT`, and :data:`ADAPTING`.
         rows: Targets, shares of V rows read; each rule is tuned to each of them.
         ks: Budgets of the table, by k or name, to evaluate as they stand, with their own dense layers.
         thresholds: The table's path; None to search for it as the server does.
@@ -66,7 +68,7 @@ class EvaluationOptions:
             if not condition:
                 raise EvaluationError(problem)
 
-        allowed = (*RULES, ADAPTING)
+        allowed = (*RULES, *SIFT, ADAPTING)
         unknown = [name for name in self.rules if name not in allowed]
         require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(allowed)}")
         require(

@@ -91,7 +91,7 @@ def tune(family: Family, target: float, found: Sample, dense: frozenset[int]) ->
 
     def read(x: float) -> float:
         if x not in tried:
-            tried[x] = found.v_rows_read(family.make(x), dense)
+            tried[x] = found.v_rows_read(family.make(x).on_sample(), dense)
         return tried[x]
 
     low, high = family.few, family.many

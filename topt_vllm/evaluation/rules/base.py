@@ -56,6 +56,10 @@ class Rule(ABC):
         """What the rule knows of all keys of a layer, [Hkv, n, D], whatever the row; None for nothing."""
         return None
 
+    def on_sample(self) -> "Rule":
+        """The rule that reads as much of rows out of order; tuning samples such rows."""
+        return self
+
     @abstractmethod
     def keep(self, rows: Rows) -> torch.Tensor:
         """What each head keeps by its own rule: bool [H, r, m], false at keys that a row doesn't see."""
