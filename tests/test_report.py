@@ -161,6 +161,14 @@ def test_a_table_without_quality_or_sparse_layers(tmp_path):
     assert "All layers of budget k=128 are dense." in texts
 
 
+def test_a_large_model_takes_few_bytes(tmp_path):
+    identity = make_identity(num_layers=80, num_query_heads=64, num_kv_heads=8, sliding_window_layers=[])
+    dump(make_table(identity), tmp_path / "t.yaml")
+    assert report(tmp_path) == 0
+    cells = 2 * 80 * 64
+    assert len(page(tmp_path)) < 50 * cells
+
+
 def test_the_same_files_give_the_same_page(folder):
     assert report(folder, *everything(folder)) == 0
     first = page(folder)
@@ -287,9 +295,17 @@ def test_files_that_may_not_belong_together_are_noted(folder):
         key: value for key, value in OF_TINY.items() if key not in ("model", "fingerprint", "table_sha256")
     }
     old = write(folder, "old.json", [evaluated("topk", 1.0, provenance=older)])
-    assert report(folder, "--evaluation", old, str(folder / "e.json")) == 0
+    engine = served()
+    engine["settings"] = engine["settings"] | {"model": "/models/other"}
+    assert (
+        report(
+            folder, "--evaluation", old, str(folder / "e.json"), "--bench", write(folder, "s.json", engine)
+        )
+        == 0
+    )
     texts = Texts(page(folder)).all
     assert "old.json doesn't say which model it evaluates" in texts
+    assert "s.json served /models/other; whether that is the table's model isn't known." in texts
     assert "e.json was evaluated with another table file of the same model, t.yaml" in texts
 
 

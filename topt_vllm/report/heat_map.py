@@ -1,6 +1,7 @@
 """θ by layer and query head, as one colour per cell."""
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -23,7 +24,7 @@ COLOURS = (
     "#bfe36a",
     "#f1ee7b",
 )
-_LEFT, _TOP, _GAP = 34, 22, 1.5
+_LEFT, _TOP = 34, 22
 
 
 def thresholds(inputs: Inputs) -> Section:
@@ -73,34 +74,56 @@ def _finding(budget: Budget) -> str:
     return f"θ of budget {name} is {low} to {high}; half of the heads have less than {middle}."
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """Where cells lie: a column per layer, a row per query head, gaps between the heads of KV heads."""
+
+    layers: list[int]
+    heads: int
+    kv_heads: int
+
+    @property
+    def wide(self) -> float:
+        return (WIDTH - _LEFT - 6) / max(1, len(self.layers))
+
+    @property
+    def high(self) -> float:
+        # Few heads get bars, many share the height of a screen.
+        return min(18.0, max(150.0, min(3.0 * self.heads, 600.0)) / self.heads)
+
+    def x(self, column: float) -> float:
+        return _LEFT + column * self.wide
+
+    def y(self, head: int) -> float:
+        group = max(1, self.heads // self.kv_heads)
+        return _TOP + head * self.high + head // group * min(1.5, 60 / self.kv_heads)
+
+    @property
+    def bottom(self) -> float:
+        return self.y(self.heads - 1) + self.high
+
+
 def _figure(table: ThresholdTable, budget: Budget, limits: tuple[float, float]) -> Figure:
     layers = [entry.layer for entry in budget.layers]
-    heads, group = (
-        table.model.num_query_heads,
-        max(1, table.model.num_query_heads // table.model.num_kv_heads),
-    )
-    wide = (WIDTH - _LEFT - 6) / max(1, len(layers))
-    high = min(18.0, max(3.0, 150 / heads))
-    bottom = _TOP + heads * high + (heads - 1) // group * _GAP
-    by_colour: defaultdict[str, list[str]] = defaultdict(list)
-    sparse = _sparse(budget)
-    for column, layer in enumerate(layers):
-        for head in range(heads):
-            x, y = _LEFT + column * wide, _TOP + head * high + head // group * _GAP
-            colour = _colour(sparse[layer][head], limits) if layer in sparse else "dense"
-            by_colour[colour].append(f"M{x:.2f} {y:.1f}h{wide:.2f}v{high:.1f}h-{wide:.2f}z")
-    # One path per colour: a large model has thousands of cells.
-    cells = [
-        tag("path", d="".join(parts), class_="dense")
-        if colour == "dense"
-        else tag("path", d="".join(parts), fill=colour)
+    grid = _Grid(layers, table.model.num_query_heads, table.model.num_kv_heads)
+    body = [*_cells(grid, _sparse(budget), limits), *_names(grid), *_colour_bar(limits, grid.bottom + 40)]
+    label = f"Heat map. {_finding(budget)}"
+    return Figure(picture(grid.bottom + 68, label, body), f"Budget {numbers.budget(budget.key)}")
+
+
+def _cells(grid: _Grid, sparse: dict[int, list[float]], limits: tuple[float, float]) -> list[Markup]:
+    """One path per colour: a large model has thousands of cells."""
+    by_colour: defaultdict[str | None, list[str]] = defaultdict(list)
+    for column, layer in enumerate(grid.layers):
+        for head in range(grid.heads):
+            colour = _colour(sparse[layer][head], limits) if layer in sparse else None
+            by_colour[colour].append(
+                f"M{grid.x(column):.2f} {grid.y(head):.2f}h{grid.wide:.2f}v{grid.high:.2f}h-{grid.wide:.2f}z"
+            )
+    return [
+        tag("path", d="".join(parts), fill=colour, class_="dense" if colour is None else None)
         for colour, parts in by_colour.items()
     ]
-    names = _names(layers, heads, group, wide, high, bottom)
-    body = [*cells, *names, *_colour_bar(limits, bottom + 40)]
-    return Figure(
-        picture(bottom + 68, f"Heat map. {_finding(budget)}", body), f"Budget {numbers.budget(budget.key)}"
-    )
 
 
 def _colour(theta: float, limits: tuple[float, float]) -> str:
@@ -109,17 +132,15 @@ def _colour(theta: float, limits: tuple[float, float]) -> str:
     return COLOURS[min(len(COLOURS) - 1, max(0, int(place * len(COLOURS))))]
 
 
-def _names(
-    layers: list[int], heads: int, group: int, wide: float, high: float, bottom: float
-) -> list[Markup]:
-    parts = [text(2, 12, "query head", class_="name"), text(WIDTH - 6, bottom + 28, "layer", "end", "name")]
-    every = max(1, -(-len(layers) // 10))
-    for column in range(0, len(layers), every):
-        parts.append(text(_LEFT + (column + 0.5) * wide, bottom + 14, str(layers[column]), "middle"))
-    every = max(1, round(14 / high))
-    for head in range(0, heads, every):
-        middle = _TOP + (head + 0.5) * high + head // group * _GAP
-        parts.append(text(_LEFT - 5, middle + 4, str(head), "end"))
+def _names(grid: _Grid) -> list[Markup]:
+    parts = [
+        text(2, 12, "query head", class_="name"),
+        text(WIDTH - 6, grid.bottom + 28, "layer", "end", "name"),
+    ]
+    for column in range(0, len(grid.layers), max(1, -(-len(grid.layers) // 10))):
+        parts.append(text(grid.x(column + 0.5), grid.bottom + 14, str(grid.layers[column]), "middle"))
+    for head in range(0, grid.heads, max(1, round(14 / grid.high))):
+        parts.append(text(_LEFT - 5, grid.y(head) + grid.high / 2 + 4, str(head), "end"))
     return parts
 
 

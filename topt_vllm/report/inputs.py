@@ -92,6 +92,7 @@ def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inpu
         if isinstance(content, dict):
             served = _parsed(Served, content, path, _BENCH)
             inputs.served.append(served)
+            _note_name(inputs, path, served.settings.model)
             origins = [served.provenance]
         else:
             cases = _parsed(list[Decoded], content, path, _BENCH)
@@ -99,6 +100,12 @@ def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inpu
             origins = [_of_case(case) for case in cases]
         _accept(inputs, path, digest, "--bench", origins)
     return inputs
+
+
+def _note_name(inputs: Inputs, path: Path, served: str) -> None:
+    """The engine's benchmark knows its model by name or folder alone."""
+    if Path(served).name != Path(inputs.table.model.id).name:
+        inputs.notes.append(f"{_name(path)} served {served}; whether that is the table's model isn't known.")
 
 
 def _of_case(case: Decoded) -> Origin:

@@ -71,7 +71,7 @@ def _figure(budget: Budget, low: float) -> Figure:
         *axes.frame(),
         tag("line", x1=LEFT, x2=RIGHT, y1=mean, y2=mean, class_="mean"),
         tag("path", d=path(points), class_="line s0"),
-        *(tag("circle", cx=x, cy=y, r=2.5, class_="dot s0") for x, y in points),
+        *(tag("circle", cx=x, cy=y, r=min(2.5, 90 / len(points)), class_="dot s0") for x, y in points),
     ]
     return Figure(
         picture(axes.height, f"Curve. {_finding(budget)}", parts), f"Budget {numbers.budget(budget.key)}"
