@@ -112,7 +112,7 @@ def test_the_page_says_what_the_files_say(folder, capsys):
         "○ −1.8",
         "● +9.5",
         "1.221 (1.200 to 1.300)",
-        "1 decode calls that skip V rows are 3.39× as fast as vLLM's own kernel: 1.88× from the kernel, 1.80×",
+        "Decode calls that skip V rows (1 measured) are 3.39× as fast as vLLM's own kernel: 1.88× from the kernel, 1.80×",
         '8 × 7000 + 128 tokens {"k": 64} 90.6 31.8 2.85×',
         "abacus",
         "topt-vllm evaluate --model tiny",

@@ -60,7 +60,7 @@ def _calls_said(cases: Sequence[Decoded]) -> str:
     """All cases, not the best one: times of single calls scatter."""
     whole = numbers.span(case.ratio_platform or 1 for case in cases)
     return (
-        f"{len(cases)} decode calls that skip V rows are {whole} as fast as vLLM's own kernel: "
+        f"Decode calls that skip V rows ({len(cases)} measured) are {whole} as fast as vLLM's own kernel: "
         f"{numbers.span(_kernel(case) or 1 for case in cases)} from the kernel, "
         f"{numbers.span(case.ratio_keep_all for case in cases)} from skipping."
     )
