@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -32,3 +34,12 @@ def test_every_default_is_the_code_s():
 
 def test_every_environment_variable_is_listed():
     assert list(table_rows("variable", "default", "effect")) == list(envs.VARIABLES)
+
+
+def test_generated_tables_are_the_code_s():
+    """In a process of its own: which platform vLLM is on is settled once."""
+    script = Path(__file__).parent.parent / "scripts" / "readme_tables.py"
+    run = subprocess.run(
+        [sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]

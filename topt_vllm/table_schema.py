@@ -169,7 +169,7 @@ class Budget(_Strict):
 
 
 class ThresholdTable(_Strict):
-    """A whole table; see the README for the format.
+    """A whole table; docs/table.md has the format.
 
     Attributes:
         schema_version: Of this format.

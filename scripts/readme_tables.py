@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""Writes the README's tables that the code knows better: what TOPTHETA refuses, and the models with a table.
+
+Usage: scripts/readme_tables.py [--write | --check]    without either, the tables are printed
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from topt_vllm.backend import compat
+from topt_vllm.thresholds import load
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+HOPPER = DeviceCapability(9, 0)
+
+PLAIN: dict[str, Any] = {
+    "head_size": 64,
+    "dtype": torch.bfloat16,
+    "kv_cache_dtype": "auto",
+    "block_size": None,
+    "use_mla": False,
+    "has_sink": False,
+    "use_sparse": False,
+    "use_mm_prefix": False,
+    "use_per_head_quant_scales": False,
+    "attn_type": "decoder",
+}
+ASKED: dict[str, dict[str, Any]] = {
+    "plain decoder layers": {},
+    "multi-head latent attention (MLA)": {"use_mla": True},
+    "attention sinks": {"has_sink": True},
+    "cross attention": {"attn_type": "encoder_decoder"},
+    "encoder layers": {"attn_type": "encoder_only"},
+    "attention that is not causal": {"use_non_causal": True},
+    "full attention among multimodal tokens": {"use_mm_prefix": True},
+    "fp8 scales per head": {"use_per_head_quant_scales": True},
+    "KV connectors": {"use_kv_connector": True},
+    "decode context parallelism": {"use_dcp": True},
+    "prefill context parallelism": {"use_pcp": True},
+    "batch invariance": {"use_batch_invariant": True},
+}
+
+
+def on_cpu(options: dict[str, Any]) -> str:
+    """What the CPU platform answers when such a layer is made."""
+    config = AttentionSelectorConfig(**options)
+    try:
+        chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum[compat.BACKEND_NAME], config)
+    except ValueError as refusal:
+        if "TOPTHETA can't serve this model here" not in str(refusal):
+            raise
+        return "refused"
+    return "yes" if chosen == compat.BACKEND_PATH else "vLLM's own backend"
+
+
+def on_gpu(options: dict[str, Any]) -> str:
+    """What the class for CUDA answers."""
+    from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
+
+    reasons = FlashTopThetaBackend.validate_configuration(**options, device_capability=HOPPER)
+    return "refused" if reasons else "yes"
+
+
+def layers() -> Iterator[str]:
+    """Kinds of layers and options, and what becomes of them."""
+    load_general_plugins()
+    yield "| layers and options | on CPU | on CUDA |"
+    yield "|---|---|---|"
+    for name, options in ASKED.items():
+        yield f"| {name} | {on_cpu(PLAIN | options)} | {on_gpu(PLAIN | options)} |"
+
+
+def models() -> Iterator[str]:
+    """Shipped tables with the quality that each states of its own held-back text."""
+    yield "| model | layers (windowed) | query / KV heads, D | budget | V rows read | Δ perplexity |"
+    yield "|---|---|---|---|---|---|"
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        table = load(path)
+        model = table.model
+        shape = f"{model.num_layers} ({len(model.sliding_window_layers)})"
+        heads = f"{model.num_query_heads} / {model.num_kv_heads}, {model.head_dim}"
+        for budget in table.budgets:
+            quality = budget.quality
+            if quality is not None and quality.loss_pct is not None:
+                key = f"`{budget.key}`" if budget.k is None else f"k={budget.k}"
+                read, loss = f"{quality.v_rows_read:.1%}", f"{quality.loss_pct:+.2f} %"
+                yield f"| {model.id} | {shape} | {heads} | {key} | {read.replace('%', ' %')} | {loss} |"
+
+
+def rendered(text: str) -> str:
+    """The README with its generated tables as the code has them."""
+    for name, make in (("layers", layers), ("models", models)):
+        begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+        before, found, rest = text.partition(begin)
+        if not found:
+            raise SystemExit(f"{README.name} has no line {begin!r}")
+        text = before + begin + "\n".join(make()) + "\n" + end + rest.partition(end)[2]
+    return text
+
+
+def main() -> None:
+    """Prints the tables, writes them into the README, or fails where that has others."""
+    text = README.read_text(encoding="utf-8")
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(rendered(text), encoding="utf-8")
+        return
+    if sys.argv[1:] == ["--check"]:
+        if rendered(text) != text:
+            raise SystemExit(f"{README.name} is out of date; run scripts/readme_tables.py --write")
+        return
+    print("\n".join([*layers(), "", *models()]))
+
+
+if __name__ == "__main__":
+    main()
