@@ -8,6 +8,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI, OpenAIError
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,6 +36,11 @@ class Answer:
     first: float
     decode: float
 
+    @property
+    def per_second(self) -> float:
+        """Tokens per second of decoding."""
+        return (self.tokens - 1) / self.decode if self.decode > 0 else 0.0
+
 
 def counters(root: str) -> dict[str, float]:
     """Sums of the plugin's counters in the server's /metrics."""
@@ -60,14 +66,11 @@ def share_read(root: str, before: dict[str, float]) -> float | None:
     return None
 
 
-def ask(client: OpenAI, model: str, text: str, question: str, max_tokens: int) -> Answer:
+def ask(client: OpenAI, model: str, messages: list[Any], max_tokens: int) -> Answer:
     """Streams the answer to the terminal."""
     stream = client.chat.completions.create(
         model=model,
-        messages=[
-            {"role": "system", "content": f"You are a helpful assistant. You know this play:\n\n{text}"},
-            {"role": "user", "content": question},
-        ],
+        messages=messages,
         temperature=0.0,
         max_tokens=max_tokens,
         stream=True,
@@ -117,7 +120,11 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.text.name}, its first {len(text):,} characters, and then: {options.question}\n",
             flush=True,
         )
-        answer = ask(client, model, text, options.question, options.max_tokens)
+        messages = [
+            {"role": "system", "content": f"You are a helpful assistant. You know this play:\n\n{text}"},
+            {"role": "user", "content": options.question},
+        ]
+        answer = ask(client, model, messages, options.max_tokens)
         share = share_read(options.url, before)
     except (OpenAIError, OSError, RuntimeError) as error:
         print(f"error: asking {options.url} failed: {error}", file=sys.stderr)
@@ -129,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         print("       PROMETHEUS_MULTIPROC_DIR set to an empty folder when it starts.", file=sys.stderr)
         return 1
-    speed = (answer.tokens - 1) / answer.decode if answer.decode > 0 else 0.0
+    speed = answer.per_second
     print(f"\nPrompt              {answer.prompt_tokens:,} tokens, first token after {answer.first:.1f} s")
     print(f"Answer              {answer.tokens} tokens, {speed:.1f} per second")
     print(f"V rows read         {share:.1%} of all, every layer counted")

@@ -2,9 +2,10 @@
 # From nothing to an answer through Top-Theta attention: sets up .venv, prepares a small model, serves it with an
 # unmodified `vllm serve --attention-backend TOPTHETA` and asks it a question about a long text.
 #
-# Usage: ./scripts/quickstart.sh [--calibrate] [--keep] [--port N]
+# Usage: ./scripts/quickstart.sh [--calibrate] [--chat] [--keep] [--port N]
 #
 #   --calibrate  calibrate the model first (minutes) instead of using the shipped table
+#   --chat       then talk to the model about that text, with the cost of each answer; Ctrl-D ends it
 #   --keep       leave the server running, and say how to talk to it and how to stop it
 #   --port N     serve on this port of 127.0.0.1 (default 8000)
 #
@@ -16,6 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 PORT=8000
 KEEP=""
 CALIBRATE=""
+CHAT=""
 BUDGET=loss-1%
 SHIPPED="$ROOT/configs/SmolLM2-135M-Instruct.yaml"
 OWN_TABLE="$CACHE/tables/SmolLM2-135M-Instruct.yaml"
@@ -28,6 +30,7 @@ parse() {
     while (($# > 0)); do
         case $1 in
             --calibrate) CALIBRATE=1 ;;
+            --chat) CHAT=1 ;;
             --keep) KEEP=1 ;;
             --port)
                 [[ ${2:-} =~ ^[0-9]+$ ]] && ((10#$2 >= 1 && 10#$2 <= 65535)) ||
@@ -200,6 +203,12 @@ main() {
     step "5/5 A question about a long text"
     forward "$VENV/bin/python" "$ROOT/scripts/ask.py" --url "http://127.0.0.1:$PORT" \
         --text "$CACHE/texts/romeo_and_juliet.txt" --result "$SCRATCH/result.json"
+    if [[ -n $CHAT ]]; then
+        say ""
+        # In the foreground, for it reads the terminal.
+        "$VENV/bin/python" "$ROOT/scripts/chat.py" --url "http://127.0.0.1:$PORT" \
+            --text "$CACHE/texts/romeo_and_juliet.txt" || true
+    fi
     if [[ -n $KEEP ]]; then
         say ""
         explain_keep

@@ -116,7 +116,7 @@ def test_help_names_the_usage_and_an_unknown_option_is_refused(name: str):
         assert "unknown option --nonsense" in refused.stderr
 
 
-@pytest.mark.parametrize("name", ["prepare_demo.py", "ask.py"])
+@pytest.mark.parametrize("name", ["prepare_demo.py", "ask.py", "chat.py"])
 def test_python_scripts_have_help(name: str):
     assert "usage:" in run(sys.executable, ROOT / "scripts" / name, "--help").stdout
 
