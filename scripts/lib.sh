@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="$ROOT/.venv"
+VENV="${TOPT_VENV:-$ROOT/.venv}"
 CACHE="${TOPT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/topt_vllm}"
 CACHE="${CACHE/#\~/$HOME}"
 DEMO_MODEL="$CACHE/models/SmolLM2-135M-Instruct"
