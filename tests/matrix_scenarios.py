@@ -8,13 +8,12 @@ from scenario_runs import Scenarios, run, tokens_of
 BLOCK = 128
 CHUNK = 256
 MAX_TOKENS = 16
-# Of the cache; one of them is vLLM's own.
+# Of SmolLM2's cache; one of them is vLLM's own.
 BLOCKS = 44
 SHARED = 32 * BLOCK
 ENGINE = {
     "max_model_len": 36 * BLOCK,
     "max_num_batched_tokens": CHUNK,
-    "num_gpu_blocks_override": BLOCKS,
     "kv_cache_memory_bytes": 1 << 30,
     "enable_prefix_caching": True,
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
@@ -83,7 +82,8 @@ def features_behind_the_prefix(ids: list[int]) -> Scenarios:
 def smollm2_run(model: Path, text: Path, backend: dict[str, Any]) -> dict[str, Any]:
     """All features on SmolLM2."""
     ids = tokens_of(model, text)
-    return run(model, backend, ENGINE, first_features(ids, SHARED) | features_behind_the_prefix(ids))
+    scenarios = first_features(ids, SHARED) | features_behind_the_prefix(ids)
+    return run(model, backend, ENGINE | {"num_gpu_blocks_override": BLOCKS}, scenarios)
 
 
 def gemma3_run(model: Path, text: Path, backend: dict[str, Any]) -> dict[str, Any]:
