@@ -105,14 +105,14 @@ def test_the_page_says_what_the_files_say(folder, capsys):
         "k=64, k=128; the default is k=128",
         "reads 25.0 % of V rows, loses +0.62 % of perplexity, keeps 95.3 %",
         "layer 0 reads the most, 100.0 %",
-        "toptheta loses +0.25 ± 0.31 %, the best other rule, topk, +1.95 ± 0.31 %",
+        "toptheta loses +0.25 ± 0.31 % at 10.2 %, and the best other rule, topk, +1.95 ± 0.31 % at 10.2 %",
         "−0.05 ± 0.31 %",
         "toptheta with k=64 retrieves 3 of 4 facts, dense attention 4 of 4",
         "◐ +3.2",
         "○ −1.8",
         "● +9.5",
         "1.221 (1.200 to 1.300)",
-        "Decode calls that skip V rows (1 measured) are 3.39× as fast as vLLM's own kernel: 1.88× from the kernel, 1.80×",
+        "(1 measured) are 3.39× as fast as vLLM's own kernel: 1.88× from the kernel, 1.80× from skipping",
         '8 × 7000 + 128 tokens {"k": 64} 90.6 31.8 2.85×',
         "abacus",
         "topt-vllm evaluate --model tiny",
@@ -167,6 +167,29 @@ def test_a_large_model_takes_few_bytes(tmp_path):
     assert report(tmp_path) == 0
     cells = 2 * 80 * 64
     assert len(page(tmp_path)) < 50 * cells
+
+
+ODD = {
+    "every row read": {"v_rows_read": 1.0, "layer_rows_read": [1.0, 1.0, 1.0], "loss_pct": 0.0},
+    "no layers": {"layer_rows_read": []},
+    "one layer": {"layer_rows_read": [0.5]},
+    "no shares at all": {
+        "v_rows_read": -1.0,
+        "layer_rows_read": [-1.0, 0.0, 1e308],
+        "loss_pct": 1e308,
+        "rows": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_any_quality_that_loads_is_shown(tmp_path, odd):
+    table = richer(make_table(ks=(64,)))
+    quality = table.budgets[0].quality
+    assert quality is not None
+    budget = table.budgets[0].model_copy(update={"quality": quality.model_copy(update=odd)})
+    dump(table.model_copy(update={"budgets": [budget]}), tmp_path / "t.yaml")
+    assert report(tmp_path) == 0
 
 
 def test_the_same_files_give_the_same_page(folder):
@@ -243,6 +266,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         "[0].loss_pct: Input should be a finite number",
     ),
     "no time": ("--bench", [decoded(ms=0)], "[0].ms: Input should be greater than 0"),
+    "no ratio": ("--bench", [decoded(ratio_keep_all=5e-324)], "[0].ratio_keep_all: Input should be greater"),
     "more than all": ("--evaluation", [evaluated("topk", 1.0, v_rows_read=1.5)], "[0].v_rows_read: "),
     "half a character": ("--evaluation", [evaluated("\ud800", 1.0)], "in.json: not JSON"),
     "evaluation of another model": (

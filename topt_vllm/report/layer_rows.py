@@ -26,7 +26,7 @@ def rows_by_layer(inputs: Inputs) -> Section:
     if not curves:
         return section
     least = min(min(_shares(budget)) for budget in curves.values())
-    low = 10 ** math.floor(math.log10(max(_FLOOR, least)))
+    low = 10 ** math.floor(math.log10(min(10.0, max(_FLOOR, least))))
     default = curves.pop(inputs.table.budget(None).key, None) or curves.popitem()[1]
     return Section(
         key=section.key,

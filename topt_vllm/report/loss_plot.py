@@ -14,6 +14,7 @@ _HEIGHT = 210.0
 # Losses below this many percent are drawn to scale, larger ones by their logarithm: rules differ by orders of
 # magnitude, and one may also beat dense attention by a hair.
 LINEAR = 0.3
+_END = 1e12
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def draw(series: Sequence[Series], label: str) -> Markup:
 
 
 def _axes(points: Sequence[Point]) -> Axes:
-    rows = [max(0.01, point.rows) for point in points]
-    low = min(0.0, *(point.loss - point.error for point in points))
-    high = max(LINEAR, *(point.loss + point.error for point in points))
+    rows = [min(100.0, max(0.01, point.rows)) for point in points]
+    # A stranger's table may say anything finite; what lies beyond the axes is drawn at their ends.
+    low = max(-_END, min(0.0, *(point.loss - point.error for point in points)))
+    high = min(_END, max(LINEAR, *(point.loss + point.error for point in points)))
     return Axes(
         Scale(min(rows) / 1.25, max(max(rows) * 1.25, 4 * min(rows)), LEFT, RIGHT, math.log10),
         Scale(1.15 * low - 0.02, 1.15 * high, TOP + _HEIGHT, TOP, lambda loss: math.asinh(loss / LINEAR)),

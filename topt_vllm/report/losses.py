@@ -1,6 +1,5 @@
 """Loss against V rows read: the table's own budgets, and ours beside rival rules on texts of an evaluation."""
 
-import math
 import shlex
 from collections.abc import Sequence
 
@@ -107,8 +106,7 @@ def _series(records: Sequence[Evaluated], rules: dict[str, int]) -> list[Series]
 
 
 def _point(record: Evaluated, name: str) -> Point:
-    error = record.loss_pct_se if math.isfinite(record.loss_pct_se) else 0.0
-    return Point(100 * record.v_rows_read, record.loss_pct, error, name)
+    return Point(100 * record.v_rows_read, record.loss_pct, record.error or 0.0, name)
 
 
 def _sentences(records: Sequence[Evaluated]) -> list[str]:
@@ -117,7 +115,7 @@ def _sentences(records: Sequence[Evaluated]) -> list[str]:
     found = [_sentence([record for record in records if record.rows_target == target]) for target in targets]
     return found or [
         f"{r.rule} with {r.aim} reads {numbers.share(r.v_rows_read)} of V rows and loses "
-        f"{numbers.rise(r.loss_pct, r.loss_pct_se)}."
+        f"{numbers.rise(r.loss_pct, r.error)}."
         for r in records
     ]
 
@@ -126,12 +124,16 @@ def _sentence(records: Sequence[Evaluated]) -> str:
     """What happens at one target."""
     ours = next((record for record in records if record.rule == "toptheta"), None)
     rival = min((record for record in records if not record.ours), key=lambda r: r.loss_pct, default=None)
-    parts = []
-    if ours is not None:
-        parts.append(f"{ours.rule} loses {numbers.rise(ours.loss_pct, ours.loss_pct_se)}")
+    parts = [f"{ours.rule} loses {_cost(ours)}"] if ours is not None else []
     if rival is not None:
-        parts.append(f"the best other rule, {rival.rule}, {numbers.rise(rival.loss_pct, rival.loss_pct_se)}")
-    return f"At {records[0].aim}, {', '.join(parts) or 'only variants of ours were measured'}."
+        parts.append(f"the best other rule, {rival.rule}, {_cost(rival)}")
+    said = ", and ".join(parts) or "only variants of ours were measured"
+    return f"Tuned to {records[0].aim}, {said}."
+
+
+def _cost(record: Evaluated) -> str:
+    """The loss, and the rows that were read: tuning may miss its target on another text."""
+    return f"{numbers.rise(record.loss_pct, record.error)} at {numbers.share(record.v_rows_read)}"
 
 
 def _middle(sentences: Sequence[str]) -> str:
@@ -155,7 +157,7 @@ def _table(records: Sequence[Evaluated]) -> Table:
             record.rule,
             record.aim,
             numbers.share(record.v_rows_read),
-            numbers.rise(record.loss_pct, record.loss_pct_se),
+            numbers.rise(record.loss_pct, record.error),
             numbers.plain(record.kl, 4),
             numbers.share(record.agreement),
         )

@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from topt_vllm.report import numbers
 
+# Percent; nobody wants to read a larger loss.
+_MOST = 1e12
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e12)]
-Ratio = Annotated[float, Field(gt=0, le=1e9)]
+Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
 # Of a stranger's list the first wrong item is enough.
 Records = Annotated[list[Any], Field(min_length=1, fail_fast=True)]
 
@@ -81,7 +83,7 @@ class Evaluated(_Part):
     rows_target: Share | None
     k: int | str | None
     v_rows_read: Share
-    loss_pct: float = Field(ge=-100, le=1e12)
+    loss_pct: float = Field(ge=-100, le=_MOST)
     # NaN where there were too few rows for one.
     loss_pct_se: float = Field(allow_inf_nan=True)
     kl: float
@@ -89,6 +91,11 @@ class Evaluated(_Part):
     tokens: Count
     cells: Annotated[list[NeedleCell], Field(min_length=1, fail_fast=True)] | None = None
     provenance: Origin
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the loss, where it is known."""
+        return self.loss_pct_se if 0 <= self.loss_pct_se <= _MOST else None
 
     @property
     def ours(self) -> bool:
