@@ -18,7 +18,8 @@ def rows_by_layer(inputs: Inputs) -> Section:
     section = Section(
         key="layers",
         title="V rows read by layer",
-        intro="Measured on the held-back text. The axis is logarithmic; the dashed line is all layers' share.",
+        intro="Measured on the held-back text. The axis is logarithmic, the dashed line is all layers' share. "
+        "Layers with a sliding window read all of it.",
         missing="This table doesn't say which layers read how much. Calibrate again with this release:",
         command="topt-vllm calibrate --model MODEL_FOLDER --dataset TEXT.txt",
     )
@@ -45,13 +46,17 @@ def _shares(budget: Budget) -> list[float]:
 
 
 def _finding(budget: Budget) -> str:
-    shares = _shares(budget)
-    most = shares.index(max(shares))
-    middle = sorted(shares)[len(shares) // 2]
+    """About layers with thresholds: those with a sliding window read all of it."""
+    shares = dict(enumerate(_shares(budget)))
+    known = {entry.layer: shares[entry.layer] for entry in budget.layers if entry.layer in shares}
+    if not known:
+        return f"Budget {numbers.budget(budget.key)}: no layer has thresholds."
+    most = max(known, key=known.__getitem__)
+    middle = sorted(known.values())[(len(known) - 1) // 2]
     return (
-        f"With budget {numbers.budget(budget.key)}, half of the layers read less than "
-        f"{numbers.share(middle / 100)} of their V rows; layer {most} reads the most, "
-        f"{numbers.share(shares[most] / 100)}."
+        f"With budget {numbers.budget(budget.key)}, half of the layers that have thresholds read "
+        f"{numbers.share(middle / 100)} of their V rows or less; layer {most} reads the most, "
+        f"{numbers.share(known[most] / 100)}."
     )
 
 
