@@ -230,6 +230,8 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
     assert len(records) == len(found)
     for record in records:
         assert set(KEYS) <= set(record)
+        assert re.fullmatch("sha256:[0-9a-f]{64}", record["provenance"]["fingerprint"])
+        assert re.fullmatch("[0-9a-f]{64}", record["provenance"]["table_sha256"])
         assert all(math.isfinite(record[key]) for key in KEYS[3:])
         assert 0 < record["v_rows_read"] <= 1
         ratio = record["perplexity"] / record["perplexity_dense"] - 1
