@@ -98,4 +98,4 @@ def test_a_quantile_leaves_a_key_at_least():
 
 def test_choosing_by_rows_asks_for_an_implementation_that_can():
     with pytest.raises(ValueError, match="cpu and reference do"):
-        api.taking_row_thetas(api.load_implementation("triton", "cpu")[1])
+        api.require_row_thetas(api.load_implementation("triton", "cpu")[1])

@@ -25,7 +25,7 @@ class Implementation(Protocol):
         query: torch.Tensor,
         cache: PagedCache,
         batch: DecodeBatch,
-        thetas: Thetas | None,
+        thetas: Thetas | RowThetas | None,
         policy: Policy,
         scale: float,
         softcap: float,
@@ -56,32 +56,13 @@ class CountingImplementation(Implementation, Protocol):
         query: torch.Tensor,
         cache: PagedCache,
         batch: DecodeBatch,
-        thetas: Thetas | None,
-        policy: Policy,
-        scale: float,
-        softcap: float,
-        out: torch.Tensor,
-        statistics: torch.Tensor | None,
-        reached: torch.Tensor | None = None,
-    ) -> None: ...
-
-
-class RowThetaImplementation(Implementation, Protocol):
-    """An implementation that takes a θ for each row by itself; ``policy: sift`` asks for one."""
-
-    TAKES_ROW_THETAS: bool
-
-    def decode(
-        self,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
         thetas: Thetas | RowThetas | None,
         policy: Policy,
         scale: float,
         softcap: float,
         out: torch.Tensor,
         statistics: torch.Tensor | None,
+        reached: torch.Tensor | None = None,
     ) -> None: ...
 
 
@@ -133,15 +114,14 @@ def counting(implementation: Implementation) -> CountingImplementation:
     return cast(CountingImplementation, implementation)
 
 
-def taking_row_thetas(implementation: Implementation) -> RowThetaImplementation:
-    """The implementation as one that takes :class:`~topt_vllm.attention.common.RowThetas`.
+def require_row_thetas(implementation: Implementation) -> None:
+    """Checks that the implementation takes :class:`~topt_vllm.attention.common.RowThetas`; ``policy: sift`` needs it.
 
     Raises:
         ValueError: It doesn't.
     """
     if not getattr(implementation, "TAKES_ROW_THETAS", False):
         raise ValueError("this implementation takes no thresholds by row; cpu and reference do")
-    return cast(RowThetaImplementation, implementation)
 
 
 def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
@@ -186,7 +166,7 @@ def decode(
         cache: K, V and V sums of the layer.
         batch: Rows, context lengths and block table.
         thetas: Thresholds of the layer's query heads, or of each row, which needs an implementation that
-            :func:`taking_row_thetas` takes; None for θ = −inf, which keeps every row.
+            :func:`require_row_thetas` takes; None for θ = −inf, which keeps every row.
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
@@ -211,8 +191,8 @@ def decode(
         return out
     rest = policy, scale, softcap, out, statistics
     if isinstance(thetas, RowThetas):
-        taking_row_thetas(implementation).decode(query, cache, batch, thetas, *rest)
-    elif reached is None:
+        require_row_thetas(implementation)
+    if reached is None:
         implementation.decode(query, cache, batch, thetas, *rest)
     else:
         counting(implementation).decode(query, cache, batch, thetas, *rest, reached)

@@ -10,7 +10,7 @@ from topt_vllm.attention.api import (
     counting,
     load_implementation,
     screening,
-    taking_row_thetas,
+    require_row_thetas,
 )
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
@@ -112,7 +112,7 @@ def _resolve_sift(
         ConfigError: The kernel or the speculator don't go with it.
     """
     try:
-        taking_row_thetas(implementation)
+        require_row_thetas(implementation)
     except ValueError as error:
         raise ConfigError(
             f"toptheta.policy is 'sift', but the {name} kernel takes no thresholds by row. Use policy toptheta "
