@@ -115,7 +115,7 @@ def counting(implementation: Implementation) -> CountingImplementation:
 
 
 def require_row_thetas(implementation: Implementation) -> None:
-    """Checks that the implementation takes :class:`~topt_vllm.attention.common.RowThetas`; ``policy: sift`` needs it.
+    """Checks that the implementation takes :class:`~topt_vllm.attention.common.RowThetas`, as ``policy: sift`` needs.
 
     Raises:
         ValueError: It doesn't.

@@ -9,8 +9,8 @@ from topt_vllm.attention.api import (
     Implementation,
     counting,
     load_implementation,
-    screening,
     require_row_thetas,
+    screening,
 )
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
