@@ -90,3 +90,16 @@ def test_sliding_window_layers_stay_dense_and_are_counted(gemma3: Path, unseen_p
     totals = ours["totals"]
     windowed, full = 15, 3
     assert totals["dense_rows:sliding_window"] * full == totals["dense_rows:no_thresholds"] * windowed > 0
+
+
+def test_sift_warms_up_each_request_and_then_skips(smollm2: Path, unseen_play: Path):
+    """Without a table; under torch.compile, and with a worker of its own that knows requests by name."""
+    warmup = 6
+    settings = json.dumps({"policy": "sift", "sift_tau": 0.9, "sift_warmup": warmup})
+    ours = run_engine(smollm2, unseen_play, "TOPTHETA", settings, enforce_eager=False)
+    totals = ours["totals"]
+    assert totals["dense_rows:sift_warmup"] == 30 * len(ours["tokens"]) * warmup
+    assert set(name for name in totals if name.startswith("dense_rows:")) == {"dense_rows:sift_warmup"}
+    # A quarter of the rows is warm-up; the others read a tenth and what their group adds.
+    assert 0.3 < totals["toptheta:v_rows_read_total"] / totals["toptheta:v_rows_total"] < 0.65
+    assert any(name in ours["texts"][-1] for name in ("Romeo", "Juliet", "Montague", "Capulet"))

@@ -172,7 +172,9 @@ def test_damaged_library_is_never_mapped_but_built_again(
     tiny: jit.Library, damage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jit.load(tiny)
-    path.write_bytes(damage(path.read_bytes()))
+    damaged = damage(path.read_bytes())
+    path.unlink()  # this process has mapped the old file: written over, it would crash at exit
+    path.write_bytes(damaged)
     loaded = []
     monkeypatch.setattr(
         torch.ops, "load_library", lambda path: loaded.append(kernel_cache.is_sound(Path(path)))

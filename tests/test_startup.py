@@ -56,6 +56,7 @@ def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) 
                     max_model_len=options.get("max_model_len", 1024),
                 ),
                 kv_transfer_config=options.get("kv_transfer_config"),
+                speculative_config=options.get("speculative_config"),
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
                 device_config=SimpleNamespace(device_type="cpu"),
             )
@@ -102,7 +103,7 @@ def test_dense_is_a_choice_of_the_environment_too(start: Any, monkeypatch: pytes
     [
         (
             {"thersholds": "x.yaml"},
-            "toptheta.thersholds (value 'x.yaml') is not a setting; allowed: thresholds, k",
+            "toptheta.thersholds (value 'x.yaml') is not a setting; allowed: policy, thresholds",
         ),
         ({"k": "128"}, "toptheta.k is '128' (str); allowed: an integer of at least 1"),
         ({"recent_tokens": 0}, "toptheta.recent_tokens is 0"),
@@ -190,3 +191,29 @@ def test_vllm_serve_stops_before_it_loads_anything(model: Path):
     assert run.returncode != 0
     assert "topt-vllm calibrate --model" in run.stdout + run.stderr
     assert "Starting to load model" not in run.stdout + run.stderr
+
+
+def test_sift_needs_no_table(start: Any):
+    resolved = start({"policy": "sift", "sift_tau": 0.9})
+    assert resolved.thetas == {}
+    assert (
+        "policy sift: 32 dense rows of each request, then thresholds that skip 90.0% of the keys"
+        in resolved.description
+    )
+    assert resolved.table_labels["name"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "speculation", "message"),
+    [
+        ({"implementation": "triton"}, None, "the triton kernel takes no thresholds by row"),
+        ({}, "eagle", "speculation is 'eagle'"),
+    ],
+)
+def test_what_does_not_go_with_sift_is_refused(
+    start: Any, settings: dict[str, Any], speculation: str | None, message: str
+):
+    speculative = None if speculation is None else SimpleNamespace(method=speculation)
+    with pytest.raises(ConfigError, match=message):
+        start({"policy": "sift"} | settings, speculative_config=speculative)
+    start({"policy": "sift"}, speculative_config=SimpleNamespace(method="ngram"))
