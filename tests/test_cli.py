@@ -16,7 +16,8 @@ from tiny_models import SMALL, save_model, save_text
 from transformers import BloomConfig, LlamaConfig, MistralConfig, T5Config
 
 from topt_vllm.calibration.command import calibrate_command, default_output, serve_command
-from topt_vllm.cli.main import main
+from topt_vllm.cli.examples import EXAMPLES
+from topt_vllm.cli.main import build_parser, main
 from topt_vllm.thresholds import dump, load
 
 
@@ -56,6 +57,21 @@ def test_help_needs_nothing_heavy():
     assert result.stdout.endswith("set()\n"), result.stderr
     assert "calibrate" in result.stdout
     assert "inspect" in result.stdout
+
+
+EVERY_EXAMPLE = [f"{command} {example}" for command, examples in EXAMPLES.items() for example in examples]
+
+
+@pytest.mark.parametrize("example", EVERY_EXAMPLE)
+def test_examples_of_the_help_are_command_lines(example: str):
+    assert callable(build_parser().parse_args(shlex.split(example)).run)
+
+
+def test_every_command_has_examples(capsys):
+    for command in EXAMPLES:
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"  topt-vllm {command} {EXAMPLES[command][0]}" in capsys.readouterr().out
 
 
 def test_package_import_is_light():

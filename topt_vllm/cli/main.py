@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from topt_vllm.cli import UserError
+from topt_vllm.cli.examples import epilog
 from topt_vllm.version import __version__
 
 _COMMANDS = ("calibrate", "inspect", "evaluate", "report", "verify", "bench")
@@ -22,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name in _COMMANDS:
         module = importlib.import_module(f"topt_vllm.cli.{name}")
-        module.add_parser(subparsers).set_defaults(run=module.run)
+        command = module.add_parser(subparsers)
+        command.set_defaults(run=module.run)
+        command.epilog = epilog(name)
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser
 
 
