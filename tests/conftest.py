@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import engine_runs
 import pytest
 
 from topt_vllm import envs
@@ -19,6 +20,13 @@ def prepared(part: str) -> Path:
             f"{path} is missing; run: .venv/bin/python scripts/prepare_demo.py --model smollm2 gemma3"
         )
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_engine_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """pytest-xdist gives each of its processes a folder in the session's own."""
+    base = tmp_path_factory.getbasetemp()
+    engine_runs.folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
 """Engines led through scenarios (scenario_engine.py): each configuration runs once per test session."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.verify import engine
+from engine_runs import once
+
+from topt_vllm.verify.engine import ask
 
 Scenarios = dict[str, dict[str, Any]]
 
@@ -46,13 +47,8 @@ def run(
         "engine": common | backend | engine,
         "scenarios": scenarios,
     }
-    return _run(json.dumps(request))
-
-
-@cache
-def _run(request: str) -> dict[str, Any]:
     program = str(Path(__file__).with_name("scenario_engine.py"))
-    return engine.ask([program], json.loads(request), separate_core=False, timeout=1200)
+    return once(request, lambda: ask([program], request, separate_core=False, timeout=1200))
 
 
 @cache
