@@ -115,13 +115,23 @@ class Clients:
 
     async def run(self, concurrency: int, until: float, seed: int) -> Tally:
         """Sends requests until the given time (``time.monotonic``) and waits for the last ones."""
-        async with self._openai() as api, aiohttp.ClientSession() as session:
+        # Each request on a connection of its own: the server closes idle ones after seconds, and a request that is
+        # sent at that moment fails through nobody's fault.
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with self._openai() as api, aiohttp.ClientSession(connector=connector) as session:
             clients = (self._client(api, session, until, random.Random(seed + i)) for i in range(concurrency))
             await asyncio.gather(*clients)
         return self.tally
 
     def _openai(self) -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self._url}/v1", api_key="none", timeout=None, max_retries=0)
+        headers = {"Connection": "close"}
+        return AsyncOpenAI(
+            base_url=f"{self._url}/v1",
+            api_key="none",
+            timeout=None,
+            max_retries=0,
+            default_headers=headers,
+        )
 
     async def _client(
         self, api: AsyncOpenAI, session: aiohttp.ClientSession, until: float, choice: random.Random
