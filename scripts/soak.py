@@ -238,7 +238,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=32, help="of an answer; default: %(default)s")
     add("--kv-cache", default="1G", help="bytes of KV cache; default: %(default)s")
     add("--noise", type=float, default=0.25, help="gap of a near tie, in logits; default: %(default)s")
-    add("--max-slope", type=float, default=2.0, help="MiB/min that memory may grow; default: %(default)s")
+    add(
+        "--max-slope",
+        type=float,
+        default=2.0,
+        help="MiB/min that memory may grow; without tcmalloc vLLM alone grows by more; default: %(default)s",
+    )
     add("--timeout", type=float, default=300.0, help="seconds that a request may take; default: %(default)s")
     add("--seed", type=int, default=0, help="of the traffic; default: %(default)s")
     add(
