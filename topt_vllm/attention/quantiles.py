@@ -43,8 +43,13 @@ def score_quantiles(
         blocks = batch.block_table[sequence, : -(-n // block_size)].long()
         key = gather(cache.key, blocks, cache.key_scale, cache.posit8)[:, :n]
         scores = scaled_scores(query[first], key, scale, softcap)
-        found[index] = scores.topk(kept_of(n, tau), dim=-1, sorted=False).values.amin(dim=-1)
+        found[index] = quantile(scores, n, tau)
     return found
+
+
+def quantile(scores: torch.Tensor, n: int, tau: float) -> torch.Tensor:
+    """That of one row by head: scores [H, at least n], −inf at keys that it doesn't see, to [H]."""
+    return scores.topk(kept_of(n, tau), dim=-1, sorted=False).values.amin(dim=-1)
 
 
 def kept_of(n: int, tau: float) -> int:

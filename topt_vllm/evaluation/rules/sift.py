@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from topt_vllm.attention.quantiles import kept_of
+from topt_vllm.attention.quantiles import quantile
 from topt_vllm.evaluation.rules.base import Rows, Rule
 from topt_vllm.sift import STIFFNESS, fit
 
@@ -40,8 +40,8 @@ class Quantile(Rule):
     def keep(self, rows: Rows) -> torch.Tensor:
         parts = []
         for row, n in enumerate(rows.contexts.tolist()):
-            least = rows.scores[:, row].topk(kept_of(n, self.tau), dim=-1).values[:, -1:]
-            parts.append(rows.scores[:, row] >= least)
+            scores = rows.scores[:, row]
+            parts.append(scores >= quantile(scores, n, self.tau)[:, None])
         return torch.stack(parts, dim=1)
 
 
@@ -84,7 +84,7 @@ class Sift(Rule):
             kept[:, n - 1] = True
             return kept
         sequence.x.append(float(x))
-        sequence.y.append(level.topk(kept_of(n, self.tau), dim=-1).values[:, -1])
+        sequence.y.append(quantile(level, n, self.tau))
         if len(sequence.x) == WARMUP:
             sequence.law = fit(torch.tensor(sequence.x), torch.stack(sequence.y), self.stiffness)
         kept[:, :n] = True
