@@ -93,6 +93,8 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         if decode is not None:
             lengths = row_lengths(decode.query_start_loc, decode.seq_lens)
             self._extrapolation.see(lengths)
+        short = lengths <= self._dense_up_to
+        sift = None if decode is None else self._sift_step(common, decode, lengths)
         return TopThetaMetadata(
             common.num_actual_tokens,
             num_decode_rows,
@@ -100,8 +102,9 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
             lengths,
             prefill,
             whole,
-            int((lengths <= self._dense_up_to).sum()),
-            None if decode is None else self._sift_step(common, decode, lengths),
+            int(short.sum()),
+            0 if sift is None else int((sift.warm & ~short).sum()),
+            sift,
             self._finished_blocks(common.slot_mapping[: common.num_actual_tokens]),
         )
 

@@ -188,6 +188,4 @@ def _count_dense_rows(bound: TopThetaLayer, metadata: TopThetaMetadata) -> None:
         recorder().count_dense_rows(bound.dense_reason, metadata.num_decode_rows)
         return
     recorder().count_dense_rows("short_context", metadata.short_rows)
-    if metadata.sift is not None:
-        warm = metadata.sift.warm & (metadata.decode_lengths > bound.policy.min_seq_len)
-        recorder().count_dense_rows("sift_warmup", int(warm.sum()))
+    recorder().count_dense_rows("sift_warmup", metadata.warm_rows)

@@ -21,6 +21,7 @@ class TopThetaMetadata:
         prefill: vLLM's metadata of the rows after the decode rows; None without any.
         whole: vLLM's metadata of the whole batch, for layers that stay dense; None when no layer does.
         short_rows: Decode rows whose context is too short for thresholds.
+        warm_rows: Decode rows that are long enough, and dense because their request warms up.
         sift: The decode rows under ``policy: sift``; None under another or without any.
         finished_blocks: int64, physical blocks whose last slot is written in this step.
     """
@@ -32,5 +33,6 @@ class TopThetaMetadata:
     prefill: CPUAttentionMetadata | None
     whole: CPUAttentionMetadata | None
     short_rows: int
+    warm_rows: int
     sift: SiftStep | None
     finished_blocks: torch.Tensor
