@@ -3,7 +3,7 @@
 #
 # Usage: ./scripts/test.sh [--fast] [PYTEST OPTIONS]
 #
-#   --fast  leave out the tests that start a vLLM engine on a real model
+#   --fast  leave out the tests marked slow and engine: all of it within a minute once .venv is there
 #
 # Everything after that goes to pytest: ./scripts/test.sh --fast -k operator -x
 set -euo pipefail
@@ -46,21 +46,9 @@ unset TOPT_THRESHOLDS
 # Where several programs share the cores, threads that spin while they wait cost more than they compute.
 export OMP_WAIT_POLICY=passive
 
-# run_tests NAME PYTEST OPTIONS...: it is no failure that the caller's options select none of these.
-ran=""
-run_tests() {
-    local status=0
-    step "$1"
-    shift
-    "$VENV/bin/python" -m pytest --durations=8 -rs "$@" || status=$?
-    ((status == 5)) || ran=1
-    ((status == 0 || status == 5)) || exit "$status"
-}
-
-run_tests "Tests" -m "not engine" "$@"
-if [[ -z $FAST ]]; then
-    # An engine mostly starts, on one core; two run side by side, each with one thread, wherever there is room.
-    export OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-    run_tests "Tests that start engines" -m engine -n 2 --dist loadfile "$@"
+if [[ -n $FAST ]]; then
+    run_tests "Fast tests" -m "not slow and not engine" -n 2 --dist loadfile "$@"
+else
+    run_suite "$@"
 fi
-[[ -n $ran ]] || die "no test was selected."
+[[ -n $TESTS_RAN ]] || die "no test was selected."

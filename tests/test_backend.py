@@ -312,6 +312,19 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
 
 
+def test_prompts_are_dense_to_their_last_token(vllm_config: Any):
+    """A prompt's last chunk may be a single token: it is prefill, after a row that decodes."""
+    builder, _ = build(vllm_config)
+    _, block_table = new_cache()
+    common = common_metadata(BatchSpec("ends", [300, 200, 40], [1, 1, 40]), block_table)
+    metadata = builder.build(0, common.replace(is_prefilling=torch.tensor([False, True, True])))
+    assert metadata.num_decode_rows == 1
+    assert metadata.decode_lengths.tolist() == [300]
+    only_ends = common_metadata(BatchSpec("only ends", [300, 200], [1, 1]), block_table)
+    metadata = builder.build(0, only_ends.replace(is_prefilling=torch.tensor([True, True])))
+    assert metadata.num_decode_rows == 0
+
+
 @pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_fp8_caches_are_read_as_vllm_writes_them(

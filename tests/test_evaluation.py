@@ -159,16 +159,34 @@ def test_spread_of_kept_keys():
 
 def test_needles_hold_the_fact_at_their_depth():
     tokenizer = byte_tokenizer()
-    text = tokenizer("x" * 400)["input_ids"]
-    for needle in hide(tokenizer, text, (256, 300), (0.0, 0.5, 1.0)):
-        assert len(needle.prompt) + len(needle.question) == needle.length
-        prompt = tokenizer.decode(needle.prompt)
+    text = tokenizer("x" * 2000)["input_ids"]
+    depths = (0.0, 0.5, 1.0)
+    needles = hide(tokenizer, text, (500, 900), depths)
+    assert [(needle.length, needle.depth) for needle in needles] == [
+        (length, depth) for length in (500, 900) for depth in depths
+    ]
+    for needle in needles:
+        assert needle.length - 3 <= len(needle.prompt) + len(needle.question) <= needle.length
+        prompt, question = tokenizer.decode(needle.prompt), tokenizer.decode(needle.question)
         number = tokenizer.decode(needle.answers[0]).strip()
-        assert f"is {number}." in prompt
+        fact = f"\n\nThe{question.partition('The')[2]} {number}."
+        assert prompt.count(fact) == 1
         assert {len(tokens) for tokens in needle.answers} == {len(needle.answers[0])}
         assert not any(tokenizer.decode(tokens).strip() in prompt for tokens in needle.answers[1:])
-        before = prompt.index("\n\nThe secret") / (prompt.count("x") - 1)
+        before = prompt[: prompt.index(fact)].count("x") / (prompt.count("x") - 1)
         assert before == pytest.approx(needle.depth, abs=0.02)
+
+
+def test_needles_share_prompts_and_no_two_of_one_have_the_same_place():
+    tokenizer = byte_tokenizer()
+    text = tokenizer("x" * 2000)["input_ids"]
+    needles = hide(tokenizer, text, (1000,), tuple(i / 12 for i in range(13)))
+    prompts = {id(needle.prompt): needle.prompt for needle in needles}
+    assert len(prompts) == 2
+    for prompt in prompts.values():
+        sharing = [needle for needle in needles if needle.prompt is prompt]
+        assert len({tuple(needle.question) for needle in sharing}) == len(sharing)
+        assert tokenizer.decode(prompt).count("secret") == len(sharing)
 
 
 def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
@@ -268,6 +286,7 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         (["--lengths", "64"], "--lengths 64: contexts are longer than the table's first length, 64"),
         (["--lengths", "999"], "at most as long as --max-seq-length, 320"),
         (["--needles", "64"], "--needles 64: prompts are longer than the table's first length, 64"),
+        (["--needles", "120"], "--needles 120: too short for 5 facts and a question"),
         (["--depths", "2"], "--depths 2.0: 0 is the start"),
         (["--num-samples", "9"], "the text has 1400 tokens"),
         (["--thresholds", "none"], "an evaluation needs thresholds"),

@@ -76,7 +76,10 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold or 1
-        num_decodes, num_decode_rows, has_prefill = split(common, threshold)
+        # Prompts are dense to their last token. Warm-up batches don't say what they are.
+        num_decodes, num_decode_rows, has_prefill = split(
+            common, threshold, ends_of_prompts_decode=common.is_prefilling is None
+        )
         decode = None
         if num_decodes:
             decode = DecodeBatch(

@@ -35,19 +35,24 @@ class ExtrapolationNotice:
         self._limit = None
 
 
-def split(common: CommonAttentionMetadata, threshold: int) -> tuple[int, int, bool]:
+def split(
+    common: CommonAttentionMetadata, threshold: int, *, ends_of_prompts_decode: bool
+) -> tuple[int, int, bool]:
     """Where the decode rows of a batch end; vLLM puts them first. A batch that is not causal is prefill as a whole.
 
     Args:
         common: The step's batch.
         threshold: Most query rows of a request that decodes.
+        ends_of_prompts_decode: Whether a piece of a prompt with no more rows than that counts as decoding too.
 
     Returns:
         Requests that decode, their query rows (padding included), and whether there is prefill after them.
     """
     if common.causal is not True:
         return 0, 0, True
-    num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(common, decode_threshold=threshold)
+    num_decodes, num_prefills, num_rows, _ = split_decodes_and_prefills(
+        common, decode_threshold=threshold, treat_short_extends_as_decodes=ends_of_prompts_decode
+    )
     return num_decodes, num_rows, num_prefills > 0
 
 

@@ -78,7 +78,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         screening(implementation)
     thetas: dict[int, Thetas] = {}
     budget = None
-    labels = {"name": "none", "sha256": "", "budget": ""}
+    labels = _labels(identity)
     if found is None:
         rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
@@ -86,12 +86,11 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         budget = table.budget(config.k)
         thetas = table.thetas(budget)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        labels = {"name": path.name, "sha256": digest, "budget": str(budget.key)}
+        labels = _labels(identity, path.name, digest, str(budget.key))
         rows = f"table {path}, budget k = {budget.key}, dense layers {budget.dense_layers or 'none'}"
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
-    labels |= {"model": identity.id, "fingerprint": identity.fingerprint}
     keys = _promised_keys(config, name, implementation, budget)
     rows += "; thresholds adapt to the traffic" if keys else ""
     return Resolved(
@@ -126,9 +125,20 @@ def _resolve_sift(
         )
     rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
     rows += f"{config.sift_tau:.1%} of the keys"
-    labels = {"name": "none", "sha256": "", "budget": f"sift {config.sift_tau}"}
-    labels |= {"model": identity.id, "fingerprint": identity.fingerprint}
+    labels = _labels(identity, budget=f"sift {config.sift_tau}")
     return Resolved(config, identity, name, implementation, {}, f"TOPTHETA: {name} kernel, {rows}", labels)
+
+
+def _labels(
+    identity: ModelIdentity, name: str = "none", sha256: str = "", budget: str = ""
+) -> dict[str, str]:
+    return {
+        "name": name,
+        "sha256": sha256,
+        "budget": budget,
+        "model": identity.id,
+        "fingerprint": identity.fingerprint,
+    }
 
 
 def _promised_keys(

@@ -1,4 +1,4 @@
-"""Needles under every rule: one dense prompt for each cell, of which each rule decodes only question and answer."""
+"""Needles under every rule: dense prompts, behind which each rule decodes only question and answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from topt_vllm.calibration.dense_pass import DensePass
 from topt_vllm.calibration.predictions import Comparison, Head, compared, joined
 from topt_vllm.evaluation.attention import Counts
 from topt_vllm.evaluation.jobs import Job
-from topt_vllm.evaluation.needles import answer, hide
+from topt_vllm.evaluation.needles import answer
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import quality
 
@@ -34,9 +34,11 @@ def evaluate_needles(
     """Records of the needles: for each rule and target one over the whole grid."""
     options, head = plan.options, Head(model)
     grids = [_Grid() for _ in jobs[options.needles[0]]]
-    for needle in hide(plan.tokenizer, text.sequences[0], options.needles, options.depths):
+    prompted: list[int] = []
+    for needle in plan.needles:
         bar.set_description(f"{NEEDLES}: {needle.length} tokens, depth {needle.depth:g}")
-        prompt = DensePass(model, plan.subject, needle.prompt)
+        if needle.prompt is not prompted:
+            prompt, prompted = DensePass(model, plan.subject, needle.prompt), needle.prompt
         dense = answer(prompt, head, needle, None, None)
         for grid, job in zip(grids, jobs[needle.length], strict=True):
             counted = job.attention(plan, needle.contexts)

@@ -1,6 +1,6 @@
 """A fact hidden in a long text: does the model still find it when decoding under a rule?
 
-The prompt, text and fact, is prefilled densely, as the server does. The question and the answer are decoded under
+The prompt, text and facts, is prefilled densely, as the server does. One question and its answer are decoded under
 the rule. The fact is retrieved when the right number is likelier than every wrong one, and exact when each of its
 tokens is the model's first choice.
 """
@@ -26,9 +26,9 @@ class Needle:
     """One cell of the grid.
 
     Attributes:
-        length: Tokens of prompt and question.
+        length: Tokens of prompt and the longest question.
         depth: Where the fact stands in the text, 0 to 1.
-        prompt: Tokens of text and fact.
+        prompt: Tokens of text and facts; others of the grid may share it.
         question: Tokens of the question.
         answers: Tokens of the answers, all of one length, the right one first.
     """
@@ -81,29 +81,53 @@ class Answered:
 def hide(
     tokenizer: Any, text: list[int], lengths: tuple[int, ...], depths: tuple[float, ...]
 ) -> list[Needle]:
-    """The grid, the same for the same text.
+    """The grid, the same for the same text; facts of one length share prompts, as many as there are places.
 
     Args:
         tokenizer: A transformers tokenizer.
         text: Tokens in which the facts are hidden, with BOS if there is one; no fewer than the longest prompt's.
-        lengths: Of prompt and question (tokens).
-        depths: Where the fact stands, 0 to 1.
+        lengths: Of prompt and longest question (tokens).
+        depths: Where a fact stands, 0 to 1.
     """
     source = random.Random(0)
     needles = []
     for length in lengths:
-        for depth in depths:
-            place, numbers = source.choice(_PLACES), _numbers(tokenizer, source)
-            fact = _tokens(tokenizer, _FACT.format(place=place, number=numbers[0][0]))
-            question = _tokens(tokenizer, _QUESTION.format(place=place))
-            room = length - len(fact) - len(question)
-            if room < 2:
-                raise EvaluationError(f"--needles {length}: too short for a fact and a question")
-            # The first token may be BOS, which nothing precedes.
-            at = 1 + round(depth * (room - 1))
-            prompt = text[:at] + fact + text[at:room]
-            needles.append(Needle(length, depth, prompt, question, [tokens for _, tokens in numbers]))
+        for first in range(0, len(depths), len(_PLACES)):
+            sharing = depths[first : first + len(_PLACES)]
+            needles += _hide_in_one_prompt(tokenizer, text, length, sharing, source)
     return needles
+
+
+def _hide_in_one_prompt(
+    tokenizer: Any, text: list[int], length: int, depths: tuple[float, ...], source: random.Random
+) -> list[Needle]:
+    places = source.sample(_PLACES, len(depths))
+    numbers = _numbers(tokenizer, source, len(depths) * (1 + _WRONG))
+    right, wrong = numbers[: len(depths)], numbers[len(depths) :]
+    facts = [
+        _tokens(tokenizer, _FACT.format(place=place, number=number))
+        for place, (number, _) in zip(places, right, strict=True)
+    ]
+    questions = [_tokens(tokenizer, _QUESTION.format(place=place)) for place in places]
+    room = length - sum(map(len, facts)) - max(map(len, questions))
+    if room < 1 + len(facts):
+        raise EvaluationError(
+            f"--needles {length}: too short for {len(facts)} facts and a question; name a longer prompt or "
+            "fewer --depths"
+        )
+    prompt, copied = [], 0
+    for depth, fact in sorted(zip(depths, facts, strict=True)):
+        # The first token may be BOS, which nothing precedes.
+        at = 1 + round(depth * (room - 1))
+        prompt += text[copied:at] + fact
+        copied = at
+    prompt += text[copied:room]
+    return [
+        Needle(
+            length, depth, prompt, question, [tokens for _, tokens in (right[i], *wrong[i :: len(depths)])]
+        )
+        for i, (depth, question) in enumerate(zip(depths, questions, strict=True))
+    ]
 
 
 def answer(
@@ -140,10 +164,10 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _numbers(tokenizer: Any, source: random.Random) -> list[tuple[int, list[int]]]:
+def _numbers(tokenizer: Any, source: random.Random, count: int) -> list[tuple[int, list[int]]]:
     """Different numbers with as many tokens as the first."""
     found: list[tuple[int, list[int]]] = []
-    while len(found) < 1 + _WRONG:
+    while len(found) < count:
         number = source.randrange(10000, 100000)
         tokens = _tokens(tokenizer, f" {number}")
         if all(len(tokens) == len(other) and tokens != other for _, other in found):

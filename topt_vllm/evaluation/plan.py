@@ -8,6 +8,7 @@ from topt_vllm.calibration.model import Subject, check_device, examine, load_tok
 from topt_vllm.calibration.options import CalibrationOptions
 from topt_vllm.calibration.texts import cut_sequences, read_texts
 from topt_vllm.config import TopThetaConfig
+from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
@@ -42,8 +43,8 @@ class Plan:
         subject: The model and what follows from it.
         table: Its thresholds.
         path: Where the table lies.
-        tokenizer: The model's.
         texts: What is evaluated on.
+        needles: Facts hidden in the first of them.
         dense: Dense layers for each target.
     """
 
@@ -52,8 +53,8 @@ class Plan:
     subject: Subject
     table: ThresholdTable
     path: Path
-    tokenizer: Any
     texts: list[Text]
+    needles: list[Needle]
     dense: dict[float, frozenset[int]]
 
     @property
@@ -94,7 +95,8 @@ def prepare(options: EvaluationOptions) -> Plan:
     dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
     tokenizer = load_tokenizer(options.model)
     texts = [_text(options, tokenizer, name, subject.max_seq_length) for name in options.dataset]
-    return Plan(options, loading, subject, table, path, tokenizer, texts, dense)
+    needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
+    return Plan(options, loading, subject, table, path, texts, needles, dense)
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:

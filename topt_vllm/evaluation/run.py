@@ -58,8 +58,7 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     """
     options = plan.options
     model = load_causal_lm(plan.loading)
-    cells = len(options.needles) * len(options.depths)
-    runs = len(plan.texts) * options.num_samples * len(plan.lengths) + cells
+    runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
         for index, text in enumerate(plan.texts):
             # The needles hide in the first text and share its tuning pass.

@@ -67,7 +67,7 @@ class GpuBuilder(_Platform):
         fast_build: bool = False,
     ) -> GpuMetadata:
         """Builds a step's metadata and counts what the host knows of it."""
-        parts = split(common_attn_metadata, self._max_query_rows)
+        parts = self._split(common_attn_metadata)
         metadata = self._build(common_attn_metadata, parts, fast_build)
         if self._group is not None:
             if self._captured:
@@ -84,8 +84,12 @@ class GpuBuilder(_Platform):
         self._captured = True
         # Short contexts, or capturing takes long; none that is empty, so that every output is written.
         common_attn_metadata.seq_lens.fill_(common_attn_metadata.max_query_len)
-        parts = split(common_attn_metadata, self._max_query_rows)
+        parts = self._split(common_attn_metadata)
         return self._build(common_attn_metadata, parts, fast_build=False)
+
+    def _split(self, common: CommonAttentionMetadata) -> tuple[int, int, bool]:
+        # A graph of uniform rows is replayed for ends of prompts too, so they have to be decode rows.
+        return split(common, self._max_query_rows, ends_of_prompts_decode=True)
 
     def _build(
         self, common: CommonAttentionMetadata, parts: tuple[int, int, bool], fast_build: bool
