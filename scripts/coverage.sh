@@ -14,5 +14,5 @@ cd "$ROOT"
 unset TOPT_THRESHOLDS
 export COVERAGE_FILE="$(mktemp)"
 trap 'rm -f "$COVERAGE_FILE"' EXIT
-"$VENV/bin/python" -m pytest -q -p no:cacheprovider -m "not engine" --cov=topt_vllm --cov-branch --cov-report= "$@"
+"$VENV/bin/python" -m pytest -q -p no:cacheprovider -m "not engine" -n 2 --dist loadfile --cov=topt_vllm --cov-branch --cov-report= "$@"
 "$VENV/bin/python" -m coverage report --sort=cover --skip-covered --fail-under=90

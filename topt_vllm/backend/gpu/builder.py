@@ -9,7 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
-from topt_vllm.backend.gpu.group import bind_layers
+from topt_vllm.backend.gpu.binding import bind_layers
 from topt_vllm.backend.gpu.impl import GpuImpl
 from topt_vllm.backend.gpu.metadata import GpuMetadata
 from topt_vllm.backend.layers import describe_rank

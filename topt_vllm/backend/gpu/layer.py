@@ -2,16 +2,14 @@
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from topt_vllm.attention.common import PagedCache, Policy, Thetas
 from topt_vllm.backend import compat
+from topt_vllm.backend.gpu.group import LayerGroup
 from topt_vllm.backend.page import Tail
-
-if TYPE_CHECKING:
-    from topt_vllm.backend.gpu.group import LayerGroup
 
 
 @dataclass
@@ -28,7 +26,7 @@ class GpuLayer:
         cache: Views of vLLM's cache; made when it is first seen.
     """
 
-    group: "LayerGroup"
+    group: LayerGroup
     policy: Policy
     thetas: Thetas | None
     block_size: int
