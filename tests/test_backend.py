@@ -371,6 +371,7 @@ def test_a_screen_of_an_fp8_cache_is_refused(vllm_config: Any, monkeypatch: pyte
         build(vllm_config, cache_config=vllm_config.cache_config)
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_reads_the_cpu_cache(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
     """It takes strides, so under Triton's interpreter it can take the place of the CPU kernel."""
     settings = vllm_config.additional_config["toptheta"]

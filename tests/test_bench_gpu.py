@@ -22,6 +22,8 @@ from topt_vllm.benchmarks.kernels import our_kernel
 from topt_vllm.benchmarks.timing import Call, Variant
 from topt_vllm.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHAPE = Shape(2, 300, 4, 2, 32, 64, torch.bfloat16)
 

@@ -229,6 +229,7 @@ def subject_of(model: transformers.PreTrainedModel) -> Subject:
     return Subject(identity, full, [], [256], 32 if identity.sliding_window_layers else 0, 257)
 
 
+@pytest.mark.slow
 def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the picture needs the extra `plot`")
     table = run(folders["llama"], target_rows=(30.0, 60.0), max_loss=(0.5,))

@@ -18,6 +18,8 @@ from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.thresholds import dumps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path) -> Path:

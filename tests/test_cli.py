@@ -79,6 +79,7 @@ def test_package_import_is_light():
     assert run("-c", code).stdout == "set()\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [["-m", "topt_vllm.cli.main", "calibrate"], ["scripts/calibrate.py"]])
 def test_user_error_is_one_line_and_status_2(tmp_path, script):
     arguments = [

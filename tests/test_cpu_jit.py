@@ -150,6 +150,7 @@ assert after == before, (before, after)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_import_starts_no_compiler_and_threads_are_torchs() -> None:
     """One OpenMP runtime, torch's, and no thread of our own."""

@@ -1,5 +1,6 @@
 """Whole evaluations of tiny models: equal rows, records, needles, plot, and errors before anything is loaded."""
 
+import hashlib
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
 from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import dump
+from topt_vllm.thresholds import TextSource, dump, load
 
 LENGTHS = [64, 128, 256]
 LONGEST = 320
@@ -214,6 +215,7 @@ def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
     assert right.counts.elements_kept < right.counts.elements
 
 
+@pytest.mark.slow
 def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
@@ -313,6 +315,21 @@ def test_outputs_are_not_replaced(folder, tmp_path, capsys):
     assert main(command(folder, "--json", str(existing))) == 2
     assert f"--json {existing} exists; name another file" in capsys.readouterr().err
     assert existing.read_text() == "mine"
+
+
+def test_a_text_that_the_table_was_calibrated_on_is_named(folder, tmp_path, capsys):
+    """Its losses say nothing about other texts."""
+    text, other = folder / "play.txt", tmp_path / "other.txt"
+    other.write_text(text.read_text()[::-1])
+    table = load(folder / "toptheta.yaml")
+    source = TextSource(name="other name.txt", sha256=hashlib.sha256(text.read_bytes()).hexdigest())
+    seen = table.calibration.model_copy(update={"data": [source]})
+    dump(table.model_copy(update={"calibration": seen}), tmp_path / "seen.yaml")
+    named = ["--thresholds", str(tmp_path / "seen.yaml"), "--dataset", str(text), str(other), "--dry-run"]
+    assert main(command(folder, *named)) == 0
+    warned = capsys.readouterr().err
+    assert "calibrated on play.txt" in warned
+    assert "other.txt" not in warned
 
 
 def test_dry_run_loads_nothing(folder, capsys, monkeypatch):

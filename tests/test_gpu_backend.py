@@ -33,6 +33,7 @@ from topt_vllm.backend.metrics import recorder
 __all__ = ["make_rig", "vllm_config"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
@@ -58,6 +59,7 @@ def test_decode_rows_are_sparse_and_prefill_rows_stay_with_the_platform(
         assert 0.2 < statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS] < 0.98
 
 
+@pytest.mark.slow
 def test_every_row_kept_is_dense_attention(make_rig: Any):
     torch.manual_seed(1)
     rig = make_rig(TritonTopThetaBackend)
@@ -72,6 +74,7 @@ def test_every_row_kept_is_dense_attention(make_rig: Any):
 LAYOUTS = TritonTopThetaBackend.supported_kv_cache_layouts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_value_sums_live_in_the_padding_of_every_layout(make_rig: Any, layout: KVCacheLayout):
     """Two layers, of which one finishes and rewrites blocks; K, V and sums of neither are disturbed."""
@@ -96,6 +99,7 @@ def test_layouts_without_room_for_padding_are_not_offered():
     assert set(KVCacheLayout) - set(LAYOUTS) == {KVCacheLayout.LHBNC, KVCacheLayout.BHLNC}
 
 
+@pytest.mark.slow
 def test_fp8_caches_are_read_with_vllm_s_scales(make_rig: Any):
     torch.manual_seed(3)
     rig = make_rig(TritonTopThetaBackend, kv_cache_dtype="fp8")
@@ -111,6 +115,7 @@ def test_fp8_caches_are_read_with_vllm_s_scales(make_rig: Any):
     torch.testing.assert_close(output.float(), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_speculative_rows_decode_together(make_rig: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(4)
     rig = make_rig(TritonTopThetaBackend)
@@ -126,6 +131,7 @@ def test_speculative_rows_decode_together(make_rig: Any, vllm_config: Any, monke
     )
 
 
+@pytest.mark.slow
 def test_what_the_host_counts(make_rig: Any):
     """Layer 0 of the table is dense, layer 1 sparse from 32 tokens on, layer 2 has a window of 24."""
     torch.manual_seed(6)
@@ -171,6 +177,7 @@ def test_builders_of_the_same_layers_share_what_graphs_point_to(make_rig: Any, v
     assert other._group is first._group
 
 
+@pytest.mark.slow
 def test_views_of_a_cache_go_with_it(make_rig: Any):
     """vLLM measures memory with a small cache, and expects it back before it allocates the real one."""
     rig = make_rig(TritonTopThetaBackend)

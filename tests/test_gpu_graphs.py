@@ -29,6 +29,8 @@ from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
 from topt_vllm.backend.metrics import recorder
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["make_rig", "vllm_config"]
 
 

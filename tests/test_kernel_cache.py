@@ -77,6 +77,7 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_compile_once(tiny: jit.Library, tmp_path: Path) -> None:
     log = tmp_path / "log"
     slow = compiler(tmp_path, f'case "$*" in *" -c "*) echo compile >>{log}; sleep 2;; esac\nexec g++ "$@"')
@@ -87,6 +88,7 @@ def test_two_processes_at_once_compile_once(tiny: jit.Library, tmp_path: Path) -
     assert log.read_text().split() == ["compile"]
 
 
+@pytest.mark.slow
 def test_killed_compile_leaves_nothing_in_the_way(tiny: jit.Library, tmp_path: Path) -> None:
     started = tmp_path / "started"
     stuck = compiler(
@@ -122,6 +124,7 @@ def load_where_modes_count(library: jit.Library) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_read_only_folder_names_the_remedy(tiny: jit.Library) -> None:
     kernel_cache.create_folder(tiny.path.parent)
     tiny.path.parent.chmod(0o500)
@@ -131,6 +134,7 @@ def test_read_only_folder_names_the_remedy(tiny: jit.Library) -> None:
     assert kernel_cache.REMEDY in output
 
 
+@pytest.mark.slow
 def test_read_only_folder_with_the_kernel_is_enough(tiny: jit.Library) -> None:
     jit.load(tiny)
     tiny.path.parent.chmod(0o500)

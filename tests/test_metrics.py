@@ -104,6 +104,7 @@ os.kill(os.getpid(), 9)
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_killed_stays_in_the_sum_and_its_table_does_not(tmp_path: Path):
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for table, amount in (("old", "3"), ("new", "4")):

@@ -29,9 +29,20 @@ CPU_KERNELS = ["cpu", "cpu-scalar"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PLAIN = Policy(group_keep="head", compensation="none")
 
-every_implementation = pytest.mark.parametrize("impl", IMPLS)
-kernels_only = pytest.mark.parametrize("impl", KERNELS)
-cpu_kernels_only = pytest.mark.parametrize("impl", CPU_KERNELS)
+
+def slow_where(interpreted: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """Triton's interpreter takes seconds for what a kernel does in milliseconds."""
+    return (pytest.mark.slow,) if interpreted else ()
+
+
+def each(impls: list[str]) -> pytest.MarkDecorator:
+    parameters = [pytest.param(impl, marks=slow_where(impl == "triton")) for impl in impls]
+    return pytest.mark.parametrize("impl", parameters)
+
+
+every_implementation = each(IMPLS)
+kernels_only = each(KERNELS)
+cpu_kernels_only = each(CPU_KERNELS)
 
 
 def hand_case(
@@ -330,7 +341,12 @@ def reads(impl: str, dtype: torch.dtype) -> bool:
     return impl != "triton" or dtype != torch.uint8
 
 
-BYTES_READ = [(impl, dtype) for impl in KERNELS for dtype in BYTES if reads(impl, dtype)]
+BYTES_READ = [
+    pytest.param(impl, dtype, marks=slow_where(impl == "triton"))
+    for impl in KERNELS
+    for dtype in BYTES
+    if reads(impl, dtype)
+]
 kernels_and_bytes = pytest.mark.parametrize(("impl", "dtype"), BYTES_READ)
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SELECT = """
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins

@@ -7,6 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 from topt_vllm import envs
 from topt_vllm.config import TopThetaConfig
 
@@ -36,6 +38,7 @@ def test_every_environment_variable_is_listed():
     assert list(table_rows("variable", "default", "effect")) == list(envs.VARIABLES)
 
 
+@pytest.mark.slow
 def test_generated_tables_are_the_code_s():
     """In a process of its own: which platform vLLM is on is settled once."""
     script = Path(__file__).parent.parent / "scripts" / "readme_tables.py"

@@ -161,6 +161,7 @@ def test_a_table_without_quality_or_sparse_layers(tmp_path):
     assert "All layers of budget k=128 are dense." in texts
 
 
+@pytest.mark.slow
 def test_a_large_model_takes_few_bytes(tmp_path):
     identity = make_identity(num_layers=80, num_query_heads=64, num_kv_heads=8, sliding_window_layers=[])
     dump(make_table(identity), tmp_path / "t.yaml")
@@ -368,6 +369,7 @@ _LAYOUT = "[document.documentElement.scrollWidth, window.innerWidth]"
 _OPEN_ALL = "document.querySelectorAll('details').forEach(d => d.open = true)"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed (Debian: apt-get install chromium)")
 def test_a_browser_shows_it_without_complaint(folder):
     long = write(folder, "long.json", [evaluated("topk", 1.0, text="w" * 300), evaluated("x" * 300, 1e9)])

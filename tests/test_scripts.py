@@ -116,6 +116,7 @@ def test_help_names_the_usage_and_an_unknown_option_is_refused(name: str):
         assert "unknown option --nonsense" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prepare_demo.py", "ask.py", "chat.py"])
 def test_python_scripts_have_help(name: str):
     assert "usage:" in run(sys.executable, ROOT / "scripts" / name, "--help").stdout
@@ -159,6 +160,7 @@ def test_a_missing_python_is_named(bin_without: Path):
     assert "Python 3.11 to 3.14 was not found" in refused.stderr
 
 
+@pytest.mark.slow
 def test_quickstart_ends_with_its_result_and_leaves_nothing(checkout: Path, tmp_path: Path):
     port = free_port()
     scratch = tmp_path / "scratch"
@@ -179,6 +181,7 @@ def test_quickstart_ends_with_its_result_and_leaves_nothing(checkout: Path, tmp_
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_shows_its_log(checkout: Path, tmp_path: Path):
     port = free_port()
     done = run(
@@ -193,6 +196,7 @@ def test_a_server_that_dies_shows_its_log(checkout: Path, tmp_path: Path):
     assert workers(port) == []
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_server(checkout: Path, tmp_path: Path):
     port = free_port()
     environment = os.environ | {"TOPT_CACHE_DIR": str(tmp_path / "cache"), "FAKE_HANGS": "1"}
@@ -207,6 +211,7 @@ def test_a_signal_stops_the_server(checkout: Path, tmp_path: Path):
     assert workers(port) == []
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_server_and_says_how_to_stop_it(checkout: Path, tmp_path: Path):
     port = free_port()
     script = checkout / "scripts" / "quickstart.sh"

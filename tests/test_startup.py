@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from table_factory import make_table
 from transformers import LlamaConfig
 
+from topt_vllm import table_search
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
 from topt_vllm.model_identity import identify
@@ -86,6 +87,19 @@ def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path)
         start({})
     # The folder's name has a space: the command must be ready for a shell.
     assert f"topt-vllm calibrate --model '{model}'" in str(error.value)
+
+
+def test_two_shipped_tables_of_one_model_are_not_chosen_between(
+    start: Any, table: ThresholdTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(table_search, "__file__", str(tmp_path / "package" / "table_search.py"))
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    dump(table, configs / "a.yaml")
+    assert "a.yaml" in start({"implementation": "reference"}).description
+    dump(table, configs / "b.yaml")
+    with pytest.raises(ThresholdTableError, match=r"several shipped tables .*a\.yaml, .*b\.yaml"):
+        start({"implementation": "reference"})
 
 
 def test_dense_is_a_choice(start: Any):

@@ -24,6 +24,8 @@ from table_factory import make_table
 from topt_vllm import table_yaml
 from topt_vllm.thresholds import ThresholdTableError, dumps, load
 
+pytestmark = pytest.mark.slow
+
 CASES = settings(
     max_examples=2500,
     deadline=None,

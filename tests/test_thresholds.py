@@ -275,6 +275,7 @@ def test_heads_of_a_rank():
     assert torch.equal(thetas.heads(2, 2).at(512), thetas.at(512)[2:])
 
 
+@pytest.mark.slow
 def test_table_of_a_70b_model_loads_in_seconds(tmp_path):
     identity = make_identity(
         num_layers=80, num_query_heads=64, num_kv_heads=8, head_dim=128, sliding_window_layers=[]

@@ -13,6 +13,8 @@ from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import Target
 from topt_vllm.benchmarks.traffic import Shape, dense_traffic, predictions, traffic
 
+pytestmark = pytest.mark.slow
+
 
 class Meter:
     """Counts bytes that the interpreter loads and stores, by tensor."""

@@ -15,6 +15,8 @@ from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 
+pytestmark = pytest.mark.slow
+
 RAGGED = [(1, 448), (1, 65), (0, 0), (3, 130)]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 

@@ -9,6 +9,8 @@ from functools import cache
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 COMPILE = """
 import json, sys
 from topt_vllm.benchmarks import compile as bench

@@ -159,6 +159,7 @@ def outcome(model: Path, thresholds: str | None, run: Any) -> dict[str, Any]:
     return {check.name: check for check in verify(str(model), thresholds, run)}
 
 
+@pytest.mark.slow
 def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
     run = FakeEngine()
     found = outcome(smollm2, None, run)
@@ -172,6 +173,7 @@ def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
     assert all(check.passed for check in without.values())
 
 
+@pytest.mark.slow
 def test_damaged_tables_fail_cleanly(smollm2: Path, tmp_path: Path):
     text = SHIPPED.read_text(encoding="utf-8")
     damaged = {

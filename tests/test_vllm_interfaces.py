@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +12,11 @@ from vllm_interfaces import NAMES, SIGNATURES
 
 from topt_vllm import envs
 
-VERSIONS = ["installed", "0.31.0", "0.33.0"]
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from fetch_vllm_sources import VERSIONS as FETCHED
+
+VERSIONS = ["installed", *FETCHED]
 
 pytest.importorskip("vllm")
 
@@ -65,6 +70,7 @@ def names(statements: list[ast.stmt]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("file", "owner"), SIGNATURES, ids="-".join)
 def test_signatures(version: str, file: str, owner: str):
@@ -73,6 +79,7 @@ def test_signatures(version: str, file: str, owner: str):
     assert found == SIGNATURES[file, owner]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(("file", "owner"), NAMES, ids="-".join)
 def test_attributes(version: str, file: str, owner: str):

@@ -35,9 +35,7 @@ def find_table(
     if chooses_no_table(config):
         return None
     named = config.thresholds or envs.get("TOPT_THRESHOLDS")
-    candidates = (
-        [Path(named).expanduser()] if named else [*_model_folder(model, revision), *_shipped(identity)]
-    )
+    candidates = [Path(named).expanduser()] if named else _model_folder(model, revision) or _shipped(identity)
     if not candidates:
         if config.on_missing == "dense":
             return None
@@ -46,6 +44,11 @@ def find_table(
             f"has no {MODEL_FOLDER_NAME}, and no shipped table has the fingerprint {identity.fingerprint}. "
             f"Calibrate one (minutes, once per model):\n    {calibrate_command(model)}\n"
             'or serve with every row kept: --additional-config \'{"toptheta": {"thresholds": "none"}}\''
+        )
+    if len(candidates) > 1:
+        raise ThresholdTableError(
+            f"several shipped tables have the fingerprint of {model}, {identity.fingerprint}: "
+            f"{', '.join(map(str, candidates))}. Name the one to use with toptheta.thresholds."
         )
     path = candidates[0]
     table = _load(path)

@@ -1,4 +1,4 @@
-"""Everything that depends on vLLM's version, with the version it was read in and when it can go."""
+"""Everything that depends on vLLM's version, with the versions it was read in and, where known, when it can go."""
 
 import copyreg
 import logging
@@ -53,7 +53,7 @@ def _restore_backend() -> Any:
 
 
 def cpu_platform_in_force() -> str | None:
-    """Qualified name of the CPU platform vLLM itself would use (plain or Zen), None when it would use none."""
+    """Qualified name of the CPU platform that vLLM would use (plain or Zen), None for none (0.31 to 0.33)."""
     from vllm.platforms import cpu_platform_plugin
 
     return cpu_platform_plugin()
@@ -70,7 +70,7 @@ def cpu_platform_class() -> Any:
 
 
 def is_chosen(vllm_config: Any) -> bool:
-    """Whether some layers of this engine are to run on TOPTHETA."""
+    """Whether some layers of this engine are to run on TOPTHETA (options as in 0.31 to 0.33)."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
-        help="where in the prompt, 0 to 1 (default 0 0.25 0.5 0.75 1)",
+        help="where the facts of a prompt stand in it, 0 to 1 (default 0 0.25 0.5 0.75 1)",
     )
     add("--device", help="cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
@@ -164,6 +165,11 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
 
     plan = prepare(options)
     print(_resolved(plan))
+    for text in (text for text in plan.texts if text.calibrated):
+        print(
+            f"note: the table was calibrated on {text.name}; its losses there are no measure of other texts'",
+            file=sys.stderr,
+        )
     if dry_run:
         return
     origin = provenance() | {"dtype": options.dtype} | _subject(plan)

@@ -42,17 +42,22 @@ def count_jobs(plan: Plan) -> int:
 
 
 def jobs_by_length(model: Any, plan: Plan, text: Text, lengths: list[int]) -> dict[int, list[Job]]:
-    """Every job at each length, from one dense pass over the text's tuning sequence.
+    """Every job at each length, from one dense pass over the text's tuning sequence where something is tuned.
 
     Rules are tuned for each length by itself, on rows with the contexts that will be decoded.
     """
+    if not plan.options.rows:
+        return {length: _budget_jobs(plan) for length in lengths}
     wanted = [spread_rows(length - plan.count(length), length) for length in lengths]
     samples = sample(model, plan.subject, text.tuning[: max(lengths)], wanted)
-    return {length: _jobs(plan, found, length) for length, found in zip(lengths, samples, strict=True)}
+    return {
+        length: [*_budget_jobs(plan), *_tuned_jobs(plan, found, length)]
+        for length, found in zip(lengths, samples, strict=True)
+    }
 
 
-def _jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
-    """Every rule at every target, and every budget of the table that was asked for."""
+def _budget_jobs(plan: Plan) -> list[Job]:
+    """Every budget of the table that was asked for."""
     options = plan.options
     jobs: list[Job] = []
     for k in options.ks:
@@ -65,9 +70,15 @@ def _jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
                 jobs.append(
                     _job(plan, _facts(name, None, k, budget.dense_layers, None, None), rules[name], ks)
                 )
-    for target in options.rows:
+    return jobs
+
+
+def _tuned_jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
+    """Every rule at every target."""
+    jobs: list[Job] = []
+    for target in plan.options.rows:
         dense = plan.dense[target]
-        for family in families(options.rules, plan.table, longest):
+        for family in families(plan.options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
             facts = _facts(family.name, target, None, sorted(dense), tuned.parameter, tuned.v_rows_read)
             jobs.append(_job(plan, facts, tuned.rule, {}))

@@ -25,12 +25,14 @@ class Text:
         sequences: Evaluated token sequences.
         tuning: The sequence that parameters are tuned on; none of the above.
         tuned_on: Where that comes from.
+        calibrated: Whether the table was calibrated on it, so that its losses are no measure of other texts'.
     """
 
     name: str
     sequences: list[list[int]]
     tuning: list[int]
     tuned_on: str
+    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def prepare(options: EvaluationOptions) -> Plan:
         _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
     tokenizer = load_tokenizer(options.model)
-    texts = [_text(options, tokenizer, name, subject.max_seq_length) for name in options.dataset]
+    calibrated = {source.sha256 for source in table.calibration.data} - {None}
+    texts = [_text(options, tokenizer, name, subject.max_seq_length, calibrated) for name in options.dataset]
     needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
     return Plan(options, loading, subject, table, path, texts, needles, dense)
 
@@ -171,12 +174,16 @@ def _dense_layers(
     return layers
 
 
-def _text(options: EvaluationOptions, tokenizer: Any, name: str, length: int) -> Text:
+def _text(
+    options: EvaluationOptions, tokenizer: Any, name: str, length: int, calibrated: set[str | None]
+) -> Text:
     documents, sources = read_texts((name,), (options.num_samples + 1) * length)
     # The part held back of a text is what its parameters are tuned on, unless another text serves for that.
     found = cut_sequences(tokenizer, documents, options.num_samples, length)
+    source = sources[0]
+    seen = source.sha256 in calibrated
     if options.tune_on is None:
-        return Text(sources[0].name, found.calibration, found.held_back, f"the end of {sources[0].name}")
+        return Text(source.name, found.calibration, found.held_back, f"the end of {source.name}", seen)
     documents, others = read_texts((options.tune_on,), 2 * length)
     tuning = cut_sequences(tokenizer, documents, 1, length).calibration[0]
-    return Text(sources[0].name, found.calibration, tuning, others[0].name)
+    return Text(source.name, found.calibration, tuning, others[0].name, seen)

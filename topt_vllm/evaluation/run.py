@@ -63,7 +63,7 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
         for index, text in enumerate(plan.texts):
             # The needles hide in the first text and share its tuning pass.
             needles = options.needles if index == 0 else ()
-            bar.set_description(f"tuning on {text.tuned_on}")
+            bar.set_description(f"{text.name}: tuning on {text.tuned_on}" if options.rows else text.name)
             jobs = jobs_by_length(model, plan, text, sorted({*plan.lengths, *needles}))
             yield from _text(model, plan, text, jobs, bar)
             if needles:
@@ -92,6 +92,7 @@ def _text(
                         "text": text.name,
                         "context": length,
                         "tuned_on": text.tuned_on,
+                        "calibrated": text.calibrated,
                         **job.facts,
                         **into.record(),
                         "decode_rows": plan.count(length),
