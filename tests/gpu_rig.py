@@ -29,7 +29,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheLayout
-from vllm.v1.worker.utils import allocate_kv_cache, customize_attention_spec
+from vllm.v1.worker.utils import allocate_kv_cache
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
@@ -216,8 +216,7 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
                 for index, name in enumerate(names)
             ]
         quantised = kv_cache_dtype.startswith("fp8")
-        spec = customize_attention_spec(
-            backend,
+        spec = backend.customize_spec(
             FullAttentionSpec(
                 block_size=BLOCK_SIZE,
                 num_kv_heads=NUM_KV_HEADS,

@@ -30,8 +30,28 @@ def register_backend() -> None:
         return
     # register_backend raises on a name that exists (0.32).
     if BACKEND_NAME not in AttentionBackendEnum.__members__:
-        vllm_register_backend(BACKEND_NAME, BACKEND_PATH)
+        takes_names = hasattr(AttentionBackendEnum, "register")
+        backend = (
+            BACKEND_NAME if takes_names else _add_member(AttentionBackendEnum, BACKEND_NAME, BACKEND_PATH)
+        )
+        vllm_register_backend(backend, BACKEND_PATH)
     copyreg.pickle(AttentionBackendEnum, _reduce_backend)  # type: ignore[arg-type]
+
+
+def _add_member(enumeration: Any, name: str, value: str) -> Any:
+    """Gives an Enum another member.
+
+    vLLM 0.31 registers classes for its own names only, among them CUSTOM, which would not say whose backend it is.
+    Goes with 0.31.
+    """
+    member = object.__new__(enumeration)
+    member._name_, member._value_ = name, value
+    # As an attribute first: Enum refuses to replace a member that it knows.
+    setattr(enumeration, name, member)
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[value] = member
+    return member
 
 
 def _reduce_backend(member: Any) -> tuple[Any, ...]:
