@@ -155,7 +155,7 @@ class Soak:
     def _server(self, backend: str) -> Iterator[str]:
         options = ["--enforce-eager", "--max-model-len", str(self._max_model_len)]
         options += ["--max-num-seqs", str(self._args.clients)]
-        options += ["--kv-cache-memory-bytes", self._args.kv_cache]
+        options += ["--kv-cache-memory-bytes", self._args.kv_cache, "--dtype", self._args.dtype]
         toptheta = self._toptheta if backend == "TOPTHETA" else None
         counter_files = Path(tempfile.mkdtemp(dir=self._folder))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counter_files)
@@ -237,12 +237,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--prompts", type=int, default=24, help="different ones; default: %(default)s")
     add("--max-tokens", type=int, default=32, help="of an answer; default: %(default)s")
     add("--kv-cache", default="1G", help="bytes of KV cache; default: %(default)s")
+    add("--dtype", default="auto", help="of the model; default: %(default)s, which is the checkpoint's")
     add("--noise", type=float, default=0.25, help="gap of a near tie, in logits; default: %(default)s")
     add(
         "--max-slope",
         type=float,
         default=2.0,
-        help="MiB/min that memory may grow; without tcmalloc vLLM alone grows by more; default: %(default)s",
+        help="MiB/min that memory may grow; bfloat16 grows by more, for torch keeps something for every number of "
+        "tokens that a step had, so judge it with --dtype float32; default: %(default)s",
     )
     add("--timeout", type=float, default=300.0, help="seconds that a request may take; default: %(default)s")
     add("--seed", type=int, default=0, help="of the traffic; default: %(default)s")
