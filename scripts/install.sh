@@ -68,7 +68,12 @@ PYTHON
 
 install_packages() {
     local wanted=("$PACKAGE[$EXTRAS]") scratch status=0
-    [[ $PACKAGE != "$ROOT" ]] || wanted=(--editable "${wanted[@]}")
+    if [[ $PACKAGE == "$ROOT" ]]; then
+        wanted=(--editable "${wanted[@]}")
+    else
+        # pip would keep what is there, for another wheel has the same version.
+        "${PIP[@]}" uninstall --yes topt-vllm >>"$LOG" 2>&1 || true
+    fi
     scratch="$(mktemp -d)"
     if has_own_vllm; then
         say "note: .venv has a vLLM of its own, which is kept."
