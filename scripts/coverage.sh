@@ -11,8 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 "$ROOT/scripts/install.sh"
 cd "$ROOT"
-unset TOPT_THRESHOLDS
 export COVERAGE_FILE="$(mktemp)"
 trap 'rm -f "$COVERAGE_FILE"' EXIT
-"$VENV/bin/python" -m pytest -q -p no:cacheprovider -m "not engine" -n 2 --dist loadfile --cov=topt_vllm --cov-branch --cov-report= "$@"
+run_tests -m "not engine" --cov=topt_vllm --cov-branch --cov-report= "$@"
 "$VENV/bin/python" -m coverage report --sort=cover --skip-covered --fail-under=90

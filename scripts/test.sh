@@ -5,7 +5,7 @@
 #
 #   --fast  leave out the tests marked slow and engine: all of it within a minute once .venv is there
 #
-# Everything after that goes to pytest: ./scripts/test.sh --fast -k operator -x
+# Everything after that goes to pytest: ./scripts/test.sh --fast -k operator -x; with -n 0 in one process, for --pdb.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -41,14 +41,8 @@ check "ruff check" "$VENV/bin/ruff" check .
 check "ruff format" "$VENV/bin/ruff" format --check .
 check "mypy" "$VENV/bin/mypy" topt_vllm scripts
 
-# A table in the caller's environment would take the place of the one that a test expects.
-unset TOPT_THRESHOLDS
-# Where several programs share the cores, threads that spin while they wait cost more than they compute.
-export OMP_WAIT_POLICY=passive
-
 if [[ -n $FAST ]]; then
-    run_tests "Fast tests" -m "not slow and not engine" -n 2 --dist loadfile "$@"
+    run_tests -m "not slow and not engine" "$@"
 else
-    run_suite "$@"
+    run_tests "$@"
 fi
-[[ -n $TESTS_RAN ]] || die "no test was selected."

@@ -64,6 +64,18 @@ def model(plan):
     return load_causal_lm(plan.loading)
 
 
+@pytest.fixture
+def no_weights(monkeypatch):
+    """The test fails when it loads any."""
+
+    def fail(options):
+        pytest.fail("weights loaded")
+
+    # In this order: importing the second after patching the first would give it the wrong one for good.
+    for module in ("topt_vllm.evaluation.run", "topt_vllm.calibration.model"):
+        monkeypatch.setattr(f"{module}.load_causal_lm", fail)
+
+
 def command(folder: Path, *more: str) -> list[str]:
     texts = [str(folder / name) for name in ("play.txt", "code.txt")]
     return [
@@ -273,9 +285,19 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
     assert "toptheta" in capsys.readouterr().out
 
 
+def test_needles_alone(folder, tmp_path):
+    out = tmp_path / "out.json"
+    only = ["--needles", "260", "--depths", "0", "1", "--needles-only", "--rows", "0.6", "--rules", "topk"]
+    assert main(command(folder, *only, "--json", str(out))) == 0
+    (record,) = json.loads(out.read_text())
+    assert record["text"] == "needles"
+    assert [(cell["length"], cell["depth"]) for cell in record["cells"]] == [(260, 0.0), (260, 1.0)]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--needles-only"], "--needles-only: name the lengths of the prompts with --needles"),
         (["--rules", "topk", "magic"], "--rules magic: unknown; allowed: toptheta"),
         (["--rows", "0"], "shares lie above 0"),
         (["--rows"], "nothing to evaluate"),
@@ -296,13 +318,8 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         (["--tune-on", "absent.txt"], "no such file"),
     ],
 )
-def test_errors_come_before_the_weights(folder, more, message, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "topt_vllm.calibration.model.load_causal_lm", lambda options: pytest.fail("weights loaded")
-    )
-    monkeypatch.setattr(
-        "topt_vllm.evaluation.run.load_causal_lm", lambda options: pytest.fail("weights loaded")
-    )
+@pytest.mark.usefixtures("no_weights")
+def test_errors_come_before_the_weights(folder, more, message, capsys):
     assert main(command(folder, *more)) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
@@ -332,10 +349,8 @@ def test_a_text_that_the_table_was_calibrated_on_is_named(folder, tmp_path, caps
     assert "other.txt" not in warned
 
 
-def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "topt_vllm.evaluation.run.load_causal_lm", lambda options: pytest.fail("weights loaded")
-    )
+@pytest.mark.usefixtures("no_weights")
+def test_dry_run_loads_nothing(folder, capsys):
     assert main(command(folder, "--dry-run", "--tune-on", str(folder / "code.txt"))) == 0
     shown = capsys.readouterr().out
     assert "tuned on      code.txt" in shown

@@ -96,7 +96,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="LENGTH",
-        help="hide facts in prompts of these lengths",
+        help="hide facts in the first text, in prompts of these lengths",
     )
     add(
         "--depths",
@@ -105,6 +105,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=[0.0, 0.25, 0.5, 0.75, 1.0],
         help="where the facts of a prompt stand in it, 0 to 1 (default 0 0.25 0.5 0.75 1)",
     )
+    add("--needles-only", action="store_true", help="leave out what the texts themselves would lose")
     add("--device", help="cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the records; the file must not exist")
@@ -137,6 +138,7 @@ def _options(args: argparse.Namespace) -> EvaluationOptions:
         num_samples=args.num_samples,
         tune_on=args.tune_on,
         needles=tuple(sorted(set(args.needles))),
+        needles_only=args.needles_only,
         depths=tuple(sorted(set(args.depths))),
         device=args.device,
         dtype=args.dtype,
@@ -209,7 +211,8 @@ def _resolved(plan: "Plan") -> str:
         "tuned on": ", ".join(dict.fromkeys(text.tuned_on for text in plan.texts)),
         "sequences": f"{options.num_samples} of each text, of {subject.max_seq_length} tokens",
         "rules": ", ".join(options.rules),
-        "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths),
+        "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths)
+        or "-",
         "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
         "budgets": ", ".join(f"k={k}" for k in options.ks) or "-",
         "needles": needles if options.needles else "-",

@@ -38,6 +38,7 @@ class EvaluationOptions:
         tune_on: Text that the rules' parameters are tuned on; None for the end of each text, which isn't evaluated.
         needles: Lengths of needle prompts (tokens), none for no needles.
         depths: Where needles are hidden, 0 for the start and 1 for the end.
+        needles_only: Whether the texts serve only to hide needles in.
         device: As in calibration.
         dtype: Of the weights; ``auto`` for the checkpoint's own.
         json: Where records are written.
@@ -58,6 +59,7 @@ class EvaluationOptions:
     tune_on: str | None = None
     needles: tuple[int, ...] = ()
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    needles_only: bool = False
     device: str | None = None
     dtype: str = "float32"
     json: Path | None = None
@@ -91,6 +93,10 @@ class EvaluationOptions:
         require(
             all(0 <= depth <= 1 for depth in self.depths),
             f"--depths {_listed(self.depths)}: 0 is the start of the text and 1 its end",
+        )
+        require(
+            bool(self.needles) or not self.needles_only,
+            "--needles-only: name the lengths of the prompts with --needles",
         )
         require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for option, path in (("--json", self.json), ("--plot", self.plot)):

@@ -61,7 +61,9 @@ class Plan:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Contexts at which the decoded rows end."""
+        """Contexts at which the decoded rows of the texts end."""
+        if self.options.needles_only:
+            return ()
         return self.options.lengths or (self.subject.max_seq_length,)
 
     def count(self, length: int) -> int:

@@ -60,12 +60,13 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     model = load_causal_lm(plan.loading)
     runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
-        for index, text in enumerate(plan.texts):
+        for index, text in enumerate(plan.texts[:1] if options.needles_only else plan.texts):
             # The needles hide in the first text and share its tuning pass.
             needles = options.needles if index == 0 else ()
             bar.set_description(f"{text.name}: tuning on {text.tuned_on}" if options.rows else text.name)
             jobs = jobs_by_length(model, plan, text, sorted({*plan.lengths, *needles}))
-            yield from _text(model, plan, text, jobs, bar)
+            if plan.lengths:
+                yield from _text(model, plan, text, jobs, bar)
             if needles:
                 yield from evaluate_needles(model, plan, text, jobs, bar)
 
