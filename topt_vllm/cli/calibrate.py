@@ -1,6 +1,7 @@
 """``topt-vllm calibrate``: makes the threshold table of a model."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,19 +35,26 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add(
         "--max-seq-length", type=int, help="tokens of a sequence (default: the model's context, at most 8192)"
     )
-    add(
-        "--k",
-        type=int,
-        nargs="+",
-        default=[64, 128, 256],
-        help="budgets: keys per query head (default 64 128 256)",
-    )
+    _add_budgets(parser.add_argument_group("budgets").add_argument)
+    _add_thresholds(parser.add_argument_group("thresholds").add_argument)
+    _add_run(parser.add_argument_group("run and output").add_argument)
+    return parser
+
+
+def _add_budgets(add: Callable[..., Any]) -> None:
     add(
         "--budget",
         choices=BUDGETS,
         default="k",
         help="k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
         "one for each target, with more keys for the heads that lose more (default %(default)s)",
+    )
+    add(
+        "--k",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256],
+        help="budgets: keys per query head (default 64 128 256)",
     )
     add("--mass", type=_percent, nargs="+", default=[5.0], help="budgets of --budget mass (default 5%%)")
     add(
@@ -64,6 +72,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="likewise: V rows read, all layers counted",
     )
     add("--dense-layers", type=int, nargs="*", metavar="LAYER", help="layers to attend densely (default 0)")
+
+
+def _add_thresholds(add: Callable[..., Any]) -> None:
     add("--sigma", type=float, default=0.0, help="standard deviations added to θ (default %(default)s)")
     add(
         "--topk-at-calibration",
@@ -71,13 +82,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="run the model with top-k attention (the largest --k), as sparse layers will feed later ones; slow",
     )
     add("--seed", type=int, default=0, help="of the choice of query rows (default %(default)s)")
+
+
+def _add_run(add: Callable[..., Any]) -> None:
     add("--device", help="cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
     add("--output", type=Path, help="table to write (default: toptheta.yaml in the model's folder)")
     add("--force", action="store_true", help="replace an existing table")
     add("--resume", action="store_true", help="go on where a killed run with the same options was")
     add("--dry-run", action="store_true", help="check everything, print what would be run, load no weights")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

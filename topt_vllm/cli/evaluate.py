@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         metavar="TEXT",
         help="texts, each evaluated by itself; as in calibrate",
     )
+    _add_rules(parser.add_argument_group("rules and targets").add_argument)
+    _add_rows(parser.add_argument_group("decoded rows").add_argument)
+    _add_needles(parser.add_argument_group("hidden facts").add_argument)
+    _add_run(parser.add_argument_group("run and output").add_argument)
+    return parser
+
+
+def _add_rules(add: Callable[..., Any]) -> None:
     add(
         "--rules",
         nargs="+",
@@ -64,6 +73,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "to the rule, else none)",
     )
     add(
+        "--tune-on",
+        metavar="TEXT",
+        help="text to tune on (default: the end of each text, which isn't evaluated)",
+    )
+
+
+def _add_rows(add: Callable[..., Any]) -> None:
+    add(
         "--max-seq-length",
         type=int,
         help="tokens of a sequence (default: the longest of --lengths and --needles, else the model's context, "
@@ -85,11 +102,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="contexts at which the decoded rows end, a record for each (default: --max-seq-length alone)",
     )
     add("--num-samples", type=int, default=1, help="sequences of each text (default %(default)s)")
-    add(
-        "--tune-on",
-        metavar="TEXT",
-        help="text to tune on (default: the end of each text, which isn't evaluated)",
-    )
+
+
+def _add_needles(add: Callable[..., Any]) -> None:
     add(
         "--needles",
         type=int,
@@ -106,12 +121,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the facts of a prompt stand in it, 0 to 1 (default 0 0.25 0.5 0.75 1)",
     )
     add("--needles-only", action="store_true", help="leave out what the texts themselves would lose")
+
+
+def _add_run(add: Callable[..., Any]) -> None:
     add("--device", help="cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)")
     add("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the records; the file must not exist")
     add("--plot", type=Path, metavar="FILE", help="plot loss against rows (.png, .svg, .pdf); must not exist")
     add("--dry-run", action="store_true", help="check everything, print what would be run, load no weights")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
