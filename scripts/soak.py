@@ -156,6 +156,8 @@ class Soak:
         options = ["--enforce-eager", "--max-model-len", str(self._max_model_len)]
         options += ["--max-num-seqs", str(self._args.clients)]
         options += ["--kv-cache-memory-bytes", self._args.kv_cache, "--dtype", self._args.dtype]
+        if self._args.step_tokens:
+            options += ["--max-num-batched-tokens", str(self._args.step_tokens)]
         toptheta = self._toptheta if backend == "TOPTHETA" else None
         counter_files = Path(tempfile.mkdtemp(dir=self._folder))
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(counter_files)
@@ -238,13 +240,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=32, help="of an answer; default: %(default)s")
     add("--kv-cache", default="1G", help="bytes of KV cache; default: %(default)s")
     add("--dtype", default="auto", help="of the model; default: %(default)s, which is the checkpoint's")
+    add("--step-tokens", type=int, help="most tokens of a step; default: vLLM's own")
     add("--noise", type=float, default=0.25, help="gap of a near tie, in logits; default: %(default)s")
     add(
         "--max-slope",
         type=float,
         default=2.0,
-        help="MiB/min that memory may grow; bfloat16 grows by more, for torch keeps something for every number of "
-        "tokens that a step had, so judge it with --dtype float32; default: %(default)s",
+        help="MiB/min that memory may grow; until a server has seen steps of all numbers of tokens, oneDNN alone "
+        "grows by more, so judge it with --step-tokens 256; default: %(default)s",
     )
     add("--timeout", type=float, default=300.0, help="seconds that a request may take; default: %(default)s")
     add("--seed", type=int, default=0, help="of the traffic; default: %(default)s")
