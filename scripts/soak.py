@@ -246,8 +246,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--max-slope",
         type=float,
         default=2.0,
-        help="MiB/min that memory may grow; oneDNN alone grows by more until a server has seen steps of all numbers "
-        "of tokens (docs/operations.md), so compare with --backend CPU_ATTN; default: %(default)s",
+        help="MiB/min that memory may grow; oneDNN alone grows by more until a server has seen steps of all "
+        "numbers of tokens (docs/operations.md), so compare with --backend CPU_ATTN; default: %(default)s",
     )
     add("--timeout", type=float, default=300.0, help="seconds that a request may take; default: %(default)s")
     add("--seed", type=int, default=0, help="of the traffic; default: %(default)s")
