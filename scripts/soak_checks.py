@@ -117,9 +117,9 @@ def inconsistencies(
     generated = get("vllm:generation_tokens_total")
     requests = get("vllm:request_success_total")
     preempted = new.get("vllm:num_preemptions_total", 0.0)
-    # The first token of an answer comes from prefill, so no row decodes it. The step that an ended request may
-    # still take adds a row, and so does a preempted one.
-    least, most = tokens - 3 * requests, generated + requests + 2 * preempted
+    # The first token of an answer comes from prefill, so no row decodes it. A prompt whose last chunk is one token,
+    # a preempted request and the step that an ended request may still take add a row each.
+    least, most = tokens - 3 * requests, generated + 2 * requests + 2 * preempted
     facts = {
         f"0 < V rows read {get('toptheta:v_rows_read_total'):.0f} <= {get('toptheta:v_rows_total'):.0f}": (
             0 < get("toptheta:v_rows_read_total") <= get("toptheta:v_rows_total")

@@ -312,17 +312,19 @@ def test_tensor_parallel_ranks_take_their_own_heads(vllm_config: Any, monkeypatc
         bind_layer(layer, LAYER, resolved, BLOCK_SIZE, tensor_parallel_size=3)
 
 
-def test_prompts_are_dense_to_their_last_token(vllm_config: Any):
-    """A prompt's last chunk may be a single token: it is prefill, after a row that decodes."""
+@pytest.mark.parametrize(("runner", "rows"), [("generate", [300, 200]), ("pooling", [])])
+def test_pooled_prompts_are_dense_to_their_last_token(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, runner: str, rows: list[int]
+):
+    """A prompt's last chunk may be a single token. Where tokens are generated, it decodes, as vLLM has it."""
+    monkeypatch.setattr(vllm_config.model_config, "runner_type", runner)
     builder, _ = build(vllm_config)
     _, block_table = new_cache()
-    common = common_metadata(BatchSpec("ends", [300, 200, 40], [1, 1, 40]), block_table)
-    metadata = builder.build(0, common.replace(is_prefilling=torch.tensor([False, True, True])))
-    assert metadata.num_decode_rows == 1
-    assert metadata.decode_lengths.tolist() == [300]
-    only_ends = common_metadata(BatchSpec("only ends", [300, 200], [1, 1]), block_table)
-    metadata = builder.build(0, only_ends.replace(is_prefilling=torch.tensor([True, True])))
-    assert metadata.num_decode_rows == 0
+    ends = torch.tensor([True, True, True])
+    for batch in (BatchSpec("ends", [300, 200, 40], [1, 1, 40]), BatchSpec("only ends", [300, 200], [1, 1])):
+        common = common_metadata(batch, block_table)
+        metadata = builder.build(0, common.replace(is_prefilling=ends[: len(batch.seq_lens)]))
+        assert metadata.decode_lengths.tolist() == rows
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])

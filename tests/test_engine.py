@@ -67,8 +67,8 @@ def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Pat
     assert_same_tokens(ours, stock)
     layers = 30
     assert ours["totals"]["toptheta:decode_rows_total"] == ours["totals"]["dense_rows:no_thresholds"]
-    # The last sampled token is never fed back.
-    decoded = len(ours["tokens"]) * (MAX_TOKENS - 1)
+    # The one-token prompt is a decode row too; the last sampled token is never fed back.
+    decoded = len(ours["tokens"]) * (MAX_TOKENS - 1) + 1
     assert ours["totals"]["toptheta:decode_rows_total"] == layers * decoded
     assert ours["totals"]["toptheta:v_rows_read_total"] == ours["totals"]["toptheta:v_rows_total"] > 0
 

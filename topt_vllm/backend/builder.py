@@ -54,6 +54,8 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         describe_rank(resolved, tensor_parallel_size)
         tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.block_size)
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
+        # The last row of a prompt gives its vector, which no table was made for.
+        self._pools = vllm_config.model_config.runner_type == "pooling"
         self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
         self._sift = None if resolved.config.sift is None else SiftRequests(resolved.config.sift)
@@ -76,10 +78,9 @@ class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
         """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
         common = common_attn_metadata
         threshold = self.reorder_batch_threshold or 1
-        # Prompts are dense to their last token. Warm-up batches don't say what they are.
-        num_decodes, num_decode_rows, has_prefill = split(
-            common, threshold, ends_of_prompts_decode=common.is_prefilling is None
-        )
+        # Warm-up batches don't say what they are.
+        decoding = not self._pools or common.is_prefilling is None
+        num_decodes, num_decode_rows, has_prefill = split(common, threshold, ends_of_prompts_decode=decoding)
         decode = None
         if num_decodes:
             decode = DecodeBatch(
