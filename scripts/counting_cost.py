@@ -41,9 +41,11 @@ def main() -> None:
     step(counted), step(nothing)
     pairs = []
     for turn in range(args.pairs):
-        first, second = (counted, nothing) if turn % 2 else (nothing, counted)
-        seconds = {id(first): step(first), id(second): step(second)}
-        pairs.append((seconds[id(counted)], seconds[id(nothing)]))
+        if turn % 2:
+            with_counters, without = step(counted), step(nothing)
+        else:
+            without, with_counters = step(nothing), step(counted)
+        pairs.append((with_counters, without))
     ratios = statistics.quantiles([a / b for a, b in pairs], n=10)
     medians = [1e3 * statistics.median(column) for column in zip(*pairs, strict=True)]
     print(

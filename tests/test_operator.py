@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PLAIN = Policy(group_keep="head", compensation="none")
 
 
-def slow_where(interpreted: bool) -> tuple[pytest.MarkDecorator, ...]:
+def parameter(impl: str, *more: object) -> Any:
     """Triton's interpreter takes seconds for what a kernel does in milliseconds."""
-    return (pytest.mark.slow,) if interpreted else ()
+    return pytest.param(impl, *more, marks=pytest.mark.slow if impl == "triton" else ())
 
 
 def each(impls: list[str]) -> pytest.MarkDecorator:
-    parameters = [pytest.param(impl, marks=slow_where(impl == "triton")) for impl in impls]
-    return pytest.mark.parametrize("impl", parameters)
+    return pytest.mark.parametrize("impl", [parameter(impl) for impl in impls])
 
 
 every_implementation = each(IMPLS)
@@ -341,12 +341,7 @@ def reads(impl: str, dtype: torch.dtype) -> bool:
     return impl != "triton" or dtype != torch.uint8
 
 
-BYTES_READ = [
-    pytest.param(impl, dtype, marks=slow_where(impl == "triton"))
-    for impl in KERNELS
-    for dtype in BYTES
-    if reads(impl, dtype)
-]
+BYTES_READ = [parameter(impl, dtype) for impl in KERNELS for dtype in BYTES if reads(impl, dtype)]
 kernels_and_bytes = pytest.mark.parametrize(("impl", "dtype"), BYTES_READ)
 
 
