@@ -7,7 +7,7 @@ from tiny_models import SMALL, save_model
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration import dense_pass, scores
+from topt_vllm.calibration import capture, scores
 from topt_vllm.calibration.dense_pass import DensePass
 from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError
@@ -37,7 +37,7 @@ CONFIGS = {
 def small_chunks(monkeypatch):
     """Chunks of a few rows, so that every test crosses their edges and uses several threads."""
     monkeypatch.setattr(scores, "_CHUNK_ELEMENTS", 9000)
-    monkeypatch.setattr(dense_pass, "_WINDOWED_ROWS", 20)
+    monkeypatch.setattr(capture, "_MASKED_ROWS", 20)
 
 
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())

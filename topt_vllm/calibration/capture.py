@@ -22,6 +22,9 @@ NAME = "toptheta_capture"
 # Arguments that change the scores or the softmax in ways that a threshold on q·k knows nothing of.
 REFUSED = ("position_bias", "s_aux", "sinks")
 
+# Query rows that a layer whose rows see few keys attends for at once.
+_MASKED_ROWS = 1024
+
 Observer = Callable[[LayerCall], None]
 
 
@@ -63,7 +66,7 @@ class _Capture:
         if softcap or k is not None:
             select = None if k is None else top_k(k)
             return attend(call, select).transpose(0, 1).unsqueeze(0), None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return whole_sequence(module, query, key, value, attention_mask, scaling=scaling, **kwargs), None
 
     def _check_heads(self, call: LayerCall) -> None:
         expected = (self._identity.num_query_heads, self._identity.num_kv_heads, self._identity.head_dim)
@@ -124,6 +127,32 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     """bool [n, n] from a mask [1, 1 or H, n, n], boolean or additive."""
     first = mask[0, 0]
     return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
+
+
+def whole_sequence(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' own attention of a whole sequence, [1, n, H, Dv].
+
+    Under a mask, rows are attended part by part, each with the keys that it sees: in a layer with a sliding window
+    those are few, and all n × n pairs would cost many times as much.
+    """
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
+    seen = visible_keys(attention_mask)
+    outputs = []
+    for start in range(0, len(seen), _MASKED_ROWS):
+        rows = slice(start, start + _MASKED_ROWS)
+        indices = seen[rows].any(dim=0).nonzero()
+        keys = slice(int(indices[0]), int(indices[-1]) + 1)
+        tensors = query[:, :, rows], key[:, :, keys], value[:, :, keys], attention_mask[:, :, rows, keys]
+        outputs.append(sdpa_attention_forward(module, *tensors, **kwargs)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def check_plain_causal(

@@ -6,18 +6,14 @@ to them.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from topt_vllm.calibration.capture import check_plain_causal, selected, visible_keys
+from topt_vllm.calibration.capture import check_plain_causal, selected, visible_keys, whole_sequence
 from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.scores import LayerCall, attend
-
-# Query rows that a windowed layer attends for at once.
-_WINDOWED_ROWS = 1024
 
 
 class SparseAttention(Protocol):
@@ -119,9 +115,7 @@ class DensePass:
         self._cache[layer] = key[0].contiguous(), value[0].contiguous()
         if softcap:
             return attend(call, None).transpose(0, 1).unsqueeze(0), None
-        if window:
-            return _windowed(module, call, scaling, kwargs)[None], None
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return whole_sequence(module, query, key, value, attention_mask, scaling=scaling, **kwargs), None
 
     def _attend(
         self,
@@ -188,28 +182,6 @@ class DensePass:
                 layer.forward = lambda *_, index=index, **__: self._outputs[span, index]
                 stack.callback(_restore_forward, layer, before)
             yield
-
-
-def _windowed(
-    module: torch.nn.Module, call: LayerCall, scaling: float | None, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """transformers' own attention of a whole sequence whose rows see few keys, [n, H, Dv]: part by part, each with
-    the keys that it sees, for all n × n pairs would cost many times as much.
-    """
-    outputs = []
-    for start in range(0, call.query.shape[1], _WINDOWED_ROWS):
-        rows = slice(start, start + _WINDOWED_ROWS)
-        oldest = max(0, start - call.window + 1)
-        keys = slice(oldest, rows.stop)
-        part = replace(
-            call,
-            query=call.query[:, rows],
-            key=call.key[:, keys],
-            value=call.value[:, keys],
-            first=start - oldest,
-        )
-        outputs.append(_dense(module, part, scaling, kwargs))
-    return torch.cat(outputs)
 
 
 def _dense(
