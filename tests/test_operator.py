@@ -618,3 +618,17 @@ def test_refusals_name_argument_expected_and_got(impl: str, what: str) -> None:
     change, message = REFUSED[what]
     with pytest.raises(RuntimeError, match=message):
         change(random_case([(1, 100)])).run(impl)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ({"recent_tokens": 0}, "recent_tokens is 0; it must be at least 1"),
+        ({"group_keep": "heads"}, "group_keep is 'heads'; it must be one of head, union"),
+        ({"compensation": "mean"}, "compensation is 'mean'; it must be one of none, vmean"),
+    ],
+    ids=["recent_tokens", "group_keep", "compensation"],
+)
+def test_policies_that_do_not_exist(what: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy(**what)

@@ -7,7 +7,7 @@ dimension, ``B`` blocks, ``P`` rows of a block, ``n`` the context length of one 
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -55,6 +55,9 @@ class Policy:
     def __post_init__(self) -> None:
         if self.recent_tokens < 1:
             raise ValueError(f"recent_tokens is {self.recent_tokens}; it must be at least 1")
+        for name, choices in (("group_keep", get_args(GroupKeep)), ("compensation", get_args(Compensation))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
