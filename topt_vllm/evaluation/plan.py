@@ -99,7 +99,9 @@ def prepare(options: EvaluationOptions) -> Plan:
     dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
     tokenizer = load_tokenizer(options.model)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
-    texts = [_text(options, tokenizer, name, subject.max_seq_length, calibrated) for name in options.dataset]
+    # Needles hide in the first text.
+    names = options.dataset[:1] if options.needles_only else options.dataset
+    texts = [_text(options, tokenizer, name, subject.max_seq_length, calibrated) for name in names]
     needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
     return Plan(options, loading, subject, table, path, texts, needles, dense)
 

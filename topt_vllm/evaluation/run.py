@@ -60,7 +60,7 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     model = load_causal_lm(plan.loading)
     runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
-        for index, text in enumerate(plan.texts[:1] if options.needles_only else plan.texts):
+        for index, text in enumerate(plan.texts):
             # The needles hide in the first text and share its tuning pass.
             needles = options.needles if index == 0 else ()
             bar.set_description(f"{text.name}: tuning on {text.tuned_on}" if options.rows else text.name)
