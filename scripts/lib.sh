@@ -117,5 +117,6 @@ run_tests() {
     step "Tests"
     # A table in the caller's environment would take the place of the one that a test expects.
     env -u TOPT_THRESHOLDS OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-        "$VENV/bin/python" -m pytest -p no:cacheprovider -n 2 --dist loadfile --durations=8 -rs "$@"
+        "$VENV/bin/python" -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder \
+        --durations=8 -rs "$@"
 }

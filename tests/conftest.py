@@ -12,6 +12,12 @@ from topt_vllm import envs
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines come first: what takes minutes must not be left to one process at the end."""
+    slowest = {item.path for item in items if item.get_closest_marker("engine")}
+    items.sort(key=lambda item: item.path not in slowest)
+
+
 def prepared(part: str) -> Path:
     """A file or folder of the cache; the test is skipped where it has not been prepared."""
     path = envs.cache_dir() / part

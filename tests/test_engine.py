@@ -36,8 +36,12 @@ def prompts(model: Path, text: Path) -> list[list[int]]:
     return [*plain, question["input_ids"]]
 
 
-def run_engine(model: Path, text: Path, backend: str, settings: str, **engine: Any) -> dict[str, Any]:
-    """Outcome of one engine (see engine_main.py); each configuration runs once."""
+def run_engine(
+    model: Path, text: Path, backend: str, settings: str, separate_core: bool = False, **engine: Any
+) -> dict[str, Any]:
+    """Outcome of one engine (see engine_main.py), all in one process unless its core is to be separate, as a
+    server's is; each configuration runs once.
+    """
     arguments = {
         "model": str(model),
         "dtype": "bfloat16",
@@ -48,7 +52,9 @@ def run_engine(model: Path, text: Path, backend: str, settings: str, **engine: A
         "additional_config": {"toptheta": json.loads(settings)} if backend == "TOPTHETA" else {},
         "seed": 0,
     }
-    request = engines.Request(arguments | engine, prompts(model, text), MAX_TOKENS)
+    request = engines.Request(
+        arguments | engine, prompts(model, text), MAX_TOKENS, separate_core=separate_core
+    )
     return once(asdict(request), lambda: engines.run(request, timeout=1200))
 
 
@@ -62,7 +68,14 @@ def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any]) -> None:
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "compiled"])
 def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Path, enforce_eager: bool):
     stock = run_engine(smollm2, unseen_play, "CPU_ATTN", "{}", enforce_eager=True)
-    ours = run_engine(smollm2, unseen_play, "TOPTHETA", '{"thresholds": "none"}', enforce_eager=enforce_eager)
+    ours = run_engine(
+        smollm2,
+        unseen_play,
+        "TOPTHETA",
+        '{"thresholds": "none"}',
+        separate_core=True,
+        enforce_eager=enforce_eager,
+    )
     assert stock["totals"] is None, "TOPTHETA's code ran although it was not chosen"
     assert_same_tokens(ours, stock)
     layers = 30
@@ -97,7 +110,7 @@ def test_sift_warms_up_each_request_and_then_skips(smollm2: Path, unseen_play: P
     """Without a table; under torch.compile, and with a worker of its own that knows requests by name."""
     warmup = 6
     settings = json.dumps({"policy": "sift", "sift_tau": 0.9, "sift_warmup": warmup})
-    ours = run_engine(smollm2, unseen_play, "TOPTHETA", settings, enforce_eager=False)
+    ours = run_engine(smollm2, unseen_play, "TOPTHETA", settings, separate_core=True, enforce_eager=False)
     totals = ours["totals"]
     assert totals["dense_rows:sift_warmup"] == 30 * len(ours["tokens"]) * warmup
     assert set(name for name in totals if name.startswith("dense_rows:")) == {"dense_rows:sift_warmup"}

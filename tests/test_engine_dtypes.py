@@ -46,7 +46,7 @@ def run_engine(
         "enforce_eager": True,
         "seed": 0,
     }
-    request = engines.Request(arguments, prompts(model, text), max_tokens=12)
+    request = engines.Request(arguments, prompts(model, text), max_tokens=12, separate_core=False)
     return once(asdict(request), lambda: engines.run(request, timeout=600))
 
 

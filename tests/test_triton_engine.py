@@ -49,7 +49,7 @@ def run_engine(model: Path, prompts: list[list[int]], table: Path, implementatio
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
     results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     assert results, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
