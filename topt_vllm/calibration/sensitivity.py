@@ -2,7 +2,8 @@
 
 Over four orders of magnitude of the error, the divergence of the next token's distribution stays within a factor of
 four of proportional to it (ten layers of SmolLM2, most within two to three). So each layer needs one factor, taken
-where the layer is likely to end up: at the budget that loses this layer's share of one per cent.
+where the layer is likely to end up: at the budget that loses this layer's share of one per cent, or at a smaller one
+where rounding would hide that.
 
 The divergence from dense attention is what the text's own loss would rise by on average if the model had written
 the text, and on few rows it is far steadier than that loss.
@@ -21,6 +22,8 @@ SENSITIVITY_ROWS = 256
 SENSITIVITY_RUNS = 3
 _FIRST_K = 16
 _LOSS = 0.01
+# Divergences that tell something are this many times what rounding makes.
+_CLEAR = 4.0
 _BELOW_ANY_SCORE = -1e30
 
 
@@ -42,18 +45,20 @@ def sensitivity(
         thetas: The layer's thresholds at each.
         errors: Its errors at each.
     """
-    # With every row kept, too, the layer is computed another way than in the dense pass: that is rounding.
-    floor = _divergence(replay, subject, layer, _everything(thetas[0]))
+    # With every row kept, too, the layer is computed another way than in the dense pass: that is rounding. In
+    # bfloat16 it makes more than this layer's share of the loss, and a difference of the two may be nothing.
+    floor = max(_divergence(replay, subject, layer, _everything(thetas[0])), 0.0)
     energies = errors.layer_energy.tolist()
 
     def factor(index: int) -> float:
         if energies[index] <= 0:
             return 0.0
-        return max(_divergence(replay, subject, layer, thetas[index]) - floor, 0.0) / energies[index]
+        excess = _divergence(replay, subject, layer, thetas[index]) - floor
+        return max(excess, floor / _CLEAR) / energies[index]
 
     first = min(range(len(ks)), key=lambda index: abs(ks[index] - _FIRST_K))
     found = factor(first)
-    share = _LOSS / len(subject.full_layers)
+    share = max(_LOSS / len(subject.full_layers), _CLEAR * floor)
     likely = min(range(len(ks)), key=lambda index: abs(found * energies[index] - share))
     return found if likely == first else factor(likely)
 
