@@ -257,6 +257,12 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
     assert table.budget(None) is close
 
 
+def test_a_target_that_is_not_reached_is_said(folders, capsys):
+    table = run(folders["llama"], target_rows=(0.1,))
+    assert table.budget("rows-0.1%").quality.v_rows_read > 0.001
+    assert "rows-0.1% was not reached; its budget is the nearest, a loss of" in capsys.readouterr().err
+
+
 def test_auto_with_windowed_layers(folders):
     table = run(folders["gemma3, windows"], target_rows=(40.0,))
     quality = table.budgets[-1].quality

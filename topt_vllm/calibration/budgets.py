@@ -1,8 +1,11 @@
 """Budgets that follow a target, and what every budget is worth: runs with sparse layers."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from tqdm import tqdm
 
 from topt_vllm.calibration.allocation import Head, Path, Point
 from topt_vllm.calibration.head_errors import HeadErrors
@@ -12,7 +15,7 @@ from topt_vllm.calibration.plan import Plan
 from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.replay import Replay
 from topt_vllm.calibration.search import Measured, search
-from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, sensitivity
+from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, everything, sensitivity
 from topt_vllm.thresholds import Budget, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
@@ -60,13 +63,17 @@ def targeted(
 ) -> list[Budget]:
     """One budget for each target: search on the path, on the tuning sequences."""
     replays = [_replay(model, plan, tokens, MEASURED_ROWS) for tokens in plan.sequences.tuning]
+    rounding = [_rounding(replay, plan, maker) for replay in replays]
     known: dict[int, Measured] = {}
 
     def measure(place: int) -> Measured:
         budget = maker.allocated(path.ks(place), "tried")
         results = [_measure(replay, plan, budget) for replay in replays]
         losses = [quality.loss_pct or 0.0 for quality, _ in results]
-        divergences = [100 * math.expm1(quality.kl or 0.0) for quality, _ in results]
+        divergences = [
+            100 * math.expm1((quality.kl or 0.0) - floor)
+            for (quality, _), floor in zip(results, rounding, strict=True)
+        ]
         progress()
         # The divergence is what the loss would be on the model's own text: the promise holds on both.
         return Measured(max(_mean(losses), _mean(divergences)), 100 * _mean([rows for _, rows in results]))
@@ -74,8 +81,23 @@ def targeted(
     budgets = []
     for target in plan.options.targets:
         found = search(path.steps, target, measure, known)
+        if not found.met:
+            reached = f"a loss of {found.measured.loss:.2f} % at {found.measured.rows:.1f} % of V rows"
+            tqdm.write(
+                f"{target.name} was not reached; its budget is the nearest, {reached}", file=sys.stderr
+            )
         budgets.append(maker.allocated(path.ks(found.place), target.name))
     return budgets
+
+
+def _rounding(replay: Replay, plan: Plan, maker: Maker) -> float:
+    """Divergence with every row kept (nats): layers are computed another way than in the dense pass, which a narrow
+    dtype makes as much as a small target.
+    """
+    thetas = maker.thetas()
+    kept = {layer: everything(thetas[layer][0]) for layer in plan.allocated_layers}
+    subject = plan.subject
+    return replay.run(ThresholdTally(subject.identity, {}, kept, replay.rows, subject.window)).kl
 
 
 def _mean(numbers: list[float]) -> float:

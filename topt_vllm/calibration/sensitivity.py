@@ -2,8 +2,8 @@
 
 Over four orders of magnitude of the error, the divergence of the next token's distribution stays within a factor of
 four of proportional to it (ten layers of SmolLM2, most within two to three). So each layer needs one factor, taken
-where the layer is likely to end up: at the budget that loses this layer's share of one per cent, or at a smaller one
-where rounding would hide that.
+where the layer is likely to end up: at the budget that loses this layer's share of one per cent, or at a smaller
+one where rounding would hide that.
 
 The divergence from dense attention is what the text's own loss would rise by on average if the model had written
 the text, and on few rows it is far steadier than that loss.
@@ -47,7 +47,7 @@ def sensitivity(
     """
     # With every row kept, too, the layer is computed another way than in the dense pass: that is rounding. In
     # bfloat16 it makes more than this layer's share of the loss, and a difference of the two may be nothing.
-    floor = max(_divergence(replay, subject, layer, _everything(thetas[0])), 0.0)
+    floor = max(_divergence(replay, subject, layer, everything(thetas[0])), 0.0)
     energies = errors.layer_energy.tolist()
 
     def factor(index: int) -> float:
@@ -67,7 +67,8 @@ def _divergence(replay: Replay, subject: Subject, layer: int, thetas: Thetas) ->
     return replay.run(ThresholdTally(subject.identity, {}, {layer: thetas}, replay.rows, subject.window)).kl
 
 
-def _everything(thetas: Thetas) -> Thetas:
+def everything(thetas: Thetas) -> Thetas:
+    """Thresholds that keep every key, for the same heads and lengths."""
     # Finite: θ between lengths is a weighted mean, which −inf makes NaN.
     theta = torch.full_like(thetas.theta, _BELOW_ANY_SCORE)
     return Thetas(thetas.lengths, theta, torch.zeros_like(thetas.law))
