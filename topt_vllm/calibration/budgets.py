@@ -63,7 +63,7 @@ def targeted(
 ) -> list[Budget]:
     """One budget for each target: search on the path, on the tuning sequences."""
     replays = [_replay(model, plan, tokens, MEASURED_ROWS) for tokens in plan.sequences.tuning]
-    rounding = [_rounding(replay, plan, maker) for replay in replays]
+    rounding = _rounding(replays, plan, maker)
     known: dict[int, Measured] = {}
 
     def measure(place: int) -> Measured:
@@ -90,14 +90,14 @@ def targeted(
     return budgets
 
 
-def _rounding(replay: Replay, plan: Plan, maker: Maker) -> float:
-    """Divergence with every row kept (nats): layers are computed another way than in the dense pass, which a narrow
-    dtype makes as much as a small target.
+def _rounding(replays: list[Replay], plan: Plan, maker: Maker) -> list[float]:
+    """Divergences with every row kept (nats): layers are computed another way than in the dense pass, which a
+    narrow dtype makes as much as a small target.
     """
     thetas = maker.thetas()
     kept = {layer: everything(thetas[layer][0]) for layer in plan.allocated_layers}
-    subject = plan.subject
-    return replay.run(ThresholdTally(subject.identity, {}, kept, replay.rows, subject.window)).kl
+    identity, window = plan.subject.identity, plan.subject.window
+    return [replay.run(ThresholdTally(identity, {}, kept, replay.rows, window)).kl for replay in replays]
 
 
 def _mean(numbers: list[float]) -> float:
