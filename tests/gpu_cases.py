@@ -54,6 +54,12 @@ THETAS = Thetas(
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
 
 
+def as_on_gpu(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
+    """Has the engine run on a GPU with these settings of ``toptheta``, by default with ``implementation: auto``."""
+    monkeypatch.setattr(vllm_config.device_config, "device_type", "cuda")
+    monkeypatch.setitem(vllm_config.additional_config, "toptheta", settings)
+
+
 @pytest.fixture(scope="module")
 def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A tiny model with a table whose first layer is dense, for engines of up to eight sequences."""

@@ -20,15 +20,17 @@ from gpu_cases import (
     NUM_KV_HEADS,
     THETAS,
     BatchSpec,
+    as_on_gpu,
     vllm_config,
 )
 from gpu_rig import make_rig, make_sparse, readable
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from topt_vllm.attention.common import Policy, Stat
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
-from topt_vllm.backend.metrics import recorder
+from topt_vllm.backend.metrics import recorder, summary
 
 __all__ = ["make_rig", "vllm_config"]
 
@@ -132,12 +134,58 @@ def test_speculative_rows_decode_together(make_rig: Any, vllm_config: Any, monke
 
 
 @pytest.mark.slow
-def test_what_the_host_counts(make_rig: Any):
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_decodes_a_dense_layer_of_the_table(
+    make_rig: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch, backend: type, implementation: str
+):
+    """Under auto the platform, whole batches at a time and without V sums; the operator where it is named."""
+    torch.manual_seed(7)
+    as_on_gpu(vllm_config, monkeypatch, implementation=implementation)
+    rig = make_rig(backend, layers=2)
+    batch = BATCHES[2]
+    rig.write_contexts(batch)
+    updated: list[Any] = []
+    kernel = rig.builder._group.implementation
+    update_sums = kernel.update_sums
+    monkeypatch.setattr(kernel, "update_sums", lambda *args: (updated.append(args), update_sums(*args)))
+    query, output, metadata = rig.step(batch)
+    on_platform = implementation == "auto"
+    assert rig.platform_rows == [22 if on_platform else 20]
+    assert rig.layers[0].impl.platform_reason == ("dense_layer" if on_platform else None)
+    assert (rig.layers[0].impl.bound is None) == on_platform == (metadata.whole is not None)
+    assert not updated
+    torch.testing.assert_close(
+        output.float(), rig.expected(0, query, rig.common(batch), None, Policy()), **CLOSE
+    )
+    _, _, metadata = rig.step(batch, index=1)
+    assert rig.platform_rows[1:] == [20]
+    assert rig.layers[1].impl.bound.statistics[:, Stat.ROWS].sum() == 2
+    assert len(updated) == 1
+
+
+def test_a_sparse_model_builds_nothing_of_the_platform_s_to_decode(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch
+):
+    rig = make_rig(FlashTopThetaBackend)
+    assert rig.builder._platform is None
+    monkeypatch.setattr(FlashAttentionMetadataBuilder, "build", None)
+    metadata = rig.builder.build(0, rig.common(DECODE))
+    assert metadata.decode is not None
+    assert metadata.prefill is metadata.whole is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_what_the_host_counts(
+    make_rig: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch, implementation: str
+):
     """Layer 0 of the table is dense, layer 1 sparse from 32 tokens on, layer 2 has a window of 24."""
     torch.manual_seed(6)
+    as_on_gpu(vllm_config, monkeypatch, implementation=implementation)
     rig = make_rig(TritonTopThetaBackend, layers=3, windows=(None, None, 24))
     rig.write_contexts(DECODE)
-    before = recorder().totals()
+    before, amounts = recorder().totals(), recorder().amounts()
     common = rig.common(DECODE)
     metadata = rig.builder.build(0, common)
     for index in range(3):
@@ -147,13 +195,20 @@ def test_what_the_host_counts(make_rig: Any):
     rig.builder.build(0, rig.common(BatchSpec("prefill", [9], [9])))
     after = recorder().totals()
     added = {name: after[name] - before.get(name, 0) for name in after}
-    assert rig.platform_rows == [4]
+    assert rig.platform_rows == ([4, 4] if implementation == "auto" else [4])
     assert added["dense_rows:dense_layer"] == 4
     assert added["dense_rows:short_context"] == 3
     assert added["dense_rows:sliding_window"] == 4
     assert added["toptheta:decode_rows_total"] == 3 * 4
     windowed = sum(min(24, length) for length in DECODE.seq_lens)
     assert added["toptheta:v_rows_total"] == (2 * sum(DECODE.seq_lens) + windowed) * NUM_KV_HEADS
+    sparse = rig.layers[1].impl.bound.statistics.sum(dim=0)
+    read = sum(DECODE.seq_lens) + windowed
+    assert added["toptheta:v_rows_read_total"] == read * NUM_KV_HEADS + sparse[Stat.V_ROWS_READ]
+    logged = summary(recorder().amounts(), amounts)
+    assert logged is not None
+    assert "dense_layer 33.3%" in logged
+    assert "sliding_window 33.3%" in logged
 
 
 def test_a_cache_group_of_windows_stays_with_the_platform(make_rig: Any):

@@ -17,13 +17,14 @@ from gpu_cases import (
     NUM_HEADS,
     THETAS,
     BatchSpec,
+    as_on_gpu,
     vllm_config,
 )
 from gpu_rig import make_rig, make_sparse
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from topt_vllm.attention.common import Stat
+from topt_vllm.attention.common import Policy, Stat
 from topt_vllm.attention.triton.calls import Call
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
@@ -65,6 +66,63 @@ def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: An
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_holds_layers_of_both_kinds(
+    make_rig: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch, backend: type
+):
+    """A dense layer's part is what the platform's builder makes for a graph, and it is made anew for each step."""
+    torch.manual_seed(8)
+    as_on_gpu(vllm_config, monkeypatch)
+    rig = make_rig(backend, layers=2)
+    platform = rig.builder._platform
+    assert type(platform) is rig.builder.platform_builder
+    calls: list[str] = []
+
+    def spied(method: str) -> Any:
+        stock = getattr(platform, method)
+        return lambda *args, **options: (calls.append(method), stock(*args, **options))[1]
+
+    for method in ("build_for_cudagraph_capture", "build"):
+        monkeypatch.setattr(platform, method, spied(method))
+    rig.write_contexts(DECODE)
+    static = rig.common(BatchSpec("capture", [1] * MAX_SEQUENCES, [1] * MAX_SEQUENCES))
+    captured = rig.builder.build_for_cudagraph_capture(static)
+    assert calls[0] == "build_for_cudagraph_capture"
+    assert (static.seq_lens == 1).all()
+
+    calls.clear()
+    real = rig.common(DECODE)
+    static.query_start_loc.fill_(4)[:5] = real.query_start_loc
+    static.seq_lens.fill_(0)[:4] = real.seq_lens
+    static.block_table_tensor.fill_(0)[:4] = real.block_table_tensor
+    rig.builder.build(0, static.replace(query_start_loc_cpu=static.query_start_loc.clone()))
+    assert calls == ["build"]
+    thetas = rig.layers[1].impl.bound.thetas
+    for index in range(2):
+        rig.write(index, real.slot_mapping)
+        query, output = rig.attend(index, captured, MAX_SEQUENCES)
+        expected = rig.expected(index, query[:4], real, thetas if index else None, Policy())
+        torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
+    assert rig.platform_rows == [MAX_SEQUENCES]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("platform", AttentionCGSupport)
+def test_no_more_is_declared_than_the_platform_s_builder_can_do(
+    make_rig: Any,
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Any,
+    platform: AttentionCGSupport,
+):
+    builder = backend.get_builder_cls()
+    monkeypatch.setattr(
+        builder.platform_builder, "get_cudagraph_support", classmethod(lambda cls, *args: platform)
+    )
+    declared = builder.get_cudagraph_support(vllm_config, None)
+    assert declared.value == min(platform.value, AttentionCGSupport.UNIFORM_BATCH.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_graphs_are_declared_for_uniform_decode_batches(make_rig: Any, vllm_config: Any, backend: type):
     builder = make_rig(backend).builder
     support = builder.get_cudagraph_support(vllm_config, builder.kv_cache_spec)
@@ -82,9 +140,18 @@ def on_meta(common: Any) -> Any:
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_building_metadata_reads_nothing_off_the_device(make_rig: Any, backend: type, batch: BatchSpec):
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_building_metadata_reads_nothing_off_the_device(
+    make_rig: Any,
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: type,
+    batch: BatchSpec,
+    implementation: str,
+):
     """Tensors of the device ``meta`` have no data: any read of them raises."""
-    rig = make_rig(backend, layers=2, windows=(24,))
+    as_on_gpu(vllm_config, monkeypatch, implementation=implementation)
+    rig = make_rig(backend, layers=3, windows=(None, None, 24))
     common = on_meta(rig.common(batch))
     with pytest.raises(RuntimeError, match="meta"):
         common.seq_lens.max().item()

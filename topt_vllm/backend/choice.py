@@ -1,6 +1,13 @@
-"""Which class TOPTHETA is, chosen when vLLM looks the name up: the platform's own backend with Top-Theta decode."""
+"""Which class TOPTHETA is, chosen when vLLM looks the name up.
 
-from typing import Any
+The platform's own backend with Top-Theta decode; on GPUs, for a model without thresholds, the backend that vLLM
+picks unasked.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 _NAME = "TopThetaBackend"
 
@@ -19,7 +26,15 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"topt_vllm has no kernel for {current_platform.device_name}, only for CPUs, CUDA and ROCm"
         )
-    if current_platform.is_cuda() and _cache_is_plain():
+    from vllm.config import get_current_vllm_config_or_none
+
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is not None and _keeps_every_row(vllm_config):
+        from topt_vllm.backend.compat import unasked_backend
+        from topt_vllm.backend.gpu.stock import stock_backend
+
+        return stock_backend(unasked_backend(vllm_config))
+    if current_platform.is_cuda() and _cache_is_plain(vllm_config):
         from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 
         return FlashTopThetaBackend
@@ -28,9 +43,18 @@ def __getattr__(name: str) -> Any:
     return TritonTopThetaBackend
 
 
-def _cache_is_plain() -> bool:
-    """Whether the engine that is being built keeps K and V as FlashAttention takes them beside its queries."""
-    from vllm.config import get_current_vllm_config_or_none
+def _keeps_every_row(vllm_config: "VllmConfig") -> bool:
+    """Whether the engine that is being built leaves every layer to the platform's own kernels."""
+    from topt_vllm.backend.startup import resolve
 
-    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config.model_config is None:
+        return False
+    try:
+        return resolve(vllm_config).all_on_platform
+    except (ValueError, RuntimeError):  # the class that is chosen now says why, when a layer is made
+        return False
+
+
+def _cache_is_plain(vllm_config: "VllmConfig | None") -> bool:
+    """Whether that engine keeps K and V as FlashAttention takes them beside the operator's queries."""
     return vllm_config is None or vllm_config.cache_config.cache_dtype in ("auto", "float16", "bfloat16")

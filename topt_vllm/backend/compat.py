@@ -1,5 +1,6 @@
 """Everything that depends on vLLM's version, with the versions it was read in and, where known, when it can go."""
 
+import copy
 import copyreg
 import logging
 from typing import Any
@@ -104,6 +105,47 @@ def name_requests(vllm_config: Any) -> None:
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":
         parallel.worker_cls = "topt_vllm.backend.worker.TopThetaWorker"
+
+
+def unasked_backend(vllm_config: Any) -> Any:
+    """The class that vLLM picks for the decoder layers of a model when no backend is named (0.31 to 0.33).
+
+    Raises:
+        ValueError: vLLM has none for this model here.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    unasked = copy.copy(vllm_config)
+    unasked.attention_config = copy.copy(vllm_config.attention_config)
+    unasked.attention_config.backend, unasked.attention_config.backend_per_kind = None, {}
+    model_config = vllm_config.model_config
+    with set_current_vllm_config(unasked):
+        return get_attn_backend(
+            model_config.get_head_size(),
+            model_config.dtype,
+            vllm_config.cache_config.cache_dtype,
+            use_mm_prefix=model_config.is_mm_prefix_lm,
+        )
+
+
+def unasked_backend_of_layer(options: dict[str, Any]) -> Any:
+    """The same for one layer.
+
+    Args:
+        options: What a platform asks a backend about the layer (``AttentionBackend.validate_configuration``).
+
+    Raises:
+        ValueError: vLLM has none for such a layer here.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    asked = {name: options[name] for name in AttentionSelectorConfig._fields if name in options}
+    return resolve_obj_by_qualname(
+        current_platform.get_attn_backend_cls(None, attn_selector_config=AttentionSelectorConfig(**asked))
+    )
 
 
 def is_draft_layer(layer_name: str) -> bool:

@@ -76,6 +76,28 @@ def rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int)
     )
 
 
+def few_rows(common: CommonAttentionMetadata, threshold: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The requests of a batch in any order that decode.
+
+    Args:
+        common: The step's batch.
+        threshold: Most query rows of a request that decodes.
+
+    Returns:
+        On the host, int32 [S + 1], first query row of each request, counted among theirs alone; and int32 [S],
+        its context length (tokens). None without any, where a batch is not causal, or its lengths aren't known.
+    """
+    if common.causal is not True or (lengths := common.seq_lens_cpu_upper_bound) is None:
+        return None
+    starts = common.query_start_loc_cpu[: common.num_reqs + 1]
+    if common.max_query_len <= threshold:
+        return starts, lengths[: common.num_reqs]
+    rows = starts[1:] - starts[:-1]
+    decoding = rows <= threshold
+    starts = torch.nn.functional.pad(rows[decoding].cumsum(0), (1, 0))
+    return (starts, lengths[: common.num_reqs][decoding]) if int(starts[-1]) else None
+
+
 def row_lengths(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
     """Context length of every decode row.
 

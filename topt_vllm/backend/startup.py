@@ -35,6 +35,8 @@ class Resolved:
         description: One line for the log.
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
+        dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
+            the operator's is named.
     """
 
     config: TopThetaConfig
@@ -45,6 +47,12 @@ class Resolved:
     description: str
     table_labels: dict[str, str]
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
+    dense_on_platform: bool = False
+
+    @property
+    def all_on_platform(self) -> bool:
+        """Whether that is so for every layer of the model."""
+        return self.dense_on_platform and not self.thetas
 
     @property
     def calibrated_up_to(self) -> int | None:
@@ -67,10 +75,13 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         RuntimeError: The kernel can't be built.
     """
     config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
-    _refuse(vllm_config)
+    device_type = vllm_config.device_config.device_type
+    dense_on_platform = device_type != "cpu" and config.implementation == "auto"
+    if not dense_on_platform:
+        _refuse(vllm_config)
     model_config = vllm_config.model_config
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
-    name, implementation = load_implementation(config.implementation, vllm_config.device_config.device_type)
+    name, implementation = load_implementation(config.implementation, device_type)
     if config.sift is not None:
         return _resolve_sift(vllm_config, config, identity, name, implementation)
     found = find_table(config, identity, model_config.model, model_config.revision)
@@ -93,8 +104,21 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
     keys = _promised_keys(config, name, implementation, budget)
     rows += "; thresholds adapt to the traffic" if keys else ""
+    if dense_on_platform and thetas:
+        _refuse(vllm_config)
+        served_by = f"{name} kernel, dense layers on vLLM's own"
+    else:
+        served_by = "vLLM's own kernels" if dense_on_platform else f"{name} kernel"
     return Resolved(
-        config, identity, name, implementation, thetas, f"TOPTHETA: {name} kernel, {rows}", labels, keys
+        config,
+        identity,
+        name,
+        implementation,
+        thetas,
+        f"TOPTHETA: {served_by}, {rows}",
+        labels,
+        keys,
+        dense_on_platform,
     )
 
 

@@ -29,9 +29,8 @@ logger = logging.getLogger("vllm.topt_vllm")
 class GpuBuilder(_Platform):
     """Mixed into a metadata builder of vLLM: splits each batch, and binds the layers of its KV cache group."""
 
-    # A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where a
-    # batch splits depends on the batch, so graphs of mixed batches would not.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # The platform's own builder class.
+    platform_builder: ClassVar[Any]
     # The metadata holds the platform's; vLLM would replace the block table of the outer one only.
     supports_update_block_table: bool = False
 
@@ -56,9 +55,23 @@ class GpuBuilder(_Platform):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
         self._group, self._counters = bind_layers(impls, resolved, block_size, tensor_parallel_size, device)
-        self._any_on_platform = any(impl.platform_reason for impl in impls.values())
+        # A builder of its own, for some keep what a step needs in buffers of theirs, such as FlashAttention 3 its
+        # schedule, and `prefill` and `whole` are other batches.
+        self._platform: Any | None = None
+        if any(impl.platform_reason for impl in impls.values()):
+            self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
         self._captured = False
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: Any) -> AttentionCGSupport:
+        """Uniform batches, or what the platform's builder can do where that is less.
+
+        A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where
+        a batch splits depends on the batch, so graphs of mixed batches would not.
+        """
+        platform = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(AttentionCGSupport.UNIFORM_BATCH, platform, key=lambda support: support.value)
 
     def build(
         self,
@@ -67,35 +80,48 @@ class GpuBuilder(_Platform):
         fast_build: bool = False,
     ) -> GpuMetadata:
         """Builds a step's metadata and counts what the host knows of it."""
-        parts = self._split(common_attn_metadata)
-        metadata = self._build(common_attn_metadata, parts, fast_build)
+        common = common_attn_metadata
+        parts = self._split(common)
+        whole = None if self._platform is None else self._platform.build(0, common, fast_build)
+        metadata = self._build(common, parts, whole, fast_build)
         if self._group is not None:
             if self._captured:
                 self._captured = False
                 self._group.statistics.reset()
             self._group.statistics.publish()
-        self._counters.count(common_attn_metadata, num_decodes=parts[0])
-        if (lengths := common_attn_metadata.seq_lens_cpu_upper_bound) is not None:
-            self._extrapolation.see(lengths[: parts[0]])
+        if num_decodes := parts[0]:
+            lengths = common.seq_lens_cpu_upper_bound
+            lengths = None if lengths is None else lengths[:num_decodes]
+            self._counters.count(common.query_start_loc_cpu[: num_decodes + 1], lengths)
+            if lengths is not None:
+                self._extrapolation.see(lengths)
         return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:
         """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
         self._captured = True
+        common = common_attn_metadata
         # Short contexts, or capturing takes long; none that is empty, so that every output is written.
-        common_attn_metadata.seq_lens.fill_(common_attn_metadata.max_query_len)
-        parts = self._split(common_attn_metadata)
-        return self._build(common_attn_metadata, parts, fast_build=False)
+        common.seq_lens.fill_(common.max_query_len)
+        whole = None
+        if self._platform is not None:
+            whole = self._platform.build_for_cudagraph_capture(common)
+            common.seq_lens.fill_(common.max_query_len)  # Triton attention's builder writes lengths too
+        return self._build(common, self._split(common), whole, fast_build=False)
 
     def _split(self, common: CommonAttentionMetadata) -> tuple[int, int, bool]:
         # A graph of uniform rows is replayed for ends of prompts too, so they have to be decode rows.
         return split(common, self._max_query_rows, ends_of_prompts_decode=True)
 
     def _build(
-        self, common: CommonAttentionMetadata, parts: tuple[int, int, bool], fast_build: bool
+        self,
+        common: CommonAttentionMetadata,
+        parts: tuple[int, int, bool],
+        whole: Any | None,
+        fast_build: bool,
     ) -> GpuMetadata:
         num_decodes, num_rows, has_prefill = parts
-        decode = prefill = whole = None
+        decode = prefill = None
         if num_decodes and self._group is not None:
             decode = DecodeBatch(
                 common.query_start_loc[: num_decodes + 1],
@@ -105,14 +131,8 @@ class GpuBuilder(_Platform):
             )
             max_sequences = self.vllm_config.scheduler_config.max_num_seqs
             self._group.allocate(max_sequences, self._max_query_rows, common.block_table_tensor.shape[1])
-        if self._any_on_platform:
-            whole = super().build(0, common, fast_build)
         if has_prefill and self._group is not None:
-            # FlashAttention 3 keeps its schedule in one buffer of the builder. A fast build makes none, so that
-            # whole keeps its own.
-            prefill = super().build(
-                0, rows_after(common, num_decodes, num_rows), fast_build or whole is not None
-            )
+            prefill = super().build(0, rows_after(common, num_decodes, num_rows), fast_build)
         return GpuMetadata(common.num_actual_tokens, num_rows, decode, prefill, whole)
 
 

@@ -20,6 +20,8 @@ class FlashTopThetaImpl(GpuImpl, FlashAttentionImpl):
 class FlashTopThetaBuilder(GpuBuilder, FlashAttentionMetadataBuilder):
     """Prefill metadata of FlashAttention."""
 
+    platform_builder = FlashAttentionMetadataBuilder
+
 
 class FlashTopThetaBackend(GpuBackend, FlashAttentionBackend):
     """For caches of the model's dtype. With fp8 ones FlashAttention wants queries in fp8, the operator doesn't."""

@@ -16,6 +16,8 @@ class GpuImpl(_Platform):
     """Mixed into an attention implementation of vLLM: decode rows go to Top-Theta, prefill rows stay."""
 
     bound: GpuLayer | None = None
+    # Why the platform's kernel decodes in this layer too; None where the operator does. Set as `bound` is.
+    platform_reason: str | None = None
     sliding_window: tuple[int, int]
     logits_soft_cap: float
     # Every rank would need all of a context's V sums.
@@ -35,8 +37,6 @@ class GpuImpl(_Platform):
                 )
         # The operator takes queries as the model has them.
         self.supports_quant_query_input = False
-        # A window is short already: the platform's kernel serves such a layer, and its rows are counted as dense.
-        self.platform_reason = "sliding_window" if self.sliding_window[0] >= 0 else None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: the operator writes what the model's dtype is."""

@@ -8,9 +8,9 @@ end the capture. So the device's sums are copied to host memory on the step's st
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from topt_vllm.attention.common import Stat
 from topt_vllm.backend.metrics import LayerAccumulators, recorder
@@ -56,44 +56,57 @@ class DeviceStatistics:
         self._host.copy_(self._sums, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class PlatformLayer:
+    """A layer that stays with the platform's kernel.
+
+    Attributes:
+        reason: Why its rows read every V row.
+        window: Keys that a row sees at most; None for all.
+        num_heads: Query heads on this rank.
+        num_kv_heads: KV heads on this rank, divided by the ranks that hold each.
+    """
+
+    reason: str
+    window: int | None
+    num_heads: int
+    num_kv_heads: float
+
+
 class HostCounters:
     """What is known of a step without its scores: rows that read every V row, and why.
 
     Args:
-        dense: Layers by the reason that makes them dense.
+        dense: Layers that the operator decodes with every row kept, by the reason.
         sparse: Layers with thresholds.
-        windows: Layers by (keys of the window, query heads, KV heads divided by the ranks that hold each).
+        platform: Layers that stay with the platform's kernel.
         dense_up_to: Longest context that is dense for being short (tokens).
     """
 
     def __init__(
-        self, dense: Counter[str], sparse: int, windows: Counter[tuple[int, int, float]], dense_up_to: int
+        self, dense: Counter[str], sparse: int, platform: Counter[PlatformLayer], dense_up_to: int
     ) -> None:
         self._dense = dense
         self._sparse = sparse
-        self._windows = windows
+        self._platform = platform
         self._dense_up_to = dense_up_to
 
-    def count(self, common: CommonAttentionMetadata, num_decodes: int) -> None:
+    def count(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor | None) -> None:
         """Counts a step.
 
         Args:
-            common: The step's batch. Its context lengths on the host are those before drafted tokens are rejected
-                (async scheduling), so the counts are off by those few tokens.
-            num_decodes: Its first requests, which decode.
+            query_start_loc: int32 [S + 1] on the host, first query row of each request that decodes.
+            seq_lens: int32 [S] on the host, their context lengths (tokens), where known. They are those before
+                drafted tokens are rejected (async scheduling), so the counts are off by those few tokens.
         """
-        if not num_decodes:
-            return
-        starts = common.query_start_loc_cpu[: num_decodes + 1]
         for reason, layers in self._dense.items():
-            recorder().count_dense_rows(reason, int(starts[-1]) * layers)
-        lengths = common.seq_lens_cpu_upper_bound
-        if lengths is None or not ((self._sparse and self._dense_up_to) or self._windows):
+            recorder().count_dense_rows(reason, int(query_start_loc[-1]) * layers)
+        if seq_lens is None or not ((self._sparse and self._dense_up_to) or self._platform):
             return
-        rows = row_lengths(starts, lengths[:num_decodes])
-        short = int((rows <= self._dense_up_to).sum())
-        recorder().count_dense_rows("short_context", short * self._sparse)
-        for (window, num_heads, num_kv_heads), layers in self._windows.items():
-            recorder().count_platform_rows(
-                "sliding_window", rows.clamp(max=window), num_heads, num_kv_heads, layers
-            )
+        lengths = row_lengths(query_start_loc, seq_lens)
+        if self._sparse:
+            short = int((lengths <= self._dense_up_to).sum())
+            recorder().count_dense_rows("short_context", short * self._sparse)
+        for layer, layers in self._platform.items():
+            seen = lengths if layer.window is None else lengths.clamp(max=layer.window)
+            recorder().count_platform_rows(layer.reason, seen, layer.num_heads, layer.num_kv_heads, layers)

@@ -20,6 +20,8 @@ class TritonTopThetaImpl(GpuImpl, TritonAttentionImpl):
 class TritonTopThetaBuilder(GpuBuilder, TritonAttentionMetadataBuilder):
     """Prefill metadata of Triton attention."""
 
+    platform_builder = TritonAttentionMetadataBuilder
+
 
 class TritonTopThetaBackend(GpuBackend, TritonAttentionBackend):
     """For ROCm, for fp8 caches, and where vLLM has no FlashAttention."""
