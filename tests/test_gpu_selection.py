@@ -9,13 +9,22 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gpu_cases import BACKENDS, HEAD_DIM, vllm_config
+from gpu_cases import BACKENDS, HEAD_DIM, as_on_gpu, vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import flash_attn, registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionMetadataBuilder
+from vllm.v1.attention.selector import (
+    AttentionSelectorConfig,
+    _cached_get_attn_backend,
+    get_attn_backend,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from topt_vllm.backend import compat
 from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
@@ -142,19 +151,175 @@ def test_other_platforms_are_told_that_there_is_no_kernel(monkeypatch: pytest.Mo
         AttentionBackendEnum["TOPTHETA"].get_class()
 
 
-@pytest.mark.parametrize("rocm", [False, True], ids=["cuda", "rocm"])
-def test_vllm_s_gpu_platforms_select_it(vllm_config: Any, monkeypatch: pytest.MonkeyPatch, rocm: bool):
-    """Their own selection. Their modules ask the machine when they are imported, so it is made to answer."""
+@pytest.fixture
+def on_platform(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has vLLM run on one of its GPU platforms, with that one's own selection.
+
+    Their modules ask the machine when they are imported, so it is made to answer.
+    """
     gpu = SimpleNamespace(gcnArchName="gfx942")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
-    name = "rocm.RocmPlatform" if rocm else "cuda.CudaPlatformBase"
-    platform = resolve_obj_by_qualname(f"vllm.platforms.{name}")
-    monkeypatch.setattr(platform, "get_device_capability", classmethod(lambda cls: DeviceCapability(9, 4)))
-    for question, answer in (("cpu", False), ("cuda", not rocm), ("cuda_alike", True)):
-        monkeypatch.setattr(type(current_platform), f"is_{question}", lambda self, answer=answer: answer)
+
+    def on_platform(name: str, capability: tuple[int, int]) -> Any:
+        platform = resolve_obj_by_qualname(
+            {"rocm": "vllm.platforms.rocm.RocmPlatform", "cuda": "vllm.platforms.cuda.CudaPlatformBase"}[name]
+        )
+        monkeypatch.setattr(
+            platform, "get_device_capability", classmethod(lambda cls, *args: DeviceCapability(*capability))
+        )
+        answers = {"cpu": False, "cuda": name == "cuda", "rocm": name == "rocm", "cuda_alike": True}
+        for question, answer in answers.items():
+            monkeypatch.setattr(type(current_platform), f"is_{question}", lambda self, answer=answer: answer)
+        monkeypatch.setattr(type(current_platform), "get_attn_backend_cls", platform.get_attn_backend_cls)
+        return platform
+
+    _cached_get_attn_backend.cache_clear()
+    yield on_platform
+    _cached_get_attn_backend.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm"])
+def test_vllm_s_gpu_platforms_select_it(on_platform: Any, name: str):
+    platform = on_platform(name, (9, 4))
     config = AttentionSelectorConfig(HEAD_DIM, torch.bfloat16, "auto", None)
     path = platform.get_attn_backend_cls(AttentionBackendEnum["TOPTHETA"], config)
-    assert resolve_obj_by_qualname(path) is (TritonTopThetaBackend if rocm else FlashTopThetaBackend)
+    assert resolve_obj_by_qualname(path) is (
+        TritonTopThetaBackend if name == "rocm" else FlashTopThetaBackend
+    )
     with pytest.raises(ValueError, match="head_size not supported"):
         platform.get_attn_backend_cls(AttentionBackendEnum["TOPTHETA"], config._replace(head_size=20))
+
+
+class FlashInferBuilder(TritonAttentionMetadataBuilder):
+    """Graphs of single tokens only, as FlashInfer's without TRT-LLM kernels."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+class FlashInfer(TritonAttentionBackend):
+    """Stands in for the package that vLLM's FlashInfer backend needs, with its static facts."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "FLASHINFER"
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        return FlashInferBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        return [32, 64]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return False
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM finds FlashInfer."""
+    path = f"{FlashInfer.__module__}.FlashInfer"
+    monkeypatch.setitem(registry._ATTN_OVERRIDES, AttentionBackendEnum.FLASHINFER, path)
+
+
+def asked(vllm_config: Any, backend: str | None, **options: Any) -> Any:
+    """What vLLM's selection gives a layer with and without a backend named."""
+    member = None if backend is None else AttentionBackendEnum[backend]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_config.attention_config, "backend", member)
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        return get_attn_backend(HEAD_DIM, torch.bfloat16, cache_dtype, **options)
+
+
+UNASKED = [
+    ("cuda", (8, 0), "auto", "FLASH_ATTN"),
+    ("cuda", (8, 0), "fp8", "TRITON_ATTN"),
+    ("cuda", (9, 0), "auto", "FLASH_ATTN"),
+    ("cuda", (9, 0), "fp8", "FLASH_ATTN"),
+    ("cuda", (10, 0), "auto", "FLASHINFER"),
+    ("cuda", (10, 0), "fp8", "FLASHINFER"),
+    ("rocm", (9, 4), "auto", "ROCM_ATTN"),
+    ("rocm", (9, 4), "fp8", "ROCM_ATTN"),
+]
+
+
+@pytest.mark.parametrize(("platform", "capability", "cache_dtype", "expected"), UNASKED)
+def test_without_thresholds_it_is_what_vllm_picks_unasked(
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    on_platform: Any,
+    request: pytest.FixtureRequest,
+    platform: str,
+    capability: tuple[int, int],
+    cache_dtype: str,
+    expected: str | None,
+):
+    """FlashAttention 3 takes fp8 caches on Hopper; on Blackwell FlashInfer comes first. ROCm's pick is as it is."""
+    on_platform(platform, capability)
+    if platform == "rocm":  # they need more of Triton than vLLM's CPU build has
+        for unbuilt in ("TURBOQUANT", "ULTRAQUANT"):
+            monkeypatch.setitem(registry._ATTN_OVERRIDES, AttentionBackendEnum[unbuilt], "absent.Backend")
+    if capability == (10, 0):
+        request.getfixturevalue("flashinfer")
+    as_on_gpu(vllm_config, monkeypatch, thresholds="none")
+    monkeypatch.setattr(vllm_config.cache_config, "cache_dtype", cache_dtype)
+    monkeypatch.setattr(
+        flash_attn, "flash_attn_supports_kv_cache_dtype", lambda *args, **options: capability == (9, 0)
+    )
+    stock, chosen = (asked(vllm_config, name) for name in (None, "TOPTHETA"))
+    assert expected in (stock.get_name(), None)
+    assert chosen is not stock
+    assert issubclass(chosen, stock)
+    assert chosen.get_impl_cls() is stock.get_impl_cls()
+    assert issubclass(chosen.get_builder_cls(), stock.get_builder_cls())
+    support, stocks = (
+        backend.get_builder_cls().get_cudagraph_support(vllm_config, None) for backend in (chosen, stock)
+    )
+    assert support == stocks
+    for name in dir(stock):
+        if name.startswith(("get_name", "get_supported", "support")):
+            ours, theirs = getattr(chosen, name), getattr(stock, name)
+            assert getattr(ours, "__func__", ours) is getattr(theirs, "__func__", theirs), name
+    assert chosen.get_preferred_block_size(16) == stock.get_preferred_block_size(16)
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=HEAD_DIM, dtype=torch.bfloat16)
+    assert chosen.customize_spec(spec) == stock.customize_spec(spec)
+    assert resolve_obj_by_qualname(".".join(chosen.full_cls_name())) is chosen
+
+
+@pytest.mark.parametrize("settings", [{}, {"thresholds": "none", "implementation": "triton"}], ids=str)
+def test_thresholds_or_a_named_kernel_bring_the_operator(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, on_platform: Any, settings: dict[str, str]
+):
+    on_platform("cuda", (9, 0))
+    as_on_gpu(vllm_config, monkeypatch, **settings)
+    assert asked(vllm_config, "TOPTHETA") is FlashTopThetaBackend
+
+
+def test_layers_for_which_vllm_picks_different_backends_are_refused(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, on_platform: Any, flashinfer: None
+):
+    on_platform("cuda", (10, 0))
+    as_on_gpu(vllm_config, monkeypatch, thresholds="none")
+    assert asked(vllm_config, "TOPTHETA").get_name() == "FLASHINFER"
+    with pytest.raises(ValueError, match="sliding window not supported"):
+        asked(vllm_config, "TOPTHETA", has_sliding_window=True)
+    # A layer that FlashInfer could serve, where something else comes first.
+    monkeypatch.setattr(compat, "unasked_backend_of_layer", lambda options: flash_attn.FlashAttentionBackend)
+    _cached_get_attn_backend.cache_clear()
+    with pytest.raises(ValueError, match="vLLM picks FLASH_ATTN for this layer and FLASHINFER for others"):
+        asked(vllm_config, "TOPTHETA")
+
+
+def test_mistakes_are_shown_as_without_thresholds(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, on_platform: Any
+):
+    on_platform("cuda", (9, 0))
+    as_on_gpu(vllm_config, monkeypatch, thresholds="none", unknown=1)
+    with pytest.raises(ValueError, match=r"toptheta\.unknown"):
+        asked(vllm_config, "TOPTHETA")

@@ -59,7 +59,7 @@ def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) 
                 kv_transfer_config=options.get("kv_transfer_config"),
                 speculative_config=options.get("speculative_config"),
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
-                device_config=SimpleNamespace(device_type="cpu"),
+                device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
             )
         )
 
@@ -105,6 +105,26 @@ def test_two_shipped_tables_of_one_model_are_not_chosen_between(
 def test_dense_is_a_choice(start: Any):
     assert "θ = −inf)" in start({"thresholds": "none"}).description
     assert "no table found" in start({"on_missing": "dense"}).description
+
+
+def test_dense_layers_stay_with_the_platform_s_kernels_on_gpus(
+    start: Any, table: ThresholdTable, model: Path
+):
+    """Unless the operator's is named; what V sums can't have is refused only where there are thresholds."""
+    options = {"device_type": "cuda", "fast_prefill": True}
+    resolved = start({"thresholds": "none"}, **options)
+    assert resolved.all_on_platform
+    assert resolved.description == "TOPTHETA: vLLM's own kernels, every V row is read (θ = −inf)"
+    with pytest.raises(ConfigError, match="kv-sharing-fast-prefill"):
+        start({"thresholds": "none", "implementation": "triton"}, **options)
+    dump(table, model / "toptheta.yaml")
+    with pytest.raises(ConfigError, match="kv-sharing-fast-prefill"):
+        start({}, **options)
+    sparse = start({}, device_type="cuda")
+    assert (sparse.dense_on_platform, sparse.all_on_platform) == (True, False)
+    assert "triton kernel, dense layers on vLLM's own, table" in sparse.description
+    assert not start({"implementation": "triton"}, device_type="cuda").dense_on_platform
+    assert not start({}).dense_on_platform
 
 
 def test_dense_is_a_choice_of_the_environment_too(start: Any, monkeypatch: pytest.MonkeyPatch):

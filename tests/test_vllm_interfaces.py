@@ -94,6 +94,7 @@ def test_overrides_take_what_vllm_gives():
     from topt_vllm.backend.gpu.backend import GpuBackend
     from topt_vllm.backend.gpu.builder import GpuBuilder
     from topt_vllm.backend.gpu.impl import GpuImpl
+    from topt_vllm.backend.gpu.stock import StockBackend, StockBuilder
     from topt_vllm.backend.impl import TopThetaImpl
     from topt_vllm.backend.platform import TopThetaCpuPlatform
 
@@ -102,6 +103,8 @@ def test_overrides_take_what_vllm_gives():
     pairs = [
         (GpuBackend, backend, "AttentionBackend"),
         (TopThetaBackend, backend, "AttentionBackend"),
+        (StockBackend, backend, "AttentionBackend"),
+        (StockBuilder, backend, "AttentionMetadataBuilder"),
         (GpuBuilder, triton, "TritonAttentionMetadataBuilder"),
         (GpuBuilder, flash, "FlashAttentionMetadataBuilder"),
         (TopThetaMetadataBuilder, "v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"),

@@ -49,6 +49,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "build_for_cudagraph_capture": "self common_attn_metadata",
         "build_for_drafting": "self common_attn_metadata draft_index",
         "get_cudagraph_support": "cls vllm_config kv_cache_spec",
+        "update_block_table": "self metadata blk_table slot_mapping",
     },
     ("v1/attention/backend.py", "AttentionImpl"): {
         "forward": _FORWARD,
@@ -64,6 +65,8 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("v1/attention/backends/flash_attn.py", "FlashAttentionMetadataBuilder"): {
         "__init__": _BUILDER,
         "build": _BUILD,
+        "get_cudagraph_support": "cls vllm_config kv_cache_spec",
+        "update_block_table": "self metadata blk_table slot_mapping",
     },
     ("v1/attention/backends/triton_attn.py", "TritonAttentionImpl"): {
         "__init__": f"{_IMPL} sinks use_alibi_sqrt chunk_lookback",
@@ -89,6 +92,10 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "split_decodes_and_prefills": "common_attn_metadata decode_threshold require_uniform "
         "treat_short_extends_as_decodes",
     },
+    ("v1/attention/selector.py", ""): {
+        "get_attn_backend": "head_size dtype kv_cache_dtype use_mla has_sink use_sparse use_mm_prefix "
+        "use_per_head_quant_scales attn_type num_heads has_sliding_window",
+    },
     ("v1/attention/backends/registry.py", ""): {"register_backend": "backend class_path is_mamba"},
     ("v1/attention/backends/registry.py", "AttentionBackendEnum"): {
         "get_class": "self",
@@ -112,6 +119,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "get_current_vllm_config": "",
         "get_current_vllm_config_or_none": "",
         "get_layers_from_vllm_config": "vllm_config layer_type layer_names",
+        "set_current_vllm_config": "vllm_config check_compile prefix",
     },
     ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
@@ -154,13 +162,16 @@ NAMES: dict[tuple[str, str], str] = {
     ("v1/kv_cache_interface.py", "FullAttentionSpec"): "attention_chunk_size",
     ("v1/kv_cache_interface.py", "ChunkedLocalAttentionSpec"): "attention_chunk_size",
     ("v1/kv_cache_layout.py", "KVCacheLayout"): "is_block_compact",
-    ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name",
+    ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name "
+    "num_heads num_kv_heads sliding_window",
     ("platforms/interface.py", "Platform"): "device_name device_type",
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config device_config "
-    "kv_transfer_config model_config parallel_config scheduler_config",
+    "kv_transfer_config model_config parallel_config scheduler_config speculative_config",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
     ("config/cache.py", "CacheConfig"): "cache_dtype kv_sharing_fast_prefill",
     ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance",
+    ("config/model.py", "ModelConfig"): "dtype get_head_size is_mm_prefix_lm",
     ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
+    ("config/speculative.py", "SpeculativeConfig"): "num_speculative_tokens",
 }

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from topt_vllm.attention.common import Stat
@@ -105,7 +106,7 @@ class HostCounters:
             return
         lengths = row_lengths(query_start_loc, seq_lens)
         if self._sparse:
-            short = int((lengths <= self._dense_up_to).sum())
+            short = int(np.count_nonzero(lengths.numpy() <= self._dense_up_to))
             recorder().count_dense_rows("short_context", short * self._sparse)
         for layer, layers in self._platform.items():
             seen = lengths if layer.window is None else lengths.clamp(max=layer.window)

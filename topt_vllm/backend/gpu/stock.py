@@ -28,17 +28,13 @@ logger = logging.getLogger("vllm.topt_vllm")
 
 
 class StockBackend(_Platform):
-    """Mixed into the backend that vLLM picks: its builder counts.
+    """Mixed into the backend that vLLM picks, by :func:`stock_backend`.
 
     Attributes:
         picked: That backend.
     """
 
     picked: ClassVar[type]
-
-    @classmethod
-    def get_builder_cls(cls) -> type:
-        return _counting(super().get_builder_cls())
 
     @classmethod
     def validate_configuration(cls, **options: Any) -> list[str]:
@@ -113,10 +109,15 @@ class StockBuilder(_Platform):
 
 
 @cache
-def stock_backend(picked: type) -> type:
-    """TOPTHETA's class on a backend of vLLM; vLLM finds it where TOPTHETA is registered."""
+def stock_backend(picked: Any) -> Any:
+    """TOPTHETA's class on a backend of vLLM: its builder counts, and vLLM finds it where TOPTHETA is registered."""
     module, name = compat.BACKEND_PATH.rsplit(".", 1)
-    return type(name, (StockBackend, picked), {"__module__": module, "picked": picked})
+
+    def get_builder_cls() -> type:
+        return _counting(picked.get_builder_cls())
+
+    facts = {"__module__": module, "picked": picked, "get_builder_cls": staticmethod(get_builder_cls)}
+    return type(name, (StockBackend, picked), facts)
 
 
 @cache
