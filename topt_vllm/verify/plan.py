@@ -100,7 +100,6 @@ def forced_request(model: Model, forced: Forced, thresholds: str | None) -> Requ
     """The built-in text, decoded with the table."""
     settings = {} if thresholds is None else {"thresholds": thresholds}
     arguments = _arguments(model, len(forced.tokens) + 1, "raw_logprobs", settings)
-    arguments["logits_processors"] = ["topt_vllm.verify.worker:ForcedTokens"]
     return Request(arguments, [], forced=forced, separate_core=False)
 
 
