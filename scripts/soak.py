@@ -26,6 +26,7 @@ from soak_traffic import LENGTHS, Answer, Clients, Prompt, Tally, make_prompts
 
 from topt_vllm import envs
 from topt_vllm.benchmarks.server import is_healthy, serve
+from topt_vllm.verify.plan import no_table
 
 PLATFORM_BACKEND = "CPU_ATTN"
 SAMPLE_SECONDS = 2.0
@@ -228,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=str(cache / "models/SmolLM2-135M-Instruct"), help="folder; default: %(default)s")
     add("--texts", type=Path, default=cache / "texts", help="folder of *.txt; default: %(default)s")
-    add("--toptheta", default='{"thresholds": "none"}', help="the plugin's settings; default: %(default)s")
+    add("--toptheta", default=json.dumps(no_table()), help="the plugin's settings; default: %(default)s")
     add(
         "--backend",
         default="TOPTHETA",

@@ -15,6 +15,7 @@ from gpu_cases import (
     HEAD_DIM,
     MAX_SEQUENCES,
     NUM_HEADS,
+    NUM_KV_HEADS,
     THETAS,
     BatchSpec,
     as_on_gpu,
@@ -63,6 +64,21 @@ def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: An
     rig.builder._group.statistics._next_copy = 0.0
     rig.builder.build(0, real)
     assert recorder().totals()["toptheta:decode_rows_total"] - before["toptheta:decode_rows_total"] == 4
+
+
+def test_settling_fetches_what_the_device_counted_since_the_last_copy(make_rig: Any):
+    """A step's metadata is built before the step is decoded, so the last step is never in its copy."""
+    rig = make_rig(TritonTopThetaBackend)
+    make_sparse(rig)
+    rig.write_contexts(DECODE)
+    before = recorder().totals()
+    rig.step(DECODE)
+    assert recorder().totals()["toptheta:v_rows_total"] == before["toptheta:v_rows_total"]
+    recorder().settle()
+    after = recorder().totals()
+    assert after["toptheta:decode_rows_total"] - before["toptheta:decode_rows_total"] == 4
+    added = after["toptheta:v_rows_total"] - before["toptheta:v_rows_total"]
+    assert added == sum(DECODE.seq_lens) * NUM_KV_HEADS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

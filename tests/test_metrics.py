@@ -128,6 +128,19 @@ def test_a_worker_that_was_killed_stays_in_the_sum_and_its_table_does_not(tmp_pa
     assert 'name="new"' in tables[0]
 
 
+def test_rows_of_the_platforms_kernel_are_told_apart():
+    """Rows are dense for one reason, whoever reads them; the first rank alone counts them."""
+    for rank, rows in ((0, 2.0), (1, None)):
+        recorder = Recorder(CollectorRegistry())
+        recorder.describe(TABLE, rank, 2, per_layer=False)
+        recorder.count_dense_rows("no_thresholds", 5)
+        recorder.count_platform_rows("no_thresholds", torch.tensor([64, 20]), 4, 2.0)
+        recorder.close()
+        totals = recorder.totals()
+        assert totals.get("platform_rows:no_thresholds") == rows
+        assert totals.get("dense_rows:no_thresholds") == (7.0 if rows else None)
+
+
 def test_rows_counted_before_they_are_decoded_never_look_sparse():
     """A layer says that rows are dense before it decodes them, and an export may come in between."""
     registry = CollectorRegistry()

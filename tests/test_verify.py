@@ -3,13 +3,15 @@
 import json
 import math
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from topt_vllm.backend import compat
 from topt_vllm.cli.main import main
-from topt_vllm.verify import engine, installation, plan, verdicts
+from topt_vllm.verify import engine, forcing, installation, plan, verdicts
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import EngineError, Forced, Request
 from topt_vllm.verify.near_ties import compare
@@ -30,12 +32,13 @@ def test_tokens_may_differ_at_a_near_tie_only():
     assert len(compare(ours, stock, logits, "float32").wrong) == 2
 
 
-def totals(read: float = 40.0, dense: float = 0.0) -> dict[str, float]:
+def totals(read: float = 40.0, dense: float = 0.0, **counts: float) -> dict[str, float]:
     return {
         "toptheta:v_rows_total": 100.0,
         "toptheta:v_rows_read_total": read,
         "toptheta:decode_rows_total": 10.0,
         "dense_rows:no_thresholds": dense,
+        **counts,
     }
 
 
@@ -51,6 +54,37 @@ def test_verdict_on_tokens():
         verdicts.tokens(ours, stock | {"totals": totals()})
 
 
+@pytest.mark.parametrize(
+    ("counted", "wrong"),
+    [
+        (totals(100.0, 4.0, **{"dense_rows:sliding_window": 6.0, "platform_rows:sliding_window": 6.0}), None),
+        (
+            totals(100.0, 4.0, **{"dense_rows:short_context": 6.0}),
+            "another reason than θ = −inf: short_context",
+        ),
+        (totals(100.0, 10.0, **{"platform_rows:no_thresholds": 10.0}), "with itself.*reason: no_thresholds"),
+        (totals(100.0, 0.0), "kernel decoded no row"),
+        (None, "must read every V row; the counters say None"),
+    ],
+)
+def test_theta_minus_infinity_is_a_check_of_our_kernel(counted: dict[str, float] | None, wrong: str | None):
+    """Only layers with a window may be the platform's; otherwise stock vLLM was compared with itself."""
+    stock = {"tokens": [[1, 2]], "logits": [[(17.0, 3.0)] * 2], "dtype": "bfloat16", "totals": None}
+    ours = {"tokens": [[1, 2]], "totals": counted}
+    if wrong is None:
+        assert "1 equal" in verdicts.tokens(ours, stock)
+        return
+    with pytest.raises(CheckError, match=wrong):
+        verdicts.tokens(ours, stock)
+
+
+def test_our_kernel_is_named_on_gpus(monkeypatch: pytest.MonkeyPatch):
+    """What ``auto`` does with layers without thresholds is the adapter's business there."""
+    assert plan.no_table() == {"thresholds": "none"}
+    monkeypatch.setattr(plan, "device_type", lambda: "cuda")
+    assert plan.no_table() == {"thresholds": "none", "implementation": "triton"}
+
+
 def test_verdict_on_rows():
     assert (
         verdicts.rows_skipped(totals(40.0, 2.0), None)
@@ -58,6 +92,8 @@ def test_verdict_on_rows():
     )
     with pytest.raises(CheckError, match=r"100 of 100 V rows were read; dense rows: no_thresholds 100\.0%"):
         verdicts.rows_skipped(totals(100.0, 10.0), None)
+    with pytest.raises(CheckError, match="counted no decoded row"):
+        verdicts.rows_skipped(totals() | {"toptheta:decode_rows_total": 0.0}, None)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +262,48 @@ def test_the_text_is_long_enough_for_the_table(smollm2: Path):
     late = table.model_copy(update={"lengths": [8192]})
     with pytest.raises(CheckError, match="skips from 8192 tokens on"):
         plan.forced_text(model, late)
+
+
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_tokens_are_forced_in_the_way_of_the_model_runner(v2: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compat, "uses_v2_runner", lambda engine: v2)
+    way = forcing.forcing_of({"model": "any"})
+    assert way.engine == (
+        {"enable_trace_replay": True}
+        if v2
+        else {"logits_processors": ["topt_vllm.verify.forced_tokens:ForcedTokens"]}
+    )
+    assert way.sampling([7, 9]) == (
+        {"trace_decode_token_ids": [7, 9]} if v2 else {"extra_args": {"forced_tokens": [7, 9]}}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
+def test_vllm_says_which_model_runner_it_takes(smollm2: Path, v2: bool, monkeypatch: pytest.MonkeyPatch):
+    """The engine's other arguments count too, so they are those of the request."""
+    from vllm.config import vllm as config
+
+    monkeypatch.setattr(config, "HAS_TRITON", v2)
+    model = plan.read_model(str(smollm2))
+    request = plan.forced_request(model, Forced(model.tokens[:50], 34, 8), "none")
+    assert compat.uses_v2_runner(request.engine) is v2
+
+
+@pytest.mark.engine
+def test_both_model_runners_decode_the_text_alike(smollm2: Path):
+    """The same log-probabilities and the same counters, though tokens are forced in different ways."""
+    model = plan.read_model(str(smollm2))
+    request = plan.forced_request(model, Forced(model.tokens[:50], 34, 8), "none")
+    # Rounding to 7 bits would differ by runner, for their batches do.
+    request = replace(request, engine=request.engine | {"dtype": "float32"})
+    programs = (["-m", "topt_vllm.verify.engine_main"], [str(Path(__file__).with_name("v2_engine.py"))])
+    v1, v2 = (engine.ask(program, asdict(request), False, timeout=600) for program in programs)
+    assert len(v1["decoded"]) == len(v1["prefilled"]) == 16
+    for found in (v2["decoded"], v2["prefilled"], v1["prefilled"]):
+        assert found == pytest.approx(v1["decoded"], abs=1e-3)
+    assert v1["totals"] == v2["totals"]
+    assert v1["totals"]["toptheta:decode_rows_total"] == v1["totals"]["dense_rows:no_thresholds"] > 0
 
 
 @pytest.mark.engine

@@ -115,6 +115,10 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "is_cuda_alike": "self",
         "is_rocm": "self",
     },
+    ("engine/arg_utils.py", "EngineArgs"): {"create_engine_config": "self usage_context headless"},
+    ("v1/sample/logits_processor/__init__.py", "AdapterLogitsProcessor"): {
+        "new_req_logits_processor": "self params",
+    },
     ("config/vllm.py", ""): {
         "get_current_vllm_config": "",
         "get_current_vllm_config_or_none": "",
@@ -166,11 +170,14 @@ NAMES: dict[tuple[str, str], str] = {
     "num_heads num_kv_heads sliding_window",
     ("platforms/interface.py", "Platform"): "device_name device_type",
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config device_config "
-    "kv_transfer_config model_config parallel_config scheduler_config speculative_config",
+    "kv_transfer_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
-    ("config/cache.py", "CacheConfig"): "cache_dtype kv_sharing_fast_prefill",
+    ("config/cache.py", "CacheConfig"): "cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
+    "kv_sharing_fast_prefill",
     ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance",
-    ("config/model.py", "ModelConfig"): "dtype get_head_size is_mm_prefix_lm",
+    ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm "
+    "logits_processors logprobs_mode",
+    ("sampling_params.py", "SamplingParams"): "extra_args logprobs prompt_logprobs trace_decode_token_ids",
     ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
     ("config/speculative.py", "SpeculativeConfig"): "num_speculative_tokens",

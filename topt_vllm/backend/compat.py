@@ -3,6 +3,7 @@
 import copy
 import copyreg
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -95,6 +96,18 @@ def is_chosen(vllm_config: Any) -> bool:
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
     return any(getattr(backend, "name", backend) == BACKEND_NAME for backend in chosen)
+
+
+def uses_v2_runner(arguments: Mapping[str, Any]) -> bool:
+    """Whether an engine with these arguments of ``vllm.LLM`` gets vLLM's V2 model runner.
+
+    vLLM (0.31 to 0.33) decides by the configuration, VLLM_USE_V2_MODEL_RUNNER and whether Triton has a backend for
+    the device, so the configuration is made for the question. GPUs get V2, save for some models on ROCm (0.31);
+    CPUs get V1 where Triton can't compile for them. Goes with V1.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    return bool(EngineArgs(**arguments).create_engine_config().use_v2_model_runner)
 
 
 def name_requests(vllm_config: Any) -> None:

@@ -9,7 +9,7 @@ import atexit
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -47,7 +47,9 @@ class Recorder:
 
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self._layers: list[LayerAccumulators] = []
+        self._fetches: list[Callable[[], None]] = []
         self._platform = [0.0] * len(Stat)
+        self._platform_rows: Counter[str] = Counter()
         self._platform_heads = 0.0
         self._dense_rows: Counter[str] = Counter()
         self._rank, self._ranks = 0, 1
@@ -81,6 +83,18 @@ class Recorder:
         """Includes a layer's accumulators from now on."""
         self._layers.append(layer)
 
+    def on_settle(self, fetch: Callable[[], None]) -> None:
+        """Has :meth:`settle` call this: it brings accumulators on the host up to what a device has counted."""
+        self._fetches.append(fetch)
+
+    def settle(self) -> None:
+        """Fetches what devices have counted up to the last step.
+
+        It waits for them, so no step may call it, nor another thread than the one that runs the steps.
+        """
+        for fetch in self._fetches:
+            fetch()
+
     def count_dense_rows(self, reason: str | None, rows: int) -> None:
         """Counts decode rows that read every V row; the first of each reason is logged."""
         if reason is None or rows == 0 or self._rank:
@@ -103,6 +117,8 @@ class Recorder:
         """
         rows = len(lengths) * layers
         self.count_dense_rows(reason, rows)
+        if not self._rank:
+            self._platform_rows[reason] += rows
         keys = int(lengths.sum()) * layers
         added = {
             Stat.ROWS: 0 if self._rank else rows,
@@ -117,12 +133,18 @@ class Recorder:
         self._platform_heads += rows * num_heads
 
     def totals(self) -> dict[str, float]:
-        """Sums since the process started, by sample name, and ``dense_rows:REASON`` entries."""
+        """Sums since the process started, by sample name, with ``dense_rows:REASON`` entries.
+
+        Those of them that vLLM's own kernel served are ``platform_rows:REASON``.
+        """
         now = self.amounts()
         named = {f"{name}_total": now.sums[stat] for stat, (name, _) in COUNTERS.items()}
         named |= {DROPPED_SUM: now.sums[Stat.DROPPED_MASS], DROPPED_COUNT: now.head_rows}
         named["toptheta:decode_rows_total"] = now.sums[Stat.ROWS]
-        return named | {f"dense_rows:{reason}": float(rows) for reason, rows in now.dense_rows.items()}
+        named |= {f"dense_rows:{reason}": float(rows) for reason, rows in now.dense_rows.items()}
+        return named | {
+            f"platform_rows:{reason}": float(rows) for reason, rows in self._platform_rows.items()
+        }
 
     def amounts(self) -> Amounts:
         """This rank's part of all sums since the process started."""

@@ -8,7 +8,10 @@ by decoding them and by prefilling them.
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from topt_vllm.verify.forcing import forcing_of
 
 
 def main() -> None:
@@ -16,14 +19,17 @@ def main() -> None:
     from vllm import LLM
 
     request = json.load(sys.stdin)
-    llm = LLM(worker_extension_cls="topt_vllm.verify.worker.WorkerCounters", **request["engine"])
+    engine = request["engine"]
+    forcing = forcing_of(engine) if request["forced"] else None
+    engine |= forcing.engine if forcing else {}
+    llm = LLM(worker_extension_cls="topt_vllm.verify.worker.WorkerCounters", **engine)
     result: dict[str, Any] = {"dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch.")}
     if request["prompts"]:
         result |= answers(llm, request["prompts"], request["max_tokens"])
-    if request["forced"]:
-        result["decoded"] = decoded(llm, **request["forced"])
+    if forcing:
+        result["decoded"] = decoded(llm, forcing.sampling, **request["forced"])
     result["totals"] = llm.collective_rpc("toptheta_totals")[0]
-    if request["forced"]:
+    if forcing:
         result["prefilled"] = prefilled(llm, **request["forced"])
     print("RESULT " + json.dumps(result), flush=True)
 
@@ -52,8 +58,17 @@ def describe(completions: list[Any]) -> dict[str, Any]:
     }
 
 
-def decoded(llm: Any, tokens: list[int], first: int, rows: int) -> list[float]:
+def decoded(
+    llm: Any, force: Callable[[list[int]], dict[str, Any]], tokens: list[int], first: int, rows: int
+) -> list[float]:
     """Log-probability of each token from ``first`` on, by decoding it after those before it.
+
+    Args:
+        llm: The engine, made with what ``force`` needs.
+        force: As ``sampling`` of :class:`~topt_vllm.verify.forcing.Forcing`.
+        tokens: As of :class:`~topt_vllm.verify.engine.Forced`, like ``first`` and ``rows``.
+        first: The first token that is decoded.
+        rows: Tokens that one request decodes.
 
     Raises:
         RuntimeError: The engine decoded other tokens.
@@ -69,7 +84,7 @@ def decoded(llm: Any, tokens: list[int], first: int, rows: int) -> list[float]:
             logprobs=0,
             ignore_eos=True,
             detokenize=False,
-            extra_args={"forced_tokens": part},
+            **force(part),
         )
         for part in parts
     ]

@@ -66,12 +66,17 @@ def entry_points() -> str:
     return f"{_ENTRY_POINT} in {' and '.join(_GROUPS)}"
 
 
-def kernel() -> str:
-    """The kernel of this machine can be built and loaded."""
+def device_type() -> str:
+    """torch's name for what vLLM runs on here: ``cuda`` (ROCm too) or ``cpu``."""
     import torch
 
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def kernel() -> str:
+    """The kernel of this machine can be built and loaded."""
     from topt_vllm.attention.api import load_implementation
 
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    name, _ = load_implementation("auto", device_type)
-    return f"{name} kernel for {device_type} is built and loaded"
+    device = device_type()
+    name, _ = load_implementation("auto", device)
+    return f"{name} kernel for {device} is built and loaded"

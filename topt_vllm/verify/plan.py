@@ -11,6 +11,7 @@ from topt_vllm.table_schema import ThresholdTable
 from topt_vllm.table_search import find_table
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import Forced, Request
+from topt_vllm.verify.installation import device_type
 
 # Rows in a batch of four: a step costs little more than that of one row.
 _SEQUENCES, _ROWS = 4, 48
@@ -20,9 +21,7 @@ _ANSWER = 24
 # Room for every prompt in float32, and then some for pages that are rounded up.
 _CACHE_SLACK = 4
 _MIN_CACHE = 256 << 20
-
-# Settings for θ = −inf.
-NO_TABLE = {"thresholds": NO_THRESHOLDS}
+_FREE_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,16 @@ class Model:
     identity: ModelIdentity
     max_length: int
     tokens: list[int]
+
+
+def no_table() -> dict[str, Any]:
+    """Settings for θ = −inf in our own kernel.
+
+    On GPUs it has to be named: ``auto`` may leave layers without thresholds to the platform's kernel, and stock
+    vLLM would be compared with itself.
+    """
+    named = {"implementation": "triton"} if device_type() == "cuda" else {}
+    return {"thresholds": NO_THRESHOLDS, **named}
 
 
 def read_model(name: str) -> Model:
@@ -100,7 +109,6 @@ def forced_request(model: Model, forced: Forced, thresholds: str | None) -> Requ
     """The built-in text, decoded with the table."""
     settings = {} if thresholds is None else {"thresholds": thresholds}
     arguments = _arguments(model, len(forced.tokens) + 1, "raw_logprobs", settings)
-    arguments["logits_processors"] = ["topt_vllm.verify.worker:ForcedTokens"]
     return Request(arguments, [], forced=forced, separate_core=False)
 
 
@@ -113,6 +121,9 @@ def _arguments(
         "model": model.name,
         "max_model_len": min(length, model.max_length),
         "kv_cache_memory_bytes": max(_MIN_CACHE, _CACHE_SLACK * length * token_bytes),
+        # With that, vLLM's GPU workers (0.31 to 0.33) only ask whether this share is free when they start. The
+        # default's may be held by a server, or still by the engine before.
+        "gpu_memory_utilization": _FREE_SHARE,
         "max_num_seqs": 4,
         # Chunks bound the memory of prefilled log-probabilities: float32 [chunk, vocabulary].
         "max_num_batched_tokens": 512,

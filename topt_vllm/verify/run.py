@@ -53,7 +53,7 @@ def _dense_checks(model: plan.Model | None, run: Run) -> Iterator[Check]:
         if model is None:
             raise CheckError("not started: the model can't be read")
         seconds = []
-        for name, settings in (("stock vLLM", None), ("TOPTHETA", plan.NO_TABLE)):
+        for name, settings in (("stock vLLM", None), ("TOPTHETA", plan.no_table())):
             started = time.monotonic()
             try:
                 results[name] = run(plan.plain_request(model, settings), ENGINE_SECONDS)

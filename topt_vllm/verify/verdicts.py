@@ -14,10 +14,12 @@ _TOLERANCE = 1.0
 _MOST_NOISE = 2.0
 # Assumed for tables that were written before they stated a loss (percent).
 _UNSTATED = 5.0
+# Reasons for dense rows (docs/operations.md).
+_NO_THRESHOLDS, _WINDOW = "no_thresholds", "sliding_window"
 
 
 def tokens(ours: dict[str, Any], stock: dict[str, Any]) -> str:
-    """θ = −inf gives stock vLLM's tokens, up to near ties, with every row counted as dense.
+    """θ = −inf gives stock vLLM's tokens, up to near ties, and our kernel decoded and read every row.
 
     Raises:
         CheckError: It doesn't.
@@ -30,11 +32,31 @@ def tokens(ours: dict[str, Any], stock: dict[str, Any]) -> str:
         raise CheckError(f"all {prompts} prompts ended in a near tie; nothing was compared to the end")
     if stock["totals"] is not None:
         raise CheckError("TOPTHETA ran although stock vLLM was asked for")
-    totals = ours["totals"]
-    if not totals or totals["toptheta:v_rows_read_total"] != totals["toptheta:v_rows_total"]:
-        raise CheckError(f"θ = −inf must read every V row; the counters say {totals}")
+    _every_row_in_our_kernel(ours["totals"])
     ties = f", {found.ties} up to a near tie" if found.ties else ""
     return f"θ = −inf gives stock vLLM's tokens: {prompts} prompts, {steps} steps each, {found.equal} equal{ties}"
+
+
+def _every_row_in_our_kernel(totals: dict[str, float] | None) -> None:
+    if not totals or totals["toptheta:v_rows_read_total"] != totals["toptheta:v_rows_total"]:
+        raise CheckError(f"θ = −inf must read every V row; the counters say {totals}")
+    dense, platform = _by_reason(totals, "dense_rows"), _by_reason(totals, "platform_rows")
+    wrong = {reason for reason, rows in dense.items() if rows} - {_NO_THRESHOLDS, _WINDOW}
+    if wrong:
+        raise CheckError(f"rows are dense for another reason than θ = −inf: {', '.join(sorted(wrong))}")
+    elsewhere = {reason for reason, rows in platform.items() if rows} - {_WINDOW}
+    if elsewhere:
+        raise CheckError(
+            "stock vLLM was compared with itself: its own kernel decoded for TOPTHETA too, reason: "
+            f"{', '.join(sorted(elsewhere))}"
+        )
+    if not dense.get(_NO_THRESHOLDS):
+        raise CheckError(f"TOPTHETA's kernel decoded no row; the counters say {totals}")
+
+
+def _by_reason(totals: dict[str, float], counter: str) -> dict[str, float]:
+    prefix = f"{counter}:"
+    return {name.removeprefix(prefix): rows for name, rows in totals.items() if name.startswith(prefix)}
 
 
 def rows_skipped(totals: dict[str, float], quality: Quality | None) -> str:
@@ -45,9 +67,9 @@ def rows_skipped(totals: dict[str, float], quality: Quality | None) -> str:
     """
     read, total = totals["toptheta:v_rows_read_total"], totals["toptheta:v_rows_total"]
     rows = totals["toptheta:decode_rows_total"]
-    dense = {
-        name.partition(":")[2]: count for name, count in totals.items() if name.startswith("dense_rows:")
-    }
+    if not rows:
+        raise CheckError("TOPTHETA counted no decoded row")
+    dense = _by_reason(totals, "dense_rows")
     reasons = ", ".join(f"{reason} {count / rows:.1%}" for reason, count in dense.items())
     if not 0 < read < total:
         raise CheckError(f"{read:.0f} of {total:.0f} V rows were read; dense rows: {reasons or 'none'}")

@@ -1,37 +1,16 @@
-"""What runs inside the engine's worker: reading counters, and forcing the tokens of a text."""
+"""What runs inside the engine's worker: reading counters."""
 
 import sys
-from typing import Any
-
-import torch
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
 class WorkerCounters:
     """Mixed into vLLM's worker (``worker_extension_cls``)."""
 
     def toptheta_totals(self) -> dict[str, float] | None:
-        """The process's counters; None where nothing of TOPTHETA ran."""
+        """The process's counters, up to the last step; None where nothing of TOPTHETA ran."""
         module = sys.modules.get("topt_vllm.backend.metrics")
-        return module.recorder().totals() if module else None
-
-
-class ForcedTokens(AdapterLogitsProcessor):
-    """Makes a request decode ``forced_tokens`` of its ``extra_args``; log-probabilities stay the model's own."""
-
-    def is_argmax_invariant(self) -> bool:
-        """No: it decides which token is the most likely."""
-        return False
-
-    def new_req_logits_processor(self, params: Any) -> Any:
-        """Forces the tokens of one request, None for a request without any."""
-        tokens = (params.extra_args or {}).get("forced_tokens")
-        if tokens is None:
+        if module is None:
             return None
-
-        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            logits.fill_(-torch.inf)
-            logits[tokens[len(output_ids)]] = 0.0
-            return logits
-
-        return force
+        recorder = module.recorder()
+        recorder.settle()
+        return recorder.totals()

@@ -42,6 +42,7 @@ class DeviceStatistics:
         self._next_copy = 0.0
         for host, label in zip(self._host, labels, strict=True):
             recorder().add_layer(LayerAccumulators(host, num_heads, kv_replicas, label))
+        recorder().on_settle(self._fetch)
 
     def reset(self) -> None:
         """Forgets what was counted so far; nothing waits for it."""
@@ -55,6 +56,12 @@ class DeviceStatistics:
         self._next_copy = now + _COPY_SECONDS
         torch.sum(self.layers, dim=1, out=self._sums)
         self._host.copy_(self._sums, non_blocking=True)
+
+    def _fetch(self) -> None:
+        if self.layers.is_cuda:
+            # Whatever streams the steps ran on.
+            torch.cuda.synchronize(self.layers.device)
+        self._host.copy_(self.layers.sum(dim=1))
 
 
 @dataclass(frozen=True)
