@@ -20,9 +20,7 @@ def implementation(name: str) -> api.Implementation:
     """An implementation by test name; ``cpu-scalar`` is the plain loop that checks the CPU kernel."""
     if name == "cpu-scalar":
         module = api.load_implementation("cpu", "cpu")[1]
-        return SimpleNamespace(
-            decode=partial(module.decode, scalar=True), COUNTS_REACHED=True, TAKES_ROW_THETAS=True
-        )
+        return SimpleNamespace(decode=partial(module.decode, scalar=True))
     return api.load_implementation(name, "cpu")[1]
 
 

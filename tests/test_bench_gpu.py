@@ -158,7 +158,7 @@ def test_the_shape_is_what_the_record_says():
 
 
 def test_autotune_times_what_compiles_well_and_names_the_fastest():
-    inputs, policy = device_inputs(replace(SHAPE, seq_len=100), CPU), Policy()
+    inputs, policy = device_inputs(replace(SHAPE, seq_len=100, head_dim=128), CPU), Policy()
     seconds = itertools.chain([9.0] * 20, itertools.repeat(3.0))
 
     def used(call: Any) -> dict[str, int]:
@@ -166,12 +166,12 @@ def test_autotune_times_what_compiles_well_and_names_the_fastest():
 
     def choose(chosen: Any) -> list[Any]:
         assert autotune.candidates(chosen)[0] == chosen
-        return [chosen, replace(chosen, tile=128), replace(chosen, tile=32, splits=2)]
+        return [chosen, replace(chosen, tile=128), replace(chosen, tile=32, programs=2)]
 
     gpu = fake_gpu(measure=lambda _: next(seconds))
     thetas = thetas_for(inputs, 0.3, policy)
     records = autotune.tune(inputs, thetas, policy, gpu, CHIPS["sm_90"], used, choose)
-    assert [(r["tile"], r["splits"], r["ms"]) for r in records] == [
+    assert [(r["tile"], r["programs"], r["ms"]) for r in records] == [
         (64, 1, 9e3),
         (32, 2, 3e3),
         (128, 1, None),

@@ -237,17 +237,16 @@ def test_sift_needs_no_table(start: Any):
     assert resolved.table_labels["name"] == "none"
 
 
-@pytest.mark.parametrize(
-    ("settings", "speculation", "message"),
-    [
-        ({"implementation": "triton"}, None, "the triton kernel takes no thresholds by row"),
-        ({}, "eagle", "speculation is 'eagle'"),
-    ],
-)
-def test_what_does_not_go_with_sift_is_refused(
-    start: Any, settings: dict[str, Any], speculation: str | None, message: str
-):
-    speculative = None if speculation is None else SimpleNamespace(method=speculation)
-    with pytest.raises(ConfigError, match=message):
-        start({"policy": "sift"} | settings, speculative_config=speculative)
+def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
+    with pytest.raises(ConfigError, match="speculation is 'eagle'"):
+        start({"policy": "sift"}, speculative_config=SimpleNamespace(method="eagle"))
     start({"policy": "sift"}, speculative_config=SimpleNamespace(method="ngram"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [({"policy": "sift"}, "toptheta.policy is 'sift'"), ({"adapt": True, "k": 64}, "toptheta.adapt is true")],
+)
+def test_thresholds_that_python_changes_are_refused_on_gpus(start: Any, settings: dict[str, Any], asked: str):
+    with pytest.raises(ConfigError, match=f"{asked}, which works on CPUs only"):
+        start(settings, device_type="cuda")

@@ -1,7 +1,7 @@
 """The traffic model against every load and store of an interpreted run."""
 
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +10,11 @@ from triton.runtime import interpreter
 
 from topt_vllm.attention.common import Stat, new_statistics
 from topt_vllm.attention.triton import launch, launcher
-from topt_vllm.attention.triton.launch import Target
-from topt_vllm.benchmarks.traffic import Shape, dense_traffic, predictions, traffic
+from topt_vllm.benchmarks.traffic import GPUS, Shape, dense_traffic, predictions, traffic
 
 pytestmark = pytest.mark.slow
+
+TARGET = launch.target_of(torch.device("cpu"))
 
 
 class Meter:
@@ -50,33 +51,27 @@ def _offset(part: torch.Tensor) -> int:
     return part.storage_offset() * part.element_size()
 
 
-@pytest.fixture
-def short_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(launch, "MIN_SPLIT_TOKENS", 64)
-    return
-
-
-@pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize(("seq_len", "block_size"), [(300, 32), (256, 128), (300, 48)])
 def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len: int, block_size: int):
+    monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 64)
     case = random_case([(1, seq_len)] * 2, 6, 2, 80, block_size, keep=0.1)
     # Apart, so that addresses tell K from V; query and output too.
     key, value = case.cache.key.contiguous(), case.cache.value.contiguous()
     query, out = case.query.contiguous(), torch.empty_like(case.query)
     cache = type(case.cache)(key, value, case.cache.value_sums)
     statistics = new_statistics()
-    sizes = {"max_rows": 2, "max_sequences": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 80}
-    workspace = launcher.allocate_workspace(
-        **sizes, capacity=512, max_query_rows=2, device=torch.device("cpu"), splits=3
-    )
-    tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory}
+    batch = replace(case.batch, max_query_rows=1)
+    device = torch.device("cpu")
+    workspace = launcher.allocate_workspace(2, 1, 6, 2, 80, device, programs=3)
+    lists = 2 * 3 * launch.choose(1, 6, 2, 80, 2, TARGET, 3).list_keys * (4 + 1)
+    tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
     launcher.bind(workspace).decode(
-        query, cache, case.batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
+        query, cache, batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
     )
     shape = Shape(2, seq_len, 6, 2, 80, block_size)
     rows = int(statistics[Stat.V_ROWS_READ])
-    expected = traffic(shape, rows, Target(amd=False, multiprocessors=1), splits=3)
+    expected = traffic(shape, rows, TARGET, programs=3)
     assert 0 < rows < statistics[Stat.V_ROWS]
     assert meter.bytes["key"] == expected.key
     assert meter.bytes["value"] == expected.value + expected.tail
@@ -90,5 +85,5 @@ def test_predictions_approach_the_ceiling_of_skipping_v():
     for record in predictions([16], [131072], keep=0.1, block_size=128):
         assert 1.75 < record["ratio"] < 2 / 1.1
     shape = Shape(1, 8192)
-    dense = dense_traffic(shape, Target(amd=False, multiprocessors=132))
+    dense = dense_traffic(shape, GPUS[0].target)
     assert dense.key == dense.value == 8 * 8192 * 256

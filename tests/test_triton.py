@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: splits, layouts, fp8, V sums, workspace. Runs in Triton's interpreter.
+"""What is particular to the Triton kernels: programs, layouts, fp8, V sums, workspace. In Triton's interpreter.
 
 The operator's semantics are in test_operator.py, over every implementation.
 """
@@ -12,7 +12,7 @@ import torch
 from attention_cases import NAN, Case, implementation, kept_sets, poison_unread_values, random_case
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
+from topt_vllm.attention.common import PagedCache, Policy, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 
 pytestmark = pytest.mark.slow
@@ -28,56 +28,104 @@ def run(case: Case, kernel: Any, statistics: torch.Tensor | None = None) -> torc
     return api.decode(kernel, *step, out, statistics)
 
 
-def with_splits(count: int) -> Any:
-    """The kernel with a fixed number of splits."""
+def with_programs(count: int) -> Any:
+    """The kernel with a fixed number of programs for each KV head."""
 
     def decode(*arguments: Any) -> None:
-        launcher.decode(*arguments, splits=count)
+        launcher.decode(*arguments, programs=count)
 
-    return SimpleNamespace(decode=decode)
+    return SimpleNamespace(decode=decode, TAKES_SINKS=True)
 
 
 @pytest.fixture
-def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Splits may be as short as one tile, so that short contexts are really split."""
-    monkeypatch.setattr(launch, "MIN_SPLIT_TOKENS", 1)
+def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs may have a single tile, so that short contexts are really shared out."""
+    monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 1)
 
 
-@pytest.mark.usefixtures("short_splits")
+@pytest.mark.usefixtures("short_programs")
 @pytest.mark.parametrize(
     "policy", [Policy(), Policy(group_keep="head", compensation="none")], ids=["union", "head"]
 )
-def test_output_and_counters_do_not_depend_on_the_splits(policy: Policy):
+def test_output_and_counters_do_not_depend_on_the_programs(policy: Policy):
     clean = random_case(RAGGED, 6, 2, dtype=torch.float32, policy=policy)
     case = poison_unread_values(clean)
     results = []
-    for splits in (1, 2, 7):
+    for programs in (1, 2, 7):
         statistics = new_statistics()
-        results.append((run(case, with_splits(splits), statistics), statistics))
+        results.append((run(case, with_programs(programs), statistics), statistics))
     for out, statistics in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
         assert torch.equal(statistics[: Stat.DROPPED_MASS], results[0][1][: Stat.DROPPED_MASS])
-        torch.testing.assert_close(statistics, results[0][1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(statistics, results[0][1], rtol=1e-6, atol=2e-6)
     torch.testing.assert_close(results[0][0], run(clean, implementation("reference")), rtol=1e-5, atol=2e-6)
+    again = run(case, with_programs(7))
+    assert torch.equal(again[again.isfinite()], results[2][0][again.isfinite()])
 
 
-@pytest.mark.usefixtures("short_splits")
-def test_kept_set_does_not_depend_on_the_splits():
-    """θ is absolute, so a split decides without the others. Read off V rows that are unit vectors."""
+@pytest.mark.usefixtures("short_programs")
+def test_kept_set_does_not_depend_on_the_programs():
+    """θ is absolute, so a program decides without the others. Read off V rows that are unit vectors."""
     policy = Policy(group_keep="head", compensation="none", recent_tokens=3)
     case = random_case([(1, 448)], 2, 1, dtype=torch.float32, policy=policy, keep=0.1)
-    used = {splits: torch.zeros(2, 448, dtype=torch.bool) for splits in (1, 2, 7)}
+    used = {programs: torch.zeros(2, 448, dtype=torch.bool) for programs in (1, 2, 7)}
     for start in range(0, 448, 64):
         value = torch.zeros_like(case.cache.value)
         for position in range(start, start + 64):
             block = case.batch.block_table[0, position // 32]
             value[block, :, position % 32, position - start] = 1
         window = replace(case, cache=replace(case.cache, value=value))
-        for splits, found in used.items():
-            found[:, start : start + 64] = run(window, with_splits(splits))[0] > 0
+        for programs, found in used.items():
+            found[:, start : start + 64] = run(window, with_programs(programs))[0] > 0
     ((kept, _),) = kept_sets(case)
-    for splits, found in used.items():
-        assert torch.equal(found, kept), splits
+    for programs, found in used.items():
+        assert torch.equal(found, kept), programs
+
+
+@pytest.mark.usefixtures("short_programs")
+@pytest.mark.parametrize("seed", range(4))
+def test_ragged_batches_are_shared_out_whatever_their_lengths(seed: int):
+    """1 to 64 sequences of 1 to 900 tokens, some of them padding, with the programs of a real GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    count = [1, 3, 17, 64][seed]
+    lengths = (torch.rand(count, generator=generator) ** 3 * 900).int() + 1
+    contexts = [(0, 0) if i % 7 == 5 else (1, n) for i, n in enumerate(lengths.tolist())]
+    case = random_case(contexts, 2, 1, 32, 16, torch.float32, keep=0.2, seed=seed)
+    counted, expected = new_statistics(), new_statistics()
+    out = run(case, with_programs(33), counted)
+    torch.testing.assert_close(out, run(case, implementation("reference"), expected), rtol=1e-5, atol=3e-6)
+    torch.testing.assert_close(counted, expected, rtol=1e-6, atol=2e-5)
+
+
+@pytest.mark.usefixtures("short_programs")
+@pytest.mark.parametrize("programs", [1, 5])
+def test_lists_shorter_than_a_program_s_share_are_filled_again(
+    monkeypatch: pytest.MonkeyPatch, programs: int
+):
+    monkeypatch.setattr(launch, "_LIST_BYTES", 1)
+    case = random_case([(1, 700), (2, 300)], 4, 2, dtype=torch.float32, keep=0.3)
+    chosen = launch.choose(1, 4, 2, 64, 4, launch.target_of(torch.device("cpu")))
+    assert chosen.list_keys == chosen.tile == 128
+    out = run(case, with_programs(programs))
+    torch.testing.assert_close(out, run(case, implementation("reference")), rtol=1e-5, atol=2e-6)
+
+
+def test_rows_without_thresholds_read_v_in_order_and_drop_nothing():
+    """Contexts below the table's first length, beside others: their mass is kept to the last bit."""
+    case = random_case([(1, 300), (1, 290)], dtype=torch.float32)
+    assert isinstance(case.thetas, Thetas)
+    short = Thetas(torch.tensor([295], dtype=torch.int32), torch.full((4, 1), 9.0), torch.zeros(4, 2))
+    mixed, dense = replace(case, thetas=short), replace(case, thetas=None)
+    statistics = new_statistics()
+    out = run(mixed, with_programs(3), statistics)
+    torch.testing.assert_close(out[1], run(dense, implementation("reference"))[1], rtol=1e-5, atol=1e-6)
+    expected = new_statistics()
+    run(mixed, implementation("reference"), expected)
+    assert statistics[Stat.V_ROWS_READ] == expected[Stat.V_ROWS_READ]
+    alone = replace(mixed, thetas=replace(short, lengths=short.lengths + 100))
+    statistics = new_statistics()
+    run(alone, with_programs(3), statistics)
+    assert statistics[Stat.DROPPED_MASS] == 0
 
 
 def in_layout(cache: PagedCache, layout: str) -> PagedCache:
@@ -152,16 +200,13 @@ def test_sums_of_finished_blocks_only(padding: int):
 
 def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
     case = random_case([(1, 300), (2, 65)])
-    sizes = {"max_rows": 8, "max_sequences": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
-    workspace = launcher.allocate_workspace(
-        **sizes, capacity=512, max_query_rows=3, device=torch.device("cpu"), splits=3
-    )
+    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, torch.device("cpu"), programs=3)
     workspace.memory.fill_(NAN)
     bound = launcher.bind(workspace)
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
     spread, plain = launcher.new_statistics("cpu"), new_statistics()
     got = run(case, bound, spread)
-    torch.testing.assert_close(got, run(case, with_splits(3), plain), rtol=0, atol=0)
+    torch.testing.assert_close(got, run(case, with_programs(3), plain), rtol=0, atol=0)
     torch.testing.assert_close(spread.sum(dim=0), plain)
     assert int((spread[:, Stat.ROWS] > 0).sum()) == 3
     small = replace(workspace, memory=workspace.memory[:1000])
@@ -187,15 +232,29 @@ def test_padding_is_left_alone():
     assert statistics[Stat.ROWS] == 2
 
 
-def test_number_of_splits_fills_the_device_and_respects_the_capacity():
-    def splits(sequences: int, capacity: int) -> int:
-        shape = (sequences, 1, 32, 8, 128, capacity, 2)
-        return launch.choose(*shape, launch.Target(amd=False, multiprocessors=132)).splits
+HOPPER = launch.Target(amd=False, multiprocessors=132, shared_bytes=228 << 10, block_bytes=227 << 10)
 
-    assert splits(1, 131072) == launch.MAX_SPLITS
-    assert splits(16, 131072) == 5  # 16 * 8 programs; 2 rounds of 2 on 132 multiprocessors are 528
-    assert splits(128, 131072) == 1
-    assert splits(1, 1024) == 4
+
+def test_programs_fill_the_device_once_whatever_the_batch():
+    """264 at once on 132 multiprocessors, shared out over the KV heads."""
+    assert launch.choose(1, 32, 8, 128, 2, HOPPER).programs == 33
+    assert launch.choose(1, 8, 1, 128, 2, HOPPER).programs == 264
+    assert launch.choose(1, 1024, 512, 128, 2, HOPPER).programs == 1
+
+
+def test_lists_do_not_grow_with_batch_or_context():
+    words = [
+        launcher.allocate_workspace(sequences, 1, 32, 8, 128, torch.device("meta")).memory.numel()
+        for sequences in (1, 1024)
+    ]
+    partials = 1023 * 8 * (4 * (128 + 4) + 128)
+    assert words[1] - words[0] == partials
+
+
+def test_drafted_rows_share_tiles_of_16_columns():
+    chosen = launch.choose(8, 32, 8, 128, 2, HOPPER)
+    assert (chosen.rows, chosen.columns, chosen.chunks(8)) == (4, 16, 2)
+    assert launch.choose(3, 9, 3, 64, 2, HOPPER).rows == 5
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ class Implementation(Protocol):
         softcap: float,
         out: torch.Tensor,
         statistics: torch.Tensor | None,
-    ) -> None: ...
+        reached: torch.Tensor | None = None,
+    ) -> None:
+        """As :func:`decode`. Where ``TAKES_SINKS`` is true, ``sinks`` may follow."""
+        ...
 
 
 class ScreenImplementation(Implementation, Protocol):
@@ -44,26 +47,6 @@ class ScreenImplementation(Implementation, Protocol):
     def update_screen(self, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
         """Writes the low-bit copies of blocks (int64, physical numbers) from their K."""
         ...
-
-
-class CountingImplementation(Implementation, Protocol):
-    """An implementation that counts by row and query head how many keys reach θ; ``adapt`` asks for one."""
-
-    COUNTS_REACHED: bool
-
-    def decode(
-        self,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
-        thetas: Thetas | RowThetas | None,
-        policy: Policy,
-        scale: float,
-        softcap: float,
-        out: torch.Tensor,
-        statistics: torch.Tensor | None,
-        reached: torch.Tensor | None = None,
-    ) -> None: ...
 
 
 def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
@@ -103,25 +86,16 @@ def screening(implementation: Implementation) -> ScreenImplementation:
     return cast(ScreenImplementation, implementation)
 
 
-def counting(implementation: Implementation) -> CountingImplementation:
-    """The implementation as one that counts the keys that reach θ.
-
-    Raises:
-        ValueError: It doesn't.
-    """
-    if not getattr(implementation, "COUNTS_REACHED", False):
-        raise ValueError("this implementation doesn't count keys by query head; cpu and reference do")
-    return cast(CountingImplementation, implementation)
+# What not every implementation does. One that does has a constant of this name, which is true.
+_CAPABILITIES = {
+    "TAKES_SINKS": "takes no attention sinks; triton and reference do",
+    "TAKES_NARROW_VALUES": "needs heads of K and V of one size; triton and reference don't",
+}
 
 
-def require_row_thetas(implementation: Implementation) -> None:
-    """Checks that an implementation takes :class:`~topt_vllm.attention.common.RowThetas`, for ``policy: sift``.
-
-    Raises:
-        ValueError: It doesn't.
-    """
-    if not getattr(implementation, "TAKES_ROW_THETAS", False):
-        raise ValueError("this implementation takes no thresholds by row; cpu and reference do")
+def _require(implementation: Implementation, capability: str) -> None:
+    if not getattr(implementation, capability, False):
+        raise ValueError(f"this implementation {_CAPABILITIES[capability]}")
 
 
 def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
@@ -157,6 +131,7 @@ def decode(
     out: torch.Tensor | None = None,
     statistics: torch.Tensor | None = None,
     reached: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Top-Theta attention of the rows of a decode batch over a paged KV cache.
 
@@ -165,37 +140,40 @@ def decode(
         query: [R, H, D].
         cache: K, V and V sums of the layer.
         batch: Rows, context lengths and block table.
-        thetas: Thresholds of the layer's query heads, or of each row, which needs an implementation that
-            :func:`require_row_thetas` takes; None for θ = −inf, which keeps every row.
+        thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
-        out: [R, H, D] to write into; allocated when None.
+        out: [R, H, Dv] to write into; allocated when None.
         statistics: float64 accumulators to add to (:class:`~topt_vllm.attention.common.Stat`).
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
-            that are dense for their length add nothing. Needs an implementation that :func:`counting` takes, and
-            no thresholds by row.
+            that are dense for their length add nothing. Not with thresholds by row.
+        sinks: float32 [H], a logit of each query head that takes probability as one more key would, has no V row
+            and is compensated by nothing; None for none. Not every implementation takes them.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: Shapes or options that contradict each other.
+        ValueError: Shapes or options that contradict each other, or that the implementation doesn't take.
     """
     _check(query, cache, batch, thetas, policy)
     if reached is not None and isinstance(thetas, RowThetas):
         raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
+    if cache.key.shape[3] != cache.value.shape[3]:
+        _require(implementation, "TAKES_NARROW_VALUES")
     if out is None:
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:2], cache.value.shape[3])
     if not query.shape[0]:
         return out
-    rest = policy, scale, softcap, out, statistics
-    if isinstance(thetas, RowThetas):
-        require_row_thetas(implementation)
-    if reached is None:
-        implementation.decode(query, cache, batch, thetas, *rest)
-    else:
-        counting(implementation).decode(query, cache, batch, thetas, *rest, reached)
+    arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached
+    if sinks is None:
+        implementation.decode(*arguments)
+        return out
+    _require(implementation, "TAKES_SINKS")
+    if sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32:
+        raise ValueError(f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]")
+    implementation.decode(*arguments, sinks=sinks)  # type: ignore[call-arg]
     return out
 
 
@@ -208,7 +186,8 @@ def _check(
 ) -> None:
     num_heads, head_dim = query.shape[1:]
     num_blocks, num_kv_heads, _, value_dim = cache.value.shape
-    if cache.key.shape != cache.value.shape:
+    key_dim = cache.key.shape[3]
+    if cache.key.shape[:3] != cache.value.shape[:3]:
         raise ValueError(
             f"key cache {tuple(cache.key.shape)} and value cache {tuple(cache.value.shape)} differ"
         )
@@ -217,9 +196,9 @@ def _check(
             f"cache has posit8 = {cache.posit8} and holds {cache.key.dtype}; posits are stored as torch.uint8, and "
             "torch.uint8 is no other format: take a view with the fp8 dtype, or set posit8"
         )
-    if value_dim != head_dim or num_heads % num_kv_heads:
+    if key_dim != head_dim or num_heads % num_kv_heads:
         raise ValueError(
-            f"query [R, H={num_heads}, D={head_dim}] doesn't fit a cache with Hkv={num_kv_heads}, D={value_dim}"
+            f"query [R, H={num_heads}, D={head_dim}] doesn't fit a cache with Hkv={num_kv_heads}, D={key_dim}"
         )
     if batch.query_start_loc.shape[0] != batch.seq_lens.shape[0] + 1:
         raise ValueError("query_start_loc must have one entry more than seq_lens")
@@ -231,6 +210,6 @@ def _check(
         )
     needs_sums = policy.compensation == "vmean" and thetas is not None
     if needs_sums and (
-        cache.value_sums is None or cache.value_sums.shape != (num_blocks, num_kv_heads, head_dim)
+        cache.value_sums is None or cache.value_sums.shape != (num_blocks, num_kv_heads, value_dim)
     ):
-        raise ValueError(f"vmean needs value_sums [B={num_blocks}, Hkv={num_kv_heads}, D={head_dim}]")
+        raise ValueError(f"vmean needs value_sums [B={num_blocks}, Hkv={num_kv_heads}, Dv={value_dim}]")

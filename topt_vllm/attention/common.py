@@ -1,7 +1,8 @@
 """Types and maths that every implementation of the operator shares.
 
 Shapes are in brackets: ``R`` query rows, ``S`` sequences, ``H`` query heads, ``Hkv`` KV heads, ``D`` head
-dimension, ``B`` blocks, ``P`` rows of a block, ``n`` the context length of one row.
+dimension, ``Dv`` that of V where it may differ, ``B`` blocks, ``P`` rows of a block, ``n`` the context length of
+one row.
 """
 
 import math
@@ -130,8 +131,8 @@ class PagedCache:
 
     Attributes:
         key: [B, Hkv, P, D]. On vLLM's CPU build a block of K is stored column-major: stride(2) == 1.
-        value: [B, Hkv, P, D].
-        value_sums: float32 [B, Hkv, D], the sum of each finished block's V rows; needed for ``vmean`` only.
+        value: [B, Hkv, P, Dv].
+        value_sums: float32 [B, Hkv, Dv], the sum of each finished block's V rows; needed for ``vmean`` only.
         key_screen: uint8 [B, Hkv, bytes], a low-bit copy of each finished block's K in the implementation's own
             layout; with it, keys that can't reach θ are dropped without reading their K. None for none.
         key_scale: float32 [1], K is what is stored times this; None for 1. For fp8 caches.

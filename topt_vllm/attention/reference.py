@@ -5,8 +5,8 @@ For one query row of one head, with scaled (and softcapped) scores s_j over its 
 1. a key is kept when s_j >= θ(n), or it is a sink token, or a recent token, or n <= min_seq_len;
    with ``vmean`` also when it lies in the row's unfinished last block;
 2. a V row is read when any query head of the GQA group keeps it; ``group_keep: union`` lets all of them use it;
-3. p_j = exp(s_j − max s) / Σ exp(s − max s) over **all** keys, dropped ones too;
-4. out = Σ_kept p_j v_j + c, where c is 0 (``none``) or (1 − Σ_kept p) · mean(v_0 .. v_{n−1}) (``vmean``).
+3. p_j = exp(s_j − max s) / Σ exp(s − max s) over **all** keys, dropped ones too, and over the head's sink, if any;
+4. out = Σ_kept p_j v_j + c, where c is 0 (``none``) or (Σ_dropped p) · mean(v_0 .. v_{n−1}) (``vmean``).
 
 A score equal to θ is kept. θ = −inf keeps everything and gives dense attention. A NaN score is never kept by its
 own rule, and makes the row NaN through the denominator, as dense attention would.
@@ -18,7 +18,7 @@ import torch
 from topt_vllm.attention import posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Stat, Thetas
 
-COUNTS_REACHED = TAKES_ROW_THETAS = True
+TAKES_SINKS = TAKES_NARROW_VALUES = True
 
 
 def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
@@ -64,13 +64,14 @@ def attend_row(
     dense_from: int | None = None,
     statistics: torch.Tensor | None = None,
     reached: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One query row over plain tensors.
 
     Args:
         query: [H, D].
         key: [Hkv, n, D].
-        value: [Hkv, n, D].
+        value: [Hkv, n, Dv].
         theta: float32 [H] at this n, or None for θ = −inf.
         policy: Selection and compensation.
         scale: Factor of q·k.
@@ -78,9 +79,10 @@ def attend_row(
         dense_from: First key of the unfinished last block; None when there is no paging.
         statistics: Accumulators to add to, indexed by :class:`Stat`.
         reached: int64 [H], counters of keys with s_j >= θ(n) to add to; none where θ is −inf.
+        sinks: float32 [H], logits of attention sinks; None for none.
 
     Returns:
-        float32 [H, D].
+        float32 [H, Dv].
     """
     num_kv_heads, n, _ = key.shape
     group = query.shape[0] // num_kv_heads
@@ -89,7 +91,8 @@ def attend_row(
     read = kept.view(num_kv_heads, group, n).any(dim=1)
     used = read.repeat_interleave(group, dim=0) if policy.group_keep == "union" else kept
 
-    probabilities = torch.softmax(scores, dim=-1)
+    logits = scores if sinks is None else torch.cat([scores, sinks[:, None]], dim=1)
+    probabilities = torch.softmax(logits, dim=-1)[:, :n]
     # where, not a product: a dropped V row is never touched, so a NaN in it must not spread.
     weights = torch.where(used, probabilities, 0.0).view(num_kv_heads, group, n)
     rows = torch.where(read[:, :, None], value.float(), 0.0)
@@ -123,6 +126,7 @@ def decode(
     out: torch.Tensor,
     statistics: torch.Tensor | None,
     reached: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
     block_size = cache.value.shape[2]
@@ -145,6 +149,7 @@ def decode(
                 dense_from=n // block_size * block_size if policy.compensation == "vmean" else None,
                 statistics=statistics,
                 reached=None if reached is None else reached[row],
+                sinks=sinks,
             ).to(out.dtype)
 
 

@@ -5,13 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from topt_vllm.attention.api import (
-    Implementation,
-    counting,
-    load_implementation,
-    require_row_thetas,
-    screening,
-)
+from topt_vllm.attention.api import Implementation, load_implementation, screening
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.model_identity import ModelIdentity, identify
@@ -81,6 +75,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         _refuse(vllm_config)
     model_config = vllm_config.model_config
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
+    _refuse_state(config, device_type)
     name, implementation = load_implementation(config.implementation, device_type)
     if config.sift is not None:
         return _resolve_sift(vllm_config, config, identity, name, implementation)
@@ -102,7 +97,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
-    keys = _promised_keys(config, name, implementation, budget)
+    keys = _promised_keys(config, budget)
     rows += "; thresholds adapt to the traffic" if keys else ""
     if dense_on_platform and thetas:
         _refuse(vllm_config)
@@ -132,15 +127,8 @@ def _resolve_sift(
     """The outcome under ``policy: sift``, which has no table.
 
     Raises:
-        ConfigError: The kernel or the speculator don't go with it.
+        ConfigError: The speculator doesn't go with it.
     """
-    try:
-        require_row_thetas(implementation)
-    except ValueError as error:
-        raise ConfigError(
-            f"toptheta.policy is 'sift', but the {name} kernel takes no thresholds by row. Use policy toptheta "
-            "here; on CPUs, implementation cpu and reference can."
-        ) from error
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ConfigError(
@@ -165,9 +153,7 @@ def _labels(
     }
 
 
-def _promised_keys(
-    config: TopThetaConfig, name: str, implementation: Implementation, budget: Budget | None
-) -> dict[int, list[int]]:
+def _promised_keys(config: TopThetaConfig, budget: Budget | None) -> dict[int, list[int]]:
     """Keys that each query head of the sparse layers should keep, where thresholds adapt; else {}.
 
     Raises:
@@ -175,13 +161,6 @@ def _promised_keys(
     """
     if not config.adapt:
         return {}
-    try:
-        counting(implementation)
-    except ValueError as error:
-        raise ConfigError(
-            f"toptheta.adapt is true, but the {name} kernel can't tell how many keys each query head keeps. "
-            "Leave adapt out here; on CPUs, implementation cpu and reference can."
-        ) from error
     if budget is None:
         raise ConfigError(
             "toptheta.adapt is true, but there is no threshold table. Leave adapt out, or name one."
@@ -194,6 +173,16 @@ def _promised_keys(
             f"{silent[0]} should keep. Choose a budget with a k, or leave adapt out."
         )
     return keys
+
+
+def _refuse_state(config: TopThetaConfig, device_type: str) -> None:
+    """Refuses thresholds that Python works out from step to step: it doesn't run when a CUDA graph is replayed."""
+    asked = "toptheta.policy is 'sift'" if config.sift is not None else "toptheta.adapt is true"
+    if device_type != "cpu" and (config.sift is not None or config.adapt):
+        raise ConfigError(
+            f"{asked}, which works on CPUs only: such thresholds change from step to step, and a CUDA graph is "
+            "replayed without the code that changes them. Leave it out here, and calibrate a table."
+        )
 
 
 def _refuse(vllm_config: "VllmConfig") -> None:

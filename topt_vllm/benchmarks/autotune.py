@@ -11,7 +11,7 @@ import torch
 
 from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.attention.triton.calls import Call, Step
-from topt_vllm.attention.triton.launch import MAX_SPLITS, MIN_SPLIT_TOKENS, Launch, target_of
+from topt_vllm.attention.triton.launch import MIN_PROGRAM_TOKENS, Launch, target_of
 from topt_vllm.attention.triton.launcher import interpreted
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.compile import CHIPS, Chip, compile_call, resources
@@ -29,18 +29,21 @@ def step_of(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Step:
 
 
 def candidates(chosen: Launch) -> list[Launch]:
-    """The heuristic's choice, then tiles, warps, stages and splits around it."""
-    splits = sorted({max(1, chosen.splits // 2), chosen.splits, min(MAX_SPLITS, chosen.splits * 2)})
+    """The heuristic's choice, then tiles, gathers, stages and programs around it."""
+    programs = sorted({max(1, chosen.programs // 2), chosen.programs, chosen.programs * 2})
     tried = [
         replace(
             chosen,
             tile=tile,
-            min_tiles=max(1, MIN_SPLIT_TOKENS // tile),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            splits=count,
+            min_tiles=max(1, MIN_PROGRAM_TOKENS // tile),
+            gather=gather,
+            key_stages=key_stages,
+            value_stages=value_stages,
+            programs=count,
         )
-        for tile, num_warps, num_stages, count in product((32, 64, 128), (4, 8), (1, 2, 3, 4), splits)
+        for tile, gather, key_stages, value_stages, count in product(
+            (32, 64, 128), (16, 32, 64), (3, 5, 7), (3, 5, 7), programs
+        )
     ]
     return [chosen, *(launch for launch in tried if launch != chosen)]
 
@@ -57,12 +60,11 @@ def why_not(used: dict[str, int], num_warps: int, chip: Chip) -> str | None:
 
 
 def compiled_for(chip: Chip) -> Callable[[Call], dict[str, int]]:
-    """What a launch takes on a chip, compiled once for all numbers of splits."""
-    known: dict[tuple[int, int, int], dict[str, int]] = {}
+    """What a launch takes on a chip, compiled once for all numbers of programs."""
+    known: dict[tuple[int, ...], dict[str, int]] = {}
 
     def used(call: Call) -> dict[str, int]:
-        tile, warps, stages = (call.arguments[name] for name in ("TILE", "num_warps", "num_stages"))
-        code = (tile, warps, stages)
+        code = tuple(call.arguments[name] for name in ("TILE", "GATHER", "KEY_STAGES", "VALUE_STAGES"))
         if code not in known:
             known[code] = resources(*compile_call(call, chip.triton))
         return known[code]

@@ -32,11 +32,11 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
-# (group, most query rows of a sequence): all that tiles of 16 rows are filled with, and several rows at once.
-_TILES = ((1, 1), (4, 1), (8, 1), (16, 1), (4, 8))
+HEAD_DIMS = (64, 80, 128, 192, 256, 512)
+# (group, most query rows of a sequence): tiles of 8 columns and of 16, and several rows at once.
+_TILES = ((4, 1), (16, 1), (4, 8))
 # Tiles that span blocks, and blocks that span tiles.
-_BLOCK_SIZES = (16, 128)
+_BLOCK_SIZES = (16, 64)
 
 _KV_HEADS = 8
 _SEQUENCES = 16
@@ -55,6 +55,7 @@ class Chip:
         triton: Triton's name of it.
         multiprocessors: Of the product that it stands for.
         shared_bytes: Shared memory.
+        block_bytes: Most of it for one block.
         reserved_bytes: Shared memory that each block loses to the driver.
         registers: 32-bit registers of a lane's share: per multiprocessor (NVIDIA), per lane and SIMD (AMD).
         warps: Most resident warps.
@@ -64,6 +65,7 @@ class Chip:
     triton: GPUTarget
     multiprocessors: int
     shared_bytes: int
+    block_bytes: int
     reserved_bytes: int
     registers: int
     warps: int
@@ -73,6 +75,11 @@ class Chip:
     def amd(self) -> bool:
         """Whether ROCm drives it."""
         return self.triton.backend == "hip"
+
+    @property
+    def target(self) -> Target:
+        """What the launch heuristic knows of it."""
+        return Target(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""
@@ -87,10 +94,13 @@ class Chip:
 
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 108, 164 << 10, 1 << 10, 65536, 64, 32),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 132, 228 << 10, 1 << 10, 65536, 64, 32),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 228 << 10, 1 << 10, 65536, 64, 32),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 0, 512, 32, 32),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 108, 164 << 10, 163 << 10, 1 << 10, 65536, 64, 32),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 84, 100 << 10, 99 << 10, 1 << 10, 65536, 48, 16),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 142, 100 << 10, 99 << 10, 1 << 10, 65536, 48, 24),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 132, 228 << 10, 227 << 10, 1 << 10, 65536, 64, 32),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 228 << 10, 227 << 10, 1 << 10, 65536, 64, 32),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 188, 100 << 10, 99 << 10, 1 << 10, 65536, 48, 24),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64 << 10, 64 << 10, 0, 512, 32, 32),
 }
 
 
@@ -205,7 +215,7 @@ def compile_call(call: Call, target: GPUTarget) -> tuple[Any, str]:
 def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, Call]]:
     """Launch parameters and the launches of a configuration by kernel name."""
     step = configuration.step()
-    launch = step.choose(Target(chip.amd, chip.multiprocessors), None)
+    launch = step.choose(chip.target, None)
     memory = _empty(step.parts(launch).words, dtype=torch.float32)
     decode, merge = step.calls(launch, memory, interpreted=False)
     if step.cache.value_sums is None:
@@ -239,7 +249,7 @@ def compile_all(
                     "config": str(configuration),
                     **asdict(configuration),
                     "tile": launch.tile if kernel == "decode" else None,
-                    "num_stages": launch.num_stages if kernel == "decode" else None,
+                    "gather": launch.gather if kernel == "decode" else None,
                     "num_warps": num_warps,
                     **used,
                     "occupancy": chip.occupancy(used["registers"], used["shared_bytes"], num_warps),

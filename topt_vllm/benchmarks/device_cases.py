@@ -50,7 +50,6 @@ def bound_kernel(shape: Shape, device: torch.device) -> Implementation:
         RuntimeError: As :func:`topt_vllm.attention.triton.launcher.prepare`.
     """
     launcher.prepare(device.type)
-    capacity = shape.blocks * shape.block_size
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    workspace = launcher.allocate_workspace(shape.batch, shape.batch, *heads, capacity, 1, device)
+    workspace = launcher.allocate_workspace(shape.batch, 1, *heads, device)
     return cast(Implementation, launcher.bind(workspace))

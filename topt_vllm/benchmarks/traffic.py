@@ -1,7 +1,7 @@
 """What a decode call of the Triton kernel moves through memory, and the time that this takes at best.
 
 A model, checked by the tests against every load and store of an interpreted run. Tables and lengths are left out:
-4 bytes per block and KV head.
+4 bytes per block and KV head. So are the lists of keys whose V rows are to be read, which stay in the L2 cache.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,9 @@ from typing import Any
 from topt_vllm.attention.triton.launch import Target, choose
 
 _WORD = 4  # bytes of float32 and int32
+_KIB = 1 << 10
+_HOPPER = Target(amd=False, multiprocessors=132, shared_bytes=228 * _KIB, block_bytes=227 * _KIB)
+_CDNA3 = Target(amd=True, multiprocessors=304, shared_bytes=64 * _KIB, block_bytes=64 * _KIB)
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("H100 SXM", 3.35e12, Target(amd=False, multiprocessors=132)),
-    Gpu("H200", 4.8e12, Target(amd=False, multiprocessors=132)),
-    Gpu("MI300X", 5.3e12, Target(amd=True, multiprocessors=304)),
+    Gpu("H100 SXM", 3.35e12, _HOPPER),
+    Gpu("H200", 4.8e12, _HOPPER),
+    Gpu("MI300X", 5.3e12, _CDNA3),
 )
 
 
@@ -65,8 +68,8 @@ class Traffic:
         key: K, all of it.
         value: V rows that some head of their group keeps.
         sums: V sums of finished blocks.
-        partials: Partial results of the splits, written and read.
-        rows: Query, which every split reads, and output.
+        partials: Partial results of the segments, written and read.
+        rows: Query, which every segment reads, and output.
         tail: V rows of the unfinished blocks that the merge kernel reads again, out of the cache: not in ``total``.
     """
 
@@ -83,50 +86,54 @@ class Traffic:
         return self.key + self.value + self.sums + self.partials + self.rows
 
 
-def traffic(shape: Shape, v_rows_read: int, target: Target, splits: int | None = None) -> Traffic:
+def traffic(shape: Shape, v_rows_read: int, target: Target, programs: int | None = None) -> Traffic:
     """Bytes of a call with thresholds, V means and statistics, some probability being dropped in every head.
 
     Args:
         shape: Of the batch.
         v_rows_read: (KV head, key) pairs of the whole batch whose V row is read.
         target: GPU.
-        splits: Fixed number of splits instead of the heuristic's.
+        programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     row = shape.head_dim * shape.item_bytes
     pairs = shape.batch * shape.kv_heads
-    used = _used_splits(shape, target, splits)
+    segments = _segments(shape, target, programs)
     return Traffic(
         key=pairs * shape.seq_len * row,
         value=v_rows_read * row,
         sums=pairs * (shape.seq_len // shape.block_size) * shape.head_dim * _WORD,
-        partials=_partials(shape, used),
-        rows=shape.batch * shape.heads * (used + 1) * row,
+        partials=_partials(shape, segments),
+        rows=shape.heads * (segments + shape.batch) * row,
         tail=shape.batch * shape.heads * (shape.seq_len % shape.block_size) * row,
     )
 
 
 def dense_traffic(shape: Shape, target: Target) -> Traffic:
-    """Bytes of a dense kernel that splits the keys likewise and needs nothing but K, V and partial outputs."""
+    """Bytes of a dense kernel that shares the keys likewise and needs nothing but K, V and partial outputs."""
     row = shape.head_dim * shape.item_bytes
     keys = shape.batch * shape.kv_heads * shape.seq_len * row
-    used = _used_splits(shape, target, None)
-    partials = 2 * shape.batch * shape.heads * used * (shape.head_dim + 2) * _WORD
-    return Traffic(keys, keys, 0, partials, shape.batch * shape.heads * (used + 1) * row, 0)
+    segments = _segments(shape, target, None)
+    partials = 2 * shape.heads * segments * (shape.head_dim + 2) * _WORD
+    return Traffic(keys, keys, 0, partials, shape.heads * (segments + shape.batch) * row, 0)
 
 
-def _used_splits(shape: Shape, target: Target, splits: int | None) -> int:
-    sizes = (shape.batch, 1, shape.heads, shape.kv_heads, shape.head_dim, shape.seq_len, shape.item_bytes)
-    launch = choose(*sizes, target, splits)
+def _segments(shape: Shape, target: Target, programs: int | None) -> int:
+    """Parts of one KV head that programs and sequences cut the batch into."""
+    launch = choose(1, shape.heads, shape.kv_heads, shape.head_dim, shape.item_bytes, target, programs)
     tiles = -(-shape.seq_len // launch.tile)
-    return -(-tiles // max(-(-tiles // launch.splits), launch.min_tiles))
+    total = tiles * shape.batch
+    used = max(1, min(launch.programs, total // launch.min_tiles))
+    share, larger = divmod(total, used)
+    cuts = {program * share + min(program, larger) for program in range(used)}
+    return len(cuts | {sequence * tiles for sequence in range(shape.batch)})
 
 
-def _partials(shape: Shape, splits: int) -> int:
-    by_head, by_group = shape.batch * shape.heads * splits, shape.batch * shape.kv_heads * splits
-    output, softmax, counts = shape.head_dim, 3, 2
-    written = by_head * (output + softmax) + by_group * (shape.head_dim + counts)
+def _partials(shape: Shape, segments: int) -> int:
+    by_head, by_group = shape.heads * segments, shape.kv_heads * segments
+    output, softmax = shape.head_dim, 3
+    written = by_head * (output + softmax) + by_group * shape.head_dim
     # Each head of a group reads the group's V sum.
-    read = by_head * (output + softmax + shape.head_dim) + by_group * counts
+    read = by_head * (output + softmax + shape.head_dim)
     return (written + read) * _WORD
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 
-_AUTOTUNE = """Times tiles, warps, stages and splits of the Triton decode kernel for a shape on a GPU, each checked
+_AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked
 against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
 heuristic's choice; to use it, change attention/triton/launch.py and check with `topt-vllm bench compile`."""
 

@@ -11,8 +11,8 @@ from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 _COMPILE = """Compiles the Triton kernels for GPUs that need not be here, and prints registers, spills, shared
 memory and how many blocks a multiprocessor holds: the worst of each head dimension and kernel; --json has every
 record. Everything takes half an hour; options narrow it. The exit status is 1 if anything spills."""
-_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-_HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+_HEAD_DIMS = (64, 80, 128, 192, 256, 512)
 _DTYPES = ("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2")
 
 

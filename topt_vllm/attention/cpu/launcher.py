@@ -11,8 +11,6 @@ from topt_vllm.attention.cpu import jit
 
 _FOLDER = Path(__file__).parent / "csrc"
 
-COUNTS_REACHED = TAKES_ROW_THETAS = True
-
 
 @cache
 def _operators() -> Any:

@@ -30,7 +30,13 @@ def compute_dtype(query: torch.Tensor, key: torch.Tensor, interpreted: bool) -> 
     return _TRITON[query.dtype]
 
 
-def check(query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, out: torch.Tensor) -> None:
+def check(
+    query: torch.Tensor,
+    cache: PagedCache,
+    batch: DecodeBatch,
+    out: torch.Tensor,
+    reached: torch.Tensor | None,
+) -> None:
     """Refuses what the kernels would misread.
 
     Raises:
@@ -48,6 +54,8 @@ def check(query: torch.Tensor, cache: PagedCache, batch: DecodeBatch, out: torch
     for name, tensor in contiguous.items():
         if tensor.stride(-1) != 1:
             _refuse(f"{name}: stride of the last dimension", "1", tensor.stride(-1))
+    if reached is not None and (reached.shape != query.shape[:2] or not reached.is_contiguous()):
+        _refuse("reached", f"contiguous {list(query.shape[:2])}", f"{list(reached.shape)}")
     for name in ("query_start_loc", "seq_lens", "block_table"):
         tensor = getattr(batch, name)
         if tensor.dtype != torch.int32:

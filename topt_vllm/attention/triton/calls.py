@@ -7,16 +7,18 @@ import torch
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.launch import Launch, Target, choose, power_of_two
+from topt_vllm.attention.triton.launch import MATRIX_ROWS, Launch, Target, choose, power_of_two
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
 from topt_vllm.attention.triton.sums_kernel import _topt_sums_kernel
 from topt_vllm.attention.triton.workspace import Parts
 
-# V rows that the merge kernel and the sums kernel add at a time.
+# V rows that the merge kernel, at least, and the sums kernel add at a time.
 _VALUE_ROWS = 16
+# Words of V sums that the decode kernel adds at a time, and the depth of that loop's pipeline.
+_SUMS_WORDS, _SUMS_STAGES = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,14 @@ class Step:
     query: torch.Tensor
     cache: PagedCache
     batch: DecodeBatch
-    thetas: Thetas | None
+    thetas: Thetas | RowThetas | None
     policy: Policy
     scale: float
     softcap: float
     out: torch.Tensor
     statistics: torch.Tensor | None
-
-    @property
-    def sequences(self) -> int:
-        """S."""
-        return self.batch.seq_lens.shape[0]
+    reached: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def max_query_rows(self) -> int:
@@ -67,19 +66,21 @@ class Step:
         """Whether the V sums are read."""
         return self.thetas is not None and self.policy.compensation == "vmean"
 
-    def choose(self, target: Target, splits: int | None) -> Launch:
-        """Launch parameters, with the heuristic's number of splits if None is given."""
-        num_heads, head_dim = self.query.shape[1:]
-        num_kv_heads, block_size = self.cache.value.shape[1:3]
-        capacity = self.batch.block_table.shape[1] * block_size
-        item_bytes = self.cache.value.element_size()
-        shape = (self.sequences, self.max_query_rows, num_heads, num_kv_heads, head_dim, capacity, item_bytes)
-        return choose(*shape, target, splits)
+    def choose(self, target: Target, programs: int | None) -> Launch:
+        """Launch parameters, with the heuristic's number of programs if None is given."""
+        num_heads, key_dim = self.query.shape[1:]
+        _, num_kv_heads, _, value_dim = self.cache.value.shape
+        shape = (self.max_query_rows, num_heads, num_kv_heads, max(key_dim, value_dim))
+        return choose(*shape, self.cache.value.element_size(), target, programs)
+
+    def items(self, launch: Launch) -> int:
+        """Chunks of query rows of all sequences."""
+        return self.batch.seq_lens.shape[0] * launch.chunks(self.max_query_rows)
 
     def parts(self, launch: Launch) -> Parts:
         """How the workspace is cut."""
-        rows, num_heads, head_dim = self.query.shape
-        return Parts.of(launch, rows, self.sequences, num_heads, self.cache.value.shape[1], head_dim)
+        _, num_kv_heads, _, value_dim = self.cache.value.shape
+        return Parts.of(launch, self.items(launch), self.query.shape[1], num_kv_heads, value_dim)
 
     def calls(self, launch: Launch, memory: torch.Tensor, interpreted: bool) -> tuple[Call, Call]:
         """The decode and the merge kernel.
@@ -89,12 +90,15 @@ class Step:
             memory: float32 [at least the words of :meth:`parts`].
             interpreted: Whether Triton's interpreter runs the kernels.
         """
-        shared = self._shared(launch) | self.parts(launch).cut(memory)
-        return self._decode(launch, shared, interpreted), self._merge(launch, shared)
+        parts = self.parts(launch).cut(memory)
+        lists = {name: parts.pop(name) for name in ("listed_scores", "listed_slots")}
+        shared = self._shared(launch) | parts
+        return self._decode(launch, shared | lists, interpreted), self._merge(launch, shared)
 
     def _shared(self, launch: Launch) -> dict[str, Any]:
-        _, num_kv_heads, block_size, head_dim = self.cache.value.shape
+        _, num_kv_heads, block_size, value_dim = self.cache.value.shape
         value, form = stored(self.cache.value)
+        statistics, items = self.statistics, self.items(launch)
         return {
             "value": value,
             "value_stride_block": value.stride(0),
@@ -104,25 +108,31 @@ class Step:
             "seq_lens": self.batch.seq_lens,
             "block_table": self.batch.block_table,
             "table_stride": self.batch.block_table.stride(0),
-            "CHUNKS": launch.chunks,
+            "statistics": self.batch.seq_lens if statistics is None else statistics,
+            "statistics_slots": 1 if statistics is None or statistics.dim() == 1 else statistics.shape[0],
+            "items": items,
+            "chunks": launch.chunks(self.max_query_rows),
             "KV_HEADS": num_kv_heads,
             "GROUP": self.query.shape[1] // num_kv_heads,
             "ROWS": launch.rows,
-            "HEAD_DIM": head_dim,
-            "DIM_PAD": power_of_two(head_dim),
+            "VALUE_DIM": value_dim,
+            "VALUE_PAD": power_of_two(value_dim),
             "BLOCK_SIZE": block_size,
+            "ITEMS_PAD": items_pad(items),
             "TILE": launch.tile,
             "MIN_TILES": launch.min_tiles,
+            "SPARSE": self.thetas is not None,
             "VMEAN": self.vmean,
+            "COUNT": statistics is not None,
+            "REACHED": self.reached is not None and self.thetas is not None,
             "FORMAT": form,
         }
 
     def _decode(self, launch: Launch, shared: dict[str, Any], interpreted: bool) -> Call:
-        cache, thetas, policy, batch = self.cache, self.thetas, self.policy, self.batch
+        cache, policy, unread = self.cache, self.policy, self.batch.seq_lens
         key, _ = stored(cache.key)
         compute = compute_dtype(self.query, cache.key, interpreted)
-        unread = batch.seq_lens  # stands in for tensors that this configuration doesn't read
-        num_lengths = 0 if thetas is None else thetas.lengths.shape[0]
+        head_dim = self.query.shape[2]
         sums = cache.value_sums if self.vmean and cache.value_sums is not None else None
         arguments = shared | {
             "query": self.query,
@@ -137,54 +147,73 @@ class Step:
             "value_sums": unread if sums is None else sums,
             "sums_stride_block": 0 if sums is None else sums.stride(0),
             "sums_stride_head": 0 if sums is None else sums.stride(1),
-            "lengths": unread if thetas is None else thetas.lengths,
-            "theta": unread if thetas is None else thetas.theta,
-            "theta_stride": 0 if thetas is None else thetas.theta.stride(0),
-            "law": unread if thetas is None else thetas.law,
             "scale": self.scale,
             "softcap": self.softcap,
             "min_seq_len": policy.min_seq_len,
             "sink_tokens": policy.sink_tokens,
             "recent_tokens": policy.recent_tokens,
-            "GROUP_PAD": launch.group_pad,
             "SINGLE_ROW": self.max_query_rows == 1,
-            "SUMS_PER_TILE": power_of_two(-(-launch.tile // shared["BLOCK_SIZE"])),
-            "NUM_LENGTHS": num_lengths,
-            "LENGTHS_PAD": power_of_two(num_lengths),
+            "COLUMNS": launch.columns,
+            "WIDE": max(MATRIX_ROWS, launch.columns),
+            "HEAD_DIM": head_dim,
+            "DIM_PAD": power_of_two(head_dim),
+            "LIST": launch.list_keys,
+            "GATHER": launch.gather,
+            "SUMS": max(1, _SUMS_WORDS // shared["VALUE_PAD"]),
+            "KEY_STAGES": launch.key_stages,
+            "VALUE_STAGES": launch.value_stages,
+            "SUMS_STAGES": _SUMS_STAGES,
             "UNION": policy.group_keep == "union",
             "SOFTCAP": self.softcap > 0,
             "SCALED_KEY": cache.key_scale is not None,
             "COMPUTE": compute,
             "PRECISION": "ieee" if compute == tl.float32 else None,
             "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
         }
         if launch.max_registers is not None:
             arguments["maxnreg"] = launch.max_registers
-        grid = (launch.splits * launch.chunks, shared["KV_HEADS"], self.sequences)
-        return Call(_topt_decode_kernel, grid, arguments)
+        grid = (launch.programs, shared["KV_HEADS"])
+        return Call(_topt_decode_kernel, grid, arguments | self._thresholds())
+
+    def _thresholds(self) -> dict[str, Any]:
+        """θ of the decode kernel."""
+        thetas, unread = self.thetas, self.batch.seq_lens
+        by_length = isinstance(thetas, Thetas)
+        num_lengths = thetas.lengths.shape[0] if isinstance(thetas, Thetas) else 0
+        return {
+            "lengths": thetas.lengths if isinstance(thetas, Thetas) else unread,
+            "theta": unread if thetas is None else thetas.theta,
+            "theta_stride": 0 if thetas is None else thetas.theta.stride(0),
+            "law": thetas.law if isinstance(thetas, Thetas) else unread,
+            "BY_ROW": not by_length,
+            "NUM_LENGTHS": num_lengths,
+            "LENGTHS_PAD": power_of_two(num_lengths),
+        }
 
     def _merge(self, launch: Launch, shared: dict[str, Any]) -> Call:
-        scale, statistics, unread = self.cache.value_scale, self.statistics, self.batch.seq_lens
+        scale, unread = self.cache.value_scale, self.batch.seq_lens
         arguments = shared | {
             "value_scale": unread if scale is None else scale,
+            "sinks": unread if self.sinks is None else self.sinks,
             "result": self.out,
             "result_stride_row": self.out.stride(0),
             "result_stride_head": self.out.stride(1),
-            "statistics": unread if statistics is None else statistics,
-            "statistics_slots": 1 if statistics is None or statistics.dim() == 1 else statistics.shape[0],
-            "splits": launch.splits,
+            "reached": unread if self.reached is None else self.reached,
+            "programs": launch.programs,
             "max_rows": self.max_query_rows,
-            "SPLITS_PAD": power_of_two(launch.splits),
-            "TAIL": _VALUE_ROWS,
-            "SPARSE": self.thetas is not None,
-            "COUNT": statistics is not None,
+            "SEGMENTS": 64 if shared["VALUE_PAD"] <= 128 else 32,
+            "TAIL": max(_VALUE_ROWS, 8192 // shared["VALUE_PAD"]),
+            "SINKS": self.sinks is not None,
             "SCALED_VALUE": scale is not None,
             "num_warps": 4,
         }
-        return Call(
-            _topt_merge_kernel, (self.query.shape[1], self.sequences * self.max_query_rows), arguments
-        )
+        sequences = self.batch.seq_lens.shape[0]
+        return Call(_topt_merge_kernel, (self.query.shape[1], sequences * self.max_query_rows), arguments)
+
+
+def items_pad(items: int) -> int:
+    """Items as a power of two, in steps so wide that a server compiles the kernels once or twice."""
+    return next(size for size in (256 << 3 * step for step in range(8)) if items <= size)
 
 
 def sums_call(cache: PagedCache, sums: torch.Tensor, slot_mapping: torch.Tensor) -> Call:

@@ -1,22 +1,51 @@
-"""The decode kernel: one split of one KV head of one sequence, in one pass over K. README.md derives it.
+"""The decode kernel: scores and selects in one loop over K, then gathers the V rows that it listed. See README.md.
 
-``M`` are the tile's rows: query row r and head g of the group at r * GROUP_PAD + g.
+Keys are the rows of its tiles, ``[TILE]``; the columns, ``[COLUMNS]``, are the query heads of a group and as many
+query rows of a sequence as fit: row r and head g at r * GROUP + g. ``[WIDE]`` are the same, 16 at least, for matrix
+products that have them as rows.
 """
 
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import (
-    LOG2E,
+from topt_vllm.attention.triton.primitives import LOG2E, decode_stored, ranks, softcapped, theta_at
+from topt_vllm.attention.triton.schedule import (
     chunk_contexts,
-    decode_stored,
+    first_tile,
+    programs_used,
     rows_of,
-    theta_at,
-    tiles_per_split,
+    tiles_of,
 )
 
+# Lower than any finite score, and finite: −inf minus −inf is NaN.
+LOWEST = tl.constexpr(-1e30)
 
-@triton.jit(do_not_specialize=["min_seq_len", "sink_tokens", "recent_tokens"])
+
+@triton.jit
+def _place(table_row, start, offset, inside, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Physical block and slot in it of the keys of a tile; the block is one number where they all lie in it."""
+    if BLOCK_SIZE % TILE == 0:
+        block = tl.load(table_row + start // BLOCK_SIZE)
+        slot = start % BLOCK_SIZE + offset
+    else:
+        block = tl.load(table_row + (start + offset) // BLOCK_SIZE, mask=inside, other=0)
+        slot = (start + offset) % BLOCK_SIZE
+    return block, slot
+
+
+@triton.jit
+def _to_wide(values, column, wide, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """[COLUMNS] as [WIDE]."""
+    if COLUMNS == WIDE:
+        wide_values = values
+    else:
+        wide_values = tl.sum(tl.where(column[:, None] == wide[None, :], values[:, None], 0.0), axis=0)
+    return wide_values
+
+
+@triton.jit(
+    do_not_specialize=["items", "chunks", "min_seq_len", "sink_tokens", "recent_tokens", "statistics_slots"]
+)
 def _topt_decode_kernel(
     query,
     key,
@@ -29,10 +58,13 @@ def _topt_decode_kernel(
     theta,
     law,
     key_scale,
+    listed_slots,
+    listed_scores,
     partial_out,
     partial_softmax,
     partial_sums,
-    partial_counts,
+    partial_reached,
+    statistics,
     query_stride_row,
     query_stride_head,
     key_stride_block,
@@ -48,176 +80,279 @@ def _topt_decode_kernel(
     theta_stride,
     scale,
     softcap,
+    items,
+    chunks,
     min_seq_len,
     sink_tokens,
     recent_tokens,
-    CHUNKS: tl.constexpr,
+    statistics_slots,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     SINGLE_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ITEMS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    SUMS_PER_TILE: tl.constexpr,
+    LIST: tl.constexpr,
+    GATHER: tl.constexpr,
+    SUMS: tl.constexpr,
+    KEY_STAGES: tl.constexpr,
+    VALUE_STAGES: tl.constexpr,
+    SUMS_STAGES: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BY_ROW: tl.constexpr,
     NUM_LENGTHS: tl.constexpr,
     LENGTHS_PAD: tl.constexpr,
     UNION: tl.constexpr,
     VMEAN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SCALED_KEY: tl.constexpr,
+    COUNT: tl.constexpr,
+    REACHED: tl.constexpr,
     FORMAT: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    M: tl.constexpr = ROWS * GROUP_PAD
-    SPARSE: tl.constexpr = NUM_LENGTHS > 0
-    # Chunks of a sequence read the same keys: side by side, the second finds them in the L2 cache.
-    split, chunk, splits = tl.program_id(0) // CHUNKS, tl.program_id(0) % CHUNKS, tl.num_programs(0) // CHUNKS
-    kv_head = tl.program_id(1)
-    sequence = tl.program_id(2)
+    USED: tl.constexpr = ROWS * GROUP  # columns that stand for a query row and head
+    STORED: tl.constexpr = triton.next_power_of_2(
+        USED
+    )  # columns of the list, so that a thread can move several
+    program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 
-    first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
-    if chunk * ROWS >= count:
+    every_item = tl.arange(0, ITEMS_PAD)
+    tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
+    total = tl.sum(tiles, axis=0)
+    used = programs_used(total, programs, MIN_TILES)
+    if program >= used:
         return
-    n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
-    share = tiles_per_split(n_last, splits, TILE, MIN_TILES)
-    begin = split * share
-    end = tl.minimum(begin + share, tl.cdiv(n_last, TILE))
-    if begin >= end:
-        return
+    my_first = first_tile(program, total, used)
+    my_end = first_tile(program + 1, total, used)
+    ends = tl.cumsum(tiles, axis=0)
+    first_item = tl.sum((ends <= my_first).to(tl.int32), axis=0)
+    last_item = tl.sum((ends < my_end).to(tl.int32), axis=0)
+    # Tiles that this program has yet to do, and those of its first item that are others'.
+    left = my_end - my_first
+    skip = my_first - tl.sum(tl.where(every_item < first_item, tiles, 0), axis=0)
 
-    m = tl.arange(0, M)
-    row, member = chunk * ROWS + m // GROUP_PAD, m % GROUP_PAD
-    head = kv_head * GROUP + member
-    valid = (row < count) & (member < GROUP)
-    n = tl.where(valid, last_len - (count - 1 - row), 0)
-    dim = tl.arange(0, DIM_PAD)
-    dim_mask = dim < HEAD_DIM
-    query_row = (first + row).to(tl.int64)
-    q = tl.load(
-        query + (query_row * query_stride_row + head * query_stride_head)[:, None] + dim[None, :],
-        mask=valid[:, None] & dim_mask[None, :],
-        other=0.0,
-    ).to(COMPUTE)
-    if SCALED_KEY:
-        scale *= tl.load(key_scale)
-    if SPARSE:
-        threshold = theta_at(lengths, theta, law, theta_stride, head, n, valid, NUM_LENGTHS, LENGTHS_PAD)
-        # A NaN score is not >= −inf, but dense attention would read the row.
-        always = threshold == -float("inf")
-        if not SINGLE_ROW:
-            # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
-            same_row = (row[:, None] == row[None, :]).to(COMPUTE)
-            leads = valid & (member == 0)
-        # One context length for the whole tile, or one for each of its rows.
-        length = n_last if SINGLE_ROW else n[:, None]
-        forced_from = tl.where(length <= min_seq_len, 0, length - recent_tokens)
-        if VMEAN:
-            forced_from = tl.minimum(forced_from, length // BLOCK_SIZE * BLOCK_SIZE)
-
-    offset = tl.arange(0, TILE)
-    table_row = block_table + sequence.to(tl.int64) * table_stride
+    column, wide = tl.arange(0, COLUMNS), tl.arange(0, WIDE)
+    offset, rank = tl.arange(0, TILE), tl.arange(0, GATHER)
+    dim, value_dim = tl.arange(0, DIM_PAD), tl.arange(0, VALUE_PAD)
+    dim_mask, value_mask = dim < HEAD_DIM, value_dim < VALUE_DIM
+    head = kv_head * GROUP + column % GROUP
     key_head = key + kv_head.to(tl.int64) * key_stride_head
     value_head = value + kv_head.to(tl.int64) * value_stride_head
+    sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
+    my_list = (kv_head * programs + program).to(tl.int64) * LIST
+    my_slots, my_scores = listed_slots + my_list, listed_scores + my_list * STORED
+    if SCALED_KEY:
+        scale *= tl.load(key_scale)
+    # Counted per key of a tile and added up at the end: a sum over keys crosses warps.
+    kept_count = tl.zeros([TILE], tl.int32)
+    read_count = tl.zeros([TILE], tl.int32)
+    rows_listed = 0
 
-    best = tl.full([M], -float("inf"), tl.float32)
-    # Kept per column and summed after the loop: a sum over columns crosses warps.
-    mass = tl.zeros([M, TILE], tl.float32)
-    out = tl.zeros([M, DIM_PAD], tl.float32)
-    if SPARSE:
-        dropped = tl.zeros([M, TILE], tl.float32)
-        kept_count = tl.zeros([TILE], tl.int32)
-        read_count = tl.zeros([TILE], tl.int32)
-    if VMEAN:
-        sums = tl.zeros([SUMS_PER_TILE, DIM_PAD], tl.float32)
-        # Every row of the chunk has finished these; what lies behind them the merge kernel adds from V.
-        finished = tl.where(n_last > min_seq_len, n_first // BLOCK_SIZE, 0)
+    for item in tl.range(first_item, last_item + 1, disable_licm=True):
+        sequence, chunk = item // chunks, item % chunks
+        first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
+        n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
+        item_tiles = tl.where(chunk * ROWS < count, tl.cdiv(n_last, TILE), 0)
+        mine = tl.minimum(item_tiles - skip, left)
+        begin, end = skip * TILE, tl.minimum((skip + mine) * TILE, n_last)
+        left, skip = left - mine, 0
+        table_row = block_table + sequence.to(tl.int64) * table_stride
+        segment = (kv_head * (programs + items) + program + item).to(tl.int64)
 
-    for tile in range(begin, end):
-        position = tile * TILE + offset
-        in_context = position < n_last
-        if BLOCK_SIZE % TILE == 0:
-            block = tl.load(table_row + tile * TILE // BLOCK_SIZE).to(tl.int64)
-            slot = tile * TILE % BLOCK_SIZE + offset
-        else:
-            block = tl.load(table_row + position // BLOCK_SIZE, mask=in_context, other=0).to(tl.int64)
-            slot = position % BLOCK_SIZE
-        if VMEAN:
-            logical = tl.cdiv(tile * TILE, BLOCK_SIZE) + tl.arange(0, SUMS_PER_TILE)
-            starts_here = (logical * BLOCK_SIZE < (tile + 1) * TILE) & (logical < finished)
-            physical = tl.load(table_row + logical, mask=starts_here, other=0).to(tl.int64)
-            sums += tl.load(
-                value_sums
-                + (physical * sums_stride_block + kv_head * sums_stride_head)[:, None]
-                + dim[None, :],
-                mask=starts_here[:, None] & dim_mask[None, :],
-                other=0.0,
-            )
-        k_column = (block * key_stride_block + slot * key_stride_slot)[None, :]
-        k = tl.load(
-            key_head + k_column + (dim * key_stride_dim)[:, None],
-            mask=in_context[None, :] & dim_mask[:, None],
-            other=0,
-        )
-        scores = tl.dot(q, decode_stored(k, FORMAT, COMPUTE), input_precision=PRECISION) * scale
-        if SOFTCAP:
-            # softcap · tanh(score / softcap); where exp2 overflows the quotient is 0, as it should be.
-            scores = softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0)
-        visible = in_context[None, :] if SINGLE_ROW else position[None, :] < n[:, None]
-
+        row = chunk * ROWS + column // GROUP
+        valid = (column < USED) & (row < count)
+        n = tl.where(valid, last_len - (count - 1 - row), 0)
+        query_row = (first + row).to(tl.int64)
+        q = tl.load(
+            query + (query_row * query_stride_row + head * query_stride_head)[None, :] + dim[:, None],
+            mask=valid[None, :] & dim_mask[:, None],
+            other=0.0,
+        ).to(COMPUTE)
         if SPARSE:
-            forced = (position[None, :] < sink_tokens) | (position[None, :] >= forced_from)
-            keep = ((scores >= threshold[:, None]) | always[:, None] | forced) & visible & valid[:, None]
-            if SINGLE_ROW:
-                kept_here = tl.sum(keep.to(tl.int32), axis=0)
-                rows_here = (kept_here > 0).to(tl.int32)
-                used = (kept_here > 0)[None, :] if UNION else keep
+            if BY_ROW:
+                threshold = tl.load(theta + query_row * theta_stride + head, mask=valid, other=0.0)
             else:
-                read = tl.dot(same_row, keep.to(COMPUTE), input_precision=PRECISION) > 0
-                # Both counts in one sum over rows.
-                both = tl.sum(keep.to(tl.int32) + ((read & leads[:, None]).to(tl.int32) << 16), axis=0)
-                kept_here, rows_here = both & 0xFFFF, both >> 16
-                used = read & visible if UNION else keep
-            kept_count += kept_here
-            read_count += rows_here
-            some = rows_here > 0
+                threshold = theta_at(
+                    lengths, theta, law, theta_stride, head, n, valid, NUM_LENGTHS, LENGTHS_PAD
+                )
+            # A NaN score is not >= −inf, but dense attention would read the row: such columns are forced.
+            always = (threshold == -float("inf")) | (n <= min_seq_len)
+            dense = tl.sum(tl.where(always, 0, valid.to(tl.int32)), axis=0) == 0
+            forced_from = n - recent_tokens
+            if VMEAN:
+                forced_from = tl.minimum(forced_from, n // BLOCK_SIZE * BLOCK_SIZE)
+            forced_from = tl.where(always, 0, forced_from)
+            if REACHED:
+                counted_from = tl.where(always, float("inf"), threshold)
+                reached = tl.zeros([TILE, COLUMNS], tl.int32)
+            if not SINGLE_ROW:
+                # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
+                same_row = (row[:, None] == row[None, :]).to(COMPUTE)
 
-        scores = tl.where(visible, scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        # −inf − −inf is NaN, and all scores so far may be −inf.
-        shift = tl.where(new_best == -float("inf"), 0.0, new_best)
-        shrink = tl.exp2((best - shift) * LOG2E)
-        p = tl.exp2((scores - shift[:, None]) * LOG2E)
-        best = new_best
-        mass = mass * shrink[:, None] + p
-        out *= shrink[:, None]
-        value_row = (
-            value_head + (block * value_stride_block + slot * value_stride_slot)[:, None] + dim[None, :]
+        if VMEAN:
+            sums = tl.zeros([SUMS, VALUE_PAD], tl.float32)
+            # Every row of the chunk has finished these; what lies behind them the merge kernel adds from V.
+            finished = tl.where(dense, 0, n_first // BLOCK_SIZE)
+            sums_end = tl.minimum(tl.cdiv(end, BLOCK_SIZE), finished)
+            for start in tl.range(tl.cdiv(begin, BLOCK_SIZE), sums_end, SUMS, num_stages=SUMS_STAGES):
+                logical = start + tl.arange(0, SUMS)
+                physical = tl.load(table_row + logical, mask=logical < sums_end, other=0).to(tl.int64)
+                sums += tl.load(
+                    sums_head + (physical * sums_stride_block)[:, None] + value_dim[None, :],
+                    mask=(logical < sums_end)[:, None] & value_mask[None, :],
+                    other=0.0,
+                )
+            tl.store(partial_sums + segment * VALUE_DIM + value_dim, tl.sum(sums, axis=0), mask=value_mask)
+
+        # The best score and the mass so far, per key of a tile: a maximum over keys crosses warps.
+        best = tl.full([TILE, COLUMNS], LOWEST, tl.float32)
+        mass = tl.zeros([TILE, COLUMNS], tl.float32)
+        # What the output and the kept mass are relative to; it moves once per list.
+        reference = tl.full([COLUMNS], LOWEST, tl.float32)
+        out = tl.zeros([WIDE, VALUE_PAD], tl.float32)
+        kept = tl.zeros([GATHER, WIDE], tl.float32)
+
+        for list_begin in tl.range(begin, end, LIST, disable_licm=True):
+            list_end = tl.minimum(list_begin + LIST, end)
+            listed = 0
+            for start in tl.range(list_begin, list_end, TILE, num_stages=KEY_STAGES):
+                position = start + offset
+                inside = position < list_end
+                block, slot = _place(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+                key_row = key_head + block.to(tl.int64) * key_stride_block + slot * key_stride_slot
+                k = tl.load(
+                    key_row[:, None] + (dim * key_stride_dim)[None, :],
+                    mask=inside[:, None] & dim_mask[None, :],
+                    other=0,
+                )
+                scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
+                if SOFTCAP:
+                    scores = softcapped(scores, softcap)
+                visible = position[:, None] < n[None, :]
+                scores = tl.where(visible, scores, -float("inf"))
+
+                stored = scores
+                if SPARSE:
+                    forced = (position < sink_tokens)[:, None] | (position[:, None] >= forced_from[None, :])
+                    keep = ((scores >= threshold[None, :]) | forced) & visible
+                    if SINGLE_ROW:
+                        kept_here = tl.sum(keep.to(tl.int32), axis=1)
+                        if not UNION:
+                            stored = tl.where(keep, scores, -float("inf"))
+                    else:
+                        read = tl.dot(keep.to(COMPUTE), same_row, input_precision=PRECISION) > 0
+                        stored = tl.where(read if UNION else keep, scores, -float("inf"))
+                        # Both counts in one sum.
+                        both = tl.sum(keep.to(tl.int32) + (read.to(tl.int32) << 16), axis=1)
+                        kept_here = both & 0xFFFF
+                        if COUNT:
+                            read_count += both >> 16
+                    some = kept_here > 0
+                    if COUNT:
+                        kept_count += kept_here
+                    if REACHED:
+                        reached += ((scores >= counted_from[None, :]) & visible).to(tl.int32)
+                    ahead, listed_here = ranks(some, TILE)
+                    place = listed + ahead
+                    listed += listed_here
+                    tl.store(my_slots + place, block * BLOCK_SIZE + slot, mask=some)
+                else:
+                    some = inside
+                    place = position - list_begin
+                tl.store(
+                    my_scores + place[:, None] * STORED + column[None, :],
+                    stored,
+                    mask=some[:, None] & (column < STORED)[None, :],
+                )
+
+                new_best = tl.maximum(best, scores)
+                mass = mass * tl.exp2((best - new_best) * LOG2E) + tl.exp2((scores - new_best) * LOG2E)
+                best = new_best
+
+            rows_listed += listed
+            # Now all threads see what all have listed.
+            tl.debug_barrier()
+            new_reference = tl.maximum(reference, tl.max(best, axis=0))
+            shrink = _to_wide(tl.exp2((reference - new_reference) * LOG2E), column, wide, COLUMNS, WIDE)
+            reference = new_reference
+            level = _to_wide(reference, column, wide, COLUMNS, WIDE)
+            out *= shrink[:, None]
+
+            # With every key listed, V is read in order: its addresses need no list.
+            read_end = tl.where(dense, list_end, list_begin) if SPARSE else list_end
+            for start in tl.range(list_begin, read_end, TILE, num_stages=KEY_STAGES):
+                inside = start + offset < read_end
+                block, slot = _place(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+                scores = tl.load(
+                    my_scores + (start - list_begin + offset)[:, None] * STORED + wide[None, :],
+                    mask=(wide < STORED)[None, :],
+                    other=-float("inf"),
+                )
+                value_row = value_head + block.to(tl.int64) * value_stride_block + slot * value_stride_slot
+                v = tl.load(
+                    value_row[:, None] + value_dim[None, :],
+                    mask=inside[:, None] & value_mask[None, :],
+                    other=0,
+                )
+                weights = tl.where(inside[:, None], tl.exp2((scores - level[None, :]) * LOG2E), 0.0)
+                weights = tl.trans(weights).to(COMPUTE)
+                out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
+
+            if SPARSE:
+                kept *= shrink[None, :]
+                for start in tl.range(0, tl.where(dense, 0, listed), GATHER, num_stages=VALUE_STAGES):
+                    inside = start + rank < listed
+                    # Behind the last of the list there is memory, with what an earlier one left.
+                    place = tl.load(my_slots + start + rank)
+                    scores = tl.load(
+                        my_scores + (start + rank)[:, None] * STORED + wide[None, :],
+                        mask=(wide < STORED)[None, :],
+                        other=-float("inf"),
+                    )
+                    block, slot = (place // BLOCK_SIZE).to(tl.int64), place % BLOCK_SIZE
+                    value_row = value_head + block * value_stride_block + slot * value_stride_slot
+                    v = tl.load(
+                        value_row[:, None] + value_dim[None, :],
+                        mask=inside[:, None] & value_mask[None, :],
+                        other=0,
+                    )
+                    weights = tl.where(inside[:, None], tl.exp2((scores - level[None, :]) * LOG2E), 0.0)
+                    kept += weights
+                    weights = tl.trans(weights).to(COMPUTE)
+                    out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
+            # The next list is written over this one.
+            tl.debug_barrier()
+
+        here, there = segment * USED + column, segment * USED + wide
+        all_mass = tl.sum(mass * tl.exp2((best - reference[None, :]) * LOG2E), axis=0)
+        tl.store(partial_softmax + here * 3, reference, mask=valid)
+        tl.store(partial_softmax + here * 3 + 1, all_mass, mask=valid)
+        tl.store(
+            partial_out + there[:, None] * VALUE_DIM + value_dim[None, :],
+            out,
+            mask=(wide < USED)[:, None] & value_mask[None, :],
         )
         if SPARSE:
-            dropped = dropped * shrink[:, None] + tl.where(used, 0.0, p)
-            if tl.max(some.to(tl.int32), axis=0) > 0:
-                v = tl.load(value_row, mask=some[:, None] & dim_mask[None, :], other=0)
-                weights = tl.where(used, p, 0.0).to(COMPUTE)
-                out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
-        else:
-            v = tl.load(value_row, mask=in_context[:, None] & dim_mask[None, :], other=0)
-            out = tl.dot(p.to(COMPUTE), decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
+            all_kept = tl.where(dense, USED, 0)
+            tl.store(partial_softmax + here * 3 + 2, all_mass, mask=column < all_kept)
+            tl.store(
+                partial_softmax + there * 3 + 2, tl.sum(kept, axis=0), mask=(wide >= all_kept) & (wide < USED)
+            )
+            if REACHED:
+                tl.store(partial_reached + here, tl.sum(reached, axis=0), mask=valid)
 
-    place = (query_row * (KV_HEADS * GROUP) + head) * splits + split
-    tl.store(
-        partial_out + place[:, None] * HEAD_DIM + dim[None, :], out, mask=valid[:, None] & dim_mask[None, :]
-    )
-    tl.store(partial_softmax + place * 3, best, mask=valid)
-    tl.store(partial_softmax + place * 3 + 1, tl.sum(mass, axis=1), mask=valid)
-    here = ((sequence * CHUNKS + chunk) * KV_HEADS + kv_head).to(tl.int64) * splits + split
-    if SPARSE:
-        tl.store(partial_softmax + place * 3 + 2, tl.sum(dropped, axis=1), mask=valid)
-        tl.store(partial_counts + here * 2, tl.sum(kept_count, axis=0))
-        tl.store(partial_counts + here * 2 + 1, tl.sum(read_count, axis=0))
-    if VMEAN:
-        tl.store(partial_sums + here * HEAD_DIM + dim, tl.sum(sums, axis=0), mask=dim_mask)
+    if SPARSE and COUNT:
+        counters = statistics + program % statistics_slots * 7
+        tl.atomic_add(counters + 2, tl.sum(kept_count, axis=0).to(tl.float64), sem="relaxed")
+        rows_read = tl.full([], rows_listed, tl.int32) if SINGLE_ROW else tl.sum(read_count, axis=0) // GROUP
+        tl.atomic_add(counters + 4, rows_read.to(tl.float64), sem="relaxed")

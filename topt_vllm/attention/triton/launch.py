@@ -5,15 +5,14 @@ from functools import cache
 
 import torch
 
-MAX_SPLITS = 64
-# A split shorter than this costs more in its partial result than it saves in time.
-MIN_SPLIT_TOKENS = 256
-# The matrix instructions of all targets take at least 16 rows; with more, registers spill.
-TILE_ROWS = 16
-# Programs that a multiprocessor holds at once, at least; scripts of `topt-vllm bench compile` check it.
+# A program with fewer keys costs more in its partial result than it saves in time.
+MIN_PROGRAM_TOKENS = 512
+# Programs that a multiprocessor holds at once; `topt-vllm bench compile` checks it.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# Rounds of programs: two even out sequences of different lengths.
-ROUNDS = 2
+# Matrix instructions of all targets take rows of at least 16; NVIDIA's take columns of 8.
+MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
+# Of one program's list. All programs' lists together, and what they are read beside, stay in the L2 cache.
+_LIST_BYTES = 80 << 10
 
 
 @dataclass(frozen=True)
@@ -23,10 +22,14 @@ class Target:
     Attributes:
         amd: Whether ROCm drives it.
         multiprocessors: Multiprocessors or compute units.
+        shared_bytes: Shared memory of a multiprocessor for all of its blocks.
+        block_bytes: Most of it for one block.
     """
 
     amd: bool
     multiprocessors: int
+    shared_bytes: int
+    block_bytes: int
 
 
 @dataclass(frozen=True)
@@ -34,76 +37,90 @@ class Launch:
     """What the kernels are compiled and launched with; nothing in it depends on lengths or any other data.
 
     Attributes:
-        group_pad: Heads of a group, up to a power of two.
-        rows: Query rows of one sequence that share a tile; tile rows are rows * group_pad.
-        chunks: Tiles that the rows of one sequence are spread over.
-        splits: Programs that share the keys of one sequence and KV head.
+        rows: Query rows of one sequence that share a tile.
+        columns: Columns of a tile of scores, at least rows * group.
+        programs: Programs of one KV head, which share the keys of the whole batch.
         tile: Keys per iteration.
-        min_tiles: Least tiles of a split.
+        min_tiles: Least tiles of a program.
+        list_keys: Keys that are scored before the V rows among them are read.
+        gather: V rows per iteration.
         num_warps: Of the decode kernel.
-        num_stages: Depth of its software pipeline.
+        key_stages: Depth of the software pipeline of the loop over keys.
+        value_stages: That of the loop over listed V rows.
         max_registers: Bound on its registers per thread; None for AMD.
     """
 
-    group_pad: int
     rows: int
-    chunks: int
-    splits: int
+    columns: int
+    programs: int
     tile: int
     min_tiles: int
+    list_keys: int
+    gather: int
     num_warps: int
-    num_stages: int
+    key_stages: int
+    value_stages: int
     max_registers: int | None
+
+    def chunks(self, max_query_rows: int) -> int:
+        """Tiles that the query rows of one sequence are spread over."""
+        return -(-max_query_rows // self.rows)
 
 
 def choose(
-    sequences: int,
     max_query_rows: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    capacity: int,
     item_bytes: int,
     target: Target,
-    splits: int | None = None,
+    programs: int | None = None,
 ) -> Launch:
     """Launch parameters for a shape.
 
     Args:
-        sequences: Of the batch, padding included.
         max_query_rows: Most query rows of a sequence.
         num_heads: Query heads.
         num_kv_heads: KV heads.
-        head_dim: D.
-        capacity: Tokens that a row of the block table has room for.
+        head_dim: Of K or V, whichever is larger.
         item_bytes: Of an element of K and V in memory.
         target: GPU.
-        splits: Fixed number of splits instead of the heuristic's.
+        programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
-    group_pad = power_of_two(num_heads // num_kv_heads)
-    rows = max(1, TILE_ROWS // group_pad)
-    chunks = -(-max_query_rows // rows)
-    multi_row = max_query_rows > 1
-    tile, num_stages = _pipeline(power_of_two(head_dim), item_bytes, multi_row, target.amd)
-    # A bound keeps NVIDIA's assembler from spilling to fit one more block. Decoding fp8 and several rows need more.
-    lean = item_bytes == 2 and not multi_row and head_dim <= 128
-    max_registers = None if target.amd else 192 if lean else 255
-    if splits is None:
-        splits = _splits(sequences * chunks * num_kv_heads, capacity, target.multiprocessors)
-    min_tiles = max(1, MIN_SPLIT_TOKENS // tile)
-    return Launch(group_pad, rows, chunks, splits, tile, min_tiles, 4, num_stages, max_registers)
-
-
-def _pipeline(dim_pad: int, item_bytes: int, multi_row: bool, amd: bool) -> tuple[int, int]:
-    """Keys per iteration and pipeline stages: what two blocks per multiprocessor leave room for without spills."""
-    if amd:
-        return 64, 2 if dim_pad <= 128 and not multi_row else 1
-    return 64 if dim_pad <= 128 else 32, 3 if item_bytes <= 2 else 2
-
-
-def _splits(programs: int, capacity: int, num_multiprocessors: int) -> int:
-    wanted = ROUNDS * PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors
-    return max(1, min(-(-wanted // programs), -(-capacity // MIN_SPLIT_TOKENS), MAX_SPLITS))
+    group = num_heads // num_kv_heads
+    dim_pad = power_of_two(head_dim)
+    single = max_query_rows == 1
+    rows = 1 if single else max(1, MATRIX_ROWS // group)
+    # AMD's matrix instructions, and those that tell rows of a group from others, take 16 columns. With heads of 512
+    # they save registers: the query is then read from shared memory.
+    few = single and not target.amd and dim_pad < 512
+    columns = power_of_two(max(rows * group, MATRIX_COLUMNS if few else MATRIX_ROWS))
+    # As many keys as registers allow without spills.
+    tile = max(16, min(128, 8192 // dim_pad))
+    if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1):
+        tile = 64
+    if not single and item_bytes == 1:
+        tile = max(16, tile // 2)
+    list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
+    gather = max(16, min(64, 4096 // dim_pad))
+    room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
+    row_bytes = dim_pad * item_bytes
+    if programs is None:
+        programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors // num_kv_heads)
+    return Launch(
+        rows=rows,
+        columns=columns,
+        programs=programs,
+        tile=tile,
+        min_tiles=max(1, MIN_PROGRAM_TOKENS // tile),
+        list_keys=list_keys,
+        gather=gather,
+        num_warps=4,
+        key_stages=max(1, min(5, room // (tile * row_bytes))),
+        value_stages=max(1, min(5, room // (gather * row_bytes))),
+        # Without a bound NVIDIA's assembler spills, to fit one more program.
+        max_registers=None if target.amd else 255,
+    )
 
 
 def power_of_two(number: int) -> int:
@@ -115,6 +132,11 @@ def power_of_two(number: int) -> int:
 def target_of(device: torch.device) -> Target:
     """The GPU of tensors; one multiprocessor for the interpreter, which runs one program after another."""
     if device.type != "cuda":
-        return Target(amd=False, multiprocessors=1)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Target(torch.version.hip is not None, count)
+        return Target(amd=False, multiprocessors=1, shared_bytes=228 << 10, block_bytes=227 << 10)
+    properties = torch.cuda.get_device_properties(device)
+    return Target(
+        amd=torch.version.hip is not None,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_multiprocessor,
+        block_bytes=properties.shared_memory_per_block_optin,
+    )

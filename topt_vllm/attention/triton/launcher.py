@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Stat, Thetas
 from topt_vllm.attention.triton.arguments import check
 from topt_vllm.attention.triton.calls import Step, sums_call
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
@@ -22,6 +22,8 @@ __all__ = [
     "prepare",
     "update_sums",
 ]
+
+TAKES_SINKS = TAKES_NARROW_VALUES = True
 
 _STATISTICS_SLOTS = 32
 
@@ -60,12 +62,14 @@ class Bound:
         query: torch.Tensor,
         cache: PagedCache,
         batch: DecodeBatch,
-        thetas: Thetas | None,
+        thetas: Thetas | RowThetas | None,
         policy: Policy,
         scale: float,
         softcap: float,
         out: torch.Tensor,
         statistics: torch.Tensor | None,
+        reached: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
 
@@ -77,20 +81,23 @@ class Bound:
             policy: Selection and compensation.
             scale: Factor of q·k.
             softcap: Logits softcap, 0 for none.
-            out: [R, H, D], written.
+            out: [R, H, Dv], written.
             statistics: float64 [7] or [slots, 7] to add to, or None.
+            reached: int64 [R, H] to add to, or None.
+            sinks: float32 [H], or None.
 
         Raises:
             RuntimeError: A tensor that the kernel can't read, or a workspace that is too small.
         """
-        check(query, cache, batch, out)
-        step = Step(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
-        launch = step.choose(target_of(query.device), self.workspace.splits)
+        check(query, cache, batch, out, reached)
+        step = Step(query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks)
+        launch = step.choose(target_of(query.device), self.workspace.programs)
         words, memory = step.parts(launch).words, self.workspace.memory
         if words > memory.numel():
             raise RuntimeError(
-                f"workspace: expected at least {words} words for {query.shape[0]} rows of {step.sequences} "
-                f"sequences, got {memory.numel()}; allocate_workspace must be told the largest batch"
+                f"workspace: expected at least {words} words for {query.shape[0]} rows of "
+                f"{batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate_workspace must be told the "
+                "largest batch"
             )
         for call in step.calls(launch, memory, interpreted()):
             call.launch()
@@ -109,19 +116,23 @@ def decode(
     query: torch.Tensor,
     cache: PagedCache,
     batch: DecodeBatch,
-    thetas: Thetas | None,
+    thetas: Thetas | RowThetas | None,
     policy: Policy,
     scale: float,
     softcap: float,
     out: torch.Tensor,
     statistics: torch.Tensor | None,
-    splits: int | None = None,
+    reached: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    programs: int | None = None,
 ) -> None:
-    """As :meth:`Bound.decode`, with a workspace of its own; ``splits`` fixes their number."""
+    """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
     step = Step(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
-    words = step.parts(step.choose(target_of(query.device), splits)).words
-    workspace = Workspace(torch.empty(words, dtype=torch.float32, device=query.device), splits)
-    bind(workspace).decode(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
+    words = step.parts(step.choose(target_of(query.device), programs)).words
+    workspace = Workspace(torch.empty(words, dtype=torch.float32, device=query.device), programs)
+    bind(workspace).decode(
+        query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks
+    )
 
 
 def update_sums(cache: PagedCache, slot_mapping: torch.Tensor) -> None:

@@ -1,29 +1,34 @@
-"""The merge kernel: joins the splits of one query row and head, compensates, and counts. README.md derives it."""
+"""The merge kernel: joins the segments of one query row and head, compensates, and counts. README.md derives it."""
 
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import (
-    LOG2E,
+from topt_vllm.attention.triton.primitives import LOG2E, decode_stored
+from topt_vllm.attention.triton.schedule import (
     chunk_contexts,
-    decode_stored,
+    program_of,
+    programs_used,
     rows_of,
-    tiles_per_split,
+    tiles_of,
 )
 
+LOWEST = tl.constexpr(-1e30)
 
-@triton.jit(do_not_specialize=["splits", "max_rows", "statistics_slots"])
+
+@triton.jit(do_not_specialize=["items", "chunks", "programs", "max_rows", "statistics_slots"])
 def _topt_merge_kernel(
     value,
     query_start_loc,
     seq_lens,
     block_table,
     value_scale,
+    sinks,
     partial_out,
     partial_softmax,
     partial_sums,
-    partial_counts,
+    partial_reached,
     result,
+    reached,
     statistics,
     value_stride_block,
     value_stride_head,
@@ -31,27 +36,32 @@ def _topt_merge_kernel(
     table_stride,
     result_stride_row,
     result_stride_head,
-    splits,
+    items,
+    chunks,
+    programs,
     max_rows,
     statistics_slots,
-    CHUNKS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    ITEMS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     TAIL: tl.constexpr,
     SPARSE: tl.constexpr,
     VMEAN: tl.constexpr,
+    SINKS: tl.constexpr,
     COUNT: tl.constexpr,
+    REACHED: tl.constexpr,
     SCALED_VALUE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     HEADS: tl.constexpr = KV_HEADS * GROUP
+    USED: tl.constexpr = ROWS * GROUP
     head = tl.program_id(0)
     kv_head = head // GROUP
     sequence, row = tl.program_id(1) // max_rows, tl.program_id(1) % max_rows
@@ -59,41 +69,69 @@ def _topt_merge_kernel(
     if row >= count:
         return
     chunk = row // ROWS
+    item = sequence * chunks + chunk
     n = last_len - (count - 1 - row)
     n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
-    share = tiles_per_split(n_last, splits, TILE, MIN_TILES)
-    used_splits = tl.cdiv(tl.cdiv(n_last, TILE), share)
 
-    split = tl.arange(0, SPLITS_PAD)
-    written = split < used_splits
-    dim = tl.arange(0, DIM_PAD)
-    dim_mask = dim < HEAD_DIM
-    query_row = (first + row).to(tl.int64)
-    place = (query_row * HEADS + head) * splits + split
-    best = tl.load(partial_softmax + place * 3, mask=written, other=-float("inf"))
-    mass = tl.load(partial_softmax + place * 3 + 1, mask=written, other=0.0)
-    top = tl.max(best, axis=0)
-    weight = tl.exp2((best - tl.where(top == -float("inf"), 0.0, top)) * LOG2E)
-    total = tl.sum(weight * mass, axis=0)
-    partial = tl.load(
-        partial_out + place[:, None] * HEAD_DIM + dim[None, :],
-        mask=written[:, None] & dim_mask[None, :],
-        other=0.0,
-    )
-    out = tl.sum(partial * weight[:, None], axis=0) / total
+    every_item = tl.arange(0, ITEMS_PAD)
+    tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
+    total = tl.sum(tiles, axis=0)
+    used = programs_used(total, programs, MIN_TILES)
+    before = tl.sum(tl.where(every_item < item, tiles, 0), axis=0)
+    first_program = program_of(before, total, used)
+    segments = program_of(before + tl.cdiv(n_last, TILE) - 1, total, used) - first_program + 1
+    first_segment = (kv_head * (programs + items) + first_program + item).to(tl.int64)
 
-    here = ((sequence * CHUNKS + chunk) * KV_HEADS + kv_head).to(tl.int64) * splits + split
+    column = row % ROWS * GROUP + head % GROUP
+    dim = tl.arange(0, VALUE_PAD)
+    dim_mask = dim < VALUE_DIM
+    best = LOWEST
+    mass = 0.0
+    kept = 0.0
+    out = tl.zeros([VALUE_PAD], tl.float32)
+    mean = tl.zeros([VALUE_PAD], tl.float32)
+    keys_reached = tl.zeros([SEGMENTS], tl.int32)
+    for start in range(0, segments, SEGMENTS):
+        index = start + tl.arange(0, SEGMENTS)
+        written = index < segments
+        segment = first_segment + index
+        place = segment * USED + column
+        levels = tl.load(partial_softmax + place * 3, mask=written, other=LOWEST)
+        masses = tl.load(partial_softmax + place * 3 + 1, mask=written, other=0.0)
+        parts = tl.load(
+            partial_out + place[:, None] * VALUE_DIM + dim[None, :],
+            mask=written[:, None] & dim_mask[None, :],
+            other=0.0,
+        )
+        new_best = tl.maximum(best, tl.max(levels, axis=0))
+        shrink = tl.exp2((best - new_best) * LOG2E)
+        weights = tl.where(written, tl.exp2((levels - new_best) * LOG2E), 0.0)
+        best = new_best
+        mass = mass * shrink + tl.sum(weights * masses, axis=0)
+        out = out * shrink + tl.sum(parts * weights[:, None], axis=0)
+        if SPARSE:
+            kept_masses = tl.load(partial_softmax + place * 3 + 2, mask=written, other=0.0)
+            kept = kept * shrink + tl.sum(weights * kept_masses, axis=0)
+        if VMEAN:
+            sums = tl.load(
+                partial_sums + segment[:, None] * VALUE_DIM + dim[None, :],
+                mask=written[:, None] & dim_mask[None, :],
+                other=0.0,
+            )
+            mean += tl.sum(sums, axis=0)
+        if REACHED:
+            keys_reached += tl.load(partial_reached + place, mask=written, other=0)
+
+    denominator = mass
+    if SINKS:
+        # A sink takes probability as a key would, and gives nothing for it.
+        denominator += tl.exp2((tl.load(sinks + head) - best) * LOG2E)
+    out /= denominator
     if SPARSE:
-        lost = tl.load(partial_softmax + place * 3 + 2, mask=written, other=0.0)
-        dropped = tl.sum(weight * lost, axis=0) / total
+        # Both are sums of the same numbers in another order.
+        dropped = tl.maximum(mass - kept, 0.0) / denominator
         if VMEAN:  # noqa: SIM102 - one condition is the compiler's, the other the device's
             if dropped > 0:
-                sums = tl.load(
-                    partial_sums + here[:, None] * HEAD_DIM + dim[None, :],
-                    mask=written[:, None] & dim_mask[None, :],
-                    other=0.0,
-                )
-                mean = tl.sum(sums, axis=0)
                 table_row = block_table + sequence.to(tl.int64) * table_stride
                 value_head = value + kv_head.to(tl.int64) * value_stride_head
                 # Behind the blocks that every row of the chunk has finished; the decode kernel has just read these.
@@ -101,9 +139,9 @@ def _topt_merge_kernel(
                     position = start + tl.arange(0, TAIL)
                     inside = position < n
                     block = tl.load(table_row + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-                    place_in_cache = block * value_stride_block + position % BLOCK_SIZE * value_stride_slot
+                    place = block * value_stride_block + position % BLOCK_SIZE * value_stride_slot
                     tail = tl.load(
-                        value_head + place_in_cache[:, None] + dim[None, :],
+                        value_head + place[:, None] + dim[None, :],
                         mask=inside[:, None] & dim_mask[None, :],
                         other=0,
                     )
@@ -111,28 +149,27 @@ def _topt_merge_kernel(
                 out += dropped * mean / n
     if SCALED_VALUE:
         out *= tl.load(value_scale)
+    query_row = (first + row).to(tl.int64)
     tl.store(
         result + query_row * result_stride_row + head * result_stride_head + dim,
         out.to(result.dtype.element_ty),
         mask=dim_mask,
     )
 
+    if REACHED:
+        counter = reached + query_row * HEADS + head
+        tl.store(counter, tl.load(counter) + tl.sum(keys_reached, axis=0))
     if COUNT:
-        slot = statistics + (query_row % statistics_slots) * 7
+        counters = statistics + (query_row % statistics_slots) * 7
         group_rows = n.to(tl.float64) * KV_HEADS
         if head == 0:
-            tl.atomic_add(slot, 1.0, sem="relaxed")
-            tl.atomic_add(slot + 1, group_rows * GROUP, sem="relaxed")
-            tl.atomic_add(slot + 3, group_rows, sem="relaxed")
-            tl.atomic_add(slot + 6, group_rows, sem="relaxed")
+            tl.atomic_add(counters, 1.0, sem="relaxed")
+            tl.atomic_add(counters + 1, group_rows * GROUP, sem="relaxed")
+            tl.atomic_add(counters + 3, group_rows, sem="relaxed")
+            tl.atomic_add(counters + 6, group_rows, sem="relaxed")
+        # What thresholds keep and read the decode kernel counts.
         if SPARSE:
-            tl.atomic_add(slot + 5, dropped.to(tl.float64), sem="relaxed")
-            # The decode kernel counted a chunk of rows and a group of heads together.
-            if (head % GROUP == 0) & (row % ROWS == 0):
-                kept = tl.load(partial_counts + here * 2, mask=written, other=0)
-                read = tl.load(partial_counts + here * 2 + 1, mask=written, other=0)
-                tl.atomic_add(slot + 2, tl.sum(kept.to(tl.int64), axis=0).to(tl.float64), sem="relaxed")
-                tl.atomic_add(slot + 4, tl.sum(read.to(tl.int64), axis=0).to(tl.float64), sem="relaxed")
+            tl.atomic_add(counters + 5, dropped.to(tl.float64), sem="relaxed")
         elif head == 0:
-            tl.atomic_add(slot + 2, group_rows * GROUP, sem="relaxed")
-            tl.atomic_add(slot + 4, group_rows, sem="relaxed")
+            tl.atomic_add(counters + 2, group_rows * GROUP, sem="relaxed")
+            tl.atomic_add(counters + 4, group_rows, sem="relaxed")

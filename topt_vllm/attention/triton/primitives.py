@@ -66,23 +66,41 @@ def theta_at(
 
 
 @triton.jit
-def rows_of(query_start_loc, seq_lens, sequence):
-    """(first query row, number of query rows, context length of the last one) of a sequence; no rows if padding."""
-    first = tl.load(query_start_loc + sequence)
-    count = tl.load(query_start_loc + sequence + 1) - first
-    last_len = tl.load(seq_lens + sequence)
-    return first, tl.where(last_len > 0, count, 0), last_len
+def softcapped(scores, softcap):
+    """softcap · tanh(scores / softcap); where exp2 overflows the quotient is 0, as it should be."""
+    return softcap - 2.0 * softcap / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0)
 
 
 @triton.jit
-def chunk_contexts(count, last_len, chunk, ROWS: tl.constexpr):
-    """Context lengths of the first and of the last row of a chunk of a sequence's query rows."""
-    last_row = tl.minimum(chunk * ROWS + ROWS, count) - 1
-    return last_len - (count - 1 - chunk * ROWS), last_len - (count - 1 - last_row)
+def _bits_set(word):
+    """How many bits of uint64 numbers are 1. Compilers know these operations, and have an instruction for them."""
+    word = word - ((word >> 1) & 0x5555555555555555)
+    word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return ((word * 0x0101010101010101) >> 56).to(tl.int32)
 
 
 @triton.jit
-def tiles_per_split(n_last, splits, TILE: tl.constexpr, MIN_TILES: tl.constexpr):
-    """Tiles that each split takes: an even share, but so many that its partial result pays."""
-    tiles = tl.cdiv(n_last, TILE)
-    return tl.maximum(tl.cdiv(tiles, splits), MIN_TILES)
+def ranks(chosen, SIZE: tl.constexpr):
+    """How many of the elements in front of each are chosen, int32 [SIZE], and how many of all.
+
+    Choices are the bits of a word, which one sum puts together: it crosses warps once, where a scan does twice.
+
+    Args:
+        chosen: bool [SIZE].
+        SIZE: A power of two, 128 at most.
+    """
+    index = tl.arange(0, SIZE)
+    bit = tl.full([SIZE], 1, tl.uint64) << (index % 64).to(tl.uint64)
+    zero = tl.zeros([SIZE], tl.uint64)
+    word = tl.sum(tl.where(chosen & (index < 64), bit, zero), axis=0)
+    in_word = _bits_set(word)
+    if SIZE <= 64:
+        rank = _bits_set(word & (bit - 1))
+        total = in_word
+    else:
+        second = tl.sum(tl.where(chosen & (index >= 64), bit, zero), axis=0)
+        ahead = tl.where(index < 64, word, second) & (bit - 1)
+        rank = _bits_set(ahead) + tl.where(index < 64, 0, in_word)
+        total = in_word + _bits_set(second)
+    return rank, total

@@ -1,99 +1,105 @@
-"""Memory that the decode kernel leaves its partial results in, allocated once for every batch."""
+"""Memory that the decode kernel keeps lists and partial results in, allocated once for every batch."""
 
 from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.attention.triton.launch import Launch, choose, target_of
+from topt_vllm.attention.triton.launch import Launch, choose, power_of_two, target_of
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Words of what the decode kernel leaves for the merge kernel.
+    """Words of what the decode kernel keeps for itself, and of what it leaves for the merge kernel.
 
     Attributes:
-        outputs: float32 [R, H, splits, D].
-        softmax: float32 [R, H, splits, 3]: best score, mass, dropped mass.
-        sums: float32 [S, chunks, Hkv, splits, D], V sums of finished blocks.
-        counts: int32 [S, chunks, Hkv, splits, 2]: pairs kept, V rows read.
+        scores: float32 [Hkv, programs, list_keys, rows * group up to a power of two], scores of listed keys.
+        slots: int32 [Hkv, programs, list_keys], where they are in the cache.
+        outputs: float32 [Hkv, segments, rows * group, Dv].
+        softmax: float32 [Hkv, segments, rows * group, 3]: the score that the rest is relative to, mass, kept mass.
+        sums: float32 [Hkv, segments, Dv], V sums of finished blocks.
+        reached: int32 [Hkv, segments, rows * group], keys that reach θ.
     """
 
+    scores: int
+    slots: int
     outputs: int
     softmax: int
     sums: int
-    counts: int
+    reached: int
 
     @classmethod
-    def of(
-        cls, launch: Launch, rows: int, sequences: int, num_heads: int, num_kv_heads: int, head_dim: int
-    ) -> "Parts":
-        """For one batch."""
-        of_rows = rows * num_heads * launch.splits
-        of_tiles = sequences * launch.chunks * num_kv_heads * launch.splits
-        words = (of_rows * head_dim, of_rows * 3, of_tiles * head_dim, of_tiles * 2)
+    def of(cls, launch: Launch, items: int, num_heads: int, num_kv_heads: int, value_dim: int) -> "Parts":
+        """For one batch; ``items`` as :mod:`topt_vllm.attention.triton.schedule` has them."""
+        columns = launch.rows * num_heads // num_kv_heads
+        listed = num_kv_heads * launch.programs * launch.list_keys
+        segments = num_kv_heads * (launch.programs + items)
+        words = (
+            listed * power_of_two(columns),
+            listed,
+            segments * columns * value_dim,
+            segments * columns * 3,
+            segments * value_dim,
+            segments * columns,
+        )
         # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
         return cls(*(-(-count // 4) * 4 for count in words))
 
     @property
     def words(self) -> int:
         """All of them."""
-        return self.outputs + self.softmax + self.sums + self.counts
+        return self.scores + self.slots + self.outputs + self.softmax + self.sums + self.reached
 
     def cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of ``memory`` by the kernels' names."""
-        sizes = (self.outputs, self.sums, self.softmax, self.counts)
-        outputs, sums, softmax, counts = memory[: self.words].split(sizes)
+        sizes = (self.scores, self.slots, self.outputs, self.softmax, self.sums, self.reached)
+        scores, slots, outputs, softmax, sums, reached = memory[: self.words].split(sizes)
         return {
+            "listed_scores": scores,
+            "listed_slots": slots.view(torch.int32),
             "partial_out": outputs,
             "partial_softmax": softmax,
             "partial_sums": sums,
-            "partial_counts": counts.view(torch.int32),
+            "partial_reached": reached.view(torch.int32),
         }
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """What the decode kernel leaves for the merge kernel.
+    """What the kernels keep between and beside them.
 
     Attributes:
         memory: float32 [any].
-        splits: Fixed number of splits; None for the heuristic's.
+        programs: Fixed number of programs of a KV head; None for the heuristic's.
     """
 
     memory: torch.Tensor
-    splits: int | None = None
+    programs: int | None = None
 
 
 def allocate_workspace(
-    max_rows: int,
     max_sequences: int,
+    max_query_rows: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    capacity: int,
-    max_query_rows: int,
     device: torch.device,
-    splits: int | None = None,
+    programs: int | None = None,
 ) -> Workspace:
     """A workspace for every batch of up to these sizes; layers that run one after another can share it.
 
     Args:
-        max_rows: Most decode rows of a step.
         max_sequences: Most sequences of a step.
+        max_query_rows: Most query rows of one sequence.
         num_heads: Query heads.
         num_kv_heads: KV heads.
-        head_dim: D.
-        capacity: Tokens that a row of the block table has room for.
-        max_query_rows: Most query rows of one sequence.
+        head_dim: Of K or V, whichever is larger.
         device: Of the tensors.
-        splits: Fixed number of splits instead of the heuristic's.
+        programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     words = 0
-    for sequences in range(1, max_sequences + 1):
-        rows = min(max_rows, sequences * max_query_rows)
+    for rows in {1, max_query_rows}:
         for item_bytes in (1, 2, 4):
-            shape = (sequences, max_query_rows, num_heads, num_kv_heads, head_dim, capacity, item_bytes)
-            launch = choose(*shape, target_of(device), splits)
-            parts = Parts.of(launch, rows, sequences, num_heads, num_kv_heads, head_dim)
-            words = max(words, parts.words)
-    return Workspace(torch.empty(words, dtype=torch.float32, device=device), splits)
+            launch = choose(rows, num_heads, num_kv_heads, head_dim, item_bytes, target_of(device), programs)
+            items = max_sequences * launch.chunks(rows)
+            words = max(words, Parts.of(launch, items, num_heads, num_kv_heads, head_dim).words)
+    return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)

@@ -130,7 +130,7 @@ class GpuBuilder(_Platform):
                 min(common.max_query_len, self._max_query_rows),
             )
             max_sequences = self.vllm_config.scheduler_config.max_num_seqs
-            self._group.allocate(max_sequences, self._max_query_rows, common.block_table_tensor.shape[1])
+            self._group.allocate(max_sequences, self._max_query_rows)
         if has_prefill and self._group is not None:
             prefill = super().build(0, rows_after(common, num_decodes, num_rows), fast_build)
         return GpuMetadata(common.num_actual_tokens, num_rows, decode, prefill, whole)

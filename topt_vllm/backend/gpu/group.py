@@ -67,27 +67,20 @@ class LayerGroup:
             raise RuntimeError("TOPTHETA decodes before its workspace was allocated; this is a bug")
         return self._kernel
 
-    def allocate(self, max_sequences: int, max_query_rows: int, max_blocks: int) -> None:
+    def allocate(self, max_sequences: int, max_query_rows: int) -> None:
         """Gives the layers a workspace; only the first call does anything, so captured graphs stay right.
 
         Args:
             max_sequences: Most sequences of a step.
             max_query_rows: Most query rows of a sequence that decodes.
-            max_blocks: Entries in a row of vLLM's block table.
         """
         if self._kernel is not None:
             return
-        capacity = max_blocks * self.block_size
-        key = (self._device, *self._heads, max_sequences, max_query_rows, capacity)
+        key = (self._device, *self._heads, max_sequences, max_query_rows)
         workspace = _workspaces.get(key)
         if workspace is None:
             workspace = self.implementation.allocate_workspace(
-                max_sequences * max_query_rows,
-                max_sequences,
-                *self._heads,
-                capacity,
-                max_query_rows,
-                self._device,
+                max_sequences, max_query_rows, *self._heads, self._device
             )
             _workspaces[key] = workspace
         self._kernel = self.implementation.bind(workspace)

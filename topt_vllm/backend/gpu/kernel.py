@@ -17,13 +17,11 @@ class DeviceImplementation(Implementation, Protocol):
 
     def allocate_workspace(
         self,
-        max_rows: int,
         max_sequences: int,
+        max_query_rows: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        capacity: int,
-        max_query_rows: int,
         device: torch.device,
     ) -> object:
         """Buffers for batches of up to these sizes, shared by layers that run one after another."""

@@ -1,0 +1,75 @@
+"""What some implementations of the operator take beyond the others: sinks, V narrower than K, large heads."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, implementation, random_case
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
+
+triton_only = pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow)])
+IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.slow)]
+
+
+def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
+    """Output of an implementation with options that a case doesn't have."""
+    step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
+    return api.decode(implementation(impl), *step, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any):
+    """As a key whose V row is zero; what thresholds drop is compensated, the sink's share is not."""
+    case = random_case([(1, 300), (3, 70)], dtype=torch.float32, policy=Policy(compensation=compensation))
+    sinks = torch.tensor([-2.0, 0.0, 3.0, 60.0])
+    plain, statistics, with_sinks = decode(case, impl), new_statistics(), new_statistics()
+    decode(case, impl, statistics=statistics)
+    out = decode(case, impl, sinks=sinks, statistics=with_sinks)
+    for row, sequence, n in case.rows():
+        mass = case.scores64(row, sequence, n).logsumexp(dim=1)
+        share = torch.sigmoid(mass - sinks.double())
+        torch.testing.assert_close(out[row].double(), plain[row] * share[:, None], rtol=1e-4, atol=1e-6)
+    assert torch.equal(with_sinks[: Stat.DROPPED_MASS], statistics[: Stat.DROPPED_MASS])
+    assert with_sinks[Stat.DROPPED_MASS] < statistics[Stat.DROPPED_MASS]
+
+
+def test_sinks_are_refused_by_name():
+    case = random_case([(1, 40)])
+    with pytest.raises(ValueError, match="takes no attention sinks; triton and reference do"):
+        decode(case, "cpu", sinks=torch.zeros(4))
+    with pytest.raises(ValueError, match=r"sinks \(3,\) of torch.float32 must be float32 \[H=4\]"):
+        decode(case, "reference", sinks=torch.zeros(3))
+
+
+def narrow(case: Case, value_dim: int) -> Case:
+    """The case with the first components of V only."""
+    cache = case.cache
+    assert cache.value_sums is not None
+    part = PagedCache(cache.key, cache.value[..., :value_dim], cache.value_sums[..., :value_dim])
+    return replace(case, cache=part)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value_dim", [32, 40])
+def test_v_may_be_narrower_than_k(impl: str, value_dim: int):
+    case = random_case([(1, 300), (2, 70)], head_dim=80, dtype=torch.float32)
+    whole = decode(case, "reference")
+    out = decode(narrow(case, value_dim), impl)
+    assert out.shape == (3, 4, value_dim)
+    torch.testing.assert_close(out, whole[..., :value_dim], rtol=1e-5, atol=2e-6)
+
+
+def test_v_narrower_than_k_is_refused_by_name():
+    with pytest.raises(ValueError, match="needs heads of K and V of one size"):
+        decode(narrow(random_case([(1, 40)]), 32), "cpu")
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_heads_of_512(impl: str, dtype: torch.dtype):
+    case = random_case([(1, 100), (2, 40)], 4, 2, 512, 32, dtype, torch.float32)
+    torch.testing.assert_close(decode(case, impl), decode(case, "reference"), rtol=1e-4, atol=1e-5)
