@@ -16,7 +16,7 @@ def main() -> None:
     from vllm import LLM
 
     request = json.load(sys.stdin)
-    llm = LLM(worker_extension_cls="topt_vllm.verify.worker.WorkerCounters", **request["engine"])
+    llm = LLM(worker_extension_cls="topt_vllm.engines.counters.WorkerCounters", **request["engine"])
     result: dict[str, Any] = {"dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch.")}
     if request["prompts"]:
         result |= answers(llm, request["prompts"], request["max_tokens"])

@@ -1,19 +1,9 @@
-"""What runs inside the engine's worker: reading counters, and forcing the tokens of a text."""
+"""What runs inside the engine's worker: forcing the tokens of a text."""
 
-import sys
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
-
-
-class WorkerCounters:
-    """Mixed into vLLM's worker (``worker_extension_cls``)."""
-
-    def toptheta_totals(self) -> dict[str, float] | None:
-        """The process's counters; None where nothing of TOPTHETA ran."""
-        module = sys.modules.get("topt_vllm.backend.metrics")
-        return module.recorder().totals() if module else None
 
 
 class ForcedTokens(AdapterLogitsProcessor):
