@@ -22,6 +22,13 @@ _TIMEOUT = 3600.0  # seconds; for start-up, prefill and turns of one engine
 Ask = Callable[[Sequence[str], dict[str, Any], bool, float], dict[str, Any]]
 
 
+def our_kernel() -> str:
+    """Name of our fastest implementation on this platform."""
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "triton"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One engine of the comparison.

@@ -78,17 +78,14 @@ def _object(text: str) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> int:
     refuse_existing(args.json)
     _check(args)
-    from vllm.platforms import current_platform
-
-    from topt_vllm.benchmarks.engine import EngineBenchmark
+    from topt_vllm.benchmarks.engine import EngineBenchmark, our_kernel
     from topt_vllm.engines.process import EngineError
 
     origin = provenance()
-    kernel = "cpu" if current_platform.is_cpu() else "triton"
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or write_checkpoint(args.shape, Path(folder))
-        sizes = (args.batch, args.context, args.tokens, tuple(args.keep))
-        benchmark = EngineBenchmark(model, *sizes, kernel, args.rounds, args.turns, args.engine)
+        sizes = (args.batch, args.context, args.tokens, tuple(args.keep), our_kernel())
+        benchmark = EngineBenchmark(model, *sizes, args.rounds, args.turns, args.engine)
         try:
             outcome = benchmark.run(lambda line: print(line, flush=True))
         except (ValueError, EngineError) as error:
