@@ -143,6 +143,18 @@ def test_rows_that_were_dense_are_said_with_their_reason(tmp_path: Path):
     assert outcome["engines"][1]["dense_rows"] == {"no_thresholds": 0.5}
 
 
+def test_times_that_are_noise_are_no_result(tmp_path: Path):
+    engines = Engines()
+
+    def ask(*given: Any) -> dict[str, Any]:
+        return engines.ask(*given) | {"ms_per_step": [3.0, -2.0, -1.0]}
+
+    with pytest.raises(
+        ValueError, match=r"platform: 5 tokens took no longer than one \(3, -2, -1 ms a step\)"
+    ):
+        benchmark(config_only(tmp_path), keeps=(1.0,)).run(lambda _: None, ask)
+
+
 def test_an_engine_that_fails_is_named(tmp_path: Path):
     def ask(*_: Any) -> dict[str, Any]:
         raise EngineError("exit status 1: out of memory")

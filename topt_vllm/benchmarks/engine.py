@@ -100,7 +100,8 @@ class EngineBenchmark:
             ``settings`` and ``engines``, one record each; the platform's is the first.
 
         Raises:
-            ValueError: The model can't decode so many tokens, or an argument is the benchmark's own.
+            ValueError: The model can't decode so many tokens, an argument is the benchmark's own, or the machine
+                was too busy for a result.
             EngineError: An engine failed.
         """
         identity = self._identity()
@@ -112,7 +113,13 @@ class EngineBenchmark:
                 for contender, found in zip(contenders, measured, strict=True):
                     found.add(self._measure(contender, identity, ask_engine))
                     report(f"{contender.name}: {_list(found.steps[-self.turns :])} ms a step")
-        pairs = zip(contenders, measured, strict=True)
+        pairs = list(zip(contenders, measured, strict=True))
+        for contender, found in pairs:
+            if statistics.median(found.steps) <= 0:
+                raise ValueError(
+                    f"{contender.name}: {self.tokens} tokens took no longer than one ({_list(found.steps)} ms a "
+                    "step), so other work on this machine decides; ask for more --tokens or --turns, or wait"
+                )
         stock = statistics.median(measured[0].steps)
         return {
             "settings": self._settings(identity),

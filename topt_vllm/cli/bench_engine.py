@@ -115,12 +115,14 @@ def _print(outcome: dict[str, Any]) -> None:
         f"{settings['model']}, {weights}, {settings['batch']} x {settings['context']} tokens, "
         f"{settings['tokens']} tokens an answer"
     )
-    print(f"{'':24s} backend          ms/step  × platform   V rows  prefill s  start s")
+    print(f"{'':24s} backend          ms/step (least-most)        × platform   V rows  prefill s  start s")
     for r in outcome["engines"]:
         rows = "-" if r["v_rows_read"] is None else f"{r['v_rows_read']:.2%}"
+        turns = r["ms_per_step_turns"]
+        spread = f"({min(turns):.3f}-{max(turns):.3f})"
         print(
-            f"{r['name']:24s} {r['backend']:14s} {r['ms_per_step']:9.3f} {r['ratio_platform']:11.2f} {rows:>8s} "
-            f"{r['prefill_seconds']:10.1f} {r['start_seconds']:8.1f}"
+            f"{r['name']:24s} {r['backend']:14s} {r['ms_per_step']:9.3f} {spread:19s} {r['ratio_platform']:11.2f} "
+            f"{rows:>8s} {r['prefill_seconds']:10.1f} {r['start_seconds']:8.1f}"
         )
         for reason, share in r["dense_rows"].items():
             print(f"  {share:.1%} of its rows are dense, reason: {reason}")
