@@ -9,6 +9,7 @@ from typing import Any
 
 from topt_vllm import thresholds
 from topt_vllm.benchmarks.cache_size import cache_bytes
+from topt_vllm.benchmarks.engine_record import Contender, Measured
 from topt_vllm.benchmarks.model_shapes import has_weights
 from topt_vllm.benchmarks.share_table import budget_name, share_table
 from topt_vllm.engines.process import EngineError, ask
@@ -27,40 +28,6 @@ def our_kernel() -> str:
     from vllm.platforms import current_platform
 
     return "cpu" if current_platform.is_cpu() else "triton"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One engine of the comparison.
-
-    Attributes:
-        name: For people.
-        toptheta: The plugin's settings; None for vLLM's own backend.
-    """
-
-    name: str
-    toptheta: dict[str, Any] | None
-
-
-@dataclass
-class _Measured:
-    """What one contender's engines said, over all rounds."""
-
-    backend: str = ""
-    steps: list[float] = field(default_factory=list)
-    prefills: list[float] = field(default_factory=list)
-    starts: list[float] = field(default_factory=list)
-    totals: dict[str, float] | None = None
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Includes one engine's result."""
-        self.backend = result["backend"]
-        self.steps += result["ms_per_step"]
-        self.prefills.append(result["prefill_seconds"])
-        self.starts.append(result["start_seconds"])
-        if result["totals"] is not None:
-            known = self.totals or {}
-            self.totals = {name: known.get(name, 0.0) + amount for name, amount in result["totals"].items()}
 
 
 @dataclass(frozen=True)
@@ -105,7 +72,7 @@ class EngineBenchmark:
             EngineError: An engine failed.
         """
         identity = self._identity()
-        measured = [_Measured() for _ in range(len(self.keeps) + 1)]
+        measured = [Measured() for _ in range(len(self.keeps) + 1)]
         with tempfile.TemporaryDirectory() as folder:
             table = self._find_table(identity, Path(folder), report, ask_engine)
             contenders = self._contenders(table)
@@ -123,7 +90,7 @@ class EngineBenchmark:
         stock = statistics.median(measured[0].steps)
         return {
             "settings": self._settings(identity),
-            "engines": [self._record(contender, found, stock) for contender, found in pairs],
+            "engines": [found.record(contender, stock, self.batch) for contender, found in pairs],
         }
 
     @property
@@ -219,21 +186,6 @@ class EngineBenchmark:
             "engine": self.engine,
         }
 
-    def _record(self, contender: Contender, found: _Measured, stock: float) -> dict[str, Any]:
-        ms = statistics.median(found.steps)
-        return {
-            "name": contender.name,
-            "backend": found.backend,
-            "toptheta": contender.toptheta,
-            "ms_per_step": ms,
-            "ms_per_step_turns": found.steps,
-            "tokens_per_second": 1e3 * self.batch / ms,
-            "ratio_platform": stock / ms,
-            "prefill_seconds": statistics.median(found.prefills),
-            "start_seconds": statistics.median(found.starts),
-            **_counted(found.totals),
-        }
-
 
 # Arguments besides those of every engine, whose values tell the contenders apart or whose counters would be parts.
 _OWN = (
@@ -251,22 +203,6 @@ def _toptheta(settings: dict[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {}
     return {"attention_backend": "TOPTHETA", "additional_config": {"toptheta": settings}}
-
-
-def _counted(totals: dict[str, float] | None) -> dict[str, Any]:
-    """Shares of what the decode steps counted; V rows read are None without TOPTHETA."""
-    if not totals or not totals["toptheta:v_rows_total"]:
-        return {"v_rows_read": None, "dense_rows": {}}
-    rows = totals["toptheta:decode_rows_total"]
-    dense = {
-        name.removeprefix("dense_rows:"): amount / rows
-        for name, amount in totals.items()
-        if name.startswith("dense_rows:") and amount
-    }
-    return {
-        "v_rows_read": totals["toptheta:v_rows_read_total"] / totals["toptheta:v_rows_total"],
-        "dense_rows": dense,
-    }
 
 
 def _named(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
