@@ -32,7 +32,8 @@ TOTALS = {
 def config_only(folder: Path) -> Path:
     """A tiny model's folder without weights."""
     path = folder / "tiny"
-    LlamaConfig(**SMALL, architectures=["LlamaForCausalLM"]).save_pretrained(path)
+    # Heads of a size that vLLM's kernels have.
+    LlamaConfig(**{**SMALL, "head_dim": 32}, architectures=["LlamaForCausalLM"]).save_pretrained(path)
     return path
 
 
