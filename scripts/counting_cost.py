@@ -24,7 +24,7 @@ def main() -> None:
 
     _, implementation = api.load_implementation("cpu", "cpu")
     policy = Policy()
-    case = make_inputs(Shape(args.batch, args.seq_len, 9, 3, 64, 128, torch.bfloat16))
+    case = make_inputs(Shape((args.seq_len,) * args.batch, 9, 3, 64, 128, torch.bfloat16))
     thetas = thetas_for(case, args.keep, policy)
     counted = [new_statistics() for _ in range(LAYERS)]
     out = torch.empty_like(case.query)

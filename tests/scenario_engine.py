@@ -23,7 +23,7 @@ def main() -> None:
     os.environ |= request["environment"]
     from vllm import LLM
 
-    counters = "topt_vllm.verify.worker.WorkerCounters"
+    counters = "topt_vllm.engines.counters.WorkerCounters"
     llm = LLM(worker_extension_cls=counters, disable_log_stats=False, seed=0, **request["engine"])
     result: dict[str, Any] = {"dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch.")}
     for name, arguments in request["scenarios"].items():

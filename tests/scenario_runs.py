@@ -6,7 +6,7 @@ from typing import Any
 
 from engine_runs import once
 
-from topt_vllm.verify.engine import ask
+from topt_vllm.engines.process import ask
 
 Scenarios = dict[str, dict[str, Any]]
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,83 @@ from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.benchmarks import comparison
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.cli.main import main
 
 
 def small_case() -> Inputs:
-    return make_inputs(Shape(2, 300, 4, 2, 32, 64, torch.bfloat16))
+    return make_inputs(Shape((300, 300), 4, 2, 32, 64, torch.bfloat16))
+
+
+def ragged_case(**changes: Any) -> Inputs:
+    return make_inputs(Shape((700, 33, 64, 300), 4, 2, 32, 64, torch.bfloat16, **changes))
+
+
+@pytest.mark.parametrize(("text", "lengths"), [("1x131072+2x4096", (131072, 4096, 4096)), ("3x1", (1, 1, 1))])
+def test_lengths_are_read_and_written(text: str, lengths: tuple[int, ...]):
+    assert parse_lengths(text) == lengths
+    assert describe_lengths(lengths) == text
+
+
+@pytest.mark.parametrize("text", ["", "4096", "0x5", "1x0", "1x5+", "1x5,2x6", "-1x5"])
+def test_what_is_no_lengths_is_refused_with_an_example(text: str):
+    with pytest.raises(ValueError, match=r"no COUNTxLENGTH.*1x131072\+15x4096"):
+        parse_lengths(text)
+
+
+def test_a_ragged_batch_has_the_blocks_that_its_lengths_need():
+    inputs = ragged_case()
+    shape, table = inputs.shape, inputs.batch.block_table
+    assert shape.sequence_blocks == (11, 1, 1, 5)
+    assert table.shape == (4, 11)
+    used = torch.cat([row[:count] for row, count in zip(table, shape.sequence_blocks, strict=True)])
+    assert sorted(used.tolist()) == list(range(18))
+    assert torch.equal(inputs.finished_blocks, torch.cat([table[0, :10], table[2, :1], table[3, :4]]).long())
+    assert [row.shape for row in inputs.scores(torch.float32)] == [(4, n) for n in shape.lengths]
+
+
+def test_every_length_of_a_ragged_batch_reads_the_share():
+    inputs, policy = make_inputs(Shape((2048, 1024, 1024), 4, 2, 32, 64, torch.bfloat16)), Policy()
+    thetas = thetas_for(inputs, 0.1, policy)
+    assert thetas is not None
+    assert thetas.lengths.tolist() == [1024, 2048]
+    for n in (1024, 2048):
+        alike = [row for row in inputs.scores(torch.float32) if row.shape[1] == n]
+        kept = torch.stack(alike) >= thetas.at(n)[:, None]
+        assert float(kept.unflatten(1, (2, 2)).any(dim=2).float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("options", ["", "--k-screen off int8", "--compensation none", "--group-keep head"])
+def test_ragged_batches_are_checked_and_timed(tmp_path: Path, options: str):
+    report = tmp_path / "report.json"
+    command = (
+        "bench decode --ragged 1x700+3x130 2x64 --heads 4 --kv-heads 2 --head-dim 32 --keep 1.0 0.2 "
+        f"--block-size 64 --seconds 0 {options} --json {report}"
+    )
+    assert main(shlex.split(command)) == 0
+    records = json.loads(report.read_text())
+    assert {record["lengths"] for record in records} == {"1x700+3x130", "2x64"}
+    full = records[0]
+    assert (full["batch"], full["seq_len"]) == (4, 700)
+    assert full["bytes_moved"] == 2 * (700 + 3 * 130) * 2 * 32 * 2
+    assert records[1]["v_rows_read"] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--ragged 1x700 --batch 2", "leave out --batch and --seq-lens"),
+        ("--ragged 1x700 --seq-lens 64", "leave out --batch and --seq-lens"),
+        ("--ragged 1x10 --keep 0.1", "too few scores"),
+        ("--ragged 1x700 --cache some.safetensors", "--ragged describes a synthetic cache"),
+    ],
+)
+def test_ragged_batches_that_mean_nothing_are_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(shlex.split(f"bench decode {options}")) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_synthetic_cases_take_screens(tmp_path: Path):
@@ -39,9 +111,12 @@ def test_synthetic_cases_take_screens(tmp_path: Path):
 @pytest.mark.parametrize("group_keep", ["head", "union"])
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_the_oracle_is_the_reference_operator(group_keep: Any, compensation: Any, softcap: float):
+@pytest.mark.parametrize("make", [small_case, ragged_case])
+def test_the_oracle_is_the_reference_operator(
+    make: Callable[[], Inputs], group_keep: Any, compensation: Any, softcap: float
+):
     policy = Policy(group_keep=group_keep, compensation=compensation, recent_tokens=3)
-    inputs = replace(small_case(), softcap=softcap)
+    inputs = replace(make(), softcap=softcap)
     thetas = thetas_for(inputs, 0.2, policy)
     out = torch.empty_like(inputs.query, dtype=torch.float32)
     implementation("reference").decode(
@@ -55,7 +130,7 @@ def test_the_oracle_is_the_reference_operator(group_keep: Any, compensation: Any
 def test_a_key_at_theta_is_counted_as_a_tie_and_may_fall_either_way():
     inputs, policy = small_case(), Policy()
     exact = thetas_for(inputs, 0.2, policy)
-    score = inputs.scores(torch.float32)[0, 1].sort().values[-20]
+    score = inputs.scores(torch.float32)[0][1].sort().values[-20]
     theta = exact.theta.clone()
     theta[1] = score
     outs = []

@@ -62,7 +62,7 @@ def test_formats_err_by_their_digits():
 
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_decode_calls_on_fp8_caches_pass_the_check(dtype: torch.dtype):
-    shape = Shape(1, 700, 4, 2, 64, 64, torch.bfloat16, dtype)
+    shape = Shape((700,), 4, 2, 64, 64, torch.bfloat16, dtype)
     full, sparse = bench_case(shape, [1.0, 0.2], Policy(), seconds=0)
     assert full["cache_dtype"] == str(dtype).removeprefix("torch.")
     assert full["bytes_moved"] == 2 * 700 * 2 * 64

@@ -1,11 +1,14 @@
 """The GPU benchmark on CPU tensors: Triton's interpreter, nothing captured, a clock that is made up."""
 
 import ast
+import importlib
 import importlib.util
 import itertools
 import json
-from dataclasses import asdict, replace
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +23,13 @@ from topt_vllm.benchmarks.device_cases import device_inputs
 from topt_vllm.benchmarks.devices import Gpu
 from topt_vllm.benchmarks.kernels import our_kernel
 from topt_vllm.benchmarks.timing import Call, Variant
+from topt_vllm.cli import bench_decode
 from topt_vllm.cli.main import main
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-SHAPE = Shape(2, 300, 4, 2, 32, 64, torch.bfloat16)
+SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)
 
 
 def fake_gpu(**changes: Any) -> Gpu:
@@ -62,8 +66,9 @@ def vllm_arguments(file: str, function: str) -> tuple[set[str], set[str]]:
 def test_inputs_lie_as_in_vllms_cache_and_sums_are_those_of_finished_blocks(block_size: int):
     inputs = device_inputs(replace(SHAPE, block_size=block_size), CPU)
     key, value = inputs.cache.key, inputs.cache.value
-    assert inputs.memory.shape == (2, key.shape[0], block_size, SHAPE.kv_heads, SHAPE.head_dim)
-    assert value.transpose(1, 2).is_contiguous()
+    assert inputs.memory.shape == (key.shape[0], block_size, SHAPE.kv_heads, 2 * SHAPE.head_dim)
+    slots = torch.cat([key, value], dim=3).transpose(1, 2)
+    assert torch.equal(slots, inputs.memory)
     assert value.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
     assert inputs.cache.value_sums is not None
     finished = inputs.finished_blocks
@@ -110,16 +115,132 @@ def test_what_is_captured_is_what_is_checked_and_timed():
 def test_rivals_that_are_not_here_are_left_out_with_the_reason():
     found, left_out = rivals.rivals([device_inputs(SHAPE, CPU)])
     assert not found
-    assert set(left_out) == {"FlashAttention", "Triton"}
+    assert set(left_out) == {"FlashAttention", "FlashInfer", "Triton"}
     assert all(left_out.values())
+
+
+def test_flashinfer_plans_with_the_blocks_of_each_sequence():
+    inputs = device_inputs(replace(SHAPE, lengths=(300, 64, 1)), CPU)
+    plan, table = rivals.plan_arguments(inputs), inputs.batch.block_table
+    assert plan["indptr_cpu"].tolist() == [0, 5, 6, 7]
+    assert plan["indptr_cpu"].dtype == torch.int32
+    assert plan["last_page_len_cpu"].tolist() == [44, 64, 1]
+    assert plan["indices"].tolist() == [*table[0].tolist(), table[1, 0], table[2, 0]]
+
+
+def stand_in_vllm(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
+    """A module of vLLM's that needs a GPU to import."""
+    package, _, last = name.rpartition(".")
+    module = ModuleType(name)
+    for attribute, value in attributes.items():
+        setattr(module, attribute, value)
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_flash_attention_is_scheduled_before_it_is_called(monkeypatch: pytest.MonkeyPatch, version: int):
+    pytest.importorskip("vllm")
+    given: list[dict[str, Any]] = []
+    stand_in_vllm(
+        monkeypatch,
+        "vllm.v1.attention.backends.fa_utils",
+        get_flash_attn_version=lambda **_: version,
+        uses_fa4_hd256_kernel=lambda *_: False,
+        get_scheduler_metadata=lambda **arguments: ("schedule", arguments["num_splits"]),
+        flash_attn_varlen_func=lambda **arguments: given.append(arguments),
+    )
+    found, left_out = rivals.rivals([device_inputs(SHAPE, CPU)])
+    assert [variant.name for variant in found] == ["FlashAttention"]
+    assert "FlashAttention" not in left_out
+    # vLLM's bound in graphs, with a schedule of FlashAttention 3's alone.
+    expected = (("schedule", 32), 32) if version == 3 else (None, 0)
+    assert (given[0]["scheduler_metadata"], given[0]["num_splits"]) == expected
+    assert given[0]["fa_version"] == version
+
+
+def test_flashinfer_is_planned_once_and_run_often(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE", "64")
+    told: list[str] = []
+
+    class Wrapper:
+        def __init__(self, workspace: torch.Tensor, layout: str, **_: Any) -> None:
+            told.append(f"made {layout}")
+
+        def run(
+            self, q: torch.Tensor, paged_kv_cache: tuple[torch.Tensor, ...], out: torch.Tensor, **_: Any
+        ) -> None:
+            assert [part.shape for part in paged_kv_cache] == [(10, 64, 2, 32)] * 2
+            told.append("run")
+
+    stand_in_vllm(
+        monkeypatch,
+        "vllm.v1.attention.backends.flashinfer",
+        BatchDecodeWithPagedKVCacheWrapper=Wrapper,
+        fast_plan_decode=lambda *_, **__: told.append("planned"),
+    )
+    found, _ = rivals.rivals([device_inputs(SHAPE, CPU)])
+    next(variant for variant in found if variant.name == "FlashInfer").call()
+    assert told == ["made NHD", "planned", "run", "run"]
+    _, left_out = rivals.rivals([device_inputs(replace(SHAPE, block_size=128), CPU)])
+    assert left_out["FlashInfer"].endswith("not of 128")
+
+
+def test_blocks_on_a_gpu_are_those_of_the_backend():
+    backend = pytest.importorskip("topt_vllm.backend.gpu.backend")
+    assert bench_decode._BLOCK_SIZE["cuda"] == backend._PREFERRED_BLOCK_SIZE
+
+
+def test_caches_are_made_cold_by_reading(monkeypatch: pytest.MonkeyPatch):
+    """On a stand-in for CUDA: what lies before the first event writes one number."""
+    told: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            told.append("event")
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0
+
+    real = torch.sum
+
+    def read(*given: Any, **options: Any) -> torch.Tensor:
+        told.append((given[0].nbytes, options["out"].numel()))
+        return real(*given, **options)
+
+    monkeypatch.setattr(
+        cuda.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1000)
+    )
+    monkeypatch.setattr(cuda.torch.cuda, "Event", Event)
+    monkeypatch.setattr(cuda.torch, "sum", read)
+    assert cuda._EventTimer(CPU)(lambda: told.append("call")) == 2e-3
+    assert told == [(4000, 1), "event", "call", "event"]
+
+
+def test_ragged_batches_on_the_gpu_layout():
+    ragged = replace(SHAPE, lengths=(300, 40))
+    full, sparse = bench_case(ragged, [1.0, 0.2], Policy(), 0, device=fake_gpu())
+    assert (full["lengths"], full["seq_len"]) == ("1x300+1x40", 300)
+    assert sparse["v_rows_read"] < 0.5
 
 
 def test_rivals_get_arguments_that_vllms_kernels_take():
     inputs = device_inputs(SHAPE, CPU)
-    flash = rivals.flash_arguments(inputs, inputs.query, 3)
+    flash = rivals.flash_arguments(inputs, inputs.query, 3, torch.zeros(9, dtype=torch.int32), 32)
     triton = rivals.triton_arguments(inputs, inputs.query)
+    schedule = rivals.schedule_arguments(inputs, 32)
+    plan = {"self": None, **rivals.plan_arguments(inputs)}
     for file, function, given in (
         ("vllm_flash_attn/flash_attn_interface.py", "flash_attn_varlen_func", flash),
+        ("vllm_flash_attn/flash_attn_interface.py", "get_scheduler_metadata", schedule),
+        ("v1/attention/backends/flashinfer.py", "fast_plan_decode", plan),
         ("v1/attention/ops/triton_unified_attention.py", "unified_attention", triton),
     ):
         required, optional = vllm_arguments(file, function)
@@ -151,14 +272,15 @@ def test_without_a_gpu_the_command_says_so(
 
 def test_the_shape_is_what_the_record_says():
     record = bench_case(SHAPE, [1.0], Policy(), 0, device=fake_gpu())[0]
-    shape = {name: value for name, value in asdict(SHAPE).items() if name not in ("dtype", "cache")}
-    assert {name: record[name] for name in shape} == shape
+    for name in ("batch", "heads", "kv_heads", "head_dim", "block_size"):
+        assert record[name] == getattr(SHAPE, name)
+    assert (record["seq_len"], record["lengths"]) == (300, "2x300")
     assert record["platform"] is None
     assert record["ms_platform"] is None
 
 
 def test_autotune_times_what_compiles_well_and_names_the_fastest():
-    inputs, policy = device_inputs(replace(SHAPE, seq_len=100, head_dim=128), CPU), Policy()
+    inputs, policy = device_inputs(replace(SHAPE, lengths=(100, 100), head_dim=128), CPU), Policy()
     seconds = itertools.chain([9.0] * 20, itertools.repeat(3.0))
 
     def used(call: Any) -> dict[str, int]:

@@ -121,7 +121,7 @@ def test_softcap_is_kept_and_windowed_layers_are_not(tmp_path: Path):
     assert main(capture_command(tmp_path, "cache.safetensors")) == 0
     cache = load(tmp_path / "cache.safetensors")
     assert (list(cache.layers), cache.softcap, cache.scale) == ([1], 7.0, 0.25)
-    assert layer_inputs(cache, 1, 1, 64).scores(torch.float32).abs().max() <= 7.0
+    assert layer_inputs(cache, 1, 1, 64).scores(torch.float32)[0].abs().max() <= 7.0
 
 
 def test_every_sequence_has_blocks_of_its_own(captured: CapturedCache):

@@ -1,8 +1,20 @@
-"""The arithmetic of the serving benchmark."""
+"""The serving benchmark: its arithmetic, and what the servers are asked for; no server runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_models import SMALL, save_model
+from transformers import LlamaConfig
 
-from topt_vllm.benchmarks.client import Stream, summarise
+from topt_vllm.benchmarks import serve
+from topt_vllm.benchmarks.cache_size import cache_bytes
+from topt_vllm.benchmarks.client import Measurement, Stream, summarise
+from topt_vllm.benchmarks.model_shapes import SHAPES
+from topt_vllm.benchmarks.server import picked_backend
+from topt_vllm.model_identity import identify
 
 
 def test_only_the_time_in_which_all_requests_decode_counts():
@@ -18,3 +30,52 @@ def test_only_the_time_in_which_all_requests_decode_counts():
 def test_answers_that_never_overlap_are_an_error():
     with pytest.raises(ValueError, match="--max-tokens"):
         summarise([Stream(0.0, [1.0, 2.0], [1, 2]), Stream(0.0, [3.0, 4.0], [1, 2])])
+
+
+@pytest.mark.parametrize(
+    ("log", "name"),
+    [
+        (
+            "INFO [cuda.py:506] Using FLASH_ATTN attention backend out of potential backends: ['A', 'B'].",
+            "FLASH_ATTN",
+        ),
+        ("INFO [rocm.py:849] Using ROCM_ATTN backend out of potential backends: ['ROCM_ATTN'].", "ROCM_ATTN"),
+        ("INFO Using backend TORCH_SDPA for vit attention", "CPU_ATTN"),
+    ],
+)
+def test_the_backend_that_vllm_picked_is_read_off_its_log(log: str, name: str):
+    pytest.importorskip("vllm")
+    assert picked_backend(log) == name
+
+
+def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("vllm")
+    model = save_model(tmp_path, LlamaConfig(**SMALL))
+    commands: list[list[str]] = []
+
+    @contextmanager
+    def server(
+        model: str, backend: str | None, toptheta: Any, options: list[str], log: Path
+    ) -> Iterator[str]:
+        commands.append([backend or "unasked", *options])
+        log.write_text("")
+        yield "http://here"
+
+    monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
+    outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"k": 64}).run(lambda _: None)
+    assert [command[0] for command in commands] == ["unasked", "TOPTHETA"]
+    assert commands[0][1:] == commands[1][1:]
+    size = int(commands[0][commands[0].index("--kv-cache-memory-bytes") + 1])
+    assert size == cache_bytes(identify(LlamaConfig(**SMALL), ""), 2 * 508)
+    assert outcome["settings"]["platform_backend"] == "CPU_ATTN"
+    assert outcome["ratio_decode"] == 1
+
+
+def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():
+    shape = identify(LlamaConfig(**SHAPES["llama-8b"]), "llama-8b")
+    tokens = 8 * 32768
+    assert 1.25 < cache_bytes(shape, tokens) / (tokens * 131072) < 2
+    assert cache_bytes(shape, 1) == 256 << 20

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from scenario_runs import DENSE, SPARSE, STOCK, run, sparse_rows, tokens_of, toptheta
 
 from topt_vllm.benchmarks.server import serve
-from topt_vllm.verify.engine import EngineError
+from topt_vllm.engines.process import EngineError
 from topt_vllm.verify.near_ties import compare
 
 pytestmark = pytest.mark.engine

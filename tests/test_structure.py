@@ -53,6 +53,10 @@ def imports(folder: str) -> dict[Path, set[str]]:
             "verify",
             ("topt_vllm.cli", "topt_vllm.benchmarks", "topt_vllm.calibration", "topt_vllm.evaluation"),
         ),
+        (
+            "engines",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "benchmarks", "cli", "verify"))),
+        ),
         # It reads files, and needs neither a model nor what has measured it.
         (
             "report",

@@ -11,9 +11,10 @@ import pytest
 
 from topt_vllm.backend import compat
 from topt_vllm.cli.main import main
+from topt_vllm.engines.process import EngineError
 from topt_vllm.verify import engine, forcing, installation, plan, verdicts
 from topt_vllm.verify.checks import CheckError
-from topt_vllm.verify.engine import EngineError, Forced, Request
+from topt_vllm.verify.engine import Forced, Request
 from topt_vllm.verify.near_ties import compare
 from topt_vllm.verify.run import verify
 

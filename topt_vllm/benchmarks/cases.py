@@ -1,6 +1,7 @@
 """Decode batches on vLLM's CPU cache layout; synthetic ones, and thresholds that read a chosen share of V rows."""
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -10,11 +11,10 @@ from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
 
 @dataclass(frozen=True)
 class Shape:
-    """Dimensions of one decode batch, every sequence equally long.
+    """Dimensions of one decode batch.
 
     Attributes:
-        batch: Sequences, one query row each.
-        seq_len: Context length (tokens).
+        lengths: Context length of each sequence (tokens); one query row each.
         heads: Query heads.
         kv_heads: KV heads.
         head_dim: D.
@@ -23,8 +23,7 @@ class Shape:
         cache: fp8 format of the cache; None for ``dtype``.
     """
 
-    batch: int
-    seq_len: int
+    lengths: tuple[int, ...]
     heads: int
     kv_heads: int
     head_dim: int
@@ -33,9 +32,45 @@ class Shape:
     cache: torch.dtype | None = None
 
     @property
+    def batch(self) -> int:
+        """Sequences."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """Context length of the longest sequence (tokens)."""
+        return max(self.lengths)
+
+    @property
     def blocks(self) -> int:
-        """Blocks of one sequence."""
-        return -(-self.seq_len // self.block_size)
+        """Blocks of the longest sequence: the width of the block table."""
+        return max(self.sequence_blocks)
+
+    @property
+    def sequence_blocks(self) -> tuple[int, ...]:
+        """Blocks of each sequence."""
+        return tuple(-(-length // self.block_size) for length in self.lengths)
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks of all sequences."""
+        return sum(self.sequence_blocks)
+
+    def block_table(self, order: torch.Tensor) -> torch.Tensor:
+        """Gives each sequence its blocks; entries behind them are 0, as vLLM leaves them.
+
+        Args:
+            order: int64 [total_blocks], physical blocks.
+
+        Returns:
+            int32 [S, blocks].
+        """
+        table = torch.zeros(self.batch, self.blocks, dtype=torch.int32, device=order.device)
+        for row, (start, end) in zip(
+            table, pairwise(accumulate(self.sequence_blocks, initial=0)), strict=True
+        ):
+            row[: end - start] = order[start:end]
+        return table
 
 
 @dataclass(frozen=True)
@@ -64,28 +99,33 @@ class Inputs:
     @property
     def finished_blocks(self) -> torch.Tensor:
         """Physical numbers of the blocks that are full, int64 [any]."""
-        return self.batch.block_table[:, : self.shape.seq_len // self.shape.block_size].flatten().long()
+        full = [length // self.shape.block_size for length in self.shape.lengths]
+        rows = zip(self.batch.block_table, full, strict=True)
+        return torch.cat([row[:count] for row, count in rows]).long()
 
     def gather(self, sequence: int, kv_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head of one sequence, [n, D] each."""
-        blocks = self.batch.block_table[sequence].long()
-        rows = [part[blocks, kv_head].flatten(0, 1) for part in (self.cache.key, self.cache.value)]
-        return rows[0][: self.shape.seq_len].to(dtype), rows[1][: self.shape.seq_len].to(dtype)
+        n = self.shape.lengths[sequence]
+        blocks = self.batch.block_table[sequence, : self.shape.sequence_blocks[sequence]].long()
+        key, value = (part[blocks, kv_head].flatten(0, 1) for part in (self.cache.key, self.cache.value))
+        return key[:n].to(dtype), value[:n].to(dtype)
 
-    def scores(self, dtype: torch.dtype) -> torch.Tensor:
-        """Scaled, softcapped scores, computed in ``dtype``, [S, H, n]."""
+    def scores(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Scaled, softcapped scores of each sequence, computed in ``dtype``, [H, n]."""
+        return [self._scores(sequence, dtype) for sequence in range(self.shape.batch)]
+
+    def _scores(self, sequence: int, dtype: torch.dtype) -> torch.Tensor:
         shape = self.shape
         group = shape.heads // shape.kv_heads
-        sizes = (shape.batch, shape.kv_heads, group, shape.seq_len)
+        sizes = (shape.kv_heads, group, shape.lengths[sequence])
         scores = torch.empty(sizes, dtype=dtype, device=self.query.device)
-        for sequence in range(shape.batch):
-            for head in range(shape.kv_heads):
-                key, _ = self.gather(sequence, head, dtype)
-                query = self.query[sequence, head * group : (head + 1) * group].to(dtype)
-                torch.matmul(query, key.T, out=scores[sequence, head]).mul_(self.scale)
+        for head in range(shape.kv_heads):
+            key, _ = self.gather(sequence, head, dtype)
+            query = self.query[sequence, head * group : (head + 1) * group].to(dtype)
+            torch.matmul(query, key.T, out=scores[head]).mul_(self.scale)
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.flatten(1, 2)
+        return scores.flatten(0, 1)
 
 
 def paged_inputs(
@@ -102,7 +142,7 @@ def paged_inputs(
         shape: Dimensions.
         query: [S, H, D].
         memory: [B, Hkv, 2 P, D].
-        table: int32 [S, blocks of a sequence].
+        table: int32 [S, blocks of the longest sequence].
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
     """
@@ -112,7 +152,7 @@ def paged_inputs(
     key = key.as_strided((total, shape.kv_heads, size, dim), (*memory.stride()[:2], 1, size))
     cache = PagedCache(key, value, torch.zeros(total, shape.kv_heads, dim))
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
-    batch = DecodeBatch(starts, torch.full((shape.batch,), shape.seq_len, dtype=torch.int32), table)
+    batch = DecodeBatch(starts, torch.tensor(shape.lengths, dtype=torch.int32), table)
     inputs = Inputs(shape, query, memory, cache, batch, scale, softcap)
     api.finish_blocks(api.load_implementation("reference", "cpu")[1], cache, inputs.finished_blocks)
     return inputs
@@ -125,40 +165,79 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     Those of real models cluster.
     """
     generator = torch.Generator().manual_seed(seed)
-    total, size, dim = shape.batch * shape.blocks, shape.block_size, shape.head_dim
+    total, size, dim = shape.total_blocks, shape.block_size, shape.head_dim
     memory = torch.empty(total, shape.kv_heads, 2 * size, dim, dtype=shape.cache or shape.dtype)
     for block in memory:
         block.copy_(torch.randn(block.shape, generator=generator))
-    table = torch.randperm(total, generator=generator).int().view(shape.batch, shape.blocks)
+    table = shape.block_table(torch.randperm(total, generator=generator))
     query = torch.randn(shape.batch, shape.heads, dim, generator=generator).to(shape.dtype)
     return paged_inputs(shape, query, memory, table, dim**-0.5)
 
 
 def thetas_for(inputs: Inputs, keep: float, policy: Policy) -> Thetas | None:
-    """θ per head such that ``keep`` of the V rows are read, the group's union counted; None for all of them."""
+    """θ per head such that ``keep`` of the V rows are read at each context length; None for all of them.
+
+    Raises:
+        ValueError: A context is too short to choose among its scores.
+    """
     if keep >= 1:
         return None
-    shape = inputs.shape
-    scores = inputs.scores(torch.float32)
+    shape, scores = inputs.shape, inputs.scores(torch.float32)
+    lengths = sorted(set(shape.lengths))
+    columns = []
+    for n in lengths:
+        alike = [scores[sequence] for sequence, length in enumerate(shape.lengths) if length == n]
+        forced = n % shape.block_size if policy.compensation == "vmean" else policy.recent_tokens
+        columns.append(union_theta(torch.stack(alike), shape.kv_heads, keep, max(forced, 1)))
+    device = inputs.query.device
+    return Thetas(
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        torch.stack(columns, dim=1),
+        torch.zeros(shape.heads, 2, device=device),
+    )
+
+
+# Scores on either side of a rank, of whose gaps the widest is taken.
+_AROUND = 8
+
+
+def union_theta(scores: torch.Tensor, kv_heads: int, keep: float, forced: int) -> torch.Tensor:
+    """θ per head such that ``keep`` of the V rows are read, the group's union counted.
+
+    Args:
+        scores: float32 [R, H, n], of rows of one context length.
+        kv_heads: KV heads.
+        keep: Share of the V rows.
+        forced: Last tokens that are read whatever their score.
+
+    Returns:
+        float32 [H].
+
+    Raises:
+        ValueError: There are too few scores to choose among.
+    """
+    n = scores.shape[2]
     ordered = scores.transpose(0, 1).flatten(1).sort(dim=1).values
-    forced = shape.seq_len % shape.block_size if policy.compensation == "vmean" else policy.recent_tokens
+    if ordered.shape[1] <= 2 * _AROUND:
+        raise ValueError(
+            f"{scores.shape[0]} sequences of {n} tokens have too few scores to find thresholds that read {keep:g} "
+            f"of the V rows; use contexts of at least {2 * _AROUND + 1} tokens, or keep 1.0"
+        )
 
     def at(share: float) -> torch.Tensor:
         # In the widest of some gaps between scores, so that rounding decides nothing.
-        rank = min(ordered.shape[1] - 9, max(8, int((1 - share) * ordered.shape[1])))
-        window = ordered[:, rank - 8 : rank + 9]
+        rank = min(ordered.shape[1] - _AROUND - 1, max(_AROUND, int((1 - share) * ordered.shape[1])))
+        window = ordered[:, rank - _AROUND : rank + _AROUND + 1]
         gap, widest = window.diff(dim=1).max(dim=1, keepdim=True)
         return (window.gather(1, widest) + gap / 2).flatten()
 
     def read(theta: torch.Tensor) -> float:
         kept = scores >= theta[:, None]
-        kept[:, :, shape.seq_len - max(forced, 1) :] = True
-        return float(kept.unflatten(1, (shape.kv_heads, -1)).any(dim=2).float().mean())
+        kept[:, :, n - forced :] = True
+        return float(kept.unflatten(1, (kv_heads, -1)).any(dim=2).float().mean())
 
     low, high = 0.0, keep
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if read(at(middle)) < keep else (low, middle)
-    device = inputs.query.device
-    lengths = torch.tensor([shape.seq_len], dtype=torch.int32, device=device)
-    return Thetas(lengths, at(high)[:, None].contiguous(), torch.zeros(shape.heads, 2, device=device))
+    return at(high)

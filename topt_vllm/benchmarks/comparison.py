@@ -11,6 +11,7 @@ from topt_vllm.attention.common import Policy, Stat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.devices import CPU, Device
 from topt_vllm.benchmarks.kernels import count, our_kernel, with_screen
+from topt_vllm.benchmarks.lengths import describe_lengths
 from topt_vllm.benchmarks.oracle import Expectation, expect
 from topt_vllm.benchmarks.timing import Variant, take_turns
 
@@ -162,7 +163,7 @@ def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bo
     moved = int(counts[Stat.K_ROWS_READ] + counts[Stat.V_ROWS_READ]) * row
     for inputs in layers:
         if compensated:
-            moved += shape.batch * shape.blocks * shape.kv_heads * shape.head_dim * 4
+            moved += shape.total_blocks * shape.kv_heads * shape.head_dim * 4
         if inputs.cache.key_screen is not None:
             moved += inputs.finished_blocks.numel() * inputs.cache.key_screen[0].numel()
     return moved
@@ -181,7 +182,8 @@ def _record(
     ms, moved = variant.median, column.bytes_moved
     return {
         "batch": shape.batch,
-        "seq_len": shape.seq_len,
+        "seq_len": shape.longest,
+        "lengths": describe_lengths(shape.lengths),
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
@@ -204,6 +206,7 @@ def _record(
         "ms_platform_p20": stock.quantile(0.2) if stock else None,
         "ms_platform_p80": stock.quantile(0.8) if stock else None,
         "ratio_platform": stock.median / ms if stock else None,
+        "ms_keep_all": keep_all.median,
         "ratio_keep_all": keep_all.median / ms,
         "bytes_moved": moved,
         "gbps": moved / ms / 1e6,

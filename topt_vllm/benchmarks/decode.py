@@ -1,4 +1,4 @@
-"""Synthetic decode calls: one shape, thresholds that read given shares of V rows."""
+"""Synthetic decode calls: one batch, thresholds that read given shares of V rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +29,10 @@ def bench_case(
 
     Returns:
         One record per share and screen; every row kept has none to try.
+
+    Raises:
+        ValueError: As :func:`topt_vllm.benchmarks.cases.thetas_for`.
+        RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
     inputs = _inputs(shape, device)
     targets = [Target(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]

@@ -14,7 +14,7 @@ _BLOCKS_AT_ONCE = 256
 
 
 def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
-    """As :func:`topt_vllm.benchmarks.cases.make_inputs`, but ``memory`` is [2, B, P, Hkv, D]: K, then V.
+    """As :func:`topt_vllm.benchmarks.cases.make_inputs`, but ``memory`` is [B, P, Hkv, 2D]: a slot's K, then its V.
 
     The V sums are written by the kernel that writes them when serving.
 
@@ -24,17 +24,17 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
         seed: Of the random numbers.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    total = shape.batch * shape.blocks
-    sizes = (2, total, shape.block_size, shape.kv_heads, shape.head_dim)
+    total = shape.total_blocks
+    sizes = (total, shape.block_size, shape.kv_heads, 2 * shape.head_dim)
     memory = torch.empty(sizes, dtype=shape.dtype, device=device)
-    for part in memory.flatten(0, 1).split(_BLOCKS_AT_ONCE):
+    for part in memory.split(_BLOCKS_AT_ONCE):
         part.copy_(torch.randn(part.shape, generator=generator, device=device))
-    key, value = memory.transpose(2, 3)
+    key, value = memory.transpose(1, 2).split(shape.head_dim, dim=3)
     sums = torch.zeros(total, shape.kv_heads, shape.head_dim, device=device)
-    table = torch.randperm(total, generator=generator, device=device).int().view(shape.batch, shape.blocks)
+    table = shape.block_table(torch.randperm(total, generator=generator, device=device))
     query = torch.randn(shape.batch, shape.heads, shape.head_dim, generator=generator, device=device)
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
-    lengths = torch.full((shape.batch,), shape.seq_len, dtype=torch.int32, device=device)
+    lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
     batch = DecodeBatch(starts, lengths, table, 1)
     scale = shape.head_dim**-0.5
     inputs = Inputs(shape, query.to(shape.dtype), memory, PagedCache(key, value, sums), batch, scale)

@@ -68,7 +68,7 @@ def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: st
         return inputs
     shape, screens = inputs.shape, api.screening(implementation)
     size = screens.screen_bytes(shape.head_dim, shape.block_size)
-    screen = torch.zeros(shape.batch * shape.blocks, shape.kv_heads, size, dtype=torch.uint8)
+    screen = torch.zeros(shape.total_blocks, shape.kv_heads, size, dtype=torch.uint8)
     cache = replace(inputs.cache, key_screen=screen)
     screens.update_screen(cache, inputs.finished_blocks)
     return replace(inputs, cache=cache)

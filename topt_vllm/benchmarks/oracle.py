@@ -42,36 +42,39 @@ def expect(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Expectation
     band = torch.finfo(inputs.shape.dtype).eps * float(exact.abs().max()) + 1e-6
     allowed = 2 * float((eager.double() - exact).abs().max()) + band
     if thetas is None:
-        return Expectation(exact, allowed, 0, scores.numel())
+        return Expectation(exact, allowed, 0, sum(row.numel() for row in scores))
     ties, effect = _ties(inputs, scores, thetas, policy)
-    kept = int((scores >= thetas.at(inputs.shape.seq_len).double()[:, None]).sum())
+    kept = sum(
+        int((row >= thetas.at(n).double()[:, None]).sum())
+        for row, n in zip(scores, inputs.shape.lengths, strict=True)
+    )
     return Expectation(exact, allowed + effect, ties, kept)
 
 
 def attend(
-    inputs: Inputs, scores: torch.Tensor, thetas: Thetas | None, policy: Policy, dtype: torch.dtype
+    inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas | None, policy: Policy, dtype: torch.dtype
 ) -> torch.Tensor:
     """The operator with every operation in ``dtype``, [S, H, D].
 
     Args:
         inputs: The case.
-        scores: float64 [S, H, n]; they decide what is kept, whatever ``dtype`` is.
+        scores: float64 [H, n] of each sequence; they decide what is kept, whatever ``dtype`` is.
         thetas: Thresholds, None for dense.
         policy: Selection and compensation.
         dtype: float64 for the truth; the cache's own for what eager attention makes of it.
     """
     shape = inputs.shape
-    group, n = shape.heads // shape.kv_heads, shape.seq_len
+    group = shape.heads // shape.kv_heads
     raw = inputs.scores(dtype)
     out = torch.empty_like(inputs.query, dtype=dtype)
-    for sequence in range(shape.batch):
+    for sequence, n in enumerate(shape.lengths):
         for head in range(shape.kv_heads):
             heads = slice(head * group, (head + 1) * group)
             _, value = inputs.gather(sequence, head, dtype)
-            probabilities = raw[sequence, heads].softmax(dim=-1)
+            probabilities = raw[sequence][heads].softmax(dim=-1)
             used = torch.ones(group, n, dtype=torch.bool, device=out.device)
             if thetas is not None:
-                used = scores[sequence, heads] >= thetas.at(n)[heads, None]
+                used = scores[sequence][heads] >= thetas.at(n)[heads, None]
                 used[:, n - policy.recent_tokens :] = True
                 if policy.compensation == "vmean":
                     used[:, n // shape.block_size * shape.block_size :] = True
@@ -85,27 +88,27 @@ def attend(
     return out
 
 
-def _ties(inputs: Inputs, scores: torch.Tensor, thetas: Thetas, policy: Policy) -> tuple[int, float]:
+def _ties(inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas, policy: Policy) -> tuple[int, float]:
     """How many keys rounding may decide about, and what that may do to an element of the output.
 
     A float32 score is off by D + 2 roundings of scale·Σ|q_i k_i| at most, those of the softcap and of θ added.
     """
     shape, unit = inputs.shape, torch.finfo(torch.float32).eps / 2
     group = shape.heads // shape.kv_heads
-    theta = thetas.at(shape.seq_len).double()[:, None]
     count, effect = 0, 0.0
-    for sequence in range(shape.batch):
+    for sequence, n in enumerate(shape.lengths):
+        theta = thetas.at(n).double()[:, None]
         for head in range(shape.kv_heads):
             heads = slice(head * group, (head + 1) * group)
             key, value = inputs.gather(sequence, head, torch.float64)
             magnitude = inputs.scale * (inputs.query[sequence, heads].double().abs() @ key.abs().T)
             rounding = (shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta[heads].abs()
-            tied = (scores[sequence, heads] - theta[heads]).abs() <= unit * rounding
+            tied = (scores[sequence][heads] - theta[heads]).abs() <= unit * rounding
             count += int(tied.sum())
             if policy.group_keep == "union":
                 tied = tied.any(dim=0).expand(group, -1)
             replaced = value.mean(dim=0) if policy.compensation == "vmean" else 0.0
             distance = (value - replaced).abs().amax(dim=1)
-            moved = torch.where(tied, scores[sequence, heads].softmax(dim=-1) * distance, 0.0).sum(dim=1)
+            moved = torch.where(tied, scores[sequence][heads].softmax(dim=-1) * distance, 0.0).sum(dim=1)
             effect = max(effect, float(moved.max()))
     return count, effect

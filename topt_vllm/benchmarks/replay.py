@@ -101,10 +101,10 @@ def layer_inputs(captured: CapturedCache, index: int, batch: int, block_size: in
     """One layer's cache as vLLM's CPU build would hold it, in randomly scattered blocks."""
     layer = captured.layers[index]
     kv_heads, n, dim = layer.key.shape
-    shape = Shape(batch, n, layer.query.shape[0], kv_heads, dim, block_size, layer.key.dtype)
-    total = batch * shape.blocks
+    shape = Shape((n,) * batch, layer.query.shape[0], kv_heads, dim, block_size, layer.key.dtype)
+    total = shape.total_blocks
     generator = torch.Generator().manual_seed(index)
-    table = torch.randperm(total, generator=generator).int().view(batch, shape.blocks)
+    table = shape.block_table(torch.randperm(total, generator=generator))
     # Slots behind the context hold zeros: the platform's kernel multiplies them by zero weights.
     padded = torch.zeros(2, kv_heads, shape.blocks * block_size, dim, dtype=layer.key.dtype)
     padded[0, :, :n], padded[1, :, :n] = layer.key, layer.value

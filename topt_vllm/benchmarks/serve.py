@@ -1,4 +1,4 @@
-"""The whole engine: ``vllm serve`` with the platform's backend and with TOPTHETA, in turns, on the same prompts."""
+"""The whole engine: ``vllm serve`` with the backend that it picks and with TOPTHETA, in turns, same prompts."""
 
 import statistics
 import tempfile
@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, measure
-from topt_vllm.benchmarks.server import serve
-
-PLATFORM_BACKEND = "CPU_ATTN"
+from topt_vllm.benchmarks.server import picked_backend, serve
+from topt_vllm.model_identity import identify
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,12 @@ class ServeBenchmark:
             ``platform`` and ``toptheta`` (medians and every round), ``ratio_decode`` and the settings.
         """
         prompts = self._prompts()
+        options = self._options()
         measured: dict[str, list[Measurement]] = {"platform": [], "toptheta": []}
+        backends: dict[str, str] = {}
         for round_number in range(self.rounds):
             for name in measured:
-                result = self._measure(name, prompts)
+                result, backends[name] = self._measure(name, prompts, options)
                 measured[name].append(result)
                 report(
                     f"round {round_number + 1}, {name}: {result.decode_tokens_per_second:.1f} tokens/s, "
@@ -62,7 +64,7 @@ class ServeBenchmark:
         )
         settings = asdict(self) | {
             "text": f"{len(self.text)} characters",
-            "platform_backend": PLATFORM_BACKEND,
+            "platform_backend": backends["platform"],
         }
         return outcome | {"ratio_decode": ratio, "settings": settings}
 
@@ -76,17 +78,28 @@ class ServeBenchmark:
             raise ValueError(f"the text has {len(ids)} tokens; {needed} are needed for different prompts")
         return [ids[start : start + self.prompt_tokens] for start in range(0, needed, self.prompt_tokens)]
 
-    def _measure(self, name: str, prompts: Sequence[Sequence[int]]) -> Measurement:
+    def _options(self) -> list[str]:
+        """Of both servers."""
+        from transformers import AutoConfig
+
         context = self.prompt_tokens + self.max_tokens
+        identity = identify(AutoConfig.from_pretrained(self.model), self.model)
+        size = cache_bytes(identity, self.concurrency * context)
         options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
-        options += ["--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", "4G"]
-        backend, toptheta = (PLATFORM_BACKEND, None) if name == "platform" else ("TOPTHETA", self.toptheta)
+        return [*options, "--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", str(size)]
+
+    def _measure(
+        self, name: str, prompts: Sequence[Sequence[int]], options: Sequence[str]
+    ) -> tuple[Measurement, str]:
+        """One server's measurement and the name of its backend."""
+        backend, toptheta = (None, None) if name == "platform" else ("TOPTHETA", self.toptheta)
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "server.log"
             with serve(self.model, backend, toptheta, options, log) as url:
                 # The first request of a server compiles and warms up; it is not measured.
                 measure(url, self.model, [prompts[0][:64], prompts[0][64:128]], 8)
-                return measure(url, self.model, prompts, self.max_tokens)
+                result = measure(url, self.model, prompts, self.max_tokens)
+                return result, backend or picked_backend(log.read_text())
 
 
 def _median(results: Sequence[Measurement]) -> dict[str, Any]:

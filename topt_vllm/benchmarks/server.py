@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ def free_port() -> int:
 @contextmanager
 def serve(
     model: str,
-    backend: str,
+    backend: str | None,
     toptheta: dict[str, Any] | None,
     options: Sequence[str],
     log: Path,
@@ -41,7 +42,7 @@ def serve(
 
     Args:
         model: Folder or hub id.
-        backend: Attention backend.
+        backend: Attention backend; None for the one that vLLM picks unasked.
         toptheta: The plugin's settings; None for none.
         options: More options of ``vllm serve``.
         log: File for the server's output.
@@ -55,7 +56,9 @@ def serve(
     """
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--attention-backend", backend, *options]
+    command += ["--host", "127.0.0.1", *options]
+    if backend is not None:
+        command += ["--attention-backend", backend]
     if toptheta is not None:
         command += ["--additional-config", json.dumps({"toptheta": toptheta})]
     with log.open("w") as output:
@@ -66,6 +69,16 @@ def serve(
         yield url
     finally:
         _stop(process)
+
+
+def picked_backend(log: str) -> str:
+    """The attention backend that vLLM picked, from its log; on CPUs it has but one, and says nothing."""
+    from vllm.platforms import current_platform
+
+    found = re.search(r"Using (\w+) (?:attention )?backend out of potential backends", log)
+    if found:
+        return found[1]
+    return "CPU_ATTN" if current_platform.is_cpu() else "vLLM's choice"
 
 
 def is_healthy(url: str, timeout: float) -> bool:

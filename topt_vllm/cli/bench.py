@@ -11,12 +11,13 @@ from topt_vllm.cli import (
     bench_capture,
     bench_compile,
     bench_decode,
+    bench_engine,
     bench_formats,
     bench_traffic,
 )
 from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 
-_SERVE = """Serves the model with the platform's backend and with TOPTHETA in turns, sends both the same long
+_SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
 prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
 
 
@@ -30,6 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     bench_compile.add_mode(modes)
     bench_traffic.add_mode(modes)
     bench_autotune.add_mode(modes)
+    bench_engine.add_mode(modes)
     _add_serve(modes)
     return parser
 

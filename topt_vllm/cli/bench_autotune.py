@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         raise UserError(str(error)) from error
     dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
-    shape = Shape(args.batch, args.seq_len, *dims, getattr(torch, args.dtype))
+    shape = Shape((args.seq_len,) * args.batch, *dims, getattr(torch, args.dtype))
     inputs, policy, origin = device_inputs(shape, gpu.device), Policy(), provenance()
     thetas = thetas_for(inputs, args.keep, policy)
     records = tune(inputs, thetas, policy, gpu, chip, compiled_for(chip))

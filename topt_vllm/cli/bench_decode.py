@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
 
@@ -17,13 +18,12 @@ _DECODE = """Times one decode call of our kernel and of the platform's dense ker
 the same process, after checking both against a float64 oracle. Synthetic survivors are scattered at random, which
 is hostile to gathering: those of real models cluster. With --cache the call goes over the sparse layers of a real
 model's cache, made by `topt-vllm bench capture`, with the thresholds of a table.
-With --device cuda the rivals are vLLM's FlashAttention and Triton kernels (the better one is the platform), calls
-are captured in CUDA graphs, and caches are cold."""
+With --device cuda the rivals are vLLM's FlashAttention, FlashInfer and Triton kernels (the best one is the
+platform), calls are captured in CUDA graphs, and the L2 cache is cold."""
 _DTYPES = ("bfloat16", "float16", "float32")
 _CACHE_DTYPES = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 # Options that describe a synthetic cache, with their defaults; a captured one has its own.
 _SYNTHETIC: dict[str, Any] = {
-    "seq_lens": [2048, 8192, 32768],
     "heads": 32,
     "kv_heads": 8,
     "head_dim": 128,
@@ -31,6 +31,10 @@ _SYNTHETIC: dict[str, Any] = {
     "cache_dtype": "auto",
     "keep": [1.0, 0.3, 0.1, 0.03],
 }
+_BATCH = [1, 8]
+_SEQ_LENS = [2048, 8192, 32768]
+# Tokens of a KV block where none are named; on GPUs those of TOPTHETA's cache.
+_BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 # Options of a replay, which mean nothing without a captured cache.
 _REPLAY = ("thresholds", "k", "layers")
 
@@ -39,8 +43,8 @@ def add_mode(modes: Any) -> None:
     """Adds the mode and its options."""
     parser = modes.add_parser("decode", help="one decode call", description=_DECODE)
     add = parser.add_argument
-    add("--batch", type=int, nargs="+", default=[1, 8], help="sequences (default 1 8)")
-    add("--block-size", type=int, default=128, help="tokens of a KV block (default %(default)s)")
+    add("--batch", type=int, nargs="+", help="sequences (default 1 8)")
+    add("--block-size", type=int, help="tokens of a KV block (default 128; 64 with --device cuda)")
     add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
     add("--group-keep", choices=("head", "union"), default="union", help="default %(default)s")
     add("--compensation", choices=("none", "vmean"), default="vmean", help="default %(default)s")
@@ -61,6 +65,13 @@ def add_mode(modes: Any) -> None:
 def _add_synthetic(group: Any) -> None:
     add = group.add_argument
     add("--seq-lens", type=int, nargs="+", help="context lengths (default 2048 8192 32768)")
+    add(
+        "--ragged",
+        type=_lengths,
+        nargs="+",
+        metavar="COUNTxLENGTH+…",
+        help="batches of several context lengths instead, such as 1x131072+15x4096",
+    )
     add("--heads", type=int, help="query heads (default 32)")
     add("--kv-heads", type=int, help="KV heads (default 8)")
     add("--head-dim", type=int, help="head dimension (default 128)")
@@ -90,6 +101,13 @@ def _add_replay(group: Any) -> None:
     add("--layers", type=int, nargs="+", metavar="LAYER", help="layers of a call (default: every sparse one)")
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return parse_lengths(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _budget(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -110,12 +128,19 @@ def _run(args: argparse.Namespace) -> int:
     print(_HEADER)
     records = []
     told: dict[str, str] = {}
-    for record in cases:
-        print(_line(record), flush=True)
-        if record["left_out"] != told:
-            told = record["left_out"]
-            print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
-        records.append({**record, "provenance": origin})
+    dense = ""
+    try:
+        for record in cases:
+            if _dense(record) != dense:
+                dense = _dense(record)
+                print(dense)
+            print(_line(record), flush=True)
+            if record["left_out"] != told:
+                told = record["left_out"]
+                print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
+            records.append({**record, "provenance": origin})
+    except ValueError as error:
+        raise UserError(str(error)) from error
     write_json(args.json, records)
     return 0
 
@@ -156,7 +181,13 @@ def _check(args: argparse.Namespace) -> None:
     unknown = [name for name in args.k_screen if name not in allowed]
     if unknown:
         raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
-    for name in _SYNTHETIC if args.cache else _REPLAY:
+    if args.block_size is None:
+        args.block_size = _BLOCK_SIZE[args.device]
+    if args.ragged and (args.batch or args.seq_lens):
+        raise UserError("--ragged has counts and lengths of its own; leave out --batch and --seq-lens")
+    if args.batch is None:
+        args.batch = _BATCH
+    for name in ("seq_lens", "ragged", *_SYNTHETIC) if args.cache else _REPLAY:
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(
@@ -187,11 +218,11 @@ def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> 
     from topt_vllm.benchmarks.decode import bench_case
 
     cache = getattr(torch, _CACHE_DTYPES[args.cache_dtype]) if args.cache_dtype in _CACHE_DTYPES else None
-    for batch in args.batch:
-        for seq_len in args.seq_lens:
-            dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
-            shape = Shape(batch, seq_len, *dims, getattr(torch, args.dtype), cache)
-            yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen, device)
+    grid = [(seq_len,) * batch for batch in args.batch for seq_len in args.seq_lens or _SEQ_LENS]
+    dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
+    for lengths in args.ragged or grid:
+        shape = Shape(lengths, *dims, getattr(torch, args.dtype), cache)
+        yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen, device)
 
 
 def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, Any]]:
@@ -228,8 +259,19 @@ _HEADER = (
 )
 
 
+def _dense(r: dict[str, Any]) -> str:
+    """What every row of V costs: each of the platform's kernels, the one that counts first, and ours."""
+    ordered = sorted(r["rivals"].items(), key=lambda rival: rival[1])
+    parts = [f"{name} {ms:.3f} ms" for name, ms in ordered]
+    ours = f"ours {r['ms_keep_all']:.3f} ms"
+    if ordered:
+        parts[0] += " (the platform)"
+        ours += f" ({ordered[0][1] / r['ms_keep_all']:.2f} × platform: what the kernel gives)"
+    return f"{r['lengths']}, every row: {', '.join([*parts, ours])}"
+
+
 def _line(r: dict[str, Any]) -> str:
-    """One row of the table."""
+    """One row of the table; × keep all is what skipping gives."""
     ours = f"{r['ms']:8.3f} ({r['ms_p20']:.3f}-{r['ms_p80']:.3f})"
     stock, ratio = "-", "-"
     if r["ms_platform"]:

@@ -17,6 +17,8 @@ EXAMPLES = {
         "decode --batch 1 8 --seq-lens 2048 8192 --keep 1.0 0.1 --json decode.json",
         "capture --model MODEL --dataset play.txt --seq-len 8192 --output cache.safetensors",
         "decode --cache cache.safetensors --k 64 128 --k-screen off int8",
+        "decode --ragged 1x32768+7x2048 --keep 1.0 0.1",
+        "engine --shape smollm2-135m --batch 4 --context 2048 --keep 1.0 0.1",
         "serve --model MODEL --dataset play.txt --toptheta '{\"k\": 128}' --json serve.json",
     ),
 }

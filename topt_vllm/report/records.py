@@ -116,10 +116,12 @@ class Decoded(_Part):
     Attributes:
         model: Of a captured cache; None for a synthetic one.
         fingerprint: The same.
+        lengths: Sequences and their context lengths, ``1x131072+15x4096``; files of earlier releases lack it.
     """
 
     batch: Count
     seq_len: Count
+    lengths: str | None = Field(default=None, max_length=200)
     heads: Count
     kv_heads: Count
     head_dim: Count

@@ -53,7 +53,9 @@ def _kernel(case: Decoded) -> float | None:
 def _name(case: Decoded) -> str:
     aim = numbers.budget(case.k) if case.k is not None else f"{100 * case.keep_target:g}\u00a0% kept"
     screen = "" if case.k_screen == "off" else f", K screen {case.k_screen}"
-    return f"{case.batch} × {numbers.tokens(case.seq_len)}, {aim}{screen}"
+    ragged = case.lengths is not None and "+" in case.lengths
+    batch = case.lengths if ragged else f"{case.batch} × {numbers.tokens(case.seq_len)}"
+    return f"{batch}, {aim}{screen}"
 
 
 def _calls_said(cases: Sequence[Decoded]) -> str:

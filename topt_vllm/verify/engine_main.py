@@ -22,7 +22,7 @@ def main() -> None:
     engine = request["engine"]
     forcing = forcing_of(engine) if request["forced"] else None
     engine |= forcing.engine if forcing else {}
-    llm = LLM(worker_extension_cls="topt_vllm.verify.worker.WorkerCounters", **engine)
+    llm = LLM(worker_extension_cls="topt_vllm.engines.counters.WorkerCounters", **engine)
     result: dict[str, Any] = {"dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch.")}
     if request["prompts"]:
         result |= answers(llm, request["prompts"], request["max_tokens"])

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from topt_vllm.engines.process import EngineError
 from topt_vllm.verify import installation, plan, verdicts
 from topt_vllm.verify.checks import Check, CheckError, attempt
-from topt_vllm.verify.engine import EngineError, Request
+from topt_vllm.verify.engine import Request
 from topt_vllm.verify.engine import run as run_engine
 
 # A large model on a slow disk may take minutes to load.

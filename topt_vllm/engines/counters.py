@@ -1,4 +1,4 @@
-"""What runs inside the engine's worker: reading counters."""
+"""What runs inside an engine's worker to read TOPTHETA's counters."""
 
 import sys
 

@@ -1,0 +1,216 @@
+"""The whole engine offline: decode steps of the platform's backend and of TOPTHETA behind cached prompts."""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from topt_vllm import thresholds
+from topt_vllm.benchmarks.cache_size import cache_bytes
+from topt_vllm.benchmarks.engine_record import Contender, Measured
+from topt_vllm.benchmarks.model_shapes import has_weights
+from topt_vllm.benchmarks.share_table import budget_name, share_table
+from topt_vllm.engines.process import EngineError, ask
+from topt_vllm.model_identity import ModelIdentity, identify
+
+# θ = −inf as a user sets it.
+NONE = "none"
+_PROGRAM = ["-m", "topt_vllm.benchmarks.engine_main"]
+_TIMEOUT = 3600.0  # seconds; for start-up, prefill and turns of one engine
+
+Ask = Callable[[Sequence[str], dict[str, Any], bool, float], dict[str, Any]]
+
+
+def our_kernel() -> str:
+    """Name of our fastest implementation on this platform."""
+    from vllm.platforms import current_platform
+
+    return "cpu" if current_platform.is_cpu() else "triton"
+
+
+@dataclass(frozen=True)
+class EngineBenchmark:
+    """What to measure.
+
+    Attributes:
+        model: Folder of a model; without weights in it, they are dummies.
+        batch: Sequences decoded at once.
+        context: Tokens of each prompt.
+        tokens: Tokens of each answer, of which all but the first are timed.
+        keeps: Shares of V rows to read; 1.0 is θ = −inf in our kernel by name, :data:`NONE` as ``auto`` picks.
+        kernel: Our implementation's name on this platform.
+        rounds: How often every engine is started.
+        turns: Measurements of each start.
+        engine: More arguments of ``vllm.LLM``, for all engines.
+    """
+
+    model: Path
+    batch: int
+    context: int
+    tokens: int
+    keeps: tuple[float | str, ...]
+    kernel: str
+    rounds: int = 1
+    turns: int = 3
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, report: Callable[[str], None], ask_engine: Ask = ask) -> dict[str, Any]:
+        """Starts the engines one after the other, ``rounds`` times, each in a process of its own.
+
+        Args:
+            report: Called with a line when something is done.
+            ask_engine: Runs one engine; tests give another.
+
+        Returns:
+            ``settings`` and ``engines``, one record each; the platform's is the first.
+
+        Raises:
+            ValueError: The model can't decode so many tokens, an argument is the benchmark's own, or the machine
+                was too busy for a result.
+            EngineError: An engine failed.
+        """
+        identity = self._identity()
+        measured = [Measured() for _ in range(len(self.keeps) + 1)]
+        with tempfile.TemporaryDirectory() as folder:
+            table = self._find_table(identity, Path(folder), report, ask_engine)
+            contenders = self._contenders(table)
+            for _ in range(self.rounds):
+                for contender, found in zip(contenders, measured, strict=True):
+                    found.add(self._measure(contender, identity, ask_engine))
+                    report(f"{contender.name}: {_list(found.steps[-self.turns :])} ms a step")
+        pairs = list(zip(contenders, measured, strict=True))
+        for contender, found in pairs:
+            if statistics.median(found.steps) <= 0:
+                raise ValueError(
+                    f"{contender.name}: {self.tokens} tokens took no longer than one ({_list(found.steps)} ms a "
+                    "step), so other work on this machine decides; ask for more --tokens or --turns, or wait"
+                )
+        stock = statistics.median(measured[0].steps)
+        return {
+            "settings": self._settings(identity),
+            "engines": [found.record(contender, stock, self.batch) for contender, found in pairs],
+        }
+
+    @property
+    def dummy(self) -> bool:
+        """Whether the weights are dummies."""
+        return not has_weights(self.model)
+
+    def _identity(self) -> ModelIdentity:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(self.model)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.context + self.tokens > longest:
+            raise ValueError(
+                f"{self.context} tokens of context and {self.tokens} of an answer are more than the {longest} of "
+                f"{self.model.name}; ask for fewer"
+            )
+        clash = sorted(set(self.engine) & {*self._arguments(0, 0), *_OWN})
+        if clash:
+            raise ValueError(f"{', '.join(clash)} can't be given to the engine: the benchmark sets it itself")
+        return identify(config, self.model.name)
+
+    def _shares(self) -> list[float]:
+        """Shares that need thresholds."""
+        return [keep for keep in self.keeps if isinstance(keep, float) and keep < 1]
+
+    def _contenders(self, table: Path | None) -> list[Contender]:
+        contenders = [Contender("platform", None)]
+        for keep in self.keeps:
+            if keep == NONE:
+                settings, name = {"thresholds": "none"}, "thresholds none, auto"
+            elif keep == 1:
+                settings = {"thresholds": "none", "implementation": self.kernel}
+                name = f"every row, {self.kernel}"
+            else:
+                assert isinstance(keep, float)
+                settings = {"thresholds": str(table), "k": budget_name(keep)}
+                name = f"{100 * keep:g} % of V rows"
+            contenders.append(Contender(name, settings))
+        return contenders
+
+    def _find_table(
+        self, identity: ModelIdentity, folder: Path, report: Callable[[str], None], ask_engine: Ask
+    ) -> Path | None:
+        """Writes a table that reads the shares; None where none needs one."""
+        shares = self._shares()
+        if not shares:
+            return None
+        arguments = self._arguments(1, cache_bytes(identity, self.context + self.tokens)) | _toptheta(
+            {"thresholds": "none", "implementation": self.kernel}
+        )
+        # What a layer is called with is seen in eager engines only.
+        request = self._request(arguments | self.engine | {"enforce_eager": True}) | {"keeps": shares}
+        found = _named("thresholds", lambda: ask_engine(_PROGRAM, request, False, _TIMEOUT))
+        table = share_table(identity, self.context, self.tokens, shares, found["thetas"])
+        path = folder / "toptheta.yaml"
+        thresholds.dump(table, path)
+        report(f"thresholds for {_list([100 * share for share in shares])} % of V rows are found")
+        return path
+
+    def _measure(self, contender: Contender, identity: ModelIdentity, ask_engine: Ask) -> dict[str, Any]:
+        size = cache_bytes(identity, self.batch * (self.context + self.tokens))
+        arguments = self._arguments(self.batch, size) | self.engine | _toptheta(contender.toptheta)
+        request = self._request(arguments) | {"turns": self.turns}
+        return _named(contender.name, lambda: ask_engine(_PROGRAM, request, False, _TIMEOUT))
+
+    def _request(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        sizes = {"batch": self.batch, "context": self.context, "tokens": self.tokens}
+        return {"engine": arguments, **sizes}
+
+    def _arguments(self, batch: int, size: int) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "load_format": "dummy" if self.dummy else "auto",
+            "skip_tokenizer_init": True,
+            "max_model_len": self.context + self.tokens,
+            "max_num_seqs": batch,
+            "kv_cache_memory_bytes": size,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+            "seed": 0,
+        }
+
+    def _settings(self, identity: ModelIdentity) -> dict[str, Any]:
+        return {
+            "model": identity.id,
+            "dummy_weights": self.dummy,
+            "batch": self.batch,
+            "context": self.context,
+            "tokens": self.tokens,
+            "rounds": self.rounds,
+            "turns": self.turns,
+            "engine": self.engine,
+        }
+
+
+# Arguments besides those of every engine, whose values tell the contenders apart or whose counters would be parts.
+_OWN = (
+    "attention_backend",
+    "additional_config",
+    "worker_extension_cls",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+)
+
+
+def _toptheta(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments that choose the backend; without settings vLLM picks its own."""
+    if settings is None:
+        return {}
+    return {"attention_backend": "TOPTHETA", "additional_config": {"toptheta": settings}}
+
+
+def _named(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return run()
+    except EngineError as error:
+        raise EngineError(f"{name}: the engine {error}") from error
+
+
+def _list(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:.4g}" for number in numbers)

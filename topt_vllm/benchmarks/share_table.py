@@ -1,0 +1,75 @@
+"""A threshold table whose budgets are shares of V rows, found for one benchmark."""
+
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.thresholds import (
+    SCHEMA_VERSION,
+    Budget,
+    LayerThresholds,
+    Producer,
+    Provenance,
+    TextSource,
+    ThresholdTable,
+)
+from topt_vllm.version import __version__
+
+
+def budget_name(keep: float) -> str:
+    """Name of the budget that reads a share of the V rows."""
+    return f"rows-{100 * keep:g}%"
+
+
+def share_table(
+    identity: ModelIdentity,
+    context: int,
+    tokens: int,
+    keeps: Sequence[float],
+    thetas: Mapping[str, Sequence[Sequence[float]]],
+) -> ThresholdTable:
+    """A table for one context length.
+
+    Args:
+        identity: The model.
+        context: Tokens that θ was found at; it holds from there on, and nothing is skipped below.
+        tokens: Tokens decoded after it.
+        keeps: Shares of V rows.
+        thetas: By layer, for each share, θ of each query head.
+    """
+    return ThresholdTable(
+        schema_version=SCHEMA_VERSION,
+        producer=Producer(name="topt-vllm bench engine", version=__version__),
+        model=identity,
+        calibration=Provenance(
+            data=[TextSource(name="random tokens", sha256=None)],
+            num_samples=1,
+            tokens=context,
+            max_seq_length=context,
+            seed=0,
+            options={},
+            libraries={"torch": version("torch")},
+            date=time.strftime("%Y-%m-%d", time.gmtime()),
+        ),
+        lengths=[context, context + tokens],
+        budgets=[
+            Budget(
+                k=None,
+                name=budget_name(keep),
+                dense_layers=[],
+                quality=None,
+                layers=[
+                    _constant(int(layer), shares[index])
+                    for layer, shares in sorted(thetas.items(), key=lambda entry: int(entry[0]))
+                ],
+            )
+            for index, keep in enumerate(keeps)
+        ],
+    )
+
+
+def _constant(layer: int, theta: Sequence[float]) -> LayerThresholds:
+    law: Any = [[value, 0.0] for value in theta]
+    return LayerThresholds(layer=layer, law=law, theta=[[value, value] for value in theta])

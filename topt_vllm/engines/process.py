@@ -1,0 +1,94 @@
+"""A program that runs one vLLM engine in a process of its own, so that its crash or hang is an answer too."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+
+class EngineError(RuntimeError):
+    """An engine that gave no result; the message has its own words."""
+
+
+def ask(
+    program: Sequence[str], request: dict[str, Any], separate_core: bool, timeout: float
+) -> dict[str, Any]:
+    """Runs a Python program that reads a request as JSON and prints ``RESULT {...}``.
+
+    Args:
+        program: Arguments of Python.
+        request: What the program reads from its standard input.
+        separate_core: Whether the engine's core is a process of its own, as under ``vllm serve``; it is slower to
+            start.
+        timeout: After which it is killed, with all that it started (seconds).
+
+    Raises:
+        EngineError: It failed or took too long.
+    """
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_core))}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(
+            [sys.executable, *program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        late = threading.Event()
+        timer = threading.Timer(timeout, _expire, (process, late))
+        timer.start()
+        try:
+            output, result = _converse(process, json.dumps(request))
+        finally:
+            timer.cancel()
+            # The engine's own processes survive a parent that was killed, and take seconds to leave by themselves.
+            _kill_group(process)
+        log.seek(0)
+        words = output + log.read()
+    if result is not None:
+        return result
+    if late.is_set():
+        raise EngineError(f"gave no result within {timeout:.0f} s")
+    raise EngineError(f"exit status {process.returncode}: {_reason(words)}")
+
+
+def _converse(process: subprocess.Popen[str], request: str) -> tuple[str, dict[str, Any] | None]:
+    """Sends the request, and reads up to the result: what was said before it, and the result if there is one."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(request)
+    said: list[str] = []
+    with process.stdout:
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                return "".join(said), json.loads(line.removeprefix("RESULT "))
+            said.append(line)
+    process.wait()
+    return "".join(said), None
+
+
+def _expire(process: subprocess.Popen[str], late: threading.Event) -> None:
+    late.set()
+    _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _reason(words: str) -> str:
+    """The first error in a log; later ones are mostly its echoes, and those in warnings didn't end it."""
+    found = re.search(r"^(?!.*\bWARNING\b).*?((?:\w+\.)*\w*(?:Error|Exception): .+)$", words, re.MULTILINE)
+    return found[1] if found else words.strip()[-500:] or "no output"
