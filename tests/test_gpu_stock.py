@@ -55,7 +55,7 @@ def rows(lengths: list[int], layers: int = 1, **reasons: float) -> dict[str, flo
         "toptheta:k_rows_read_total": keys * NUM_KV_HEADS,
         "toptheta:dropped_mass_count": number * NUM_HEADS,
         "toptheta:decode_rows_total": number,
-    } | {f"dense_rows:{reason}": count for reason, count in reasons.items()}
+    } | {f"{kind}:{reason}": n for reason, n in reasons.items() for kind in ("dense_rows", "platform_rows")}
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=str)

@@ -265,15 +265,24 @@ def _dependence(configuration: Configuration, kernel: str) -> tuple[Any, ...]:
 
 
 def resources(compiled: Any, log: str) -> dict[str, int]:
-    """Registers per thread, spills (bytes on NVIDIA, registers on AMD) and shared memory of a compiled kernel."""
+    """Registers per thread, spills to memory (bytes per thread) and shared memory of a compiled kernel.
+
+    AMD's scalar registers spill to lanes of vector registers, which takes no memory; ``scalar_spills`` counts them.
+    """
     if "amdgcn" in compiled.asm:
         assembly = compiled.asm["amdgcn"]
         field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # type: ignore[index]  # noqa: E731
-        registers, spills = field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+        registers, spills = field("vgpr_count"), field("private_segment_fixed_size")
+        scalar_spills = field("sgpr_spill_count")
     else:
         registers = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
-        spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
-    return {"registers": registers, "spills": spills, "shared_bytes": compiled.metadata.shared}
+        spills, scalar_spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log)), 0
+    return {
+        "registers": registers,
+        "spills": spills,
+        "scalar_spills": scalar_spills,
+        "shared_bytes": compiled.metadata.shared,
+    }
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -265,10 +265,11 @@ def _topt_decode_kernel(
                     ahead, listed_here = ranks(some, TILE)
                     place = listed + ahead
                     listed += listed_here
-                    tl.store(my_slots + place, block * BLOCK_SIZE + slot, mask=some)
                 else:
                     some = inside
                     place = position - list_begin
+                    listed = list_end - list_begin
+                tl.store(my_slots + place, block * BLOCK_SIZE + slot, mask=some)
                 tl.store(
                     my_scores + place[:, None] * STORED + column[None, :],
                     stored,
@@ -287,49 +288,28 @@ def _topt_decode_kernel(
             reference = new_reference
             level = _to_wide(reference, column, wide, COLUMNS, WIDE)
             out *= shrink[:, None]
-
-            # With every key listed, V is read in order: its addresses need no list.
-            read_end = tl.where(dense, list_end, list_begin) if SPARSE else list_end
-            for start in tl.range(list_begin, read_end, TILE, num_stages=KEY_STAGES):
-                inside = start + offset < read_end
-                block, slot = _place(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+            kept *= shrink[None, :]
+            for start in tl.range(0, listed, GATHER, num_stages=VALUE_STAGES):
+                inside = start + rank < listed
+                # Behind the last of the list there is memory, with what an earlier one left.
+                place = tl.load(my_slots + start + rank)
                 scores = tl.load(
-                    my_scores + (start - list_begin + offset)[:, None] * STORED + wide[None, :],
+                    my_scores + (start + rank)[:, None] * STORED + wide[None, :],
                     mask=(wide < STORED)[None, :],
                     other=-float("inf"),
                 )
-                value_row = value_head + block.to(tl.int64) * value_stride_block + slot * value_stride_slot
+                block, slot = (place // BLOCK_SIZE).to(tl.int64), place % BLOCK_SIZE
+                value_row = value_head + block * value_stride_block + slot * value_stride_slot
                 v = tl.load(
                     value_row[:, None] + value_dim[None, :],
                     mask=inside[:, None] & value_mask[None, :],
                     other=0,
                 )
                 weights = tl.where(inside[:, None], tl.exp2((scores - level[None, :]) * LOG2E), 0.0)
+                if SPARSE:
+                    kept += weights
                 weights = tl.trans(weights).to(COMPUTE)
                 out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
-
-            if SPARSE:
-                kept *= shrink[None, :]
-                for start in tl.range(0, tl.where(dense, 0, listed), GATHER, num_stages=VALUE_STAGES):
-                    inside = start + rank < listed
-                    # Behind the last of the list there is memory, with what an earlier one left.
-                    place = tl.load(my_slots + start + rank)
-                    scores = tl.load(
-                        my_scores + (start + rank)[:, None] * STORED + wide[None, :],
-                        mask=(wide < STORED)[None, :],
-                        other=-float("inf"),
-                    )
-                    block, slot = (place // BLOCK_SIZE).to(tl.int64), place % BLOCK_SIZE
-                    value_row = value_head + block * value_stride_block + slot * value_stride_slot
-                    v = tl.load(
-                        value_row[:, None] + value_dim[None, :],
-                        mask=inside[:, None] & value_mask[None, :],
-                        other=0,
-                    )
-                    weights = tl.where(inside[:, None], tl.exp2((scores - level[None, :]) * LOG2E), 0.0)
-                    kept += weights
-                    weights = tl.trans(weights).to(COMPUTE)
-                    out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
             # The next list is written over this one.
             tl.debug_barrier()
 

@@ -103,6 +103,8 @@ def choose(
         tile = max(16, tile // 2)
     list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
+    # AMD's compiler fails on deeper pipelines with several rows, and has little room for them in LDS.
+    most = 5 if not target.amd else 2 if single else 1
     room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
     row_bytes = dim_pad * item_bytes
     if programs is None:
@@ -116,8 +118,8 @@ def choose(
         list_keys=list_keys,
         gather=gather,
         num_warps=4,
-        key_stages=max(1, min(5, room // (tile * row_bytes))),
-        value_stages=max(1, min(5, room // (gather * row_bytes))),
+        key_stages=max(1, min(most, room // (tile * row_bytes))),
+        value_stages=max(1, min(most, room // (gather * row_bytes))),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if target.amd else 255,
     )
