@@ -18,7 +18,7 @@ def add_mode(modes: Any) -> None:
     parser = modes.add_parser("autotune", help="launch parameters on a GPU", description=_AUTOTUNE)
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda", help="default %(default)s")
-    sizes = {"batch": 16, "seq-len": 32768, "heads": 32, "kv-heads": 8, "head-dim": 128, "block-size": 16}
+    sizes = {"batch": 16, "seq-len": 32768, "heads": 32, "kv-heads": 8, "head-dim": 128, "block-size": 64}
     for name, default in sizes.items():
         add(f"--{name}", type=int, default=default, help="default %(default)s")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default %(default)s")

@@ -19,7 +19,7 @@ def add_mode(modes: Any) -> None:
     add("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences (default 1 16 64)")
     add("--seq-lens", type=int, nargs="+", default=[8192, 32768, 131072], help="context lengths")
     add("--keep", type=float, default=0.1, help="share of V rows read (default %(default)s)")
-    add("--block-size", type=int, default=16, help="tokens of a KV block (default %(default)s)")
+    add("--block-size", type=int, default=64, help="tokens of a KV block (default %(default)s)")
     add(
         "--json", type=Path, metavar="FILE", help="write one record per GPU and case; the file must not exist"
     )

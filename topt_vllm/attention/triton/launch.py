@@ -95,18 +95,15 @@ def choose(
     # they save registers: the query is then read from shared memory.
     few = single and not target.amd and dim_pad < 512
     columns = power_of_two(max(rows * group, MATRIX_COLUMNS if few else MATRIX_ROWS))
-    # As many keys as registers allow without spills.
+    # As many keys as registers allow without spills, and two programs' shared memory.
     tile = max(16, min(128, 8192 // dim_pad))
-    if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1):
+    if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1 or target.shared_bytes < 128 << 10):
         tile = 64
     if not single and item_bytes == 1:
         tile = max(16, tile // 2)
     list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
-    # AMD's compiler fails on deeper pipelines with several rows, and has little room for them in LDS.
-    most = 5 if not target.amd else 2 if single else 1
-    room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
-    row_bytes = dim_pad * item_bytes
+    tile_bytes = tile * dim_pad * item_bytes
     if programs is None:
         programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors // num_kv_heads)
     return Launch(
@@ -118,11 +115,21 @@ def choose(
         list_keys=list_keys,
         gather=gather,
         num_warps=4,
-        key_stages=max(1, min(most, room // (tile * row_bytes))),
-        value_stages=max(1, min(most, room // (gather * row_bytes))),
+        key_stages=_stages(tile_bytes, tile * columns, single, target),
+        value_stages=_stages(gather * dim_pad * item_bytes, gather * columns, single, target),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if target.amd else 255,
     )
+
+
+def _stages(tile_bytes: int, scores: int, single: bool, target: Target) -> int:
+    """Pipeline stages of a loop over tiles: five for two tiles in flight, three for one."""
+    if target.amd:
+        return 2 if single else 1  # its compiler fails on more with several rows
+    room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
+    # What a tile of scores takes beside the tiles on its way from thread to thread, as compiled.
+    room -= 25 * scores
+    return 5 if 2 * tile_bytes <= room else 3
 
 
 def power_of_two(number: int) -> int:
