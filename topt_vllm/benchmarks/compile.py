@@ -79,7 +79,8 @@ class Chip:
     @property
     def target(self) -> Target:
         """What the launch heuristic knows of it."""
-        return Target(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes)
+        tensor_memory = not self.amd and self.triton.arch // 10 == 10
+        return Target(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes, tensor_memory)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""

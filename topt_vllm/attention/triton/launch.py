@@ -24,12 +24,14 @@ class Target:
         multiprocessors: Multiprocessors or compute units.
         shared_bytes: Shared memory of a multiprocessor for all of its blocks.
         block_bytes: Most of it for one block.
+        tensor_memory: Whether products of 64 rows and 16 columns go through tensor memory, as on NVIDIA's sm_100.
     """
 
     amd: bool
     multiprocessors: int
     shared_bytes: int
     block_bytes: int
+    tensor_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,13 @@ def choose(
         tile = 64
     if not single and item_bytes == 1:
         tile = max(16, tile // 2)
+    if target.tensor_memory and columns >= MATRIX_ROWS:
+        tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
     list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
-    tile_bytes = tile * dim_pad * item_bytes
+    row_bytes = dim_pad * item_bytes
+    # What scores take on their way from thread to thread, and the query, as compiled.
+    beside = 20 * tile * columns + 2 * dim_pad * columns
     if programs is None:
         programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors // num_kv_heads)
     return Launch(
@@ -115,21 +121,19 @@ def choose(
         list_keys=list_keys,
         gather=gather,
         num_warps=4,
-        key_stages=_stages(tile_bytes, tile * columns, single, target),
-        value_stages=_stages(gather * dim_pad * item_bytes, gather * columns, single, target),
+        key_stages=_stages(tile * row_bytes, beside, single, target),
+        value_stages=_stages(gather * row_bytes, beside, single, target),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if target.amd else 255,
     )
 
 
-def _stages(tile_bytes: int, scores: int, single: bool, target: Target) -> int:
+def _stages(tile_bytes: int, beside: int, single: bool, target: Target) -> int:
     """Pipeline stages of a loop over tiles: five for two tiles in flight, three for one."""
     if target.amd:
         return 2 if single else 1  # its compiler fails on more with several rows
     room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
-    # What a tile of scores takes beside the tiles on its way from thread to thread, as compiled.
-    room -= 25 * scores
-    return 5 if 2 * tile_bytes <= room else 3
+    return 5 if 2 * tile_bytes + beside <= room else 3
 
 
 def power_of_two(number: int) -> int:
@@ -148,4 +152,5 @@ def target_of(device: torch.device) -> Target:
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_multiprocessor,
         block_bytes=properties.shared_memory_per_block_optin,
+        tensor_memory=torch.version.hip is None and properties.major == 10,
     )
