@@ -72,13 +72,13 @@ class Mover:
         return moved.set_(copy.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
-def on_device(function: Callable[..., None], device: torch.device = DEVICE) -> Callable[..., None]:
+def on_device(function: Callable[..., None]) -> Callable[..., None]:
     """A function of the kernels for arguments on the CPU; what it writes is copied back."""
-    if device.type == "cpu":
+    if not ON_GPU:
         return function
 
     def moved(*arguments: Any, **options: Any) -> None:
-        mover = Mover(device)
+        mover = Mover(DEVICE)
         function(
             *[mover.move(each) for each in arguments],
             **{name: mover.move(each) for name, each in options.items()},
