@@ -60,6 +60,7 @@ def test_tensors_without_elements_are_moved():
 def test_results_come_back_with_what_was_written_beside_them(monkeypatch: pytest.MonkeyPatch):
     """As a kernel that counts, and strays by one element behind its output."""
     monkeypatch.setattr("device.ON_GPU", True)
+    monkeypatch.setattr("device.DEVICE", CPU)
     case = random_case([(1, 40), (2, 33)], policy=Policy(compensation="none"))
     step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
 
