@@ -149,6 +149,8 @@ def test_who_decodes_a_dense_layer_of_the_table(
     batch = BATCHES[2]
     rig.write_contexts(batch)
     updated: list[Any] = []
+    rig.builder.build(0, rig.common(batch))
+    rig.builder._group.warm_up.done = True
     kernel = rig.builder._group.implementation
     update_sums = kernel.update_sums
     monkeypatch.setattr(kernel, "update_sums", lambda *args: (updated.append(args), update_sums(*args)))

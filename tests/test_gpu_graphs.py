@@ -78,6 +78,7 @@ def test_settling_fetches_what_the_device_counted_since_the_last_copy(make_rig: 
     rig = make_rig(TritonTopThetaBackend)
     make_sparse(rig)
     rig.write_contexts(DECODE)
+    recorder().settle()  # what earlier rigs counted
     before = recorder().totals()
     rig.step(DECODE)
     assert recorder().totals()["toptheta:v_rows_total"] == before["toptheta:v_rows_total"]
@@ -199,6 +200,7 @@ def test_a_whole_step_reads_nothing_off_the_device(
     monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *args: launched.append("prefill"))
     common = on_meta(rig.common(batch))
     metadata = rig.builder.build(0, common)
+    layer.impl.bound.group.warm_up.done = True
     rows = common.num_actual_tokens
     query = torch.empty(rows, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device="meta")
     pages = torch.empty(rig.caches[0].untyped_storage().nbytes() // 2, dtype=torch.bfloat16, device="meta")
@@ -207,3 +209,31 @@ def test_a_whole_step_reads_nothing_off_the_device(
     layer.impl.forward(layer, query, query, query, kv_cache, metadata, torch.empty_like(query))
     prefill = ["prefill"] * (metadata.prefill is not None)
     assert launched == ["_topt_sums_kernel", *prefill, "_topt_decode_kernel", "_topt_merge_kernel"]
+
+
+def test_the_first_step_compiles_what_later_ones_need(make_rig: Any, monkeypatch: pytest.MonkeyPatch):
+    """Single rows and several, small batches and the largest, written prompts and written tokens: by constants."""
+    rig = make_rig(TritonTopThetaBackend)
+    rig.builder._max_query_rows = 5
+    make_sparse(rig)
+    rig.write_contexts(DECODE)
+    launched: list[Call] = []
+    launch = Call.launch
+    monkeypatch.setattr(Call, "launch", lambda call: (launched.append(call), launch(call)))
+    query, output, _ = rig.step(DECODE)
+    assert output.isfinite().all()
+    kinds = {
+        (call.kernel.fn.__name__, call.arguments.get("SINGLE_ROW"), call.arguments.get("TOKENS"))
+        for call in launched[1:-2]  # without the step's own
+    }
+    assert kinds == {
+        ("_topt_decode_kernel", True, None),
+        ("_topt_decode_kernel", False, None),
+        ("_topt_merge_kernel", None, None),
+        ("_topt_sums_kernel", None, 1),
+        ("_topt_sums_kernel", None, 16),
+    }
+    count = len(launched)
+    rig.step(DECODE)
+    assert len(launched) == count + 3
+    assert rig.layers[0].impl.bound.statistics.sum(dim=0)[Stat.ROWS] == 2 * len(query)

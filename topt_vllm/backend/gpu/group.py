@@ -8,6 +8,7 @@ import torch
 from topt_vllm.attention.api import Implementation
 from topt_vllm.backend.gpu.kernel import on_device
 from topt_vllm.backend.gpu.statistics import DeviceStatistics
+from topt_vllm.backend.gpu.warm_up import WarmUp
 from topt_vllm.backend.startup import Resolved
 
 # By device and sizes: layers run one after another, so groups of the same sizes share one. It goes with the last.
@@ -31,7 +32,10 @@ class LayerGroup:
         implementation: The operator.
         statistics: What the kernel counts.
         block_size: Slots of a cache block.
+        warm_up: Compiles what later steps need; there once a workspace is.
     """
+
+    warm_up: WarmUp
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class LayerGroup:
         """
         if self._kernel is not None:
             return
+        self.warm_up = WarmUp(self.implementation, max_sequences, max_query_rows)
         key = (self._device, *self._heads, max_sequences, max_query_rows)
         workspace = _workspaces.get(key)
         if workspace is None:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention import api
+from topt_vllm.attention.common import DecodeBatch
 from topt_vllm.backend.gpu.layer import GpuLayer
 from topt_vllm.backend.gpu.metadata import GpuMetadata
 
@@ -87,16 +88,22 @@ class GpuImpl(_Platform):
             # The platform's kernels take K and V of decoder layers from the cache.
             super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:])
         if attn_metadata.decode is not None:
-            api.decode(
-                bound.group.kernel,
-                query[:rows],
-                bound.paged_cache(layer, kv_cache),
-                attn_metadata.decode,
-                bound.thetas,
-                bound.policy,
-                self.scale,
-                self.logits_soft_cap,
-                output[:rows],
-                bound.statistics,
-            )
+            cache = bound.paged_cache(layer, kv_cache)
+
+            def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> None:
+                api.decode(
+                    bound.group.kernel,
+                    query,
+                    cache,
+                    batch,
+                    bound.thetas,
+                    bound.policy,
+                    self.scale,
+                    self.logits_soft_cap,
+                    out,
+                    bound.statistics,
+                )
+
+            bound.group.warm_up.run(decode, query, cache, attn_metadata.decode.block_table, output)
+            decode(query[:rows], attn_metadata.decode, output[:rows])
         return output
