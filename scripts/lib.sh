@@ -115,8 +115,32 @@ last_line() { tail -c 4096 "$1" | tr '\r' '\n' | grep -vE '^[[:space:]]*$|^WARNI
 # threads that spin while they wait cost more than they compute, and an engine mostly starts, on one core.
 run_tests() {
     step "Tests"
+    run_pytest "$VENV/bin/python" -n 2 --dist loadfile --no-loadscope-reorder "$@"
+}
+
+# run_pytest PYTHON OPTIONS...
+run_pytest() {
+    local python=$1
+    shift
     # A table in the caller's environment would take the place of the one that a test expects.
     env -u TOPT_THRESHOLDS OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
-        "$VENV/bin/python" -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder \
-        --durations=8 -rs "$@"
+        "$python" -m pytest -p no:cacheprovider --durations=8 -rs "$@"
+}
+
+# find_gpu_python: sets GPU_PYTHON to the Python that runs the tests on a GPU, $TOPT_TEST_PYTHON or one on PATH with a
+# vLLM and a torch that sees a GPU. Where none on PATH has, it is empty and NO_GPU says why. Nothing is installed there.
+find_gpu_python() {
+    local candidate status candidates=(python3 python)
+    [[ -z ${TOPT_TEST_PYTHON:-} ]] || candidates=("$TOPT_TEST_PYTHON")
+    GPU_PYTHON=""
+    for candidate in "${candidates[@]}"; do
+        status=0
+        NO_GPU="$("$candidate" "$ROOT/scripts/gpu_environment.py" 2>/dev/null)" || status=$?
+        case $status in
+            0) GPU_PYTHON=$candidate; return ;;
+            2) die "$NO_GPU" ;;
+        esac
+        : "${NO_GPU:=$candidate does not run}"
+        [[ -z ${TOPT_TEST_PYTHON:-} ]] || die "TOPT_TEST_PYTHON can't run the tests on a GPU: $NO_GPU."
+    done
 }

@@ -5,6 +5,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api, posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
@@ -17,10 +18,15 @@ SCALES = 0.037, 0.021  # of K and V in such a cache: no powers of two
 
 
 def implementation(name: str) -> api.Implementation:
-    """An implementation by test name; ``cpu-scalar`` is the plain loop that checks the CPU kernel."""
+    """An implementation by test name, for tensors on the CPU: ``triton`` takes them to the GPU where there is one.
+
+    ``cpu-scalar`` is the plain loop that checks the CPU kernel.
+    """
     if name == "cpu-scalar":
         module = api.load_implementation("cpu", "cpu")[1]
         return SimpleNamespace(decode=partial(module.decode, scalar=True))
+    if name == "triton":
+        return triton_implementation(api.load_implementation(name, DEVICE.type)[1].decode)
     return api.load_implementation(name, "cpu")[1]
 
 

@@ -3,13 +3,16 @@
 import os
 from pathlib import Path
 
+import device  # first, for it decides whether Triton's interpreter is used
 import engine_runs
 import pytest
 
 from topt_vllm import envs
 
-# The Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+
+def pytest_report_header() -> str:
+    """So that nobody takes a run in the interpreter for one on a GPU."""
+    return device.describe()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from table_factory import make_table
 from transformers import LlamaConfig
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 
 from topt_vllm.attention.common import Thetas
@@ -21,7 +23,7 @@ from topt_vllm.thresholds import dump
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 32, 16, 40
 SCALE = HEAD_DIM**-0.5
 MAX_SEQUENCES = 8
-FP8 = torch.float8_e4m3fn
+FP8 = current_platform.fp8_dtype()
 
 
 @dataclass
@@ -49,7 +51,7 @@ THETAS = Thetas(
     torch.tensor([8, 1024], dtype=torch.int32),
     torch.zeros(NUM_HEADS, 2),
     torch.zeros(NUM_HEADS, 2),
-)
+).to(DEVICE)
 # bf16 output, and values around 1: a few units of 2^-8.
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
 

@@ -1,14 +1,16 @@
-"""A GPU builder and its layers on CPU tensors: vLLM plans and allocates the cache, Triton's interpreter decodes.
+"""A GPU builder and its layers without an engine: vLLM plans and allocates the cache, the Triton kernels decode.
 
-vLLM's own GPU kernels don't run here. Torch stands in for the two that the adapter hands work to: the cache write,
-and attention over the rows of the platform's metadata.
+Without a GPU all of it is on CPU tensors, where vLLM's own GPU kernels don't run. On either, torch stands in for
+the two that the adapter hands work to: the cache write, and attention over the rows of the platform's metadata.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, captured
 from gpu_cases import (
     BLOCK_SIZE,
     FP8,
@@ -63,13 +65,13 @@ class Rig:
         starts = torch.tensor([0, *torch.tensor(batch.query_lens).cumsum(0).tolist()], dtype=torch.int32)
         slots = []
         for request, (seq_len, query_len) in enumerate(zip(batch.seq_lens, batch.query_lens, strict=True)):
-            positions = torch.arange(seq_len - query_len, seq_len)
+            positions = torch.arange(seq_len - query_len, seq_len, device=DEVICE)
             slots.append(table[request, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE)
         lengths = torch.tensor(batch.seq_lens, dtype=torch.int32)
         return CommonAttentionMetadata(
-            query_start_loc=starts,
+            query_start_loc=starts.to(DEVICE),
             query_start_loc_cpu=starts.clone(),
-            seq_lens=lengths,
+            seq_lens=lengths.to(DEVICE),
             seq_lens_cpu_upper_bound=lengths.clone(),
             num_reqs=len(batch.seq_lens),
             num_actual_tokens=int(starts[-1]),
@@ -91,17 +93,36 @@ class Rig:
     def write(self, index: int, slot_mapping: torch.Tensor) -> None:
         """Random K and V into the slots of a layer, through the implementation."""
         layer = self.layers[index]
-        key, value = torch.randn(2, len(slot_mapping), NUM_KV_HEADS, HEAD_DIM).bfloat16()
+        key, value = random(2, len(slot_mapping), NUM_KV_HEADS, HEAD_DIM)
         layer.impl.do_kv_cache_update(layer, key, value, self.caches[index], slot_mapping)
 
     def attend(self, index: int, metadata: Any, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random queries of a layer, and its output in a buffer full of NaN; each [rows, H, D]."""
-        layer = self.layers[index]
-        query = torch.randn(rows, NUM_HEADS, HEAD_DIM).bfloat16()
-        key, value = torch.empty(2, rows, NUM_KV_HEADS, HEAD_DIM).bfloat16()
+        query = random(rows, NUM_HEADS, HEAD_DIM)
         output = torch.full_like(query, torch.nan)
-        layer.impl.forward(layer, query, key, value, self.caches[index], metadata, output)
+        self._forward(index, query, metadata, output)
         return query, output
+
+    def capture(
+        self, index: int, metadata: Any, rows: int
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """A layer's part of a CUDA graph, and what replays it as :meth:`attend`; without a GPU, the call anew."""
+        query = random(rows, NUM_HEADS, HEAD_DIM)
+        output = torch.empty_like(query)
+        replay = captured(lambda: self._forward(index, query, metadata, output))
+
+        def attend() -> tuple[torch.Tensor, torch.Tensor]:
+            query.copy_(random(rows, NUM_HEADS, HEAD_DIM))
+            output.fill_(torch.nan)
+            replay()
+            return query, output
+
+        return attend
+
+    def _forward(self, index: int, query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
+        layer = self.layers[index]
+        key, value = query.new_empty(2, len(query), NUM_KV_HEADS, HEAD_DIM)
+        layer.impl.forward(layer, query, key, value, self.caches[index], metadata, output)
 
     def step(self, batch: BatchSpec, index: int = 0) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """One whole step of one layer: query rows, output, metadata."""
@@ -120,6 +141,11 @@ class Rig:
     ) -> torch.Tensor:
         """The reference operator over a layer's cache, float32 [rows, H, D]; V sums are worked out anew."""
         return reference_rows(self.layers[index], self.caches[index], query, common, thetas, policy)
+
+
+def random(*shape: int) -> torch.Tensor:
+    """Normal numbers in bfloat16, the same on every device."""
+    return torch.randn(*shape).bfloat16().to(DEVICE)
 
 
 def make_sparse(rig: Rig, policy: Policy | None = None, thetas: Thetas | None = THETAS) -> Policy:
@@ -141,7 +167,7 @@ def reference_rows(
     """The reference operator on vLLM's cache, with sums of its own; fp8 caches as float32."""
     key, value = readable(layer, kv_cache)
     block_table = common.block_table if hasattr(common, "block_table") else common.block_table_tensor
-    out = torch.empty(query.shape, dtype=torch.float32)
+    out = torch.empty_like(query, dtype=torch.float32)
     reference.decode(
         query,
         PagedCache(key, value, value.float().sum(dim=2)),
@@ -200,7 +226,7 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(vllm_config.cache_config, "cache_dtype", kv_cache_dtype)
         monkeypatch.setattr(vllm_config.cache_config, "kv_cache_layout", layout.name)
         names = [layer_name(index) for index in range(layers)]
-        with set_default_torch_dtype(torch.bfloat16):
+        with set_default_torch_dtype(torch.bfloat16), DEVICE:
             made = [
                 Attention(
                     NUM_HEADS,
@@ -228,12 +254,12 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
         memory = NUM_BLOCKS * layers * spec.page_size_bytes
         plan = get_kv_cache_config_from_groups(vllm_config, [KVCacheGroupSpec(names, spec)], memory)
         assert plan.num_blocks == NUM_BLOCKS
-        allocated = allocate_kv_cache(plan, torch.device("cpu"), layout, [BLOCK_SIZE])
+        allocated = allocate_kv_cache(plan, DEVICE, layout, [BLOCK_SIZE])
         for tensor in allocated.values():  # unused slots are poison
             tensor.copy_(torch.full_like(tensor, 127 if quantised else torch.nan))
-        builder = backend.get_builder_cls()(spec, names, vllm_config, torch.device("cpu"))
+        builder = backend.get_builder_cls()(spec, names, vllm_config, DEVICE)
         table = (torch.randperm(NUM_BLOCKS - 1)[: MAX_SEQUENCES * 4] + 1).int().view(MAX_SEQUENCES, 4)
-        rig = Rig(builder, made, [allocated[name] for name in names], table)
+        rig = Rig(builder, made, [allocated[name] for name in names], table.to(DEVICE))
 
         def attend(
             impl: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import interpreter_only
 
 pytest.importorskip("vllm")
 
@@ -374,6 +375,7 @@ def test_a_screen_of_an_fp8_cache_is_refused(vllm_config: Any, monkeypatch: pyte
 
 
 @pytest.mark.slow
+@interpreter_only
 def test_the_triton_kernel_reads_the_cpu_cache(vllm_config: Any, monkeypatch: pytest.MonkeyPatch):
     """It takes strides, so under Triton's interpreter it can take the place of the CPU kernel."""
     settings = vllm_config.additional_config["toptheta"]

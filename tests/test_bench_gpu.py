@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import interpreter_only
 
 from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks import autotune, cuda, rivals
@@ -26,7 +27,7 @@ from topt_vllm.benchmarks.timing import Call, Variant
 from topt_vllm.cli import bench_decode
 from topt_vllm.cli.main import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, interpreter_only]
 
 CPU = torch.device("cpu")
 SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The GPU adapter without a GPU or an engine: builder, layers and vLLM's own cache planning on CPU tensors."""
+"""The GPU adapter without an engine: builder, layers and vLLM's own cache planning."""
 
 import gc
 import weakref
@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from device import DEVICE, synchronize
 from gpu_cases import (
     BACKENDS,
     BATCHES,
@@ -31,6 +32,8 @@ from topt_vllm.attention.common import Policy, Stat
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
 from topt_vllm.backend.metrics import recorder, summary
+
+pytestmark = pytest.mark.gpu
 
 __all__ = ["make_rig", "vllm_config"]
 
@@ -87,7 +90,7 @@ def test_value_sums_live_in_the_padding_of_every_layout(make_rig: Any, layout: K
     for _ in range(2):
         slots = rig.common(whole).slot_mapping
         for index in range(2):
-            rig.write(index, torch.cat([slots, torch.full((5,), -1)]))
+            rig.write(index, torch.cat([slots, slots.new_full((5,), -1)]))
     finished = torch.cat([rig.block_table[0, :4], rig.block_table[1, :2]]).long()
     for layer, kv_cache in zip(rig.layers, rig.caches, strict=True):
         sums = layer.impl.bound.paged_cache(layer, kv_cache).value_sums
@@ -195,6 +198,7 @@ def test_what_the_host_counts(
         rig.attend(index, metadata, 4)
     rig.builder._group.statistics._next_copy = 0.0
     rig.builder.build(0, rig.common(BatchSpec("prefill", [9], [9])))
+    synchronize()
     after = recorder().totals()
     added = {name: after[name] - before.get(name, 0) for name in after}
     assert rig.platform_rows == ([4, 4] if implementation == "auto" else [4])
@@ -229,7 +233,7 @@ def test_builders_of_the_same_layers_share_what_graphs_point_to(make_rig: Any, v
     rig = make_rig(TritonTopThetaBackend)
     bound = rig.layers[0].impl.bound
     first = rig.builder
-    other = type(first)(first.kv_cache_spec, first.layer_names, vllm_config, torch.device("cpu"))
+    other = type(first)(first.kv_cache_spec, first.layer_names, vllm_config, DEVICE)
     assert rig.layers[0].impl.bound is bound
     assert other._group is first._group
 

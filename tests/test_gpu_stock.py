@@ -26,6 +26,8 @@ from topt_vllm.attention.common import Policy
 from topt_vllm.backend.gpu.stock import stock_backend
 from topt_vllm.backend.metrics import recorder
 
+pytestmark = pytest.mark.gpu
+
 __all__ = ["make_rig", "vllm_config"]
 
 PICKED = [FlashAttentionBackend, TritonAttentionBackend]

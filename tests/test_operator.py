@@ -18,6 +18,7 @@ from attention_cases import (
     random_case,
     stored,
 )
+from device import TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,8 +33,8 @@ PLAIN = Policy(group_keep="head", compensation="none")
 
 
 def parameter(impl: str, *more: object) -> Any:
-    """Triton's interpreter takes seconds for what a kernel does in milliseconds."""
-    return pytest.param(impl, *more, marks=pytest.mark.slow if impl == "triton" else ())
+    """An implementation and what goes with it; Triton's has the marks of :mod:`device`."""
+    return pytest.param(impl, *more, marks=TRITON.marks if impl == "triton" else ())
 
 
 def each(impls: list[str]) -> pytest.MarkDecorator:

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, implementation, random_case
+from device import TRITON
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
 
-triton_only = pytest.mark.parametrize("impl", [pytest.param("triton", marks=pytest.mark.slow)])
-IMPLS = ["reference", pytest.param("triton", marks=pytest.mark.slow)]
+triton_only = pytest.mark.parametrize("impl", [TRITON])
+IMPLS = ["reference", TRITON]
 
 
 def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Case, random_case
+from device import TRITON
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import Policy
 
-IMPLS = ["reference", "cpu", "cpu-scalar", pytest.param("triton", marks=pytest.mark.slow)]
+IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
 POLICIES = {
     "default": Policy(),
     # What is kept for other reasons must not count.
@@ -69,7 +70,7 @@ def test_a_key_screen_changes_no_count():
     assert reached.tolist() == expected(case)
 
 
-@pytest.mark.parametrize("impl", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
 def test_counters_of_the_wrong_shape_are_refused(impl: str):
     with pytest.raises(RuntimeError, match=r"reached: expected contiguous \[1, 4\]"):
         random_case([(1, 100)]).run(impl, reached=torch.zeros(1, 3, dtype=torch.int64))

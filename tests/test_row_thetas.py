@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Case, attend, random_case
+from device import TRITON
 
 from topt_vllm.attention.common import Policy, RowThetas, Thetas, new_statistics
 from topt_vllm.attention.quantiles import kept_of, score_quantiles
 
-IMPLS = ["reference", "cpu", "cpu-scalar", pytest.param("triton", marks=pytest.mark.slow)]
+IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
 SHAPES = [(4, 2), (9, 3)]
 
 

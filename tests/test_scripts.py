@@ -227,6 +227,100 @@ def test_keep_leaves_the_server_and_says_how_to_stop_it(checkout: Path, tmp_path
     assert workers(port) == []
 
 
+# Stands in for Python: says how pytest is called, and sees the packages in a folder only.
+FAKE_PYTHON = """#!{bash}
+[[ $1 != -m ]] || {{ echo "{name}: $*"; exit; }}
+PYTHONPATH={packages} exec {python} -S "$@"
+"""
+
+
+class GpuCheckout:
+    """A checkout with a stand-in for .venv, and another for a Python with vLLM, torch and a GPU."""
+
+    def __init__(self, root: Path) -> None:
+        self.script = root / "scripts" / "test.sh"
+        self.python = root / "gpu-python"
+        self.packages = root / "packages"
+        for name in ("lib.sh", "test.sh", "gpu_environment.py"):
+            (root / "scripts").mkdir(exist_ok=True)
+            shutil.copy(ROOT / "scripts" / name, root / "scripts")
+        (root / "scripts" / "install.sh").write_text(f"#!{BASH}\n")
+        (root / "scripts" / "install.sh").chmod(0o755)
+        (root / ".venv" / "bin").mkdir(parents=True)
+        self.packages.mkdir()
+        for name, path in (("on the CPU", root / ".venv" / "bin" / "python"), ("on the GPU", self.python)):
+            fake = FAKE_PYTHON.format(bash=BASH, name=name, packages=self.packages, python=sys.executable)
+            path.write_text(fake)
+            path.chmod(0o755)
+        self.path = root / "bin"
+        self.path.mkdir()
+        for name in ("python3", "python"):
+            (self.path / name).symlink_to(self.python)
+
+    def install(self, *modules: str, gpu: bool = True) -> None:
+        """Makes modules that only exist, vLLM and torch always."""
+        for module in ("vllm", "torch", *modules):
+            text = f"import types; cuda = types.SimpleNamespace(is_available=lambda: {gpu})"
+            (self.packages / f"{module}.py").write_text(text)
+
+    def install_plugin(self) -> None:
+        """Makes this package's entry point."""
+        info = self.packages / "topt_vllm-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Name: topt-vllm\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\ntoptheta = topt_vllm.plugin:register\n"
+        )
+
+    def test(self, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs the script with the stand-in on PATH."""
+        path = f"{self.path}:{os.environ['PATH']}"
+        return run(self.script, *options, **{"PATH": path, "TRITON_INTERPRET": "", **environment})
+
+
+@pytest.fixture
+def gpu_checkout(tmp_path: Path) -> GpuCheckout:
+    return GpuCheckout(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_python_with_a_gpu_runs_its_tests(gpu_checkout: GpuCheckout):
+    gpu_checkout.install("pytest", "xdist", "hypothesis")
+    gpu_checkout.install_plugin()
+    done = gpu_checkout.test("--gpu", "-k", "operator")
+    assert done.returncode == 0, done.stderr
+    assert "on the GPU: -m pytest" in done.stdout
+    assert done.stdout.endswith("-n 4 -k operator -m gpu\n")
+    assert "on the CPU" not in done.stdout
+    named = gpu_checkout.test("--gpu", TOPT_TEST_PYTHON=str(gpu_checkout.python))
+    assert f"Tests on the GPU, by {gpu_checkout.python}" in named.stdout
+
+
+@pytest.mark.slow
+def test_what_a_python_with_a_gpu_lacks_is_named(gpu_checkout: GpuCheckout):
+    gpu_checkout.install("pytest", "hypothesis")
+    refused = gpu_checkout.test("--gpu")
+    assert refused.returncode == 1
+    assert "lacks packages" in refused.stderr
+    root = gpu_checkout.python.parent
+    assert refused.stderr.rstrip().endswith(f"-m pip install pytest-xdist --editable {root}")
+
+
+@pytest.mark.slow
+def test_without_a_gpu_its_tests_run_in_the_interpreter_and_the_command_says_so(gpu_checkout: GpuCheckout):
+    gpu_checkout.install(gpu=False)
+    done = gpu_checkout.test("--gpu", "-x")
+    assert done.returncode == 0, done.stderr
+    assert "sees no GPU: its tests run in Triton's interpreter, on the CPU." in done.stdout
+    assert "on the CPU: -m pytest" in done.stdout
+    assert done.stdout.endswith("-x -m gpu\n")
+    refused = gpu_checkout.test("--gpu", TOPT_TEST_PYTHON=str(gpu_checkout.python))
+    assert refused.returncode == 1
+    assert "TOPT_TEST_PYTHON can't run the tests on a GPU: torch of" in refused.stderr
+    refused = gpu_checkout.test("--gpu", TOPT_TEST_PYTHON="no-such-python")
+    assert "no-such-python does not run" in refused.stderr
+
+
 def test_pins_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lint = project["optional-dependencies"]["lint"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import random_case
+from device import interpreter_only
 from triton.runtime import interpreter
 
 from topt_vllm.attention.common import Stat, new_statistics
@@ -51,6 +52,7 @@ def _offset(part: torch.Tensor) -> int:
     return part.storage_offset() * part.element_size()
 
 
+@interpreter_only
 @pytest.mark.parametrize(("seq_len", "block_size"), [(300, 32), (256, 128), (300, 48)])
 def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len: int, block_size: int):
     monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 64)

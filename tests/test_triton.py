@@ -1,23 +1,26 @@
-"""What is particular to the Triton kernels: programs, layouts, fp8, V sums, workspace. In Triton's interpreter.
+"""What is particular to the Triton kernels: programs, layouts, fp8, V sums, workspace.
 
 The operator's semantics are in test_operator.py, over every implementation.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from attention_cases import NAN, Case, implementation, kept_sets, poison_unread_values, random_case
+from device import DEVICE, on_device, triton_implementation
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Policy, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 RAGGED = [(1, 448), (1, 65), (0, 0), (3, 130)]
+update_sums = on_device(launcher.update_sums)
+
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 
 
@@ -30,11 +33,7 @@ def run(case: Case, kernel: Any, statistics: torch.Tensor | None = None) -> torc
 
 def with_programs(count: int) -> Any:
     """The kernel with a fixed number of programs for each KV head."""
-
-    def decode(*arguments: Any) -> None:
-        launcher.decode(*arguments, programs=count)
-
-    return SimpleNamespace(decode=decode, TAKES_SINKS=True)
+    return triton_implementation(partial(launcher.decode, programs=count))
 
 
 @pytest.fixture
@@ -163,7 +162,7 @@ def test_fp8_cache(dtype: torch.dtype):
     case = replace(case, thetas=replace(case.thetas, theta=case.thetas.theta.round(decimals=1) + 0.0137))
     slots = torch.arange(case.cache.value.shape[0] * 32)
     finished = case.cache.value.float().isfinite().all(dim=(1, 2, 3))
-    launcher.update_sums(case.cache, slots[finished.repeat_interleave(32)])
+    update_sums(case.cache, slots[finished.repeat_interleave(32)])
     got, statistics = {}, {}
     for name in ("triton", "reference"):
         statistics[name] = new_statistics()
@@ -180,7 +179,7 @@ def test_every_fp8_number_is_decoded(dtype: torch.dtype):
     value = torch.zeros(1, 1, 16, 256, dtype=torch.uint8)
     value[:, :, :1] = codes
     cache = PagedCache(value.view(dtype), value.view(dtype), torch.zeros(1, 1, 256))
-    launcher.update_sums(cache, torch.tensor([15]))
+    update_sums(cache, torch.tensor([15]))
     assert torch.equal(
         cache.value_sums.nan_to_num(12345.0), codes.view(dtype).float()[:, :, 0].nan_to_num(12345.0)
     )
@@ -192,16 +191,16 @@ def test_sums_of_finished_blocks_only(padding: int):
     cache = PagedCache(value, value, torch.full((5, 2, 80), NAN))
     # Block 3 is finished twice over, block 1 by its last slot alone; 0 and 4 are not; negative slots are padding.
     slots = [*range(96, 128), 127, 63, 5, 30, 128, *[-1] * padding]
-    launcher.update_sums(cache, torch.tensor(slots))
+    update_sums(cache, torch.tensor(slots))
     torch.testing.assert_close(cache.value_sums[[1, 3]], value[[1, 3]].sum(dim=2), rtol=1e-5, atol=1e-5)
     assert cache.value_sums[[0, 2, 4]].isnan().all()
 
 
 def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
     case = random_case([(1, 300), (2, 65)])
-    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, torch.device("cpu"), programs=3)
+    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, DEVICE, programs=3)
     workspace.memory.fill_(NAN)
-    bound = launcher.bind(workspace)
+    bound = triton_implementation(launcher.bind(workspace).decode)
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
     spread, plain = launcher.new_statistics("cpu"), new_statistics()
     got = run(case, bound, spread)
@@ -210,7 +209,7 @@ def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
     assert int((spread[:, Stat.ROWS] > 0).sum()) == 3
     small = replace(workspace, memory=workspace.memory[:1000])
     with pytest.raises(RuntimeError, match=r"workspace: expected at least \d+ words for 3 rows .* got 1000"):
-        run(case, launcher.bind(small))
+        run(case, triton_implementation(launcher.bind(small).decode))
 
 
 def test_padding_is_left_alone():

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device import interpreter_only
 from test_engine import assert_same_tokens, tokenizer
 
 from topt_vllm import thresholds
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, interpreter_only]
 MAX_TOKENS = 3
 SHIPPED = Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml"
 
