@@ -8,17 +8,15 @@ products that have them as rows.
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import LOG2E, decode_stored, ranks, softcapped, theta_at
+from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, ranks, softcapped, theta_at
 from topt_vllm.attention.triton.schedule import (
     chunk_contexts,
+    chunk_tiles,
     first_tile,
     programs_used,
     rows_of,
     tiles_of,
 )
-
-# Lower than any finite score, and finite: −inf minus −inf is NaN.
-LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -121,9 +119,8 @@ def _topt_decode_kernel(
     PRECISION: tl.constexpr,
 ):
     USED: tl.constexpr = ROWS * GROUP  # columns that stand for a query row and head
-    STORED: tl.constexpr = triton.next_power_of_2(
-        USED
-    )  # columns of the list, so that a thread can move several
+    # Columns of the list, so that a thread can move several at once.
+    STORED: tl.constexpr = triton.next_power_of_2(USED)
     program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 
     every_item = tl.arange(0, ITEMS_PAD)
@@ -158,12 +155,12 @@ def _topt_decode_kernel(
     read_count = tl.zeros([TILE], tl.int32)
     rows_listed = 0
 
+    # Hoisted out of this loop and the one over lists, invariants take registers that the inner loops need.
     for item in tl.range(first_item, last_item + 1, disable_licm=True):
         sequence, chunk = item // chunks, item % chunks
         first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
         n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
-        item_tiles = tl.where(chunk * ROWS < count, tl.cdiv(n_last, TILE), 0)
-        mine = tl.minimum(item_tiles - skip, left)
+        mine = tl.minimum(chunk_tiles(count, n_last, chunk, ROWS, TILE) - skip, left)
         begin, end = skip * TILE, tl.minimum((skip + mine) * TILE, n_last)
         left, skip = left - mine, 0
         table_row = block_table + sequence.to(tl.int64) * table_stride

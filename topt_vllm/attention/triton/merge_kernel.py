@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import LOG2E, decode_stored
+from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored
 from topt_vllm.attention.triton.schedule import (
     chunk_contexts,
     program_of,
@@ -11,8 +11,6 @@ from topt_vllm.attention.triton.schedule import (
     rows_of,
     tiles_of,
 )
-
-LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit(do_not_specialize=["items", "chunks", "programs", "max_rows", "statistics_slots"])

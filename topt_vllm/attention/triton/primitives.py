@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Lower than any finite score, and finite: −inf minus −inf is NaN.
+LOWEST = tl.constexpr(-1e30)
 
 # Formats of stored K and V. Not every target can convert every fp8, so their bits are decoded with integers.
 PLAIN = tl.constexpr(0)

@@ -28,12 +28,18 @@ def chunk_contexts(count, last_len, chunk, ROWS: tl.constexpr):
 
 
 @triton.jit
+def chunk_tiles(count, n_last, chunk, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of keys that a chunk sees; none where a sequence has no rows in it."""
+    return tl.where(chunk * ROWS < count, tl.cdiv(n_last, TILE), 0)
+
+
+@triton.jit
 def tiles_of(query_start_loc, seq_lens, item, listed, chunks, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """Tiles of items; none where ``listed`` is false or a sequence has no rows in the chunk."""
+    """Tiles of items; none where ``listed`` is false."""
     _, count, last_len = rows_of(query_start_loc, seq_lens, item // chunks, listed)
     chunk = item % chunks
     _, n_last = chunk_contexts(count, last_len, chunk, ROWS)
-    return tl.where(chunk * ROWS < count, tl.cdiv(n_last, TILE), 0)
+    return chunk_tiles(count, n_last, chunk, ROWS, TILE)
 
 
 @triton.jit
