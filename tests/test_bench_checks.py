@@ -63,15 +63,17 @@ def test_every_length_of_a_ragged_batch_reads_the_share():
         assert float(kept.unflatten(1, (2, 2)).any(dim=2).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
+def bench_decode(options: str, folder: Path) -> list[dict[str, Any]]:
+    """The records of `topt-vllm bench decode`, which checks and hardly times."""
+    report = folder / "report.json"
+    assert main(shlex.split(f"bench decode {options} --seconds 0 --json {report}")) == 0
+    return json.loads(report.read_text())
+
+
 @pytest.mark.parametrize("options", ["", "--k-screen off int8", "--compensation none", "--group-keep head"])
 def test_ragged_batches_are_checked_and_timed(tmp_path: Path, options: str):
-    report = tmp_path / "report.json"
-    command = (
-        "bench decode --ragged 1x700+3x130 2x64 --heads 4 --kv-heads 2 --head-dim 32 --keep 1.0 0.2 "
-        f"--block-size 64 --seconds 0 {options} --json {report}"
-    )
-    assert main(shlex.split(command)) == 0
-    records = json.loads(report.read_text())
+    shape = "--ragged 1x700+3x130 2x64 --heads 4 --kv-heads 2 --head-dim 32 --block-size 64"
+    records = bench_decode(f"{shape} --keep 1.0 0.2 {options}", tmp_path)
     assert {record["lengths"] for record in records} == {"1x700+3x130", "2x64"}
     full = records[0]
     assert (full["batch"], full["seq_len"]) == (4, 700)
@@ -96,13 +98,8 @@ def test_ragged_batches_that_mean_nothing_are_refused(
 
 
 def test_synthetic_cases_take_screens(tmp_path: Path):
-    report = tmp_path / "report.json"
-    command = (
-        "bench decode --batch 2 --seq-lens 400 --heads 4 --kv-heads 2 --head-dim 64 --keep 1.0 0.1 "
-        f"--seconds 0 --k-screen off int8 --json {report}"
-    )
-    assert main(shlex.split(command)) == 0
-    records = json.loads(report.read_text())
+    shape = "--batch 2 --seq-lens 400 --heads 4 --kv-heads 2 --head-dim 64"
+    records = bench_decode(f"{shape} --keep 1.0 0.1 --k-screen off int8", tmp_path)
     found = [(r["keep_target"], r["k_screen"]) for r in records]
     assert found == [(1.0, "off"), (0.1, "off"), (0.1, "int8")]
     assert records[1]["v_rows_read"] == records[2]["v_rows_read"]
