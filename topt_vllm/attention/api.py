@@ -162,18 +162,19 @@ def decode(
         raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
     if cache.key.shape[3] != cache.value.shape[3]:
         _require(implementation, "TAKES_NARROW_VALUES")
+    options = {}
+    if sinks is not None:
+        _require(implementation, "TAKES_SINKS")
+        if sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32:
+            raise ValueError(
+                f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]"
+            )
+        options["sinks"] = sinks
     if out is None:
         out = query.new_empty(*query.shape[:2], cache.value.shape[3])
-    if not query.shape[0]:
-        return out
-    arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached
-    if sinks is None:
-        implementation.decode(*arguments)
-        return out
-    _require(implementation, "TAKES_SINKS")
-    if sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32:
-        raise ValueError(f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]")
-    implementation.decode(*arguments, sinks=sinks)  # type: ignore[call-arg]
+    if query.shape[0]:
+        arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached
+        implementation.decode(*arguments, **options)
     return out
 
 
