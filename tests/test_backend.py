@@ -444,6 +444,14 @@ def test_a_screen_asks_for_larger_pages_and_its_cost_is_logged(
     assert 1.2 * content < pages["int8"] < 1.3 * content
 
 
+def test_a_single_token_is_not_charged_for_a_whole_block():
+    """vLLM sizes hybrid models' blocks from what one token takes."""
+    spec = FullAttentionSpec(block_size=1, num_kv_heads=2, head_size=256, dtype=torch.bfloat16)
+    assert Tail(2, 256).extend(spec) == spec
+    block = replace(spec, block_size=64)
+    assert Tail(2, 256).extend(block).page_size_bytes == block.page_size_bytes + 2 * 256 * 4
+
+
 def test_thresholds_follow_the_traffic(vllm_config: Any):
     """Too many keys are kept at first, so that θ rises from the second step on, and fewer are."""
     from dataclasses import replace

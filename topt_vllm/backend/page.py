@@ -42,7 +42,13 @@ class Tail:
         return self.sums_bytes + _aligned(self.num_kv_heads * self.screen_bytes)
 
     def extend(self, spec: Any) -> Any:
-        """A vLLM ``AttentionSpec`` whose pages have room for the tail."""
+        """A vLLM ``AttentionSpec`` whose pages have room for the tail.
+
+        For a hybrid model vLLM asks what one token takes, as a block of one slot, and multiplies (0.32): a tail
+        belongs to a whole block, and each token would pay for one.
+        """
+        if spec.block_size == 1:
+            return spec
         page = spec.unpadded_page_size_bytes + self.bytes
         return replace(spec, page_size_padded=max(page, spec.page_size_padded or 0))
 
