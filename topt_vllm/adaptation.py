@@ -11,6 +11,9 @@ mean of logarithms aims at what θ is calibrated for, a row in the middle. All r
 carries no state, and the same traffic gives the same offsets. docs/design.md has the measurements.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from topt_vllm.attention.common import Thetas
@@ -23,58 +26,69 @@ BOUND = 3.0  # scaled logits
 
 
 class ThetaController:
-    """The offsets of one layer's query heads, and its thresholds with them.
+    """The offsets of the query heads of one layer or of several, and their thresholds with them.
+
+    It never reads a device's numbers back. ``[…]`` is [layers] for several layers, and nothing for one.
 
     Attributes:
-        thetas: The layer's thresholds plus the offsets; changed in place.
-        offset: float32 [H], scaled logits.
+        thetas: Thresholds plus the offsets; changed in place.
+        offset: float32 […, H], scaled logits; changed in place.
     """
 
-    def __init__(self, thetas: Thetas, keys: list[int], dense_up_to: int) -> None:
+    def __init__(self, thetas: Thetas, keys: Sequence[Any], dense_up_to: int) -> None:
         """
         Args:
-            thetas: As calibrated.
-            keys: Keys that each query head should keep.
+            thetas: As calibrated, theta float32 […, H, L] and law float32 […, H, 2].
+            keys: Keys that each query head should keep, […, H].
             dense_up_to: Rows with a context of at most so many tokens are dense, and count for nothing.
 
         Raises:
             ValueError: Not as many numbers as heads.
         """
-        num_heads = thetas.theta.shape[0]
-        if len(keys) != num_heads:
-            raise ValueError(f"keys has {len(keys)} entries; there are {num_heads} heads")
-        self._keys = torch.tensor(keys)
+        heads = thetas.theta.shape[:-1]
+        self._keys = torch.tensor(keys, device=thetas.theta.device)
+        if self._keys.shape != heads:
+            raise ValueError(f"keys has {len(self._keys)} entries; there are {heads[0]} heads or layers")
         self._calibrated = thetas
         self._dense_up_to = dense_up_to
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._rows = 0
+        self._errors = thetas.theta.new_zeros(heads)
+        self._sparse_rows = thetas.theta.new_zeros(())
         self.thetas = Thetas(thetas.lengths, thetas.theta.clone(), thetas.law.clone())
-        self.offset = torch.zeros(num_heads)
+        self.offset = thetas.theta.new_zeros(heads)
+
+    def of_layers(self) -> list[Thetas]:
+        """The thresholds of each of several layers; they change with :attr:`thetas`."""
+        parts = zip(self.thetas.theta, self.thetas.law, strict=True)
+        return [Thetas(self.thetas.lengths, theta, law) for theta, law in parts]
 
     def counters(self, rows: int) -> torch.Tensor:
-        """Zeros int64 [rows, H], where the operator counts keys that reach θ."""
-        return torch.zeros(rows, len(self.offset), dtype=torch.int64)
+        """Zeros int64 […, rows, H], where the operator counts keys that reach θ."""
+        *layers, heads = self.offset.shape
+        return torch.zeros(*layers, rows, heads, dtype=torch.int64, device=self.offset.device)
 
     def count(self, reached: torch.Tensor, contexts: torch.Tensor) -> None:
         """Takes what decoded rows reached; updates the offsets once enough rows have come.
 
         Args:
-            reached: int64 [rows, H], keys whose score is θ or more.
+            reached: int64 […, rows, H], keys whose score is θ or more.
             contexts: int64 [rows], context length of each row (tokens).
         """
-        self._waiting.append((reached, contexts))
+        contexts = contexts[:, None]
+        sparse = contexts > self._dense_up_to
+        ratio = reached / keys_asked(self._keys[..., None, :], contexts)
+        errors = torch.log(ratio).clamp(-LARGEST_ERROR, LARGEST_ERROR)
+        self._errors += torch.where(sparse, errors, 0.0).sum(dim=-2)
+        self._sparse_rows += sparse.sum()
         self._rows += len(contexts)
         if self._rows >= ROWS:
-            self._update(*(torch.cat(parts) for parts in zip(*self._waiting, strict=True)))
-            self._waiting.clear()
-            self._rows = 0
+            self._update()
 
-    def _update(self, reached: torch.Tensor, contexts: torch.Tensor) -> None:
-        sparse = contexts > self._dense_up_to
-        if not sparse.any():
-            return
-        ratio = reached[sparse] / keys_asked(self._keys, contexts[sparse, None])
-        error = torch.log(ratio).clamp(-LARGEST_ERROR, LARGEST_ERROR).mean(dim=0)
-        self.offset = (self.offset + GAIN * error).clamp(-BOUND, BOUND)
-        torch.add(self._calibrated.theta, self.offset[:, None], out=self.thetas.theta)
-        torch.add(self._calibrated.law[:, 0], self.offset, out=self.thetas.law[:, 0])
+    def _update(self) -> None:
+        self.offset += GAIN * self._errors / self._sparse_rows.clamp(min=1.0)
+        self.offset.clamp_(-BOUND, BOUND)
+        torch.add(self._calibrated.theta, self.offset[..., None], out=self.thetas.theta)
+        torch.add(self._calibrated.law[..., 0], self.offset, out=self.thetas.law[..., 0])
+        self._rows = 0
+        self._errors.zero_()
+        self._sparse_rows.zero_()

@@ -18,7 +18,7 @@ or not.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,7 @@ class SiftStep:
         slots: int64 [R], of each row's request.
         log_lengths: float32 [R], ln n of each row.
         warm: bool [R], rows that are dense because their request is warming up.
+        warm_contexts: int64 [any] on the host, context lengths of these rows.
         recording: Indices in the batch of the sequences that are warming up; their first rows are recorded.
         recording_slots: int64 [len(recording)].
         positions: int64 [len(recording)], rows of the warm-up recorded before.
@@ -61,11 +62,25 @@ class SiftStep:
     slots: torch.Tensor
     log_lengths: torch.Tensor
     warm: torch.Tensor
+    warm_contexts: torch.Tensor
     recording: list[int]
     recording_slots: torch.Tensor
     positions: torch.Tensor
     finished_slots: torch.Tensor
     recorded_log_lengths: torch.Tensor
+
+    def to(self, device: torch.device) -> "SiftStep":
+        """The step for tables on a device; nothing waits for it."""
+        names = (
+            "slots",
+            "log_lengths",
+            "warm",
+            "recording_slots",
+            "positions",
+            "finished_slots",
+            "recorded_log_lengths",
+        )
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 class SiftRequests:
@@ -105,11 +120,13 @@ class SiftRequests:
         self._recorded[recording_slots] += 1
         finished = recording_slots[positions + 1 == self._warmup]
         rows = (starts[1:] - starts[:-1]).long()
+        warm = warming.repeat_interleave(rows)
         return SiftStep(
             capacity=len(self._recorded),
             slots=slots.repeat_interleave(rows),
             log_lengths=log_lengths,
-            warm=warming.repeat_interleave(rows),
+            warm=warm,
+            warm_contexts=contexts[warm],
             recording=recording.tolist(),
             recording_slots=recording_slots,
             positions=positions,
@@ -136,10 +153,12 @@ class SiftLayer:
         tau: Which quantile to record.
     """
 
-    def __init__(self, num_heads: int, settings: SiftSettings) -> None:
+    def __init__(
+        self, num_heads: int, settings: SiftSettings, device: torch.device | str = "cpu"
+    ) -> None:
         self.tau = settings.tau
-        self._quantiles = torch.zeros(0, settings.warmup, num_heads)
-        self._laws = torch.zeros(0, num_heads, 2)
+        self._quantiles = torch.zeros(0, settings.warmup, num_heads, device=device)
+        self._laws = torch.zeros(0, num_heads, 2, device=device)
 
     def thetas(self, step: SiftStep) -> RowThetas:
         """θ of the step's rows; −inf during warm-up."""

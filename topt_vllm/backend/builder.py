@@ -1,125 +1,150 @@
-"""Builds a step's metadata: which rows decode, which are prefill, and which blocks the step finishes."""
+"""Builds a step's metadata on a GPU: copies fields and slices, and waits for nothing that the device knows."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
-from topt_vllm.backend import requests
-from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.layers import bind_layer, describe_rank
-from topt_vllm.backend.metadata import TopThetaMetadata
-from topt_vllm.backend.page import tail_of
-from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
+from topt_vllm.backend.gpu.binding import bind_layers
+from topt_vllm.backend.gpu.impl import GpuImpl
+from topt_vllm.backend.gpu.metadata import GpuMetadata
+from topt_vllm.backend.layers import describe_rank
+from topt_vllm.backend.page import Tail
+from topt_vllm.backend.rows import ExtrapolationNotice, rows_after, split
 from topt_vllm.backend.startup import resolve
-from topt_vllm.sift import SiftRequests, SiftStep
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# A metadata builder of vLLM, when this is mixed into one.
+_Platform: Any = object
+
 logger = logging.getLogger("vllm.topt_vllm")
 
-# ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
-_READABLE_ISAS = ("vec", "vec16")
 
+class GpuBuilder(_Platform):
+    """Mixed into a metadata builder of vLLM: splits each batch, and binds the layers of its KV cache group."""
 
-class TopThetaMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Splits each batch, and gives the layers of its KV cache group their thresholds when it is made."""
+    # The platform's own builder class.
+    platform_builder: ClassVar[Any]
+    # The metadata holds the platform's; vLLM would replace the block table of the outer one only.
+    supports_update_block_table: bool = False
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.isa: str
-        if self.isa == "amx":
-            self.isa = "vec"
-            self._set_isa_to_layers(layer_names)
-            logger.info("TOPTHETA: prefill uses vLLM's vector kernels instead of AMX, whose K layout differs")
-        if self.isa not in _READABLE_ISAS:
-            raise NotImplementedError(
-                f"TOPTHETA reads the cache layouts {_READABLE_ISAS}, but vLLM uses {self.isa!r} on this CPU. "
-                "Use --attention-backend CPU_ATTN here."
-            )
+        _refuse(kv_cache_spec)
+        # A speculator's graph would call the platform's own update on our metadata.
+        self.supports_draft_decode_metadata_update = False
         # Drafted tokens of speculative decoding are decode rows too.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._max_query_rows = self.reorder_batch_threshold or 1
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
         tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
         describe_rank(resolved, tensor_parallel_size)
-        tail = tail_of(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size, kv_cache_spec.block_size)
+        block_size = kv_cache_spec.block_size
+        tail = Tail(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
         logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
-        # The last row of a prompt gives its vector, which no table was made for.
-        self._pools = vllm_config.model_config.runner_type == "pooling"
-        self._dense_up_to = resolved.dense_up_to
-        self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
-        self._sift = None if resolved.config.sift is None else SiftRequests(resolved.config.sift)
-        if self._sift is not None:
-            requests.watch(self._sift)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        for name, layer in layers.items():
-            if isinstance(layer.impl, TopThetaImpl):
-                bind_layer(layer, name, resolved, self.block_size, tensor_parallel_size)
-        self._any_layer_stays_dense = any(
-            isinstance(layer.impl, TopThetaImpl) and layer.impl.platform_reason for layer in layers.values()
-        )
+        impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
+        self._group, self._counters = bind_layers(impls, resolved, block_size, tensor_parallel_size, device)
+        # A builder of its own, for some keep what a step needs in buffers of theirs, such as FlashAttention 3 its
+        # schedule, and `prefill` and `whole` are other batches.
+        self._platform: Any | None = None
+        if any(impl.platform_reason for impl in impls.values()):
+            self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
+        self._captured = False
+        self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
 
-    def build(  # type: ignore[override]
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: Any) -> AttentionCGSupport:
+        """Uniform batches, or what the platform's builder can do where that is less.
+
+        A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where
+        a batch splits depends on the batch, so graphs of mixed batches would not.
+        """
+        platform = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        return min(AttentionCGSupport.UNIFORM_BATCH, platform, key=lambda support: support.value)
+
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> TopThetaMetadata:
-        """Builds the step's metadata; a batch that is not causal is prefill as a whole."""
+    ) -> GpuMetadata:
+        """Builds a step's metadata and counts what the host knows of it."""
         common = common_attn_metadata
-        threshold = self.reorder_batch_threshold or 1
-        # Warm-up batches don't say what they are.
-        decoding = not self._pools or common.is_prefilling is None
-        num_decodes, num_decode_rows, has_prefill = split(common, threshold, ends_of_prompts_decode=decoding)
-        decode = None
-        if num_decodes:
+        parts = self._split(common)
+        whole = None if self._platform is None else self._platform.build(0, common, fast_build)
+        metadata = self._build(common, parts, whole, fast_build)
+        if self._group is not None:
+            if self._captured:
+                self._captured = False
+                self._group.statistics.reset()
+            self._group.statistics.publish()
+        if num_decodes := parts[0]:
+            lengths = common.seq_lens_cpu_upper_bound
+            lengths = None if lengths is None else lengths[:num_decodes]
+            self._counters.count(common.query_start_loc_cpu[: num_decodes + 1], lengths)
+            if lengths is not None:
+                self._extrapolation.see(lengths)
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:
+        """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
+        self._captured = True
+        common = common_attn_metadata
+        # Short contexts, or capturing takes long; none that is empty, so that every output is written.
+        common.seq_lens.fill_(common.max_query_len)
+        whole = None
+        if self._platform is not None:
+            whole = self._platform.build_for_cudagraph_capture(common)
+            common.seq_lens.fill_(common.max_query_len)  # Triton attention's builder writes lengths too
+        return self._build(common, self._split(common), whole, fast_build=False)
+
+    def _split(self, common: CommonAttentionMetadata) -> tuple[int, int, bool]:
+        # A graph of uniform rows is replayed for ends of prompts too, so they have to be decode rows.
+        return split(common, self._max_query_rows, ends_of_prompts_decode=True)
+
+    def _build(
+        self,
+        common: CommonAttentionMetadata,
+        parts: tuple[int, int, bool],
+        whole: Any | None,
+        fast_build: bool,
+    ) -> GpuMetadata:
+        num_decodes, num_rows, has_prefill = parts
+        decode = prefill = None
+        if num_decodes and self._group is not None:
             decode = DecodeBatch(
                 common.query_start_loc[: num_decodes + 1],
                 common.seq_lens[:num_decodes],
                 common.block_table_tensor[:num_decodes],
-                min(common.max_query_len, threshold),
+                min(common.max_query_len, self._max_query_rows),
             )
-        prefill = None
-        if has_prefill:
-            prefill = super().build(0, rows_after(common, num_decodes, num_decode_rows), fast_build)
-        whole = super().build(0, common, fast_build) if self._any_layer_stays_dense else None
-        lengths = torch.empty(0, dtype=torch.int64)
-        if decode is not None:
-            lengths = row_lengths(decode.query_start_loc, decode.seq_lens)
-            self._extrapolation.see(lengths)
-        short = lengths <= self._dense_up_to
-        sift = None if decode is None else self._sift_step(common, decode, lengths)
-        return TopThetaMetadata(
-            common.num_actual_tokens,
-            num_decode_rows,
-            decode,
-            lengths,
-            prefill,
-            whole,
-            int(short.sum()),
-            0 if sift is None else int((sift.warm & ~short).sum()),
-            sift,
-            self._finished_blocks(common.slot_mapping[: common.num_actual_tokens]),
+            max_sequences = self.vllm_config.scheduler_config.max_num_seqs
+            self._group.allocate(max_sequences, self._max_query_rows)
+        if has_prefill and self._group is not None:
+            prefill = super().build(0, rows_after(common, num_decodes, num_rows), fast_build)
+        return GpuMetadata(common.num_actual_tokens, num_rows, decode, prefill, whole)
+
+
+def _refuse(spec: Any) -> None:
+    """Refuses caches of layers that θ(n) doesn't mean.
+
+    Raises:
+        NotImplementedError: Names what the layers do.
+    """
+    if getattr(spec, "attention_chunk_size", None) is not None:
+        raise NotImplementedError("TOPTHETA doesn't support chunked local attention (attention_chunk_size)")
+    if spec.head_size_v != spec.head_size:
+        raise NotImplementedError(
+            f"TOPTHETA needs heads of K and V of one size, not {spec.head_size} and {spec.head_size_v}"
         )
-
-    def _sift_step(
-        self, common: CommonAttentionMetadata, decode: DecodeBatch, lengths: torch.Tensor
-    ) -> SiftStep | None:
-        if self._sift is None:
-            return None
-        names = requests.of_batch(common, len(decode.seq_lens))
-        return self._sift.step(names, decode.query_start_loc, lengths)
-
-    def _finished_blocks(self, slot_mapping: torch.Tensor) -> torch.Tensor:
-        last = (slot_mapping >= 0) & (slot_mapping % self.block_size == self.block_size - 1)
-        return slot_mapping[last] // self.block_size

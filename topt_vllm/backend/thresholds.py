@@ -1,0 +1,220 @@
+"""Thresholds of the layers of one metadata builder: as calibrated, following the traffic, or by request.
+
+What changes them runs where a step's metadata is built: a CUDA graph is replayed without the layers' Python. Only
+``policy: sift`` looks into single layers, and declares that no graph may hold them. Everything is on the cache's
+device, and nothing that a step needs is read back.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from topt_vllm.adaptation import ThetaController
+from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Thetas
+from topt_vllm.attention.quantiles import score_quantiles
+from topt_vllm.backend import requests
+from topt_vllm.sift import SiftLayer, SiftRequests, SiftSettings, SiftStep
+
+
+class LayerThresholds:
+    """Those of one layer, as they are.
+
+    Attributes:
+        thetas: On the cache's device; None for θ = −inf, or where each row has its own.
+    """
+
+    def __init__(self, thetas: Thetas | None) -> None:
+        self.thetas = thetas
+
+    @property
+    def skips(self) -> bool:
+        """Whether the layer may skip rows at all."""
+        return self.thetas is not None
+
+    def of_step(self, step: Any) -> Thetas | RowThetas | None:
+        """θ of a step's decode rows; ``step`` is what :meth:`Thresholds.before` gave. None for θ = −inf."""
+        return self.thetas
+
+    def reached(self, rows: int) -> torch.Tensor | None:
+        """int64 [rows, H], where the operator counts keys that reach θ; None where nobody asks."""
+        return None
+
+    def after(
+        self,
+        step: Any,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Sees the decode rows of a step once they have attended; arguments as the operator's."""
+
+
+class Thresholds(Protocol):
+    """Those of a builder's layers that decode with the operator, and what changes them."""
+
+    layers: Sequence[LayerThresholds]
+
+    def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> Any:
+        """Brings thresholds up to date for a step.
+
+        Args:
+            common: vLLM's batch.
+            starts: int32 [S + 1] on the host, first query row of each sequence that decodes.
+            lengths: int64 [rows] on the host, context length of each of their rows (tokens); None where unknown.
+
+        Returns:
+            What the step's metadata carries to the layers.
+        """
+        ...
+
+    def rows_before_known(self, step: Any, dense_up_to: int) -> int:
+        """Rows of a step with longer contexts than that which are dense because their thresholds aren't known yet."""
+        ...
+
+    def forget(self) -> None:
+        """Forgets the rows that the layers saw since the last step, for they were none: a graph was captured."""
+        ...
+
+
+class FixedThresholds:
+    """As calibrated.
+
+    Args:
+        thetas: Of each layer, on the cache's device; None for θ = −inf.
+    """
+
+    def __init__(self, thetas: Sequence[Thetas | None]) -> None:
+        self.layers = [LayerThresholds(each) for each in thetas]
+
+    def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        return None
+
+    def rows_before_known(self, step: Any, dense_up_to: int) -> int:
+        return 0
+
+    def forget(self) -> None:
+        pass
+
+
+class _AdaptingLayer(LayerThresholds):
+    def __init__(self, thetas: Thetas, counters: torch.Tensor) -> None:
+        super().__init__(thetas)
+        self._counters = counters
+
+    def reached(self, rows: int) -> torch.Tensor:
+        return self._counters[:rows]
+
+
+class AdaptingThresholds:
+    """Offsets that hold what each head keeps at what its budget promises (:mod:`topt_vllm.adaptation`).
+
+    Args:
+        thetas: Of each layer, as calibrated, on the cache's device; None for θ = −inf.
+        keys: Keys that each query head should keep, of the layers that have thresholds.
+        dense_up_to: Longest context that is dense for being short (tokens).
+        max_rows: Most decode rows of a step.
+    """
+
+    def __init__(
+        self, thetas: Sequence[Thetas | None], keys: Sequence[list[int]], dense_up_to: int, max_rows: int
+    ) -> None:
+        sparse = [each for each in thetas if each is not None]
+        stacked = Thetas(
+            sparse[0].lengths,
+            torch.stack([each.theta for each in sparse]),
+            torch.stack([each.law for each in sparse]),
+        )
+        self._controller = ThetaController(stacked, keys, dense_up_to)
+        self._reached = self._controller.counters(max_rows)
+        self._rows = 0
+        self._contexts: torch.Tensor | None = None
+        moving = iter(zip(self._controller.of_layers(), self._reached, strict=True))
+        self.layers: list[LayerThresholds] = [
+            LayerThresholds(None) if each is None else _AdaptingLayer(*next(moving)) for each in thetas
+        ]
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """float32 [layers with thresholds, H], scaled logits."""
+        return self._controller.offset
+
+    def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> None:
+        """Takes what the last step's rows reached; rows of unknown length count for nothing."""
+        if self._contexts is not None:
+            self._controller.count(self._reached[:, : self._rows], self._contexts)
+        self._reached[:, : self._rows].zero_()
+        self._rows = int(starts[-1])
+        self._contexts = None if lengths is None else lengths.to(self._reached.device, non_blocking=True)
+
+    def rows_before_known(self, step: Any, dense_up_to: int) -> int:
+        return 0
+
+    def forget(self) -> None:
+        self._contexts = None
+        self._rows = self._reached.shape[1]
+
+
+class _SiftingLayer(LayerThresholds):
+    def __init__(self, num_heads: int, settings: SiftSettings, device: torch.device) -> None:
+        super().__init__(None)
+        self._laws = SiftLayer(num_heads, settings, device)
+
+    @property
+    def skips(self) -> bool:
+        return True
+
+    def of_step(self, step: SiftStep | None) -> RowThetas | None:
+        return None if step is None else self._laws.thetas(step)
+
+    def after(
+        self,
+        step: SiftStep | None,
+        query: torch.Tensor,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        if step is not None and step.recording:
+            self._laws.record(
+                step, score_quantiles(query, cache, batch, step.recording, self._laws.tau, scale, softcap)
+            )
+
+
+class SiftingThresholds:
+    """Those that each request finds in its first decoded rows (:mod:`topt_vllm.sift`).
+
+    Args:
+        sparse: Whether each layer takes part; the others are dense.
+        num_heads: Query heads of a layer on this rank.
+        settings: Of the policy.
+        device: Of the cache.
+    """
+
+    def __init__(
+        self, sparse: Sequence[bool], num_heads: int, settings: SiftSettings, device: torch.device
+    ) -> None:
+        self._requests = SiftRequests(settings)
+        requests.watch(self._requests)
+        self._device = device
+        self.layers = [
+            _SiftingLayer(num_heads, settings, device) if each else LayerThresholds(None) for each in sparse
+        ]
+
+    def before(
+        self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None
+    ) -> SiftStep | None:
+        """The step's rows by request; None where their lengths aren't known, so that all of them are dense."""
+        if lengths is None:
+            return None
+        names = requests.of_batch(common, len(starts) - 1)
+        return self._requests.step(names, starts, lengths).to(self._device)
+
+    def rows_before_known(self, step: SiftStep | None, dense_up_to: int) -> int:
+        return 0 if step is None else int((step.warm_contexts > dense_up_to).sum())
+
+    def forget(self) -> None:
+        pass
