@@ -109,8 +109,8 @@ def start(tmp_path: Path) -> Any:
     from transformers import LlamaConfig
 
     from topt_vllm.backend.startup import resolve
-    from topt_vllm.model_identity import identify
-    from topt_vllm.thresholds import dump
+    from topt_vllm.table.file import dump
+    from topt_vllm.table.identity import identify
 
     hf_config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32

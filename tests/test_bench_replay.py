@@ -18,7 +18,8 @@ from topt_vllm.benchmarks.cache_file import CapturedCache, load
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.replay import layer_inputs
 from topt_vllm.cli.main import main
-from topt_vllm.thresholds import Budget, LayerThresholds, dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.schema import Budget, LayerThresholds
 
 SEQ_LEN = 700
 FIELDS = {

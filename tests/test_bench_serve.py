@@ -14,7 +14,7 @@ from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, Stream, summarise
 from topt_vllm.benchmarks.model_shapes import SHAPES
 from topt_vllm.benchmarks.server import picked_backend
-from topt_vllm.model_identity import identify
+from topt_vllm.table.identity import identify
 
 
 def test_only_the_time_in_which_all_requests_decode_counts():

@@ -27,8 +27,9 @@ from topt_vllm.evaluation.records import quality, spread
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import TextSource, dump, load
+from topt_vllm.table.file import dump, load
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import TextSource
 
 LENGTHS = [64, 128, 256]
 LONGEST = 320

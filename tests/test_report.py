@@ -14,7 +14,8 @@ from table_factory import make_identity, make_table
 
 from topt_vllm.cli.main import main
 from topt_vllm.report.svg import Scale
-from topt_vllm.thresholds import ThresholdTable, dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.schema import ThresholdTable
 
 ATTACK = '</title><script>alert("x")</script><img src=x onerror=alert(1)>\'&\u202e'
 

@@ -14,11 +14,12 @@ pytest.importorskip("transformers")
 from table_factory import make_table
 from transformers import LlamaConfig
 
-from topt_vllm import table_search
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import ThresholdTable, ThresholdTableError, dump
+from topt_vllm.table import search
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path)
 def test_two_shipped_tables_of_one_model_are_not_chosen_between(
     start: Any, table: ThresholdTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(table_search, "__file__", str(tmp_path / "package" / "table_search.py"))
+    monkeypatch.setattr(search, "__file__", str(tmp_path / "package" / "table" / "search.py"))
     configs = tmp_path / "configs"
     configs.mkdir()
     dump(table, configs / "a.yaml")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from table_factory import make_identity, make_table
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.thresholds import ThresholdTableError, dump, dumps, load
+from topt_vllm.table.file import dump, dumps, load
+from topt_vllm.table.schema import ThresholdTableError
 
 
 @pytest.fixture

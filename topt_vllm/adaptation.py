@@ -14,7 +14,7 @@ carries no state, and the same traffic gives the same offsets. docs/design.md ha
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.table_schema import keys_asked
+from topt_vllm.table.schema import keys_asked
 
 ROWS = 32
 GAIN = 0.3  # scaled logits per unit of ln(reached / asked)

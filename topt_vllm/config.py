@@ -67,7 +67,7 @@ class TopThetaConfig:
     Attributes:
         policy: ``toptheta``: thresholds of a calibrated table. ``sift``: each request finds its own in its first
             decoded rows (SiftAttention, see ``sift.py``); no table.
-        thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table_search.py``).
+        thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table/search.py``).
         k: Which budget of the table, by its k or name; unset for its last: the largest k, or a named one.
         min_seq_len: Contexts up to this many tokens are attended densely.
         sink_tokens: First tokens of the context that are always kept.

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from topt_vllm.attention.api import Implementation, load_implementation, screening
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
-from topt_vllm.model_identity import ModelIdentity, identify
-from topt_vllm.table_search import chooses_no_table, find_table
-from topt_vllm.thresholds import Budget
+from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.schema import Budget
+from topt_vllm.table.search import chooses_no_table, find_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

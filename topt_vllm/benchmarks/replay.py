@@ -10,7 +10,7 @@ from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import Target, compare
 from topt_vllm.benchmarks.devices import Cpu
-from topt_vllm.thresholds import Budget, ThresholdTable
+from topt_vllm.table.schema import Budget, ThresholdTable
 
 
 class ReplayError(ValueError):

@@ -229,8 +229,8 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
     from topt_vllm.benchmarks.cache_file import CacheFileError, load
     from topt_vllm.benchmarks.replay import ReplayError, bench_replay
     from topt_vllm.config import TopThetaConfig
-    from topt_vllm.table_search import find_table
-    from topt_vllm.thresholds import ThresholdTableError
+    from topt_vllm.table.schema import ThresholdTableError
+    from topt_vllm.table.search import find_table
 
     try:
         captured = load(args.cache)

@@ -12,8 +12,8 @@ from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
-from topt_vllm.table_search import find_table
-from topt_vllm.thresholds import ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
+from topt_vllm.table.search import find_table
 
 
 @dataclass(frozen=True)

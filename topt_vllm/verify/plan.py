@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
-from topt_vllm.model_identity import ModelIdentity, identify
-from topt_vllm.table_schema import ThresholdTable
-from topt_vllm.table_search import find_table
+from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.schema import ThresholdTable
+from topt_vllm.table.search import find_table
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import Forced, Request
 from topt_vllm.verify.installation import device_type

@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table.identity import ModelIdentity
 
 SCHEMA_VERSION = 1
 
