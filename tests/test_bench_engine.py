@@ -91,7 +91,7 @@ def test_engines_run_one_after_the_other_with_what_tells_them_apart(tmp_path: Pa
     assert settings[0] is None
     assert settings[1] == {"thresholds": "none", "implementation": "cpu"}
     assert settings[2] is not None
-    assert settings[2]["k"] == "rows-10%"
+    assert settings[2]["budget"] == "rows-10%"
     assert settings[3] == {"thresholds": "none"}
     ours = {"attention_backend", "additional_config"}
     alike = [{k: v for k, v in request["engine"].items() if k not in ours} for request in timed]

@@ -226,7 +226,7 @@ def test_budget_by_k():
     table = make_table()
     assert table.budget(64).k == 64
     assert table.budget(None).k == 128
-    with pytest.raises(ThresholdTableError, match="k is 100, but the table has budgets 64, 128"):
+    with pytest.raises(ThresholdTableError, match="budget is 100, but the table has budgets 64, 128"):
         table.budget(100)
 
 

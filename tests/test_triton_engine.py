@@ -29,7 +29,7 @@ def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_engine(model: Path, prompts: list[list[int]], table: Path, implementation: str) -> dict[str, Any]:
     """Outcome of one engine; see engine_main.py."""
-    settings = {"thresholds": str(table), "k": 64, "implementation": implementation}
+    settings = {"thresholds": str(table), "budget": 64, "implementation": implementation}
     engine = {
         "model": str(model),
         "dtype": "bfloat16",

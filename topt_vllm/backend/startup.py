@@ -89,11 +89,11 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
         table, path = found
-        budget = table.budget(config.k)
+        budget = table.budget(config.budget)
         thetas = table.thetas(budget)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         labels = _labels(identity, path.name, digest, str(budget.key))
-        rows = f"table {path}, budget k = {budget.key}, dense layers {budget.dense_layers or 'none'}"
+        rows = f"table {path}, budget {budget.key}, dense layers {budget.dense_layers or 'none'}"
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"

@@ -127,7 +127,7 @@ class EngineBenchmark:
                 name = f"every row, {self.kernel}"
             else:
                 assert isinstance(keep, float)
-                settings = {"thresholds": str(table), "k": budget_name(keep)}
+                settings = {"thresholds": str(table), "budget": budget_name(keep)}
                 name = f"{100 * keep:g} % of V rows"
             contenders.append(Contender(name, settings))
         return contenders

@@ -93,7 +93,9 @@ def _layers(
     sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
     unknown = sorted(set(only or ()) - set(sparse))
     if unknown or not sparse:
-        raise ReplayError(f"--layers {unknown} are not sparse at k = {k}; those in the file are {sparse}")
+        raise ReplayError(
+            f"--layers {unknown} are not sparse with budget {k}; those in the file are {sparse}"
+        )
     return tuple(sparse if only is None else sorted(set(only)))
 
 

@@ -146,7 +146,9 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
     default = table.budgets[-1].key
     print(f"\nwrote {options.output}\nserve it with\n\n  {serve_command(options.model, options.output)}\n")
     if len(table.budgets) > 1:
-        print(f'The server uses k={default} unless "toptheta" in --additional-config names another "k".')
+        print(
+            f'The server uses budget {default} unless "toptheta" in --additional-config names another "budget".'
+        )
 
 
 def _work(plan: "Plan") -> str:

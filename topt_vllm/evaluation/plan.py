@@ -123,10 +123,10 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
     try:
         budget = table.budget(k)
     except ThresholdTableError as error:
-        raise EvaluationError(f"--k: {error}") from error
+        raise EvaluationError(str(error)) from error
     if ADAPTING in rules and not budget.ks():
         raise EvaluationError(
-            f"--rules {ADAPTING} needs budgets that promise keys, and --k {k} promises none; leave one of them out"
+            f"--rules {ADAPTING} needs budgets that promise keys, and --budget {k} promises none; leave out one"
         )
 
 

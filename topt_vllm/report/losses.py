@@ -12,7 +12,7 @@ from topt_vllm.report.svg import marker, picture
 from topt_vllm.table.schema import ThresholdTable
 
 _COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --k {} --json E.json"
+    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --budget {} --json E.json"
 )
 
 

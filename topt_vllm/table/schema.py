@@ -200,7 +200,7 @@ class ThresholdTable(_Strict):
                 return budget
         offered = ", ".join(str(budget.key) for budget in self.budgets)
         raise ThresholdTableError(
-            f"k is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
+            f"budget is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
         )
 
     def thetas(self, budget: Budget) -> dict[int, Thetas]:

@@ -76,7 +76,7 @@ def read_table(model: Model, thresholds: str | None) -> tuple[ThresholdTable | N
     quality = f"; {budget.quality.sentence()}" if budget.quality is not None else ""
     return (
         table,
-        f"{path}, budget k = {budget.key}, calibrated at {table.lengths[0]} to {table.lengths[-1]} tokens{quality}",
+        f"{path}, budget {budget.key}, calibrated at {table.lengths[0]} to {table.lengths[-1]} tokens{quality}",
     )
 
 
