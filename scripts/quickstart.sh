@@ -111,7 +111,7 @@ prepare_table() {
 
 start_server() {
     local settings command
-    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "k": sys.argv[2]}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "budget": sys.argv[2]}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
     # Eager, for compiling the model takes longer than the one answer; serve without it for a longer run.
     command=("$VENV/bin/vllm" serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
         --attention-backend TOPTHETA --additional-config "$settings"

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from topt_vllm.backend import compat
-from topt_vllm.thresholds import load
+from topt_vllm.table.file import load
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 
 import torch
@@ -24,9 +25,12 @@ def implementation(name: str) -> api.Implementation:
     """
     if name == "cpu-scalar":
         module = api.load_implementation("cpu", "cpu")[1]
-        return SimpleNamespace(decode=partial(module.decode, scalar=True))
+        return SimpleNamespace(
+            decode=partial(module.decode, scalar=True), finish=module.finish, capabilities=module.capabilities
+        )
     if name == "triton":
-        return triton_implementation(api.load_implementation(name, DEVICE.type)[1].decode)
+        module = api.load_implementation(name, DEVICE.type)[1]
+        return triton_implementation(module.decode, module.finish)
     return api.load_implementation(name, "cpu")[1]
 
 
@@ -101,19 +105,20 @@ class Case:
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
 
 
-def paged_cache(key: torch.Tensor, value: torch.Tensor) -> PagedCache:
-    """A cache in the CPU layout.
+def paged_cache(key: torch.Tensor, value: torch.Tensor, state_rows: int = 16) -> PagedCache:
+    """A cache in the CPU layout, its V sums NaN.
 
     Args:
         key: [B, Hkv, P, D].
         value: [B, Hkv, P, D].
+        state_rows: T.
     """
     blocks, heads, size, dim = key.shape
     memory = torch.empty(blocks, heads, 2, size * dim, dtype=key.dtype)
     cache = PagedCache(
         memory[:, :, 0].unflatten(2, (dim, size)).transpose(2, 3),
         memory[:, :, 1].unflatten(2, (size, dim)),
-        torch.full((blocks, heads, dim), NAN),
+        torch.full((blocks, heads, size // state_rows, dim), NAN),
     )
     cache.key.copy_(key)
     cache.value.copy_(value)
@@ -137,6 +142,7 @@ def random_case(
     keep: float | None = 0.15,
     softcap: float = 0.0,
     seed: int = 0,
+    state_rows: int = 16,
 ) -> Case:
     """Sequences scattered over a block table; whatever lies outside them is NaN or an absurd block number.
 
@@ -152,6 +158,7 @@ def random_case(
         keep: Share of scores above θ, which lies in a gap between scores; None for no thresholds.
         softcap: 0 for none.
         seed: Of the generator.
+        state_rows: T.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-context // block_size) for _, context in contexts]
@@ -160,21 +167,19 @@ def random_case(
     table = torch.full((len(contexts), max(counts, default=0) + 2), GARBAGE_BLOCK, dtype=torch.int32)
     shape = (total, kv_heads, block_size, head_dim)
     key, value = torch.full(shape, NAN), torch.full(shape, NAN)
-    sums = torch.full((total, kv_heads, head_dim), NAN)
     for sequence, ((_, context), blocks) in enumerate(zip(contexts, order.split(counts), strict=True)):
         table[sequence, : len(blocks)] = blocks.int()
         for block, start in zip(blocks.tolist(), range(0, context, block_size), strict=True):
             used = min(block_size, context - start)
             key[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator)
             value[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator) + 0.3
-    finished = value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
     if dtype in BYTES:
         key, value = key / SCALES[0], value / SCALES[1]
-    cache = replace(paged_cache(stored(key, dtype), stored(value, dtype)), value_sums=sums)
+    cache = paged_cache(stored(key, dtype), stored(value, dtype), state_rows)
     if dtype in BYTES:
         scales = [torch.tensor([scale]) for scale in SCALES]
         cache = replace(cache, key_scale=scales[0], value_scale=scales[1], posit8=dtype == torch.uint8)
-    api.finish_blocks(implementation("reference"), cache, finished)
+    finish(cache, table, [context for _, context in contexts])
     rows = [rows for rows, _ in contexts]
     starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)
     # Rows, heads and dimensions of the query are all strided.
@@ -189,6 +194,13 @@ def random_case(
         softcap,
     )
     return case if keep is None else replace(case, thetas=thetas_in_gaps(case, keep))
+
+
+def finish(cache: PagedCache, table: torch.Tensor, lengths: list[int], name: str = "reference") -> None:
+    """Has an implementation write the V sums, and the K screen, of whole contexts."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    batch = DecodeBatch(starts, torch.tensor(lengths, dtype=torch.int32), table)
+    implementation(name).finish(cache, batch)
 
 
 def thetas_in_gaps(case: Case, keep: float) -> Thetas:
@@ -216,7 +228,7 @@ def thetas_in_gaps(case: Case, keep: float) -> Thetas:
 def kept_sets(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """fp64 oracle of selection: (kept by each head [H, n], used by each head [H, n]) of every row."""
     found = []
-    policy, size = case.policy, case.cache.value.shape[2]
+    policy, state_rows = case.policy, case.cache.rows_per_state
     for row, sequence, n in case.rows():
         scores = case.scores64(row, sequence, n)
         position = torch.arange(n)
@@ -225,8 +237,8 @@ def kept_sets(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
             | (position >= n - policy.recent_tokens)
             | (n <= policy.min_seq_len)
         )
-        if policy.compensation == "vmean":
-            always = always | (position >= n // size * size)
+        if policy.compensation == "vmean" and state_rows is not None:
+            always = always | (position >= (n - 1) // state_rows * state_rows)
         theta = torch.full((scores.shape[0],), -torch.inf) if case.thetas is None else case.thetas.at(n)
         kept = (scores >= theta.double()[:, None]) | always
         group = scores.shape[0] // case.cache.value.shape[1]

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from topt_vllm.attention.common import Capabilities
+
 ON_GPU = os.environ.get("TRITON_INTERPRET", "0") in ("", "0") and torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
 if not ON_GPU:
@@ -88,9 +90,13 @@ def on_device(function: Callable[..., None]) -> Callable[..., None]:
     return moved
 
 
-def triton_implementation(decode: Callable[..., None]) -> Any:
-    """An implementation for cases on the CPU whose ``decode`` is the Triton launcher's, or made of it."""
-    return SimpleNamespace(decode=on_device(decode), TAKES_SINKS=True, TAKES_NARROW_VALUES=True)
+def triton_implementation(decode: Callable[..., None], finish: Callable[..., None] | None = None) -> Any:
+    """An implementation for cases on the CPU whose functions are the Triton launcher's, or made of them."""
+    return SimpleNamespace(
+        decode=on_device(decode),
+        finish=finish and on_device(finish),
+        capabilities=Capabilities(sinks=True, narrow_values=True),
+    )
 
 
 def captured(launch: Callable[[], Any]) -> Callable[[], Any]:

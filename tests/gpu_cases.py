@@ -17,8 +17,8 @@ from vllm.plugins import load_general_plugins
 from topt_vllm.attention.common import Thetas
 from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
 from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import identify
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 4, 2, 32, 16, 40
 SCALE = HEAD_DIM**-0.5

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from topt_vllm.model_identity import ModelIdentity
-from topt_vllm.thresholds import (
+from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.schema import (
     SCHEMA_VERSION,
     Budget,
     LayerThresholds,

@@ -109,8 +109,8 @@ def start(tmp_path: Path) -> Any:
     from transformers import LlamaConfig
 
     from topt_vllm.backend.startup import resolve
-    from topt_vllm.model_identity import identify
-    from topt_vllm.thresholds import dump
+    from topt_vllm.table.file import dump
+    from topt_vllm.table.identity import identify
 
     hf_config = LlamaConfig(
         hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32
@@ -136,17 +136,17 @@ def start(tmp_path: Path) -> Any:
 
 
 def test_start_up_says_what_each_head_is_promised(start: Any):
-    resolved = start(adapt=True, k=64, implementation="reference")
+    resolved = start(adapt=True, budget=64, implementation="reference")
     assert resolved.promised_keys == {1: [64, 64, 64, 64]}
     assert "thresholds adapt to the traffic" in resolved.description
-    assert start(k=64, implementation="reference").promised_keys == {}
+    assert start(budget=64, implementation="reference").promised_keys == {}
 
 
 def test_budgets_that_promise_no_keys_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch):
     from topt_vllm.config import ConfigError
 
     with pytest.raises(ConfigError, match=r"adapt is true, but budget mass-5% doesn't say how many keys"):
-        start(adapt=True, k="mass-5%", implementation="reference")
+        start(adapt=True, budget="mass-5%", implementation="reference")
     monkeypatch.setenv("TOPT_THRESHOLDS", "none")
     with pytest.raises(ConfigError, match="adapt is true, but there is no threshold table"):
         start(adapt=True, implementation="reference")

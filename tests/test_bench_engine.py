@@ -11,14 +11,15 @@ import torch
 from tiny_models import SMALL, save_model
 from transformers import AutoConfig, LlamaConfig
 
-from topt_vllm import thresholds
 from topt_vllm.benchmarks import engine_main
 from topt_vllm.benchmarks.engine import EngineBenchmark
 from topt_vllm.benchmarks.model_shapes import SHAPES, has_weights, write_checkpoint
 from topt_vllm.benchmarks.share_table import share_table
 from topt_vllm.cli.main import main
 from topt_vllm.engines.process import EngineError
-from topt_vllm.model_identity import identify
+from topt_vllm.table.file import load
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import ThresholdTable
 
 LAYERS, HEADS = SMALL["num_hidden_layers"], SMALL["num_attention_heads"]
 TOTALS = {
@@ -55,7 +56,7 @@ class Engines:
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
-        self.tables: list[thresholds.ThresholdTable] = []
+        self.tables: list[ThresholdTable] = []
 
     def ask(
         self, program: Sequence[str], request: dict[str, Any], separate: bool, limit: float
@@ -66,7 +67,7 @@ class Engines:
             return {"thetas": {str(layer): shares[0] for layer in range(LAYERS)}}
         settings = request["engine"].get("additional_config")
         if settings and settings["toptheta"]["thresholds"] != "none":
-            self.tables.append(thresholds.load(Path(settings["toptheta"]["thresholds"])))
+            self.tables.append(load(Path(settings["toptheta"]["thresholds"])))
         ms = 4.0 if settings else 8.0
         return {
             "backend": "TOPTHETA" if settings else "CPU_ATTN",
@@ -90,7 +91,7 @@ def test_engines_run_one_after_the_other_with_what_tells_them_apart(tmp_path: Pa
     assert settings[0] is None
     assert settings[1] == {"thresholds": "none", "implementation": "cpu"}
     assert settings[2] is not None
-    assert settings[2]["k"] == "rows-10%"
+    assert settings[2]["budget"] == "rows-10%"
     assert settings[3] == {"thresholds": "none"}
     ours = {"attention_backend", "additional_config"}
     alike = [{k: v for k, v in request["engine"].items() if k not in ours} for request in timed]

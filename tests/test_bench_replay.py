@@ -18,7 +18,8 @@ from topt_vllm.benchmarks.cache_file import CapturedCache, load
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.replay import layer_inputs
 from topt_vllm.cli.main import main
-from topt_vllm.thresholds import Budget, LayerThresholds, dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.schema import Budget, LayerThresholds
 
 SEQ_LEN = 700
 FIELDS = {
@@ -166,7 +167,7 @@ def test_replay_reports_every_budget_and_screen(
 
 def test_only_named_layers_and_batches(folder: Path, table: Path):
     report = folder / "layers.json"
-    arguments = ("--k", "16", "--layers", "2", "--batch", "1", "3", "--json", str(report))
+    arguments = ("--budget", "16", "--layers", "2", "--batch", "1", "3", "--json", str(report))
     assert main(replay_command(folder, table, *arguments)) == 0
     records = json.loads(report.read_text())
     assert [(r["batch"], r["layers"]) for r in records] == [(1, 1), (1, 1), (3, 1), (3, 1)]
@@ -185,10 +186,10 @@ REFUSED_REPLAYS = {
     "another length": (["--seq-lens", "800"], "--seq-lens describes a synthetic cache"),
     "a share": (["--keep", "0.1"], "--keep describes a synthetic cache"),
     "no such screen": (["--k-screen", "off", "int3"], "--k-screen int3; allowed: off, int8"),
-    "no such budget": (["--k", "17"], "k is 17, but the table has budgets 16, 32"),
+    "no such budget": (["--budget", "17"], "budget is 17, but the table has budgets 16, 32"),
     "a dense layer": (
         ["--layers", "0", "1"],
-        "--layers [0] are not sparse at k = 32; those in the file are [1, 2]",
+        "--layers [0] are not sparse with budget 32; those in the file are [1, 2]",
     ),
     "no thresholds": (["--thresholds", "none"], "a replay needs thresholds"),
     "no such table": (["--thresholds", "missing.yaml"], "missing.yaml: can't be read"),
@@ -204,8 +205,15 @@ def test_a_replay_that_makes_no_sense_is_refused(
 
 
 def test_options_of_a_replay_need_a_cache(capsys: pytest.CaptureFixture[str]):
-    for option in ("--k", "--layers", "--thresholds"):
+    for option in ("--budget", "--layers", "--thresholds"):
         assert f"{option} is for replays" in refused(capsys, ["bench", "decode", option, "1"])
+
+
+def test_budgets_of_a_replay_have_their_former_option_too(
+    folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+):
+    message = refused(capsys, replay_command(folder, table, "--k", "17"))
+    assert "budget is 17, but the table has budgets 16, 32" in message
 
 
 def test_a_table_of_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, Stream, summarise
 from topt_vllm.benchmarks.model_shapes import SHAPES
 from topt_vllm.benchmarks.server import picked_backend
-from topt_vllm.model_identity import identify
+from topt_vllm.table.identity import identify
 
 
 def test_only_the_time_in_which_all_requests_decode_counts():
@@ -65,7 +65,7 @@ def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
 
     monkeypatch.setattr(serve, "serve", server)
     monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
-    outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"k": 64}).run(lambda _: None)
+    outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"budget": 64}).run(lambda _: None)
     assert [command[0] for command in commands] == ["unasked", "TOPTHETA"]
     assert commands[0][1:] == commands[1][1:]
     size = int(commands[0][commands[0].index("--kv-cache-memory-bytes") + 1])

@@ -22,8 +22,9 @@ from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.scores import LayerCall, attend, top_k
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.calibration.texts import cut_sequences
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import Budget, LayerThresholds, ThresholdTable, dumps
+from topt_vllm.table.file import dumps
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import Budget, LayerThresholds, ThresholdTable
 
 TEXT = 2700
 GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}

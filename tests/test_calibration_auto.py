@@ -23,8 +23,9 @@ from topt_vllm.calibration.replay import Replay
 from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
 from topt_vllm.cli.main import main
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import ThresholdTable, dump, load
+from topt_vllm.table.file import dump, load
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import ThresholdTable
 
 GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CONFIGS = {

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, T5Config
 from topt_vllm.calibration import collect as collect_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
-from topt_vllm.thresholds import dumps
+from topt_vllm.table.file import dumps
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,10 @@ from table_factory import make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import BloomConfig, LlamaConfig, MistralConfig, T5Config
 
-from topt_vllm.calibration.command import calibrate_command, default_output, serve_command
 from topt_vllm.cli.examples import EXAMPLES
 from topt_vllm.cli.main import build_parser, main
-from topt_vllm.thresholds import dump, load
+from topt_vllm.table.command import calibrate_command, default_output, serve_command
+from topt_vllm.table.file import dump, load
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The plugin's configuration: every setting checked, every refusal with key, value, allowed values and remedy."""
 
+import json
+import logging
 from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, asdict
 
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_vllm.attention.common import Policy
-from topt_vllm.config import ConfigError, TopThetaConfig
+from topt_vllm.config import ConfigError, TopThetaConfig, _warn_of_k
 
 
 def test_defaults_are_the_operators():
@@ -26,11 +28,18 @@ def test_settings_reach_the_policy():
 
 def test_configuration_is_frozen():
     with pytest.raises(FrozenInstanceError):
-        TopThetaConfig().k = 3  # type: ignore[misc]
+        TopThetaConfig().budget = 3  # type: ignore[misc]
 
 
 REFUSED = {
-    "unknown key": ({"treshold": "x"}, ["toptheta.treshold", "'x'", "policy, thresholds, k, min_seq_len"]),
+    "unknown key": (
+        {"treshold": "x"},
+        ["toptheta.treshold", "'x'", "policy, thresholds, budget, min_seq_len"],
+    ),
+    "budget of zero": ({"budget": 0}, ["toptheta.budget is 0", "at least 1"]),
+    "budget is text": ({"budget": "128"}, ["toptheta.budget is '128' (str)", "an integer of at least 1"]),
+    "budget is a fraction": ({"budget": 1.5}, ["toptheta.budget is 1.5 (float)"]),
+    "budget is true": ({"budget": True}, ["toptheta.budget is True (bool)"]),
     "k is zero": ({"k": 0}, ["toptheta.k is 0", "at least 1"]),
     "k is text": ({"k": "128"}, ["toptheta.k is '128' (str)", "an integer of at least 1"]),
     "k is a fraction": ({"k": 1.5}, ["toptheta.k is 1.5 (float)"]),
@@ -65,7 +74,15 @@ REFUSED = {
         {"thresholds": "none", "adapt": True},
         ["toptheta.adapt is true", "nothing to adapt"],
     ),
-    "budget of no table": ({"thresholds": "none", "k": 64}, ["toptheta.k is 64", "no budgets"]),
+    "budget of no table": ({"thresholds": "none", "budget": 64}, ["toptheta.budget is 64", "no budgets"]),
+    "a budget for sift": (
+        {"policy": "sift", "budget": 64},
+        ["toptheta.budget is 64", "toptheta.policy is 'sift'", "Leave budget out"],
+    ),
+    "both names of budget": (
+        {"k": 64, "budget": "loss-1%"},
+        ["toptheta.k is 64", "toptheta.budget is 'loss-1%'", "Leave k out"],
+    ),
     "missing though named": ({"thresholds": "t.yaml", "on_missing": "dense"}, ["on_missing", "Leave one"]),
 }
 
@@ -84,11 +101,31 @@ def test_section_must_be_an_object(section):
         TopThetaConfig.from_additional_config({"toptheta": section})
 
 
+@pytest.mark.parametrize("value", [128, "loss-1%", None])
+def test_k_is_still_taken_for_budget_and_said_once(value, caplog, monkeypatch):
+    # vLLM, once imported, keeps its loggers' records to itself.
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    _warn_of_k.cache_clear()
+    section = {"k": value, "sink_tokens": 4}
+    with caplog.at_level(logging.WARNING):
+        found = [TopThetaConfig.from_additional_config({"toptheta": section}) for _ in range(3)]
+    assert found == 3 * [TopThetaConfig(budget=value, sink_tokens=4)]
+    (message,) = caplog.messages
+    assert f"write {json.dumps({'toptheta': {'budget': value}})}" in message
+    assert section == {"k": value, "sink_tokens": 4}
+
+
+def test_budget_is_taken_without_a_word(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    assert TopThetaConfig.from_additional_config({"toptheta": {"budget": 64}}).budget == 64
+    assert not caplog.messages
+
+
 VALID = st.fixed_dictionaries(
     {},
     optional={
         "thresholds": st.none() | st.text(min_size=1).filter(lambda name: name != "none"),
-        "k": st.none()
+        "budget": st.none()
         | st.integers(min_value=1)
         | st.text(min_size=1).filter(lambda name: not name.isdigit()),
         "min_seq_len": st.integers(min_value=0),
@@ -122,7 +159,7 @@ def is_valid(key: str, value: object) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if key == "thresholds":
         return value is None or (isinstance(value, str) and value != "")
-    if key == "k":
+    if key == "budget":
         named = isinstance(value, str) and value != "" and not value.isdigit()
         return value is None or (whole and value >= 1) or named
     if key == "sift_warmup":
@@ -137,6 +174,6 @@ def is_valid(key: str, value: object) -> bool:
 @settings(deadline=None)
 @given(st.text())
 def test_any_other_key_is_refused(key):
-    if key not in asdict(TopThetaConfig()):
+    if key not in {*asdict(TopThetaConfig()), "k"}:
         with pytest.raises(ConfigError, match="is not a setting"):
             TopThetaConfig.from_additional_config({"toptheta": {key: 1}})

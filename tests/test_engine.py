@@ -88,7 +88,7 @@ def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Pat
 
 def test_calibrated_table_skips_rows_and_answers(smollm2: Path, unseen_play: Path):
     """The shipped table is found by its fingerprint; the answer is still about the text."""
-    ours = run_engine(smollm2, unseen_play, "TOPTHETA", '{"k": 64}', enforce_eager=True)
+    ours = run_engine(smollm2, unseen_play, "TOPTHETA", '{"budget": 64}', enforce_eager=True)
     totals = ours["totals"]
     assert 0.01 < totals["toptheta:v_rows_read_total"] / totals["toptheta:v_rows_total"] < 0.3
     assert totals["toptheta:attention_elements_kept_total"] < totals["toptheta:attention_elements_total"]

@@ -68,7 +68,7 @@ def test_theta_minus_infinity_gives_stock_tokens(
 
 
 def test_the_shipped_table_skips_rows_of_an_fp8_cache(smollm2: Path, unseen_play: Path):
-    totals = run_engine(smollm2, unseen_play, "bfloat16", "fp8", {"k": 64})["totals"]
+    totals = run_engine(smollm2, unseen_play, "bfloat16", "fp8", {"budget": 64})["totals"]
     # Layers 0 and 2 of 30 are dense, and so is the short prompt.
     assert 0.05 < totals["toptheta:v_rows_read_total"] / totals["toptheta:v_rows_total"] < 0.5
     assert totals["toptheta:dropped_mass_sum"] > 0

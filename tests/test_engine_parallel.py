@@ -26,7 +26,7 @@ FEATURE = "continuous_batching"
 RANKS = {"smollm2": "0|1|0", "gemma3": "0|1"}
 ONE_RANK = {"smollm2": smollm2_run, "gemma3": gemma3_run}
 # Ranks that share a KV head have a part of its group each: what any head of it keeps is not what one rank keeps.
-SELECTING = {"smollm2": SPARSE, "gemma3": toptheta(k="loss-1%", group_keep="head")}
+SELECTING = {"smollm2": SPARSE, "gemma3": toptheta(budget="loss-1%", group_keep="head")}
 ALLOWED = {"smollm2": ["short_context"], "gemma3": ["short_context", "sliding_window"]}
 
 

@@ -27,8 +27,9 @@ from topt_vllm.evaluation.records import quality, spread
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import TextSource, dump, load
+from topt_vllm.table.file import dump, load
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import TextSource
 
 LENGTHS = [64, 128, 256]
 LONGEST = 320
@@ -235,7 +236,7 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
         "--rows",
         "0.5",
         "0.8",
-        "--k",
+        "--budget",
         "64",
         "--rules",
         "toptheta",
@@ -301,8 +302,9 @@ def test_needles_alone(folder, tmp_path):
         (["--rules", "topk", "magic"], "--rules magic: unknown; allowed: toptheta"),
         (["--rows", "0"], "shares lie above 0"),
         (["--rows"], "nothing to evaluate"),
-        (["--k", "7"], "k is 7, but the table has budgets 64, 128"),
-        (["--rules", "topk", "--k", "64"], "--rules names none of toptheta"),
+        (["--budget", "7"], "budget is 7, but the table has budgets 64, 128"),
+        (["--k", "7"], "budget is 7, but the table has budgets 64, 128"),
+        (["--rules", "topk", "--budget", "64"], "--budget 64 .* --rules names none of toptheta"),
         (["--rows", "0.3", "--dense-layers", "1"], "raise the target, or name fewer --dense-layers"),
         (["--dense-layers", "9"], r"--dense-layers \[9\] are not full-attention layers"),
         (["--dense-layers", "x"], "--dense-layers x: layer numbers, or none"),

@@ -59,7 +59,7 @@ def test_each_layer_run_starts_from_the_table():
 
 
 def test_it_evaluates_budgets_only():
-    with pytest.raises(EvaluationError, match="name budgets with --k"):
+    with pytest.raises(EvaluationError, match="name budgets with --budget"):
         EvaluationOptions("m", ("t",), rules=(ADAPTING,))
     EvaluationOptions("m", ("t",), rules=(ADAPTING,), rows=(), ks=(64,))
 

@@ -18,7 +18,7 @@ from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.rules.toptheta import TopTheta
-from topt_vllm.model_identity import identify
+from topt_vllm.table.identity import identify
 
 N, ROWS, WINDOW = 90, 50, 32
 TOKENS = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, ladder
-from topt_vllm.thresholds import ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 
 def rows_from(scores: list[list[float]], contexts: list[int] | None = None, kv_heads: int = 1) -> Rows:

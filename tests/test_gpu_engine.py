@@ -15,8 +15,8 @@ from table_factory import make_table
 from tiny_models import SMALL, save_model
 from transformers import LlamaConfig
 
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import identify
 from topt_vllm.verify import engine as engines
 from topt_vllm.verify import verdicts
 

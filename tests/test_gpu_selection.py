@@ -87,7 +87,7 @@ def test_what_is_supported_is_not_refused(vllm_config: Any, backend: type):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"k": 7}, "budgets"),
+        ({"budget": 7}, "budgets"),
         ({"thresholds": "missing.yaml"}, "missing.yaml"),
         ({"k_screen": "int8"}, "no K screen"),
         (

@@ -139,7 +139,7 @@ def test_real_caches(name: str, request: pytest.FixtureRequest, unseen_play: Pat
 
     from topt_vllm.calibration.capture import captured
     from topt_vllm.calibration.scores import LayerCall
-    from topt_vllm.model_identity import identify
+    from topt_vllm.table.identity import identify
 
     folder = request.getfixturevalue(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ from transformers import (
     T5Config,
 )
 
-from topt_vllm.model_identity import identify
+from topt_vllm.table.identity import identify
 
 LLAMA = {
     "hidden_size": 64,

@@ -11,6 +11,7 @@ from attention_cases import (
     NAN,
     Case,
     attend,
+    finish,
     implementation,
     kept_sets,
     paged_cache,
@@ -47,7 +48,7 @@ cpu_kernels_only = each(CPU_KERNELS)
 
 
 def hand_case(
-    scores: list[list[float]], policy: Policy, theta: list[float] | None, block_size: int = 16
+    scores: list[list[float]], policy: Policy, theta: list[float] | None, state_rows: int = 16
 ) -> Case:
     """Heads of one KV head with given scores: key j is (score of head 0, score of head 1, ...), query h is e_h.
 
@@ -55,20 +56,20 @@ def hand_case(
     """
     table = torch.tensor(scores)
     heads, n = table.shape
-    dim = 16 * -(-max(n, heads) // 16)
+    dim, block_size = 16 * -(-max(n, heads) // 16), 16
     blocks = -(-n // block_size)
     key, value = torch.full((2, 1, blocks * block_size, dim), NAN)
     key[:, :n] = 0
     key[0, :n, :heads] = table.T
     value[0, :n] = torch.eye(n, dim)
     split = lambda part: part.view(1, blocks, block_size, dim).transpose(0, 1)  # noqa: E731
-    cache = paged_cache(split(key), split(value))
-    cache = replace(cache, value_sums=cache.value.sum(dim=2, dtype=torch.float32))
+    cache = paged_cache(split(key), split(value), state_rows)
     batch = DecodeBatch(
         torch.tensor([0, 1], dtype=torch.int32),
         torch.tensor([n], dtype=torch.int32),
         torch.arange(blocks, dtype=torch.int32)[None],
     )
+    finish(cache, batch.block_table, [n])
     thetas = None
     if theta is not None:
         thetas = Thetas(
@@ -145,13 +146,13 @@ def test_union_lets_the_group_use_what_one_head_keeps(impl: str) -> None:
 def test_vmean_adds_the_dropped_mass_times_the_mean(impl: str) -> None:
     scores = [0.0] * 30 + [4.0, 0.0]
     p = softmax(scores)
-    got = hand_case([scores], Policy(group_keep="head"), [2.0]).run(impl)[0, 0]
+    got = hand_case([scores], Policy(group_keep="head"), [2.0], state_rows=2).run(impl)[0, 0]
     dropped = p[:30].sum()
     close(got, torch.where(torch.arange(32) >= 30, p, 0.0) + dropped / 32)
 
 
 @every_implementation
-def test_vmean_attends_the_unfinished_block_densely(impl: str) -> None:
+def test_vmean_attends_the_rows_behind_the_last_sum_densely(impl: str) -> None:
     scores = [0.0] * 20
     got = hand_case([scores], Policy(), [1.0]).run(impl)[0, 0, :20]
     # 16 keys of the finished block are dropped: 0.8 of the mass; every V row has mean 1/20.
@@ -159,7 +160,15 @@ def test_vmean_attends_the_unfinished_block_densely(impl: str) -> None:
 
 
 @every_implementation
-def test_without_vmean_the_unfinished_block_is_selected(impl: str) -> None:
+@pytest.mark.parametrize(("n", "dense"), [(16, 16), (17, 1), (31, 15), (32, 16)])
+def test_a_row_needs_no_sum_that_ends_with_it(impl: str, n: int, dense: int) -> None:
+    got = hand_case([[0.0] * n], Policy(), [1.0]).run(impl)[0, 0, :n]
+    dropped = (n - dense) / n
+    close(got, [dropped / n] * (n - dense) + [(1 + dropped) / n] * dense)
+
+
+@every_implementation
+def test_without_vmean_the_last_rows_are_selected(impl: str) -> None:
     got = hand_case([[0.0] * 20], PLAIN, [1.0]).run(impl)[0, 0, :20]
     close(got, [0.0] * 19 + [0.05])
 
@@ -208,12 +217,11 @@ def test_theta_follows_the_context_length(impl: str, n: int, expected: float) ->
 @every_implementation
 def test_statistics_count_rows_pairs_and_mass(impl: str) -> None:
     scores = [[3.0, 0.0, 0.0, 1.0], [0.0, 3.0, 0.0, 1.0]]
-    statistics = new_statistics()
-    statistics += 1
+    statistics = new_statistics() + 1
     hand_case(scores, replace(PLAIN, group_keep="union"), [2.0, 2.0]).run(impl, statistics)
     p = softmax(scores[0])
     expected = [1, 8, 4, 4, 3, 2 * float(p[2]), 4]
-    close(statistics - 1, torch.tensor(expected, dtype=torch.float64))
+    close(statistics - 1, torch.tensor([expected], dtype=torch.float64))
 
 
 @every_implementation
@@ -281,12 +289,12 @@ def check_against_oracle(impl: str, case: Case) -> None:
         Stat.V_ROWS_READ: sum(int(part.sum()) for part in read),
         Stat.K_ROWS_READ: sum(part.numel() for part in read),
     }
-    assert {stat: int(statistics[stat]) for stat in expected} == expected
+    assert {stat: int(statistics[0, stat]) for stat in expected} == expected
     mass = sum(
         float((case.scores64(*row).softmax(dim=-1) * ~used).sum())
         for row, (_, used) in zip(case.rows(), sets, strict=True)
     )
-    assert float(statistics[Stat.DROPPED_MASS]) == pytest.approx(mass, rel=1e-4, abs=1e-5)
+    assert float(statistics[0, Stat.DROPPED_MASS]) == pytest.approx(mass, rel=1e-4, abs=1e-5)
 
 
 @kernels_only

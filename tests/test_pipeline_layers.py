@@ -23,8 +23,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import identify
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 30, 4, 2, 64, 128
 DENSE = 17

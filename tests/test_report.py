@@ -14,7 +14,8 @@ from table_factory import make_identity, make_table
 
 from topt_vllm.cli.main import main
 from topt_vllm.report.svg import Scale
-from topt_vllm.thresholds import ThresholdTable, dump
+from topt_vllm.table.file import dump
+from topt_vllm.table.schema import ThresholdTable
 
 ATTACK = '</title><script>alert("x")</script><img src=x onerror=alert(1)>\'&\u202e'
 
@@ -142,8 +143,8 @@ def test_a_table_alone_says_how_to_get_the_rest(tmp_path):
     assert report(tmp_path) == 0
     texts = Texts(page(tmp_path)).all
     for command in (
-        "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --k 128 --json E.json",
-        "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --k 128 --json E.json",
+        "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --budget 128 --json E.json",
+        "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --budget 128 --json E.json",
         "topt-vllm bench decode",
         "topt-vllm bench serve",
         "This table doesn't say which layers read how much",
@@ -231,7 +232,7 @@ def test_what_files_say_is_never_markup(tmp_path):
     assert not any(name.startswith("on") for _, attributes in texts.elements for name in attributes)
     assert 'alert("x")' in texts.all
     # A name that a shell would run is quoted where it stands in a command to paste.
-    assert "--k ''\"'\"'; $(reboot) <script>'\"'\"''" in texts.all
+    assert "--budget ''\"'\"'; $(reboot) <script>'\"'\"''" in texts.all
 
 
 def test_the_page_refers_to_nothing_outside(folder):

@@ -14,11 +14,12 @@ pytest.importorskip("transformers")
 from table_factory import make_table
 from transformers import LlamaConfig
 
-from topt_vllm import table_search
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
-from topt_vllm.model_identity import identify
-from topt_vllm.thresholds import ThresholdTable, ThresholdTableError, dump
+from topt_vllm.table import search
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import identify
+from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path)
 def test_two_shipped_tables_of_one_model_are_not_chosen_between(
     start: Any, table: ThresholdTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(table_search, "__file__", str(tmp_path / "package" / "table_search.py"))
+    monkeypatch.setattr(search, "__file__", str(tmp_path / "package" / "table" / "search.py"))
     configs = tmp_path / "configs"
     configs.mkdir()
     dump(table, configs / "a.yaml")
@@ -139,9 +140,9 @@ def test_dense_is_a_choice_of_the_environment_too(start: Any, monkeypatch: pytes
             {"thersholds": "x.yaml"},
             "toptheta.thersholds (value 'x.yaml') is not a setting; allowed: policy, thresholds",
         ),
-        ({"k": "128"}, "toptheta.k is '128' (str); allowed: an integer of at least 1"),
+        ({"budget": "128"}, "toptheta.budget is '128' (str); allowed: an integer of at least 1"),
         ({"recent_tokens": 0}, "toptheta.recent_tokens is 0"),
-        ({"thresholds": "none", "k": 64}, "has no budgets"),
+        ({"thresholds": "none", "budget": 64}, "has no budgets"),
         ({"implementation": "cuda"}, "allowed: auto | cpu | triton | reference"),
         ("none", "an object is expected"),
     ],
@@ -156,7 +157,7 @@ def test_a_wrong_setting_is_refused(start: Any, settings: object, message: str):
 def test_the_log_says_what_the_budget_is_worth(start: Any, table: ThresholdTable, model: Path):
     dump(table, model / "toptheta.yaml")
     line = start({"implementation": "reference"}).description
-    assert "budget k = 128" in line
+    assert "budget 128" in line
     assert "on 1024 held-back tokens: 25.0% of V rows read, 3.0% of probability dropped" in line
     assert "extrapolated" not in line
     longer = start({"implementation": "reference"}, max_model_len=4096).description
@@ -166,10 +167,11 @@ def test_the_log_says_what_the_budget_is_worth(start: Any, table: ThresholdTable
 def test_a_budget_can_be_chosen_by_name(start: Any, table: ThresholdTable, model: Path):
     named = table.budgets[0].model_copy(update={"k": None, "name": "loss-1%"})
     dump(table.model_copy(update={"budgets": [*table.budgets, named]}), model / "toptheta.yaml")
-    chosen = start({"implementation": "reference", "k": "loss-1%"})
-    assert "budget k = loss-1%" in chosen.description
+    chosen = start({"implementation": "reference", "budget": "loss-1%"})
+    assert "budget loss-1%" in chosen.description
     assert start({"implementation": "reference"}).description == chosen.description
-    assert "budget k = 64" in start({"implementation": "reference", "k": 64}).description
+    for name in ("budget", "k"):
+        assert "budget 64" in start({"implementation": "reference", name: 64}).description
 
 
 def test_a_table_of_another_model_is_refused(start: Any, table: ThresholdTable, tmp_path: Path):
@@ -190,8 +192,8 @@ def test_a_broken_table_is_refused(start: Any, table: ThresholdTable, tmp_path: 
 
 def test_a_budget_that_the_table_lacks_is_refused(start: Any, table: ThresholdTable, model: Path):
     dump(table, model / "toptheta.yaml")
-    with pytest.raises(ThresholdTableError, match="k is 7, but the table has budgets"):
-        start({"k": 7})
+    with pytest.raises(ThresholdTableError, match="budget is 7, but the table has budgets"):
+        start({"budget": 7})
 
 
 def test_vllm_options_that_would_break_the_sums_are_refused(start: Any):
@@ -245,7 +247,10 @@ def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
 
 @pytest.mark.parametrize(
     ("settings", "asked"),
-    [({"policy": "sift"}, "toptheta.policy is 'sift'"), ({"adapt": True, "k": 64}, "toptheta.adapt is true")],
+    [
+        ({"policy": "sift"}, "toptheta.policy is 'sift'"),
+        ({"adapt": True, "budget": 64}, "toptheta.adapt is true"),
+    ],
 )
 def test_thresholds_that_python_changes_are_refused_on_gpus(start: Any, settings: dict[str, Any], asked: str):
     with pytest.raises(ConfigError, match=f"{asked}, which works on CPUs only"):

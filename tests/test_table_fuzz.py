@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from table_factory import make_table
 
-from topt_vllm import table_yaml
-from topt_vllm.thresholds import ThresholdTableError, dumps, load
+from topt_vllm.table.file import dumps, load
+from topt_vllm.table.schema import ThresholdTableError
+from topt_vllm.table.yaml import MAX_BYTES
 
 pytestmark = pytest.mark.slow
 
@@ -251,7 +252,7 @@ HOSTILE = {
     "open quote": ('a: "' + "\\n" * MEGA, "not valid YAML"),
     "spaces": (" " * (8 * MEGA), "a mapping was expected"),
     "comments": ("#\n" * (4 * MEGA), "a mapping was expected"),
-    "too large": (" " * (table_yaml.MAX_BYTES + 1), "too large"),
+    "too large": (" " * (MAX_BYTES + 1), "too large"),
     "code": ("a: !!python/object/apply:os.system ['touch canary']", "tag tag:yaml.org"),
     "module": ("a: !!python/module:antigravity", "tag tag:yaml.org"),
     "a key twice": (VALID.replace("lengths:", "lengths: [7]\nlengths:"), "key 'lengths' stands twice"),
@@ -259,7 +260,8 @@ HOSTILE = {
 }
 BOUNDED = """
 import resource, sys
-from topt_vllm.thresholds import ThresholdTableError, load
+from topt_vllm.table.file import load
+from topt_vllm.table.schema import ThresholdTableError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 limit = used + (1 << 30)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

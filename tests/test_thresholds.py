@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from table_factory import make_identity, make_table
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.thresholds import ThresholdTableError, dump, dumps, load
+from topt_vllm.table.file import dump, dumps, load
+from topt_vllm.table.schema import ThresholdTableError
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def test_budget_by_k():
     table = make_table()
     assert table.budget(64).k == 64
     assert table.budget(None).k == 128
-    with pytest.raises(ThresholdTableError, match="k is 100, but the table has budgets 64, 128"):
+    with pytest.raises(ThresholdTableError, match="budget is 100, but the table has budgets 64, 128"):
         table.budget(100)
 
 

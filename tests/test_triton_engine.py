@@ -11,7 +11,7 @@ import pytest
 from device import interpreter_only
 from test_engine import assert_same_tokens, tokenizer
 
-from topt_vllm import thresholds
+from topt_vllm.table.file import dump, load
 
 pytestmark = [pytest.mark.engine, interpreter_only]
 MAX_TOKENS = 3
@@ -21,15 +21,15 @@ SHIPPED = Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml
 @pytest.fixture(scope="module")
 def short_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped thresholds, said to be those of contexts so short that the interpreter gets through them."""
-    table = thresholds.load(SHIPPED).model_copy(update={"lengths": [16, 32, 64, 128, 256]})
+    table = load(SHIPPED).model_copy(update={"lengths": [16, 32, 64, 128, 256]})
     path = tmp_path_factory.mktemp("tables") / "short.yaml"
-    thresholds.dump(table, path)
+    dump(table, path)
     return path
 
 
 def run_engine(model: Path, prompts: list[list[int]], table: Path, implementation: str) -> dict[str, Any]:
     """Outcome of one engine; see engine_main.py."""
-    settings = {"thresholds": str(table), "k": 64, "implementation": implementation}
+    settings = {"thresholds": str(table), "budget": 64, "implementation": implementation}
     engine = {
         "model": str(model),
         "dtype": "bfloat16",

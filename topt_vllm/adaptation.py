@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.table_schema import keys_asked
+from topt_vllm.table.schema import keys_asked
 
 ROWS = 32
 GAIN = 0.3  # scaled logits per unit of ln(reached / asked)

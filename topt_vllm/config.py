@@ -1,11 +1,16 @@
 """The plugin's configuration: ``--additional-config '{"toptheta": {...}}'``."""
 
+import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 from topt_vllm.attention.common import Compensation, GroupKeep, Policy
 from topt_vllm.sift import SiftSettings
+
+logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
 
@@ -39,7 +44,7 @@ _RULES = {
         'a path, or "none" for θ = −inf',
         lambda value: value is None or (isinstance(value, str) and value != ""),
     ),
-    "k": _Rule(
+    "budget": _Rule(
         "an integer of at least 1, or the name of a budget",
         lambda value: value is None or _is_int(value, 1) or _is_name(value),
     ),
@@ -60,6 +65,39 @@ _RULES = {
 }
 
 
+def _check(name: str, value: Any, rule: _Rule) -> None:
+    if not rule.accepts(value):
+        raise ConfigError(
+            f"toptheta.{name} is {value!r} ({type(value).__name__}); allowed: {rule.allowed}. "
+            "Mend it in --additional-config or leave it out for the default."
+        )
+
+
+def _renamed(section: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The section with ``budget`` in place of ``k``, its former name, which this release is the last to take."""
+    if "k" not in section:
+        return dict(section)
+    value = section["k"]
+    if "budget" in section:
+        raise ConfigError(
+            f"toptheta.k is {value!r} and toptheta.budget is {section['budget']!r}, but k is only the former name "
+            "of budget. Leave k out."
+        )
+    _check("k", value, _RULES["budget"])
+    _warn_of_k(value)
+    return {"budget" if key == "k" else key: setting for key, setting in section.items()}
+
+
+@lru_cache(maxsize=1)
+def _warn_of_k(value: int | str | None) -> None:
+    """Once in a process, though each layer reads the settings."""
+    logger.warning(
+        'TOPTHETA: the setting "k" is now named "budget", and the next release won\'t take the old name: '
+        'write {"toptheta": {"budget": %s}} in --additional-config',
+        json.dumps(value, ensure_ascii=False),
+    )
+
+
 @dataclass(frozen=True)
 class TopThetaConfig:
     """Settings of the backend; each is a key of ``toptheta`` in ``--additional-config``.
@@ -67,8 +105,8 @@ class TopThetaConfig:
     Attributes:
         policy: ``toptheta``: thresholds of a calibrated table. ``sift``: each request finds its own in its first
             decoded rows (SiftAttention, see ``sift.py``); no table.
-        thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table_search.py``).
-        k: Which budget of the table, by its k or name; unset for its last: the largest k, or a named one.
+        thresholds: Path of the table; ``none`` for θ = −inf; unset to search for it (see ``table/search.py``).
+        budget: Which budget of the table, by its k or name; unset for its last: the largest k, or a named one.
         min_seq_len: Contexts up to this many tokens are attended densely.
         sink_tokens: First tokens of the context that are always kept.
         recent_tokens: Last tokens of the context that are always kept.
@@ -87,7 +125,7 @@ class TopThetaConfig:
 
     policy: Literal["toptheta", "sift"] = "toptheta"
     thresholds: str | None = None
-    k: int | str | None = None
+    budget: int | str | None = None
     min_seq_len: int = 0
     sink_tokens: int = 0
     recent_tokens: int = 1
@@ -103,17 +141,12 @@ class TopThetaConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, rule = getattr(self, field.name), _RULES[field.name]
-            if not rule.accepts(value):
-                raise ConfigError(
-                    f"toptheta.{field.name} is {value!r} ({type(value).__name__}); allowed: {rule.allowed}. "
-                    "Mend it in --additional-config or leave it out for the default."
-                )
+            _check(field.name, getattr(self, field.name), _RULES[field.name])
         self._check_policy()
-        if self.thresholds == NO_THRESHOLDS and self.k is not None:
+        if self.thresholds == NO_THRESHOLDS and self.budget is not None:
             raise ConfigError(
-                f'toptheta.k is {self.k}, but toptheta.thresholds is "none", which has no budgets. '
-                "Leave k out, or name a table."
+                f'toptheta.budget is {self.budget}, but toptheta.thresholds is "none", which has no budgets. '
+                "Leave budget out, or name a table."
             )
         if self.thresholds == NO_THRESHOLDS and self.adapt:
             raise ConfigError(
@@ -130,7 +163,9 @@ class TopThetaConfig:
         defaults = {field.name: field.default for field in fields(self)}
         sift = self.policy == "sift"
         foreign = (
-            ("thresholds", "k", "adapt", "on_missing", "k_screen") if sift else ("sift_tau", "sift_warmup")
+            ("thresholds", "budget", "adapt", "on_missing", "k_screen")
+            if sift
+            else ("sift_tau", "sift_warmup")
         )
         given = [name for name in foreign if getattr(self, name) != defaults[name]]
         if given:
@@ -149,6 +184,8 @@ class TopThetaConfig:
     def from_additional_config(cls, additional_config: object) -> "TopThetaConfig":
         """Reads the key ``toptheta`` of vLLM's ``additional_config``; other keys belong to others.
 
+        There ``budget`` may still have its former name ``k``; the log then says so.
+
         Raises:
             ConfigError: An unknown key, a wrong type or contradictory values.
         """
@@ -156,15 +193,16 @@ class TopThetaConfig:
         if not isinstance(section, Mapping):
             raise ConfigError(
                 f"toptheta is {section!r}; an object is expected, such as "
-                """--additional-config '{"toptheta": {"k": 128}}'"""
+                """--additional-config '{"toptheta": {"budget": 128}}'"""
             )
+        section = _renamed(section)
         unknown = [key for key in section if key not in _RULES]
         if unknown:
             raise ConfigError(
                 f"toptheta.{unknown[0]} (value {section[unknown[0]]!r}) is not a setting; "
                 f"allowed: {', '.join(_RULES)}. Mend the name or remove it."
             )
-        return cls(**cast(dict[str, Any], dict(section)))
+        return cls(**cast(dict[str, Any], section))
 
     @property
     def operator_policy(self) -> Policy:

@@ -6,8 +6,16 @@ from typing import Protocol, cast
 
 import torch
 
-from topt_vllm.attention import posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.common import (
+    Capabilities,
+    DecodeBatch,
+    PagedCache,
+    Policy,
+    RowThetas,
+    ScreenFormat,
+    Stat,
+    Thetas,
+)
 
 IMPLEMENTATIONS = {
     "reference": "topt_vllm.attention.reference",
@@ -18,7 +26,20 @@ _AUTO = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Implementation(Protocol):
-    """What a module named in ``IMPLEMENTATIONS`` offers."""
+    """The operator on some device: a module named in ``IMPLEMENTATIONS``, or what its ``allocate`` gives."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it does beyond what all do; :func:`require` asks for it."""
+        ...
+
+    def prepare(self, device_type: str) -> None:
+        """One-time work such as compiling; modules only.
+
+        Raises:
+            RuntimeError: It can't run here; the message has the remedy.
+        """
+        ...
 
     def decode(
         self,
@@ -33,19 +54,53 @@ class Implementation(Protocol):
         statistics: torch.Tensor | None,
         reached: torch.Tensor | None = None,
     ) -> None:
-        """As :func:`decode`. Where ``TAKES_SINKS`` is true, ``sinks`` may follow."""
+        """As :func:`decode`. With the capability ``sinks``, they may follow."""
         ...
 
+    def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
+        """Brings what is stored beside K and V up to date after the rows of a batch were written to them.
 
-class ScreenImplementation(Implementation, Protocol):
-    """An implementation that can drop keys without reading their K; ``k_screen`` asks for one."""
+        Sequence s had its rows at positions [seq_lens[s] − rows, seq_lens[s]) written, decoded ones or a prompt's.
+        Every state of ``value_sums`` and every block of ``key_screen`` whose last row is among them is written,
+        from V, K and the state before it; other memory is neither read nor written. Bits don't depend on how rows
+        were cut into batches. Rewritten rows, drafts that were rejected say, need nothing but another call. Call it
+        before :func:`decode`: behind the first of several query rows, one may need what that finishes.
 
-    def screen_bytes(self, head_dim: int, block_size: int) -> int:
-        """Bytes of ``PagedCache.key_screen`` for one KV head of one block."""
+        Args:
+            cache: The layer's cache.
+            batch: As for :func:`decode`. Sequences of length 0 are padding, whatever their rows.
+        """
         ...
 
-    def update_screen(self, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
-        """Writes the low-bit copies of blocks (int64, physical numbers) from their K."""
+    def new_statistics(self, device: torch.device | str) -> torch.Tensor:
+        """Zeroed accumulators of one layer, float64 [slots, 7]; their sum over slots counts."""
+        ...
+
+    def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
+        """Bytes of ``KeyScreen.codes`` for one KV head of one block; where ``capabilities.screens`` has formats."""
+        ...
+
+    def allocate(
+        self,
+        max_sequences: int,
+        max_query_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+    ) -> "Implementation":
+        """The implementation on buffers for batches of up to these sizes; with the capability ``graphs``.
+
+        It allocates nothing when it runs, and reads nothing back. Layers that run one after another can share it.
+
+        Args:
+            max_sequences: Most sequences of a step.
+            max_query_rows: Most query rows of one sequence.
+            num_heads: Query heads.
+            num_kv_heads: KV heads.
+            head_dim: Of K or V, whichever is larger.
+            device: Of the tensors.
+        """
         ...
 
 
@@ -69,54 +124,40 @@ def load_implementation(name: str, device_type: str) -> tuple[str, Implementatio
             f"implementation {name!r} is not available for {device_type} tensors in this release; "
             f"available: {', '.join(sorted(IMPLEMENTATIONS))}"
         )
-    module = importlib.import_module(IMPLEMENTATIONS[chosen])
-    if hasattr(module, "prepare"):
-        module.prepare(device_type)
-    return chosen, cast(Implementation, module)
+    implementation = cast(Implementation, importlib.import_module(IMPLEMENTATIONS[chosen]))
+    implementation.prepare(device_type)
+    return chosen, implementation
 
 
-def screening(implementation: Implementation) -> ScreenImplementation:
-    """The implementation as one that has a K screen.
+def require(
+    implementation: Implementation,
+    *,
+    sinks: bool = False,
+    narrow_values: bool = False,
+    screen: ScreenFormat | None = None,
+    graphs: bool = False,
+) -> None:
+    """Checks that an implementation can do what is asked of it; arguments as :class:`Capabilities` has them.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It can't; the message names implementations that can.
     """
-    if not hasattr(implementation, "update_screen"):
-        raise ValueError("this implementation has no K screen; of those here, cpu has one")
-    return cast(ScreenImplementation, implementation)
-
-
-# What not every implementation does. One that does has a constant of this name, which is true.
-_CAPABILITIES = {
-    "TAKES_SINKS": "takes no attention sinks; triton and reference do",
-    "TAKES_NARROW_VALUES": "needs heads of K and V of one size; triton and reference don't",
-}
-
-
-def _require(implementation: Implementation, capability: str) -> None:
-    if not getattr(implementation, capability, False):
-        raise ValueError(f"this implementation {_CAPABILITIES[capability]}")
-
-
-def finish_blocks(implementation: Implementation, cache: PagedCache, finished_blocks: torch.Tensor) -> None:
-    """Brings what is stored per block up to date after the last slot of blocks was written.
-
-    Everything is computed from the block's rows again instead of updated, which makes it idempotent: preemption,
-    block reuse and rejected speculative tokens can't corrupt it.
-
-    Args:
-        implementation: From :func:`load_implementation`.
-        cache: The layer's cache; ``value_sums`` and ``key_screen`` are written where present.
-        finished_blocks: int64 [any], physical block numbers.
-    """
-    if not finished_blocks.numel():
-        return
-    if cache.value_sums is not None:
-        rows = cache.value[finished_blocks]
-        sums = (posit.decode(rows) if cache.posit8 else rows).sum(dim=2, dtype=torch.float32)
-        cache.value_sums.index_copy_(0, finished_blocks, sums)
-    if cache.key_screen is not None:
-        screening(implementation).update_screen(cache, finished_blocks)
+    offered = implementation.capabilities
+    lacks = [
+        (sinks and not offered.sinks, "takes no attention sinks; triton and reference do"),
+        (
+            narrow_values and not offered.narrow_values,
+            "needs heads of K and V of one size; triton and reference don't",
+        ),
+        (
+            screen is not None and screen not in offered.screens,
+            f"has no K screen {screen!r}; of those here, cpu has one, 'int8'",
+        ),
+        (graphs and not offered.graphs, "can't run inside CUDA graphs; triton can"),
+    ]
+    for missing, what in lacks:
+        if missing:
+            raise ValueError(f"this implementation {what}")
 
 
 def decode(
@@ -138,14 +179,15 @@ def decode(
     Args:
         implementation: From :func:`load_implementation`.
         query: [R, H, D].
-        cache: K, V and V sums of the layer.
+        cache: K, V and V sums of the layer, which ``finish`` of the implementation has brought up to date.
         batch: Rows, context lengths and block table.
         thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, Dv] to write into; allocated when None.
-        statistics: float64 accumulators to add to (:class:`~topt_vllm.attention.common.Stat`).
+        statistics: float64 [slots, 7], accumulators to add to (:class:`~topt_vllm.attention.common.Stat`); what
+            counts is their sum over slots.
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
             that are dense for their length add nothing. Not with thresholds by row.
         sinks: float32 [H], a logit of each query head that takes probability as one more key would, has no V row
@@ -158,13 +200,18 @@ def decode(
         ValueError: Shapes or options that contradict each other, or that the implementation doesn't take.
     """
     _check(query, cache, batch, thetas, policy)
+    if statistics is not None and (statistics.dim() != 2 or statistics.shape[1] != len(Stat)):
+        raise ValueError(f"statistics {tuple(statistics.shape)} must be [slots, {len(Stat)}]")
     if reached is not None and isinstance(thetas, RowThetas):
         raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
-    if cache.key.shape[3] != cache.value.shape[3]:
-        _require(implementation, "TAKES_NARROW_VALUES")
+    require(
+        implementation,
+        sinks=sinks is not None,
+        narrow_values=cache.key.shape[3] != cache.value.shape[3],
+        screen=cache.key_screen.format if cache.key_screen is not None else None,
+    )
     options = {}
     if sinks is not None:
-        _require(implementation, "TAKES_SINKS")
         if sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32:
             raise ValueError(
                 f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]"
@@ -186,8 +233,7 @@ def _check(
     policy: Policy,
 ) -> None:
     num_heads, head_dim = query.shape[1:]
-    num_blocks, num_kv_heads, _, value_dim = cache.value.shape
-    key_dim = cache.key.shape[3]
+    num_kv_heads, key_dim = cache.value.shape[1], cache.key.shape[3]
     if cache.key.shape[:3] != cache.value.shape[:3]:
         raise ValueError(
             f"key cache {tuple(cache.key.shape)} and value cache {tuple(cache.value.shape)} differ"
@@ -209,8 +255,7 @@ def _check(
         raise ValueError(
             f"theta {tuple(thetas.theta.shape)} must be [H={num_heads}, L={thetas.lengths.shape[0]}]"
         )
-    needs_sums = policy.compensation == "vmean" and thetas is not None
-    if needs_sums and (
-        cache.value_sums is None or cache.value_sums.shape != (num_blocks, num_kv_heads, value_dim)
-    ):
-        raise ValueError(f"vmean needs value_sums [B={num_blocks}, Hkv={num_kv_heads}, Dv={value_dim}]")
+    if policy.compensation == "vmean" and thetas is not None and cache.rows_per_state is None:
+        raise ValueError(
+            "vmean needs value_sums [B, Hkv, P / T, Dv]; give the cache some, or set the compensation to none"
+        )

@@ -1,8 +1,8 @@
 """Types and maths that every implementation of the operator shares.
 
 Shapes are in brackets: ``R`` query rows, ``S`` sequences, ``H`` query heads, ``Hkv`` KV heads, ``D`` head
-dimension, ``Dv`` that of V where it may differ, ``B`` blocks, ``P`` rows of a block, ``n`` the context length of
-one row.
+dimension, ``Dv`` that of V where it may differ, ``B`` blocks, ``P`` rows of a block, ``T`` rows of a state, ``n``
+the context length of one row.
 """
 
 import math
@@ -14,10 +14,11 @@ import torch
 
 GroupKeep = Literal["head", "union"]
 Compensation = Literal["none", "vmean"]
+ScreenFormat = Literal["int8"]
 
 
 class Stat(IntEnum):
-    """Index of each accumulator in the float64 statistics tensor [7]. Every decoded row adds to all of them."""
+    """Index of each accumulator in a slot of statistics [7]. Every decoded row adds to all of them."""
 
     ROWS = 0  # query rows decoded
     ELEMENTS = 1  # (query head, key) pairs in context: sum of n * H
@@ -28,9 +29,26 @@ class Stat(IntEnum):
     K_ROWS_READ = 6  # (KV head, key) pairs whose K was read in full: all of them without a K screen
 
 
-def new_statistics(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Zeroed accumulators, indexed by :class:`Stat`."""
-    return torch.zeros(len(Stat), dtype=torch.float64, device=device)
+def new_statistics(device: torch.device | str = "cpu", slots: int = 1) -> torch.Tensor:
+    """Zeroed accumulators float64 [slots, 7], indexed by :class:`Stat`; what counts is their sum over slots."""
+    return torch.zeros(slots, len(Stat), dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an implementation of the operator does beyond what all of them do.
+
+    Attributes:
+        sinks: Takes logits of attention sinks.
+        narrow_values: Takes heads of V that are smaller than those of K.
+        screens: Formats of the K screens that it has.
+        graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
+    """
+
+    sinks: bool = False
+    narrow_values: bool = False
+    screens: tuple[ScreenFormat, ...] = ()
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Policy:
         group_keep: ``head``: each query head uses what it keeps itself. ``union``: each head uses every V row
             that some head of its GQA group keeps, which reads no more bytes.
         compensation: ``vmean``: the dropped probability times the mean of all V rows of the context is added.
-            It makes the unfinished last block of the row dense, for its V rows have no stored sum.
+            It keeps the row's last 1 to T keys, from (n − 1) // T · T on: V sums end there.
     """
 
     min_seq_len: int = 0
@@ -125,6 +143,27 @@ class RowThetas:
     theta: torch.Tensor
 
 
+def choose_rows_per_state(block_size: int) -> int:
+    """T for blocks of P rows: the largest of 64, 32 and 16 that divides P, else P.
+
+    Sums of 64 rows are 4 bytes beside 256 of K and V in 16 bits. More rows would make more of a context dense.
+    """
+    return next((rows for rows in (64, 32, 16) if block_size % rows == 0), block_size)
+
+
+@dataclass(frozen=True)
+class KeyScreen:
+    """Low-bit copies of the finished blocks of K: keys that can't reach θ are dropped without reading their K.
+
+    Attributes:
+        format: Of the copies, one of those that the implementation has.
+        codes: uint8 [B, Hkv, bytes], contiguous in a block; the bytes are the implementation's ``screen_bytes``.
+    """
+
+    format: ScreenFormat
+    codes: torch.Tensor
+
+
 @dataclass(frozen=True)
 class PagedCache:
     """The KV cache of one layer as logical views; strides tell how each platform lays a block out.
@@ -132,9 +171,11 @@ class PagedCache:
     Attributes:
         key: [B, Hkv, P, D]. On vLLM's CPU build a block of K is stored column-major: stride(2) == 1.
         value: [B, Hkv, P, Dv].
-        value_sums: float32 [B, Hkv, Dv], the sum of each finished block's V rows; needed for ``vmean`` only.
-        key_screen: uint8 [B, Hkv, bytes], a low-bit copy of each finished block's K in the implementation's own
-            layout; with it, keys that can't reach θ are dropped without reading their K. None for none.
+        value_sums: float32 [B, Hkv, P / T, Dv], running sums of V, any strides but the last, which is 1: state t
+            of a block is the sum of all V rows of the context from its first to the last of the state's T. It
+            depends on the prefix alone, as K and V do, so blocks can be shared. A state counts once its last row is
+            written; until then its memory may hold anything, and is not read. Needed for ``vmean`` only.
+        key_screen: With it, keys that can't reach θ are dropped without reading their K; None for none.
         key_scale: float32 [1], K is what is stored times this; None for 1. For fp8 caches.
         value_scale: float32 [1], as ``key_scale`` for V; ``value_sums`` are sums of what is stored.
         posit8: K and V are uint8 codes of 8-bit posits (:mod:`topt_vllm.attention.posit`), for which torch has no
@@ -144,10 +185,29 @@ class PagedCache:
     key: torch.Tensor
     value: torch.Tensor
     value_sums: torch.Tensor | None = None
-    key_screen: torch.Tensor | None = None
+    key_screen: KeyScreen | None = None
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
     posit8: bool = False
+
+    @property
+    def rows_per_state(self) -> int | None:
+        """T; None where there are no V sums.
+
+        Raises:
+            ValueError: ``value_sums`` doesn't fit ``value``.
+        """
+        if self.value_sums is None:
+            return None
+        blocks, num_kv_heads, block_size, dim = self.value.shape
+        states = self.value_sums.shape[2] if self.value_sums.dim() == 4 else 0
+        fits = states > 0 and block_size % states == 0
+        if not fits or self.value_sums.shape != (blocks, num_kv_heads, states, dim):
+            raise ValueError(
+                f"value_sums {tuple(self.value_sums.shape)} must be [B={blocks}, Hkv={num_kv_heads}, "
+                f"P / T of P={block_size}, Dv={dim}] with rows of a state T that divide P"
+            )
+        return block_size // states
 
 
 @dataclass(frozen=True)
@@ -155,8 +215,8 @@ class DecodeBatch:
     """Which rows attend to which blocks. Query row r of sequence s has context n = seq_lens[s] − (rows after it).
 
     Attributes:
-        query_start_loc: int32 [S + 1], first query row of each sequence.
-        seq_lens: int32 [S], context length of each sequence's last query row (tokens).
+        query_start_loc: int32 [S + 1], first query row of each sequence, ascending from any number.
+        seq_lens: int32 [S], context length of each sequence's last query row (tokens); 0 for padding.
         block_table: int32 [S, max blocks], physical block of each logical block.
         max_query_rows: No sequence has more query rows; None for unknown. Spares a GPU programs without rows.
     """

@@ -3,7 +3,7 @@
 For one query row of one head, with scaled (and softcapped) scores s_j over its context of n keys:
 
 1. a key is kept when s_j >= θ(n), or it is a sink token, or a recent token, or n <= min_seq_len;
-   with ``vmean`` also when it lies in the row's unfinished last block;
+   with ``vmean`` also when j >= (n − 1) // T · T, where V sums of T rows end;
 2. a V row is read when any query head of the GQA group keeps it; ``group_keep: union`` lets all of them use it;
 3. p_j = exp(s_j − max s) / Σ exp(s − max s) over **all** keys, dropped ones too, and over the head's sink, if any;
 4. out = Σ_kept p_j v_j + c, where c is 0 (``none``) or (Σ_dropped p) · mean(v_0 .. v_{n−1}) (``vmean``).
@@ -13,12 +13,27 @@ own rule, and makes the row NaN through the denominator, as dense attention woul
 Source: Top-Theta attention, arXiv 2502.08363, section 3 (thresholds) and its exact-denominator compensation.
 """
 
+from itertools import pairwise
+
 import torch
 
 from topt_vllm.attention import posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Stat, Thetas
+from topt_vllm.attention.common import (
+    Capabilities,
+    DecodeBatch,
+    PagedCache,
+    Policy,
+    RowThetas,
+    Stat,
+    Thetas,
+)
+from topt_vllm.attention.common import new_statistics as new_statistics
 
-TAKES_SINKS = TAKES_NARROW_VALUES = True
+capabilities = Capabilities(sinks=True, narrow_values=True)
+
+
+def prepare(device_type: str) -> None:
+    """Nothing: it runs wherever torch does."""
 
 
 def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
@@ -76,8 +91,8 @@ def attend_row(
         policy: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
-        dense_from: First key of the unfinished last block; None when there is no paging.
-        statistics: Accumulators to add to, indexed by :class:`Stat`.
+        dense_from: Keys from here on are kept; None where there are no V sums.
+        statistics: Accumulators [7] to add to, indexed by :class:`Stat`.
         reached: int64 [H], counters of keys with s_j >= θ(n) to add to; none where θ is −inf.
         sinks: float32 [H], logits of attention sinks; None for none.
 
@@ -130,6 +145,8 @@ def decode(
 ) -> None:
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
     block_size = cache.value.shape[2]
+    # Where nothing is compensated, nothing is kept for where sums end.
+    state_rows = cache.rows_per_state if policy.compensation == "vmean" else None
     starts = batch.query_start_loc.tolist()
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
@@ -146,11 +163,40 @@ def decode(
                 policy,
                 scale,
                 softcap,
-                dense_from=n // block_size * block_size if policy.compensation == "vmean" else None,
-                statistics=statistics,
+                dense_from=None if state_rows is None else (n - 1) // state_rows * state_rows,
+                statistics=None if statistics is None else statistics[0],
                 reached=None if reached is None else reached[row],
                 sinks=sinks,
             ).to(out.dtype)
+
+
+def finish(cache: PagedCache, batch: DecodeBatch) -> None:
+    """Writes the V sums that end in rows of a batch; :class:`topt_vllm.attention.api.Implementation` has the rule.
+
+    One row after the other is added to a state's own sum, and that to the state before it. So the bits of a state
+    are the same however the rows were cut into batches.
+    """
+    state_rows = cache.rows_per_state
+    if state_rows is None:
+        return
+    ends = zip(pairwise(batch.query_start_loc.tolist()), batch.seq_lens.tolist(), strict=True)
+    for table, ((first, end), length) in zip(batch.block_table, ends, strict=False):
+        for state in range(max(0, length - (end - first)) // state_rows, length // state_rows):
+            _write_state(cache, table, state, state_rows)
+
+
+def _write_state(cache: PagedCache, table: torch.Tensor, state: int, state_rows: int) -> None:
+    assert cache.value_sums is not None
+    block_size = cache.value.shape[2]
+    block, slot = table[state * state_rows // block_size], state * state_rows % block_size
+    rows = cache.value[block, :, slot : slot + state_rows]
+    total = torch.zeros_like(cache.value_sums[0, :, 0])
+    for row in (posit.decode(rows) if cache.posit8 else rows.float()).unbind(dim=1):
+        total += row
+    if state > 0:
+        before = state * state_rows - 1
+        total += cache.value_sums[table[before // block_size], :, before % block_size // state_rows]
+    cache.value_sums[block, :, slot // state_rows] = total
 
 
 def _theta(thetas: Thetas | RowThetas | None, row: int, n: int) -> torch.Tensor | None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from topt_vllm.attention.api import Implementation, load_implementation, screening
 from topt_vllm.attention.common import Thetas
 from topt_vllm.config import ConfigError, TopThetaConfig
-from topt_vllm.model_identity import ModelIdentity, identify
-from topt_vllm.table_search import chooses_no_table, find_table
-from topt_vllm.thresholds import Budget
+from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.schema import Budget
+from topt_vllm.table.search import chooses_no_table, find_table
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -89,11 +89,11 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
         table, path = found
-        budget = table.budget(config.k)
+        budget = table.budget(config.budget)
         thetas = table.thetas(budget)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         labels = _labels(identity, path.name, digest, str(budget.key))
-        rows = f"table {path}, budget k = {budget.key}, dense layers {budget.dense_layers or 'none'}"
+        rows = f"table {path}, budget {budget.key}, dense layers {budget.dense_layers or 'none'}"
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"

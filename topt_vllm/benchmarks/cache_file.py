@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table.identity import ModelIdentity
 
 FORMAT = "topt-vllm-cache-1"
 _PARTS = ("query", "key", "value")

@@ -1,6 +1,6 @@
 """How large an engine's KV cache has to be, said to both backends alike, whatever the platform would choose."""
 
-from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table.identity import ModelIdentity
 
 # K and V, then what is rounded up to blocks, V sums, and a screen of K: less than half as much again.
 _SLACK = 1.5

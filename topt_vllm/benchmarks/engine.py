@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from topt_vllm import thresholds
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.engine_record import Contender, Measured
 from topt_vllm.benchmarks.model_shapes import has_weights
 from topt_vllm.benchmarks.share_table import budget_name, share_table
 from topt_vllm.engines.process import EngineError, ask
-from topt_vllm.model_identity import ModelIdentity, identify
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import ModelIdentity, identify
 
 # θ = −inf as a user sets it.
 NONE = "none"
@@ -127,7 +127,7 @@ class EngineBenchmark:
                 name = f"every row, {self.kernel}"
             else:
                 assert isinstance(keep, float)
-                settings = {"thresholds": str(table), "k": budget_name(keep)}
+                settings = {"thresholds": str(table), "budget": budget_name(keep)}
                 name = f"{100 * keep:g} % of V rows"
             contenders.append(Contender(name, settings))
         return contenders
@@ -147,7 +147,7 @@ class EngineBenchmark:
         found = _named("thresholds", lambda: ask_engine(_PROGRAM, request, False, _TIMEOUT))
         table = share_table(identity, self.context, self.tokens, shares, found["thetas"])
         path = folder / "toptheta.yaml"
-        thresholds.dump(table, path)
+        dump(table, path)
         report(f"thresholds for {_list([100 * share for share in shares])} % of V rows are found")
         return path
 

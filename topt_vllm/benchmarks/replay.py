@@ -10,7 +10,7 @@ from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import Target, compare
 from topt_vllm.benchmarks.devices import Cpu
-from topt_vllm.thresholds import Budget, ThresholdTable
+from topt_vllm.table.schema import Budget, ThresholdTable
 
 
 class ReplayError(ValueError):
@@ -93,7 +93,9 @@ def _layers(
     sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
     unknown = sorted(set(only or ()) - set(sparse))
     if unknown or not sparse:
-        raise ReplayError(f"--layers {unknown} are not sparse at k = {k}; those in the file are {sparse}")
+        raise ReplayError(
+            f"--layers {unknown} are not sparse with budget {k}; those in the file are {sparse}"
+        )
     return tuple(sparse if only is None else sorted(set(only)))
 
 

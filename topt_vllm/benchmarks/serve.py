@@ -10,7 +10,7 @@ from typing import Any
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, measure
 from topt_vllm.benchmarks.server import picked_backend, serve
-from topt_vllm.model_identity import identify
+from topt_vllm.table.identity import identify
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from topt_vllm.model_identity import ModelIdentity
-from topt_vllm.thresholds import (
+from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.schema import (
     SCHEMA_VERSION,
     Budget,
     LayerThresholds,

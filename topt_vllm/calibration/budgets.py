@@ -16,7 +16,7 @@ from topt_vllm.calibration.quality import ThresholdTally
 from topt_vllm.calibration.replay import Replay
 from topt_vllm.calibration.search import Measured, search
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, everything, sensitivity
-from topt_vllm.thresholds import Budget, Quality
+from topt_vllm.table.schema import Budget, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
 MEASURED_ROWS = 1024

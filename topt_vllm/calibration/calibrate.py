@@ -17,7 +17,7 @@ from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
-from topt_vllm.thresholds import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
+from topt_vllm.table.schema import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
 __all__ = ["Plan", "calibrate", "prepare"]

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.scores import LayerCall, attend, top_k
-from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table.identity import ModelIdentity
 
 NAME = "toptheta_capture"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.thresholds import Budget
+from topt_vllm.table.schema import Budget
 
 _FEWEST_LENGTHS = 3
 

@@ -11,8 +11,7 @@ from topt_vllm.calibration.allocation import Head
 from topt_vllm.calibration.head_errors import HeadErrors
 from topt_vllm.calibration.plan import Plan
 from topt_vllm.calibration.statistics import Fit, KthScoreMoments
-from topt_vllm.table_schema import thetas_of
-from topt_vllm.thresholds import Budget, LayerThresholds
+from topt_vllm.table.schema import Budget, LayerThresholds, thetas_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import transformers
 
 from topt_vllm.calibration.capture import can_be_captured
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
-from topt_vllm.model_identity import ModelIdentity, identify
+from topt_vllm.table.identity import ModelIdentity, identify
 
 DEFAULT_MAX_SEQ_LENGTH = 8192
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.texts import Sequences, cut_sequences, read_texts
-from topt_vllm.thresholds import TextSource, refuse_overwrite
+from topt_vllm.table.file import refuse_overwrite
+from topt_vllm.table.schema import TextSource
 
 # Query rows of a sequence on which heads' errors are measured, and how many sequences.
 ERROR_ROWS = 64

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.thresholds import Budget, ThresholdTable
+from topt_vllm.table.schema import Budget, ThresholdTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,8 @@ from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.predictions import Losses
 from topt_vllm.calibration.scores import any_of_group, kept_by_theta, percentiles, true_per_row
 from topt_vllm.calibration.statistics import DECIMALS
-from topt_vllm.model_identity import ModelIdentity
-from topt_vllm.table_schema import keys_asked
-from topt_vllm.thresholds import Quality, Spread
+from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.schema import Quality, Spread, keys_asked
 
 
 class ThresholdTally:

@@ -17,7 +17,7 @@ import torch
 
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.scores import LayerCall
-from topt_vllm.table_schema import keys_asked
+from topt_vllm.table.schema import keys_asked
 
 DECIMALS = 4
 

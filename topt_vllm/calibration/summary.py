@@ -1,7 +1,7 @@
 """What a table says, as text for people."""
 
 from topt_vllm.calibration.law import held_out_error
-from topt_vllm.thresholds import Budget, Quality, ThresholdTable
+from topt_vllm.table.schema import Budget, Quality, ThresholdTable
 
 
 def describe(table: ThresholdTable) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.thresholds import TextSource
+from topt_vllm.table.schema import TextSource
 
 # Enough characters of a hub dataset for the tokens needed, whatever the tokenizer: dense scripts take fewer.
 _CHARACTERS_PER_TOKEN = 16

@@ -36,7 +36,7 @@ _SEQ_LENS = [2048, 8192, 32768]
 # Tokens of a KV block where none are named; on GPUs those of TOPTHETA's cache.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
 # Options of a replay, which mean nothing without a captured cache.
-_REPLAY = ("thresholds", "k", "layers")
+_REPLAY = ("thresholds", "budget", "layers")
 
 
 def add_mode(modes: Any) -> None:
@@ -97,7 +97,14 @@ def _add_replay(group: Any) -> None:
         metavar="TABLE",
         help="the model's table (default: the shipped one of its fingerprint)",
     )
-    add("--k", type=_budget, nargs="+", help="budgets of the table, by k or name (default: its last)")
+    add(
+        "--budget",
+        "--k",
+        type=_budget,
+        nargs="+",
+        metavar="BUDGET",
+        help="budgets of the table, by k or name (default: its last; --k: its former name)",
+    )
     add("--layers", type=int, nargs="+", metavar="LAYER", help="layers of a call (default: every sparse one)")
 
 
@@ -229,8 +236,8 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
     from topt_vllm.benchmarks.cache_file import CacheFileError, load
     from topt_vllm.benchmarks.replay import ReplayError, bench_replay
     from topt_vllm.config import TopThetaConfig
-    from topt_vllm.table_search import find_table
-    from topt_vllm.thresholds import ThresholdTableError
+    from topt_vllm.table.schema import ThresholdTableError
+    from topt_vllm.table.search import find_table
 
     try:
         captured = load(args.cache)
@@ -240,7 +247,7 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
         if found is None:
             raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
         table, path = found
-        ks = args.k or [table.budget(None).key]
+        ks = args.budget or [table.budget(None).key]
         cases = [
             bench_replay(
                 captured, table, ks, batch, policy, args.seconds, args.k_screen, args.layers, args.block_size

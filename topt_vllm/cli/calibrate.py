@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm.calibration.command import default_output, serve_command
 from topt_vllm.calibration.options import BUDGETS, DTYPES, CalibrationError, CalibrationOptions
 from topt_vllm.cli import UserError
+from topt_vllm.table.command import default_output, serve_command
 
 if TYPE_CHECKING:
     from topt_vllm.calibration.calibrate import Plan
@@ -134,7 +134,7 @@ def _options(args: argparse.Namespace) -> CalibrationOptions:
 def _run(options: CalibrationOptions, dry_run: bool) -> None:
     from topt_vllm.calibration.calibrate import calibrate, prepare
     from topt_vllm.calibration.summary import describe
-    from topt_vllm.thresholds import dump
+    from topt_vllm.table.file import dump
 
     plan = prepare(options)
     if dry_run:
@@ -146,7 +146,9 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
     default = table.budgets[-1].key
     print(f"\nwrote {options.output}\nserve it with\n\n  {serve_command(options.model, options.output)}\n")
     if len(table.budgets) > 1:
-        print(f'The server uses k={default} unless "toptheta" in --additional-config names another "k".')
+        print(
+            f'The server uses budget {default} unless "toptheta" in --additional-config names another "budget".'
+        )
 
 
 def _work(plan: "Plan") -> str:

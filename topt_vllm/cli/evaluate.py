@@ -47,7 +47,7 @@ def _add_rules(add: Callable[..., Any]) -> None:
         nargs="+",
         default=list(RULES),
         metavar="RULE",
-        help=f"out of {' '.join(RULES)} (default all of these), {' '.join(SIFT)}, and, for --k, {ADAPTING}",
+        help=f"out of {' '.join(RULES)} (default all of these), {' '.join(SIFT)}, and, for --budget, {ADAPTING}",
     )
     add(
         "--rows",
@@ -58,11 +58,12 @@ def _add_rules(add: Callable[..., Any]) -> None:
         help="shares of V rows to tune the rules to, all layers counted (default 0.05 0.1 0.2)",
     )
     add(
+        "--budget",
         "--k",
         nargs="+",
         default=[],
-        metavar="K",
-        help="also budgets of the table as they stand, by k or name",
+        metavar="BUDGET",
+        help="also budgets of the table as they stand, by k or name (--k: its former name)",
     )
     add("--thresholds", metavar="TABLE", help="the model's table (default: where the server finds it)")
     add(
@@ -146,7 +147,7 @@ def _options(args: argparse.Namespace) -> EvaluationOptions:
         dataset=tuple(args.dataset),
         rules=tuple(dict.fromkeys(args.rules)),
         rows=tuple(sorted(set(args.rows))),
-        ks=tuple(int(k) if k.isdecimal() else k for k in dict.fromkeys(args.k)),
+        ks=tuple(int(k) if k.isdecimal() else k for k in dict.fromkeys(args.budget)),
         thresholds=args.thresholds,
         dense_layers=_layers(args.dense_layers),
         max_seq_length=args.max_seq_length,
@@ -231,7 +232,7 @@ def _resolved(plan: "Plan") -> str:
         "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths)
         or "-",
         "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
-        "budgets": ", ".join(f"k={k}" for k in options.ks) or "-",
+        "budgets": ", ".join(map(str, options.ks)) or "-",
         "needles": needles if options.needles else "-",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())

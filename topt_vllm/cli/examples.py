@@ -8,7 +8,7 @@ EXAMPLES = {
     "inspect": ("table.yaml", "table.yaml --json", "table.yaml --plot table.png"),
     "evaluate": (
         "--model MODEL --dataset play.txt code.txt --rows 0.05 0.1 --json out.json --plot out.png",
-        "--model MODEL --dataset play.txt --rules toptheta --rows --k 128 --lengths 2048 8192",
+        "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --lengths 2048 8192",
         "--model MODEL --dataset play.txt --rules toptheta topk sift-context --rows 0.1 --needles 4096",
     ),
     "report": ("table.yaml --evaluation out.json --bench decode.json serve.json -o report.html",),
@@ -16,10 +16,10 @@ EXAMPLES = {
     "bench": (
         "decode --batch 1 8 --seq-lens 2048 8192 --keep 1.0 0.1 --json decode.json",
         "capture --model MODEL --dataset play.txt --seq-len 8192 --output cache.safetensors",
-        "decode --cache cache.safetensors --k 64 128 --k-screen off int8",
+        "decode --cache cache.safetensors --budget 64 128 --k-screen off int8",
         "decode --ragged 1x32768+7x2048 --keep 1.0 0.1",
         "engine --shape smollm2-135m --batch 4 --context 2048 --keep 1.0 0.1",
-        "serve --model MODEL --dataset play.txt --toptheta '{\"k\": 128}' --json serve.json",
+        "serve --model MODEL --dataset play.txt --toptheta '{\"budget\": 128}' --json serve.json",
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from topt_vllm.cli import UserError
 
 if TYPE_CHECKING:
-    from topt_vllm.thresholds import ThresholdTable
+    from topt_vllm.table.schema import ThresholdTable
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from topt_vllm.calibration.options import CalibrationError
     from topt_vllm.calibration.plot import plot
     from topt_vllm.calibration.summary import describe
-    from topt_vllm.thresholds import ThresholdTableError, load
+    from topt_vllm.table.file import load
+    from topt_vllm.table.schema import ThresholdTableError
 
     try:
         table = load(args.table)

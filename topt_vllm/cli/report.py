@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     """Reads everything, then writes the page in one step."""
     from topt_vllm.report.inputs import ReportError, read
     from topt_vllm.report.page import render
-    from topt_vllm.thresholds import ThresholdTableError, refuse_overwrite, write_text
+    from topt_vllm.table.file import refuse_overwrite, write_text
+    from topt_vllm.table.schema import ThresholdTableError
 
     try:
         refuse_overwrite(args.output, args.force)

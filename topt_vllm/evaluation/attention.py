@@ -8,8 +8,8 @@ import torch
 
 from topt_vllm.calibration.scores import LayerCall, for_each_part
 from topt_vllm.evaluation.rules.base import Rows, Rule, attend
-from topt_vllm.model_identity import ModelIdentity
-from topt_vllm.table_schema import keys_asked
+from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.schema import keys_asked
 
 
 @dataclass

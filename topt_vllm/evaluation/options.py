@@ -75,18 +75,19 @@ class EvaluationOptions:
         require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(allowed)}")
         require(
             ADAPTING not in self.rules or bool(self.ks),
-            f"--rules {ADAPTING} holds a budget's number of keys; name budgets with --k",
+            f"--rules {ADAPTING} holds a budget's number of keys; name budgets with --budget",
         )
         require(
             all(0 < share < 1 for share in self.rows),
             f"--rows {_listed(self.rows)}: shares lie above 0 and below 1",
         )
         require(
-            bool(self.rows or self.ks), "nothing to evaluate: name targets with --rows, or budgets with --k"
+            bool(self.rows or self.ks),
+            "nothing to evaluate: name targets with --rows, or budgets with --budget",
         )
         require(
             not self.ks or any(rule in OURS for rule in self.rules),
-            f"--k {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
+            f"--budget {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
         )
         require(self.decode_rows >= 2, f"--decode-rows is {self.decode_rows}; it must be at least 2")
         require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")

@@ -12,8 +12,8 @@ from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
-from topt_vllm.table_search import find_table
-from topt_vllm.thresholds import ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
+from topt_vllm.table.search import find_table
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
     try:
         budget = table.budget(k)
     except ThresholdTableError as error:
-        raise EvaluationError(f"--k: {error}") from error
+        raise EvaluationError(str(error)) from error
     if ADAPTING in rules and not budget.ks():
         raise EvaluationError(
-            f"--rules {ADAPTING} needs budgets that promise keys, and --k {k} promises none; leave one of them out"
+            f"--rules {ADAPTING} needs budgets that promise keys, and --budget {k} promises none; leave out one"
         )
 
 

@@ -9,7 +9,7 @@ from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Figure, Section, Table
 from topt_vllm.report.svg import WIDTH, picture, tag, text
-from topt_vllm.thresholds import Budget, ThresholdTable
+from topt_vllm.table.schema import Budget, ThresholdTable
 
 # From low to high θ. Lightness rises evenly, so that the map also reads in grey.
 COLOURS = (

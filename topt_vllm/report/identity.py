@@ -3,7 +3,7 @@
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Section, Table
-from topt_vllm.thresholds import Budget, ThresholdTable
+from topt_vllm.table.schema import Budget, ThresholdTable
 
 
 def facts(table: ThresholdTable) -> list[tuple[str, str]]:

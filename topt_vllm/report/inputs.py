@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from topt_vllm.report.records import Decoded, Evaluated, Origin, Served
-from topt_vllm.table_check import clipped
-from topt_vllm.thresholds import ThresholdTable, load
+from topt_vllm.table.check import clipped
+from topt_vllm.table.file import load
+from topt_vllm.table.schema import ThresholdTable
 
 # A record with a needle grid has some kilobytes; thousands of them fit.
 _MAX_BYTES = 16 << 20

@@ -7,7 +7,7 @@ from topt_vllm.report.axes import LEFT, RIGHT, TOP, Axes
 from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Figure, Section
 from topt_vllm.report.svg import Scale, path, picture, tag
-from topt_vllm.thresholds import Budget
+from topt_vllm.table.schema import Budget
 
 # Percent; a layer that reads less is drawn here.
 _FLOOR = 0.1

@@ -9,10 +9,10 @@ from topt_vllm.report.loss_plot import LINEAR, Point, Series, draw
 from topt_vllm.report.parts import Figure, Key, Section, Table
 from topt_vllm.report.records import Evaluated
 from topt_vllm.report.svg import marker, picture
-from topt_vllm.thresholds import ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 _COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --k {} --json E.json"
+    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --budget {} --json E.json"
 )
 
 

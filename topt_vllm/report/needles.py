@@ -14,7 +14,7 @@ _INTRO = (
     "the lead over the likeliest wrong answer, in nats."
 )
 _COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --k {} --json E.json"
+    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --budget {} --json E.json"
 )
 
 

@@ -38,7 +38,7 @@ class Origin(_Part):
         vllm: Version.
         torch: Version.
         model: Name for people.
-        fingerprint: Of the model, see :mod:`topt_vllm.model_identity`.
+        fingerprint: Of the model, see :mod:`topt_vllm.table.identity`.
         table: Path of the threshold table.
         table_sha256: Of its bytes.
     """

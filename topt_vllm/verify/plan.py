@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
-from topt_vllm.model_identity import ModelIdentity, identify
-from topt_vllm.table_schema import ThresholdTable
-from topt_vllm.table_search import find_table
+from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.schema import ThresholdTable
+from topt_vllm.table.search import find_table
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import Forced, Request
 from topt_vllm.verify.installation import device_type
@@ -76,7 +76,7 @@ def read_table(model: Model, thresholds: str | None) -> tuple[ThresholdTable | N
     quality = f"; {budget.quality.sentence()}" if budget.quality is not None else ""
     return (
         table,
-        f"{path}, budget k = {budget.key}, calibrated at {table.lengths[0]} to {table.lengths[-1]} tokens{quality}",
+        f"{path}, budget {budget.key}, calibrated at {table.lengths[0]} to {table.lengths[-1]} tokens{quality}",
     )
 
 

@@ -4,7 +4,7 @@ import math
 from statistics import fmean, stdev
 from typing import Any
 
-from topt_vllm.table_schema import Quality
+from topt_vllm.table.schema import Quality
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.near_ties import compare
 

@@ -11,7 +11,7 @@ from topt_vllm.evaluation.rules.sift import Sift, SiftContext, SiftStep
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, maker, position_range
-from topt_vllm.thresholds import ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 _LEAST_TAU = 1e-12
 _LEAST_LAMBDA = 1e-9

@@ -19,7 +19,7 @@ import torch
 from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.scores import kept_by_theta
 from topt_vllm.evaluation.rules.base import Rows, Rule
-from topt_vllm.thresholds import Budget, LayerThresholds, ThresholdTable
+from topt_vllm.table.schema import Budget, LayerThresholds, ThresholdTable
 
 # How far beyond the ends a target is looked for, in logits of the mean θ.
 _REACH = 32.0

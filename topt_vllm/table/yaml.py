@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from topt_vllm.table_schema import ThresholdTableError
+from topt_vllm.table.schema import ThresholdTableError
 
 # 80 layers × 64 heads × 12 lengths × 4 budgets take 2.8 MB and 0.37 million values.
 MAX_BYTES = 16 << 20

@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.model_identity import ModelIdentity
+from topt_vllm.table.identity import ModelIdentity
 
 SCHEMA_VERSION = 1
 
@@ -200,7 +200,7 @@ class ThresholdTable(_Strict):
                 return budget
         offered = ", ".join(str(budget.key) for budget in self.budgets)
         raise ThresholdTableError(
-            f"k is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
+            f"budget is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
         )
 
     def thetas(self, budget: Budget) -> dict[int, Thetas]:

@@ -1,10 +1,10 @@
 """Reading and writing threshold tables: a versioned YAML contract between the calibrator and the server.
 
-The format is described in the README, its parts are in ``table_schema.py``, its rules in ``table_check.py``.
+docs/table.md describes the format; ``schema.py`` has its parts, ``check.py`` its rules.
 Loading is strict: whatever does not belong, is missing or does not add up is an error with the file and the key
 path. ``dump(load(x))`` gives the same bytes.
 
-A table may come from a stranger: ``table_yaml.py`` says what of YAML is refused.
+A table may come from a stranger: ``yaml.py`` says what of YAML is refused.
 """
 
 import os
@@ -15,38 +15,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from topt_vllm import table_yaml
-from topt_vllm.table_check import check, clipped
-from topt_vllm.table_schema import (
-    SCHEMA_VERSION,
-    Budget,
-    LayerThresholds,
-    Producer,
-    Provenance,
-    Quality,
-    Spread,
-    TextSource,
-    ThresholdTable,
-    ThresholdTableError,
-)
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "Budget",
-    "LayerThresholds",
-    "Producer",
-    "Provenance",
-    "Quality",
-    "Spread",
-    "TextSource",
-    "ThresholdTable",
-    "ThresholdTableError",
-    "dump",
-    "dumps",
-    "load",
-    "refuse_overwrite",
-    "write_text",
-]
+from topt_vllm.table.check import check, clipped
+from topt_vllm.table.schema import SCHEMA_VERSION, ThresholdTable, ThresholdTableError
+from topt_vllm.table.yaml import read
 
 _HEADER = "# Thresholds of Top-Theta attention; written by `topt-vllm calibrate`. θ is in scaled logits.\n"
 
@@ -60,7 +31,7 @@ def load(path: str | os.PathLike[str]) -> ThresholdTable:
         ThresholdTableError: The file is missing, isn't YAML, or breaks the schema.
     """
     path = Path(path)
-    return _parse(table_yaml.read(path), path)
+    return _parse(read(path), path)
 
 
 def dumps(table: ThresholdTable) -> str:

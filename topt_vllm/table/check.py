@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.table_schema import Budget, LayerThresholds, Quality, ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import Budget, LayerThresholds, Quality, ThresholdTable, ThresholdTableError
 
 # Lengths are int32 and thresholds float32 where they are used.
 _MAX_LENGTH = 2**31 - 1

@@ -4,12 +4,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from topt_vllm import envs
-from topt_vllm.calibration.command import calibrate_command
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
-from topt_vllm.model_identity import ModelIdentity
-from topt_vllm.thresholds import ThresholdTable, ThresholdTableError, load
-
-MODEL_FOLDER_NAME = "toptheta.yaml"
+from topt_vllm.table.command import TABLE_IN_MODEL_FOLDER, calibrate_command
+from topt_vllm.table.file import load
+from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 
 
 def find_table(
@@ -41,7 +40,7 @@ def find_table(
             return None
         raise ThresholdTableError(
             f"no threshold table for {model}: toptheta.thresholds and TOPT_THRESHOLDS are unset, its folder "
-            f"has no {MODEL_FOLDER_NAME}, and no shipped table has the fingerprint {identity.fingerprint}. "
+            f"has no {TABLE_IN_MODEL_FOLDER}, and no shipped table has the fingerprint {identity.fingerprint}. "
             f"Calibrate one (minutes, once per model):\n    {calibrate_command(model)}\n"
             'or serve with every row kept: --additional-config \'{"toptheta": {"thresholds": "none"}}\''
         )
@@ -73,17 +72,17 @@ _load = lru_cache(maxsize=2)(load)
 def _model_folder(model: str, revision: str | None) -> list[Path]:
     folder = Path(model)
     if folder.is_dir():
-        path = folder / MODEL_FOLDER_NAME
+        path = folder / TABLE_IN_MODEL_FOLDER
         return [path] if path.is_file() else []
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(model, MODEL_FOLDER_NAME, revision=revision)
+    cached = try_to_load_from_cache(model, TABLE_IN_MODEL_FOLDER, revision=revision)
     return [Path(cached)] if isinstance(cached, str) else []
 
 
 def _shipped(identity: ModelIdentity) -> list[Path]:
     """Shipped tables of this model: inside an installed package, or beside the package in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     for folder in (package / "configs", package.parent / "configs"):
         found = [
             path for path in sorted(folder.glob("*.yaml")) if _names_fingerprint(path, identity.fingerprint)
