@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from topt_vllm.attention.common import Compensation, GroupKeep, Policy
+from topt_vllm.attention.common import Compensation, GroupKeep, Policy, ScreenFormat
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -174,6 +174,11 @@ class TopThetaConfig:
                 f"toptheta.{given[0]} is {getattr(self, given[0])!r}, but toptheta.policy is {self.policy!r}, "
                 f"{reason}. Leave {given[0]} out, or choose the other policy."
             )
+
+    @property
+    def screen(self) -> ScreenFormat | None:
+        """Format of the K screen; None for none."""
+        return None if self.k_screen == "off" else self.k_screen
 
     @property
     def sift(self) -> SiftSettings | None:

@@ -14,4 +14,4 @@ def cpu_platform() -> str | None:
 
     if compat.cpu_platform_in_force() is None:
         return None
-    return "topt_vllm.backend.platform.TopThetaCpuPlatform"
+    return "topt_vllm.backend.hosts.cpu_platform.TopThetaCpuPlatform"

@@ -153,9 +153,7 @@ class SiftLayer:
         tau: Which quantile to record.
     """
 
-    def __init__(
-        self, num_heads: int, settings: SiftSettings, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, num_heads: int, settings: SiftSettings, device: torch.device | str = "cpu") -> None:
         self.tau = settings.tau
         self._quantiles = torch.zeros(0, settings.warmup, num_heads, device=device)
         self._laws = torch.zeros(0, num_heads, 2, device=device)

@@ -1,4 +1,4 @@
-"""Builds a step's metadata on a GPU: copies fields and slices, and waits for nothing that the device knows."""
+"""Builds a step's metadata: copies fields and slices, and waits for nothing that the device knows."""
 
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,13 +9,14 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
-from topt_vllm.backend.gpu.binding import bind_layers
-from topt_vllm.backend.gpu.impl import GpuImpl
-from topt_vllm.backend.gpu.metadata import GpuMetadata
+from topt_vllm.backend.binding import bind_layers
+from topt_vllm.backend.counters import HostCounters
+from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import describe_rank
-from topt_vllm.backend.page import Tail
-from topt_vllm.backend.rows import ExtrapolationNotice, rows_after, split
+from topt_vllm.backend.metadata import TopThetaMetadata
+from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
 from topt_vllm.backend.startup import resolve
+from topt_vllm.backend.states import describe, states_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,11 +27,13 @@ _Platform: Any = object
 logger = logging.getLogger("vllm.topt_vllm")
 
 
-class GpuBuilder(_Platform):
+class TopThetaBuilder(_Platform):
     """Mixed into a metadata builder of vLLM: splits each batch, and binds the layers of its KV cache group."""
 
     # The platform's own builder class.
     platform_builder: ClassVar[Any]
+    # Whether steps are replayed from CUDA graphs, which know uniform rows only, not what they are.
+    replays_graphs: ClassVar[bool] = True
     # The metadata holds the platform's; vLLM would replace the block table of the outer one only.
     supports_update_block_table: bool = False
 
@@ -44,23 +47,26 @@ class GpuBuilder(_Platform):
         # Drafted tokens of speculative decoding are decode rows too.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._max_query_rows = self.reorder_batch_threshold or 1
+        self._max_sequences = vllm_config.scheduler_config.max_num_seqs
+        # The last row of a prompt gives its vector, which no table was made for.
+        self._pools = vllm_config.model_config.runner_type == "pooling"
 
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
-        tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
-        describe_rank(resolved, tensor_parallel_size)
-        block_size = kv_cache_spec.block_size
-        tail = Tail(kv_cache_spec.num_kv_heads, kv_cache_spec.head_size)
-        logger.info("TOPTHETA: %s", tail.describe(kv_cache_spec, resolved.config.k_screen))
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        impls = {name: layer.impl for name, layer in layers.items() if isinstance(layer.impl, GpuImpl)}
-        self._group, self._counters = bind_layers(impls, resolved, block_size, tensor_parallel_size, device)
+        describe_rank(resolved, vllm_config.parallel_config.tensor_parallel_size)
+        attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        layers = {name: layer for name, layer in attention.items() if isinstance(layer.impl, TopThetaImpl)}
+        states = [states_of(name, layer, vllm_config) for name, layer in layers.items()]
+        logger.info("TOPTHETA: %s", describe(kv_cache_spec, states))
+        max_rows = self._max_sequences * self._max_query_rows
+        self._bound = bind_layers(layers, resolved, kv_cache_spec.block_size, max_rows, vllm_config, device)
         # A builder of its own, for some keep what a step needs in buffers of theirs, such as FlashAttention 3 its
         # schedule, and `prefill` and `whole` are other batches.
         self._platform: Any | None = None
-        if any(impl.platform_reason for impl in impls.values()):
+        if any(layer.impl.platform_reason for layer in layers.values()):
             self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
         self._captured = False
+        self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
 
     @classmethod
@@ -68,8 +74,11 @@ class GpuBuilder(_Platform):
         """Uniform batches, or what the platform's builder can do where that is less.
 
         A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where
-        a batch splits depends on the batch, so graphs of mixed batches would not.
+        a batch splits depends on the batch, so graphs of mixed batches would not. Under ``policy: sift`` layers
+        look at their rows while requests warm up, which no graph does.
         """
+        if resolve(vllm_config).config.sift is not None:
+            return AttentionCGSupport.NEVER
         platform = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return min(AttentionCGSupport.UNIFORM_BATCH, platform, key=lambda support: support.value)
 
@@ -78,26 +87,17 @@ class GpuBuilder(_Platform):
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> GpuMetadata:
-        """Builds a step's metadata and counts what the host knows of it."""
-        common = common_attn_metadata
-        parts = self._split(common)
-        whole = None if self._platform is None else self._platform.build(0, common, fast_build)
-        metadata = self._build(common, parts, whole, fast_build)
-        if self._group is not None:
-            if self._captured:
-                self._captured = False
-                self._group.statistics.reset()
-            self._group.statistics.publish()
-        if num_decodes := parts[0]:
-            lengths = common.seq_lens_cpu_upper_bound
-            lengths = None if lengths is None else lengths[:num_decodes]
-            self._counters.count(common.query_start_loc_cpu[: num_decodes + 1], lengths)
-            if lengths is not None:
-                self._extrapolation.see(lengths)
-        return metadata
+    ) -> TopThetaMetadata:
+        """Builds the metadata of a step of the model, whose thresholds move before it."""
+        return self._build_step(common_attn_metadata, fast_build, self._bound.model, of_model=True)
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> GpuMetadata:
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TopThetaMetadata:
+        """Builds the metadata of a step of the draft model, whose layers alone run in it."""
+        return self._build_step(common_attn_metadata, True, self._bound.drafts, of_model=False)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TopThetaMetadata:
         """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
         self._captured = True
         common = common_attn_metadata
@@ -107,33 +107,71 @@ class GpuBuilder(_Platform):
         if self._platform is not None:
             whole = self._platform.build_for_cudagraph_capture(common)
             common.seq_lens.fill_(common.max_query_len)  # Triton attention's builder writes lengths too
-        return self._build(common, self._split(common), whole, fast_build=False)
+        return self._metadata(common, self._split(common), whole, fast_build=False)
+
+    def _build_step(
+        self, common: CommonAttentionMetadata, fast_build: bool, counters: HostCounters, of_model: bool
+    ) -> TopThetaMetadata:
+        parts = self._split(common)
+        whole = None if self._platform is None else self._platform.build(0, common, fast_build)
+        metadata = self._metadata(common, parts, whole, fast_build)
+        group = self._bound.group
+        if group is not None:
+            if self._captured:
+                self._captured = False
+                group.counters.reset()
+                group.thresholds.forget()
+            group.counters.publish()
+        num_decodes = parts[0]
+        if not num_decodes:
+            return metadata
+        starts = common.query_start_loc_cpu[: num_decodes + 1]
+        seq_lens = self._host_lengths(common)
+        lengths = None if seq_lens is None else row_lengths(starts, seq_lens[:num_decodes])
+        warming = 0
+        if group is not None and of_model:
+            metadata.thresholds = group.thresholds.before(common, starts, lengths)
+            warming = group.thresholds.rows_before_known(metadata.thresholds, self._dense_up_to)
+        counters.count(int(starts[-1]), lengths, warming)
+        if lengths is not None:
+            self._extrapolation.see(lengths)
+        return metadata
 
     def _split(self, common: CommonAttentionMetadata) -> tuple[int, int, bool]:
-        # A graph of uniform rows is replayed for ends of prompts too, so they have to be decode rows.
-        return split(common, self._max_query_rows, ends_of_prompts_decode=True)
+        # A graph of uniform rows is replayed for ends of prompts too, so they have to be decode rows. Warm-up
+        # batches don't say what they are.
+        decode = self.replays_graphs or not self._pools or common.is_prefilling is None
+        return split(common, self._max_query_rows, ends_of_prompts_decode=decode)
 
-    def _build(
+    def _host_lengths(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        """int32 [S] on the host, context length of each request (tokens), where known."""
+        return common.seq_lens_cpu_upper_bound
+
+    def _metadata(
         self,
         common: CommonAttentionMetadata,
         parts: tuple[int, int, bool],
         whole: Any | None,
         fast_build: bool,
-    ) -> GpuMetadata:
+    ) -> TopThetaMetadata:
         num_decodes, num_rows, has_prefill = parts
+        group = self._bound.group
+        written = DecodeBatch(
+            common.query_start_loc, common.seq_lens, common.block_table_tensor, common.max_query_len
+        )
         decode = prefill = None
-        if num_decodes and self._group is not None:
+        if group is not None:
+            group.allocate(self._max_sequences, self._max_query_rows)
+        if num_decodes and group is not None:
             decode = DecodeBatch(
                 common.query_start_loc[: num_decodes + 1],
                 common.seq_lens[:num_decodes],
                 common.block_table_tensor[:num_decodes],
                 min(common.max_query_len, self._max_query_rows),
             )
-            max_sequences = self.vllm_config.scheduler_config.max_num_seqs
-            self._group.allocate(max_sequences, self._max_query_rows)
-        if has_prefill and self._group is not None:
+        if has_prefill and group is not None:
             prefill = super().build(0, rows_after(common, num_decodes, num_rows), fast_build)
-        return GpuMetadata(common.num_actual_tokens, num_rows, decode, prefill, whole)
+        return TopThetaMetadata(common.num_actual_tokens, num_rows, written, decode, prefill, whole)
 
 
 def _refuse(spec: Any) -> None:

@@ -18,9 +18,9 @@ def __getattr__(name: str) -> Any:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from topt_vllm.backend.backend import TopThetaBackend
+        from topt_vllm.backend.hosts.cpu import CpuTopThetaBackend
 
-        return TopThetaBackend
+        return CpuTopThetaBackend
     if not current_platform.is_cuda_alike():
         # vLLM shows this as the reason why the backend can't be had.
         raise ImportError(
@@ -31,14 +31,14 @@ def __getattr__(name: str) -> Any:
     vllm_config = get_current_vllm_config_or_none()
     if vllm_config is not None and _keeps_every_row(vllm_config):
         from topt_vllm.backend.compat import unasked_backend
-        from topt_vllm.backend.gpu.stock import stock_backend
+        from topt_vllm.backend.hosts.stock import stock_backend
 
         return stock_backend(unasked_backend(vllm_config))
     if current_platform.is_cuda() and _cache_is_plain(vllm_config):
-        from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
+        from topt_vllm.backend.hosts.flash import FlashTopThetaBackend
 
         return FlashTopThetaBackend
-    from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
+    from topt_vllm.backend.hosts.triton import TritonTopThetaBackend
 
     return TritonTopThetaBackend
 

@@ -10,6 +10,7 @@ import torch
 
 BACKEND_NAME = "TOPTHETA"
 BACKEND_PATH = "topt_vllm.backend.choice.TopThetaBackend"
+GPU_WORKER = "topt_vllm.backend.hosts.gpu_worker.TopThetaWorker"
 
 logger = logging.getLogger("vllm.topt_vllm")
 
@@ -117,7 +118,7 @@ def name_requests(vllm_config: Any) -> None:
     """
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":
-        parallel.worker_cls = "topt_vllm.backend.worker.TopThetaWorker"
+        parallel.worker_cls = "topt_vllm.backend.hosts.cpu_worker.TopThetaWorker"
 
 
 def unasked_backend(vllm_config: Any) -> Any:
@@ -180,13 +181,3 @@ def stored_fp8_dtype() -> Any:
     from vllm.platforms import current_platform
 
     return current_platform.fp8_dtype()
-
-
-def layouts_with_padding() -> tuple[Any, ...]:
-    """Cache layouts whose pages can be padded, in vLLM's order of preference (0.32).
-
-    In the others the heads of a page lie apart, and vLLM asserts that such a page has no padding.
-    """
-    from vllm.v1.attention.backends.utils import _DEFAULT_LAYOUT_PREFERENCE
-
-    return tuple(layout for layout in _DEFAULT_LAYOUT_PREFERENCE if layout.is_block_compact)

@@ -15,12 +15,11 @@ import torch
 
 from topt_vllm.attention.common import Stat
 from topt_vllm.backend.metrics import LayerAccumulators, recorder
-from topt_vllm.backend.rows import row_lengths
 
 _COPY_SECONDS = 0.05
 
 
-class DeviceStatistics:
+class DeviceCounters:
     """Accumulators of some layers, and their sums on the host.
 
     Args:
@@ -37,8 +36,12 @@ class DeviceStatistics:
         self, layers: torch.Tensor, labels: Sequence[str], num_heads: int, kv_replicas: float
     ) -> None:
         self.layers = layers
+        # What is on the host already, and isn't spread over slots, needs no copy.
+        self._copies = layers.is_cuda or layers.shape[1] > 1
         self._sums = layers.new_zeros(len(layers), len(Stat))
-        self._host = torch.zeros(len(layers), len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
+        self._host = layers[:, 0]
+        if self._copies:
+            self._host = torch.zeros(len(layers), len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
         self._next_copy = 0.0
         for host, label in zip(self._host, labels, strict=True):
             recorder().add_layer(LayerAccumulators(host, num_heads, kv_replicas, label))
@@ -51,7 +54,7 @@ class DeviceStatistics:
     def publish(self) -> None:
         """Lets the host have the sums of the steps so far, at most twenty times a second; nothing waits for it."""
         now = time.monotonic()
-        if now < self._next_copy:
+        if not self._copies or now < self._next_copy:
             return
         self._next_copy = now + _COPY_SECONDS
         torch.sum(self.layers, dim=1, out=self._sums)
@@ -61,7 +64,8 @@ class DeviceStatistics:
         if self.layers.is_cuda:
             # Whatever streams the steps ran on.
             torch.cuda.synchronize(self.layers.device)
-        self._host.copy_(self.layers.sum(dim=1))
+        if self._copies:
+            self._host.copy_(self.layers.sum(dim=1))
 
 
 @dataclass(frozen=True)
@@ -99,19 +103,20 @@ class HostCounters:
         self._platform = platform
         self._dense_up_to = dense_up_to
 
-    def count(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor | None) -> None:
+    def count(self, rows: int, lengths: torch.Tensor | None, warming: int = 0) -> None:
         """Counts a step.
 
         Args:
-            query_start_loc: int32 [S + 1] on the host, first query row of each request that decodes.
-            seq_lens: int32 [S] on the host, their context lengths (tokens), where known. They are those before
-                drafted tokens are rejected (async scheduling), so the counts are off by those few tokens.
+            rows: Decode rows.
+            lengths: int64 [rows] on the host, their context lengths (tokens), where known. On GPUs they are those
+                before drafted tokens are rejected (async scheduling), so the counts are off by those few tokens.
+            warming: Of the rows that are long enough, those that are dense because thresholds aren't known yet.
         """
         for reason, layers in self._dense.items():
-            recorder().count_dense_rows(reason, int(query_start_loc[-1]) * layers)
-        if seq_lens is None or not ((self._sparse and self._dense_up_to) or self._platform):
+            recorder().count_dense_rows(reason, rows * layers)
+        recorder().count_dense_rows("sift_warmup", warming * self._sparse)
+        if lengths is None or not ((self._sparse and self._dense_up_to) or self._platform):
             return
-        lengths = row_lengths(query_start_loc, seq_lens)
         if self._sparse:
             short = int(np.count_nonzero(lengths.numpy() <= self._dense_up_to))
             recorder().count_dense_rows("short_context", short * self._sparse)

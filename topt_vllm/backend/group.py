@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.api import Implementation
-from topt_vllm.backend.gpu.kernel import on_device
-from topt_vllm.backend.gpu.statistics import DeviceStatistics
-from topt_vllm.backend.gpu.warm_up import WarmUp
+from topt_vllm.backend.counters import DeviceCounters
 from topt_vllm.backend.startup import Resolved
+from topt_vllm.backend.thresholds import Thresholds
+from topt_vllm.backend.warm_up import WarmUp
 
 # By device and sizes: layers run one after another, so groups of the same sizes share one. It goes with the last.
-_workspaces: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+_allocated: weakref.WeakValueDictionary[tuple[Any, ...], Implementation] = weakref.WeakValueDictionary()
 
 
 class LayerGroup:
@@ -20,59 +20,58 @@ class LayerGroup:
 
     Args:
         resolved: From :func:`topt_vllm.backend.startup.resolve`.
-        num_heads: Query heads of each layer on this rank.
-        num_kv_heads: KV heads of each layer on this rank.
-        head_dim: D.
+        heads: Query heads and KV heads of each layer on this rank, and D.
         block_size: Slots of a cache block.
         labels: Names in the metrics of the layers that decode with the operator.
         kv_replicas: Ranks that hold each KV head.
+        thresholds: Of these layers.
         device: Of the cache.
 
     Attributes:
-        implementation: The operator.
-        statistics: What the kernel counts.
+        counters: What the kernel counts.
         block_size: Slots of a cache block.
-        warm_up: Compiles what later steps need; there once a workspace is.
+        thresholds: Of the layers that decode with the operator.
+        warm_up: Compiles what later steps need; None where nothing is compiled for a step.
     """
-
-    warm_up: WarmUp
 
     def __init__(
         self,
         resolved: Resolved,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        heads: tuple[int, int, int],
         block_size: int,
         labels: list[str],
         kv_replicas: float,
+        thresholds: Thresholds,
         device: torch.device,
     ) -> None:
-        self.implementation = on_device(resolved.implementation, resolved.implementation_name)
-        self._kernel: Implementation | None = None
-        self.statistics = DeviceStatistics(
-            torch.stack([self.implementation.new_statistics(device) for _ in labels]),
+        self._implementation = resolved.implementation
+        graphs = self._implementation.capabilities.graphs
+        self._kernel = None if graphs else self._implementation
+        self.warm_up: WarmUp | None = None
+        self.counters = DeviceCounters(
+            torch.stack([self._implementation.new_statistics(device) for _ in labels]),
             labels,
-            num_heads,
+            heads[0],
             kv_replicas,
         )
         self.block_size = block_size
-        self._heads = (num_heads, num_kv_heads, head_dim)
+        self.thresholds = thresholds
+        self._heads = heads
         self._device = device
 
     @property
     def kernel(self) -> Implementation:
-        """The operator on the workspace.
+        """The operator, on buffers of its own where it needs them.
 
         Raises:
-            RuntimeError: No decode step's metadata was built yet.
+            RuntimeError: No step's metadata was built yet.
         """
         if self._kernel is None:
-            raise RuntimeError("TOPTHETA decodes before its workspace was allocated; this is a bug")
+            raise RuntimeError("TOPTHETA decodes before its buffers were allocated; this is a bug")
         return self._kernel
 
     def allocate(self, max_sequences: int, max_query_rows: int) -> None:
-        """Gives the layers a workspace; only the first call does anything, so captured graphs stay right.
+        """Gives the operator its buffers; only the first call does anything, so captured graphs stay right.
 
         Args:
             max_sequences: Most sequences of a step.
@@ -80,12 +79,10 @@ class LayerGroup:
         """
         if self._kernel is not None:
             return
-        self.warm_up = WarmUp(self.implementation, max_sequences, max_query_rows)
+        self.warm_up = WarmUp(max_sequences, max_query_rows)
         key = (self._device, *self._heads, max_sequences, max_query_rows)
-        workspace = _workspaces.get(key)
-        if workspace is None:
-            workspace = self.implementation.allocate_workspace(
-                max_sequences, max_query_rows, *self._heads, self._device
-            )
-            _workspaces[key] = workspace
-        self._kernel = self.implementation.bind(workspace)
+        kernel = _allocated.get(key)
+        if kernel is None:
+            kernel = self._implementation.allocate(max_sequences, max_query_rows, *self._heads, self._device)
+            _allocated[key] = kernel
+        self._kernel = kernel

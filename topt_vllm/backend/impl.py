@@ -1,65 +1,55 @@
-"""One attention layer on a GPU: refusals when it is made, V sums after the cache write, then one call per step."""
+"""One attention layer: refusals when it is made, its states after the cache write, then one call per step."""
 
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch
-from topt_vllm.backend.gpu.layer import GpuLayer
-from topt_vllm.backend.gpu.metadata import GpuMetadata
+from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.backend.layer import TopThetaLayer
+from topt_vllm.backend.metadata import TopThetaMetadata
+from topt_vllm.backend.states import register
 
 # An attention implementation of vLLM, when this is mixed into one.
 _Platform: Any = object
 
 
-class GpuImpl(_Platform):
+class TopThetaImpl(_Platform):
     """Mixed into an attention implementation of vLLM: decode rows go to Top-Theta, prefill rows stay."""
 
-    bound: GpuLayer | None = None
+    bound: TopThetaLayer | None = None
     # Why the platform's kernel decodes in this layer too; None where the operator does. Set as `bound` is.
     platform_reason: str | None = None
-    sliding_window: tuple[int, int]
+    # Whether it was looked at for what it stores beside its cache.
+    states_known: bool = False
     logits_soft_cap: float
     # Every rank would need all of a context's V sums.
     supports_dcp: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        refused = {
-            "alibi_slopes": "ALiBi",
-            "sinks": "attention sinks",
-            "kv_sharing_target_layer_name": "a KV cache shared between layers",
-        }
-        for option, meaning in refused.items():
+        self._vllm_config = get_current_vllm_config()
+        for option, meaning in self.refused_options().items():
             if getattr(self, option, None) is not None:
                 raise NotImplementedError(
                     f"TOPTHETA doesn't support {meaning} ({option}); use another --attention-backend"
                 )
-        # The operator takes queries as the model has them.
-        self.supports_quant_query_input = False
 
-    def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """No: the operator writes what the model's dtype is."""
-        return False
+    @classmethod
+    def refused_options(cls) -> dict[str, str]:
+        """Attributes of vLLM's implementation that must not be set, and what they are."""
+        return {"alibi_slopes": "ALiBi", "sinks": "attention sinks"}
 
-    def fused_rope_kvcache_supported(self) -> bool:
-        """No: the cache is to be written through :meth:`do_kv_cache_update`, which keeps the V sums."""
-        return False
+    def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
+        """K, V and their scales in vLLM's cache [B, Hkv, P, 2D]."""
+        raise NotImplementedError
 
-    def do_kv_cache_update(
-        self,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Writes K and V as the platform does, then the V sums of the blocks that this finishes."""
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        bound = self.bound
-        if bound is not None and bound.keeps_sums:
-            bound.group.implementation.update_sums(bound.paged_cache(layer, kv_cache), slot_mapping)
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """As the platform does; and vLLM has not planned the cache yet, but made all layers of the model."""
+        super().process_weights_after_loading(act_dtype)
+        if not self.states_known:
+            register(self._vllm_config)
 
     def forward(
         self,
@@ -68,7 +58,7 @@ class GpuImpl(_Platform):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: GpuMetadata | None,
+        attn_metadata: TopThetaMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -83,27 +73,45 @@ class GpuImpl(_Platform):
         bound = self.bound
         if bound is None:
             raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
+        cache = bound.paged_cache(kv_cache, lambda kv_cache: self.views(layer, kv_cache))
+        if bound.thresholds.skips:
+            # The platform has written the cache in an operation of its own, before attention.
+            bound.group.kernel.finish(cache, attn_metadata.written)
         rows = attn_metadata.num_decode_rows
         if attn_metadata.prefill is not None:
             # The platform's kernels take K and V of decoder layers from the cache.
             super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:])
         if attn_metadata.decode is not None:
-            cache = bound.paged_cache(layer, kv_cache)
-
-            def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> None:
-                api.decode(
-                    bound.group.kernel,
-                    query,
-                    cache,
-                    batch,
-                    bound.thetas,
-                    bound.policy,
-                    self.scale,
-                    self.logits_soft_cap,
-                    out,
-                    bound.statistics,
-                )
-
-            bound.group.warm_up.run(decode, query, cache, attn_metadata.decode.block_table, output)
-            decode(query[:rows], attn_metadata.decode, output[:rows])
+            self._decode(bound, cache, query, attn_metadata, attn_metadata.decode, output)
         return output
+
+    def _decode(
+        self,
+        bound: TopThetaLayer,
+        cache: PagedCache,
+        query: torch.Tensor,
+        metadata: TopThetaMetadata,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+    ) -> None:
+        thresholds, rows = bound.thresholds, metadata.num_decode_rows
+        logits = self.scale, self.logits_soft_cap
+
+        def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> None:
+            api.decode(
+                bound.group.kernel,
+                query,
+                cache,
+                batch,
+                thresholds.of_rows(metadata.thresholds, len(query)),
+                bound.policy,
+                *logits,
+                out,
+                bound.statistics,
+                thresholds.reached(len(query)),
+            )
+
+        if bound.group.warm_up is not None:
+            bound.group.warm_up.run(bound.group.kernel, decode, query, cache, batch.block_table, output)
+        decode(query[:rows], batch, output[:rows])
+        thresholds.after(metadata.thresholds, query[:rows], cache, batch, *logits)

@@ -68,7 +68,10 @@ def thresholds_of(
 def promised_keys(
     layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
 ) -> list[int] | None:
-    """Keys that each of this rank's query heads should keep; None unless thresholds adapt. As :func:`thresholds_of`."""
+    """Keys that each of this rank's query heads should keep, None unless thresholds adapt.
+
+    Arguments and errors as :func:`thresholds_of`.
+    """
     keys = resolved.promised_keys.get(extract_layer_index(layer_name))
     if keys is None:
         return None
@@ -82,7 +85,8 @@ def _heads(layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size
     if layer.num_heads * tensor_parallel_size != total:
         raise ValueError(
             f"{layer_name} has {layer.num_heads} query heads on each of {tensor_parallel_size} ranks, but the "
-            f"model's configuration says {total} in all; TOPTHETA needs a tensor-parallel size that divides the heads"
+            f"model's configuration says {total} in all; TOPTHETA needs a tensor-parallel size that divides the "
+            "heads"
         )
     first = _rank(tensor_parallel_size) * layer.num_heads
     return range(first, first + layer.num_heads)

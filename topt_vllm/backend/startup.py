@@ -3,10 +3,12 @@
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from topt_vllm.attention.api import Implementation, load_implementation, screening
+from topt_vllm.attention.api import Implementation, load_implementation, require
 from topt_vllm.attention.common import Thetas
+from topt_vllm.backend import compat
+from topt_vllm.backend.connectors import refuse_connector
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import Budget
@@ -46,7 +48,7 @@ class Resolved:
     @property
     def all_on_platform(self) -> bool:
         """Whether that is so for every layer of the model."""
-        return self.dense_on_platform and not self.thetas
+        return self.dense_on_platform and not self.thetas and self.config.sift is None
 
     @property
     def calibrated_up_to(self) -> int | None:
@@ -75,13 +77,16 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         _refuse(vllm_config)
     model_config = vllm_config.model_config
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
-    _refuse_state(config, device_type)
     name, implementation = load_implementation(config.implementation, device_type)
+    if device_type != "cpu" and not implementation.capabilities.graphs:
+        raise ConfigError(
+            f"toptheta.implementation is {name!r}, which can't run inside vLLM's CUDA graphs; "
+            "allowed on GPUs: auto | triton"
+        )
+    require(implementation, screen=config.screen)
     if config.sift is not None:
         return _resolve_sift(vllm_config, config, identity, name, implementation)
     found = find_table(config, identity, model_config.model, model_config.revision)
-    if config.k_screen != "off":
-        screening(implementation)
     thetas: dict[int, Thetas] = {}
     budget = None
     labels = _labels(identity)
@@ -97,7 +102,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
-    keys = _promised_keys(config, budget)
+    keys = _promised_keys(config, budget, vllm_config.parallel_config)
     rows += "; thresholds adapt to the traffic" if keys else ""
     if dense_on_platform and thetas:
         _refuse(vllm_config)
@@ -127,8 +132,14 @@ def _resolve_sift(
     """The outcome under ``policy: sift``, which has no table.
 
     Raises:
-        ConfigError: The speculator doesn't go with it.
+        ConfigError: The speculator or the worker doesn't go with it.
     """
+    worker = vllm_config.parallel_config.worker_cls
+    if vllm_config.device_config.device_type != "cpu" and worker != compat.GPU_WORKER:
+        raise ConfigError(
+            f"toptheta.policy is 'sift', whose thresholds belong to requests, and vLLM's worker on GPUs "
+            f"({worker}) doesn't name them. Add --worker-cls {compat.GPU_WORKER}, or use policy toptheta."
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         raise ConfigError(
@@ -153,7 +164,9 @@ def _labels(
     }
 
 
-def _promised_keys(config: TopThetaConfig, budget: Budget | None) -> dict[int, list[int]]:
+def _promised_keys(
+    config: TopThetaConfig, budget: Budget | None, parallel_config: Any
+) -> dict[int, list[int]]:
     """Keys that each query head of the sparse layers should keep, where thresholds adapt; else {}.
 
     Raises:
@@ -161,6 +174,11 @@ def _promised_keys(config: TopThetaConfig, budget: Budget | None) -> dict[int, l
     """
     if not config.adapt:
         return {}
+    if parallel_config.use_ubatching:
+        raise ConfigError(
+            "toptheta.adapt is true, but --enable-dbo cuts steps in two, which share what heads have kept. Leave "
+            "one of them out."
+        )
     if budget is None:
         raise ConfigError(
             "toptheta.adapt is true, but there is no threshold table. Leave adapt out, or name one."
@@ -175,22 +193,10 @@ def _promised_keys(config: TopThetaConfig, budget: Budget | None) -> dict[int, l
     return keys
 
 
-def _refuse_state(config: TopThetaConfig, device_type: str) -> None:
-    """Refuses thresholds that Python works out from step to step: it doesn't run when a CUDA graph is replayed."""
-    asked = "toptheta.policy is 'sift'" if config.sift is not None else "toptheta.adapt is true"
-    if device_type != "cpu" and (config.sift is not None or config.adapt):
-        raise ConfigError(
-            f"{asked}, which works on CPUs only: such thresholds change from step to step, and a CUDA graph is "
-            "replayed without the code that changes them. Leave it out here, and calibrate a table."
-        )
-
-
 def _refuse(vllm_config: "VllmConfig") -> None:
-    if vllm_config.kv_transfer_config is not None and vllm_config.kv_transfer_config.is_kv_transfer_instance:
-        raise ConfigError(
-            "TOPTHETA doesn't work with a KV connector (--kv-transfer-config): blocks that arrive from elsewhere "
-            "carry no V sums, which the compensation needs. Remove the connector or choose another backend."
-        )
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.is_kv_transfer_instance:
+        refuse_connector(transfer)
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise ConfigError(
             "TOPTHETA doesn't work with --kv-sharing-fast-prefill: layers would skip rows whose V sums are needed. "

@@ -5,7 +5,6 @@ KV cache group, under the same block ids, and counts in the cache budget. It has
 wants them of every cache layer, and nothing ever attends to it.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +24,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from topt_vllm.attention.api import Implementation
+from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
 from topt_vllm.backend.layers import thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
-
-# A running sum of V ends so many rows after the one before it, or less where blocks are no multiple of it. The rows
-# behind the last sum are attended densely: more sums cost more memory, fewer cost more rows.
-ROWS_PER_SUM = 64
 
 _VALUE_SUMS, _KEY_SCREEN = ".toptheta_value_sums", ".toptheta_key_screen"
 
@@ -77,8 +73,8 @@ class StatesBackend(AttentionBackend):
 class PackedStatesBackend(StatesBackend):
     """Of cache layers beside layers of several kinds: windows, state-space models.
 
-    Only where all layers of a block lie together does vLLM keep pages of different sizes in one group (0.31 to 0.33);
-    else it would make the pages one size, and blocks that have nothing to do with the attention layer's.
+    Only where all layers of a block lie together does vLLM keep pages of different sizes in one group (0.31 to
+    0.33); else it would make the pages one size, and blocks that have nothing to do with the attention layer's.
     """
 
     @classmethod
@@ -128,7 +124,7 @@ class ValueSums(StatesLayer):
             head_size=self._value_dim,
             head_size_v=0,
             dtype=torch.float32,
-            tokens_per_state=math.gcd(block_size, ROWS_PER_SUM),
+            tokens_per_state=choose_rows_per_state(block_size),
         )
 
 
@@ -136,7 +132,12 @@ class KeyScreens(StatesLayer):
     """Low-bit copies of K, uint8 [B, Hkv, 1, bytes]."""
 
     def __init__(
-        self, num_kv_heads: int, head_dim: int, packed: bool, implementation: Implementation, screen: str
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        packed: bool,
+        implementation: Implementation,
+        screen: ScreenFormat,
     ) -> None:
         super().__init__(num_kv_heads, packed)
         self._head_dim = head_dim
@@ -187,18 +188,16 @@ def register(vllm_config: VllmConfig) -> None:
             context.update(states_for(owner, layer, resolved, vllm_config))
 
 
-def states_for(
-    name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig
-) -> dict[str, StatesLayer]:
+def states_for(name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig) -> dict[str, StatesLayer]:
     """The states of an attention layer that may skip rows, by their names in vLLM."""
     packed = _has_other_layers(vllm_config)
     config = resolved.config
     states: dict[str, StatesLayer] = {}
     if config.compensation == "vmean":
         states[name + _VALUE_SUMS] = ValueSums(layer.num_kv_heads, layer.head_size_v, packed)
-    if config.k_screen != "off":
+    if config.screen is not None:
         states[name + _KEY_SCREEN] = KeyScreens(
-            layer.num_kv_heads, layer.head_size, packed, resolved.implementation, config.k_screen
+            layer.num_kv_heads, layer.head_size, packed, resolved.implementation, config.screen
         )
     return states
 

@@ -32,8 +32,8 @@ class LayerThresholds:
         """Whether the layer may skip rows at all."""
         return self.thetas is not None
 
-    def of_step(self, step: Any) -> Thetas | RowThetas | None:
-        """θ of a step's decode rows; ``step`` is what :meth:`Thresholds.before` gave. None for θ = −inf."""
+    def of_rows(self, step: Any, rows: int) -> Thetas | RowThetas | None:
+        """θ of a step's first decode rows; ``step`` is what :meth:`Thresholds.before` gave. None for θ = −inf."""
         return self.thetas
 
     def reached(self, rows: int) -> torch.Tensor | None:
@@ -55,7 +55,10 @@ class LayerThresholds:
 class Thresholds(Protocol):
     """Those of a builder's layers that decode with the operator, and what changes them."""
 
-    layers: Sequence[LayerThresholds]
+    @property
+    def layers(self) -> Sequence[LayerThresholds]:
+        """Those of each layer, in order."""
+        ...
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> Any:
         """Brings thresholds up to date for a step.
@@ -71,7 +74,7 @@ class Thresholds(Protocol):
         ...
 
     def rows_before_known(self, step: Any, dense_up_to: int) -> int:
-        """Rows of a step with longer contexts than that which are dense because their thresholds aren't known yet."""
+        """Rows of a step with longer contexts than that, which are dense for want of thresholds."""
         ...
 
     def forget(self) -> None:
@@ -166,8 +169,8 @@ class _SiftingLayer(LayerThresholds):
     def skips(self) -> bool:
         return True
 
-    def of_step(self, step: SiftStep | None) -> RowThetas | None:
-        return None if step is None else self._laws.thetas(step)
+    def of_rows(self, step: SiftStep | None, rows: int) -> RowThetas | None:
+        return None if step is None else RowThetas(self._laws.thetas(step).theta[:rows])
 
     def after(
         self,
@@ -204,9 +207,7 @@ class SiftingThresholds:
             _SiftingLayer(num_heads, settings, device) if each else LayerThresholds(None) for each in sparse
         ]
 
-    def before(
-        self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None
-    ) -> SiftStep | None:
+    def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> SiftStep | None:
         """The step's rows by request; None where their lengths aren't known, so that all of them are dense."""
         if lengths is None:
             return None

@@ -4,30 +4,26 @@ from collections.abc import Callable
 
 import torch
 
+from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import DecodeBatch, PagedCache
-from topt_vllm.backend.gpu.kernel import DeviceImplementation
-
-# One token, as decoding writes, and more than decoding ever does.
-_WRITTEN_TOKENS = (1, 2048)
 
 
 class WarmUp:
     """Runs every kind of step once, without rows; a CUDA graph that is being captured is left alone.
 
     Args:
-        implementation: The operator.
         max_sequences: Most sequences of a step.
         max_query_rows: Most query rows of a sequence that decodes.
     """
 
-    def __init__(self, implementation: DeviceImplementation, max_sequences: int, max_query_rows: int) -> None:
-        self._implementation = implementation
+    def __init__(self, max_sequences: int, max_query_rows: int) -> None:
         self._sequences = {1, max_sequences}
         self._query_rows = {1, max_query_rows}
         self.done = False
 
     def run(
         self,
+        kernel: Implementation,
         decode: Callable[[torch.Tensor, DecodeBatch, torch.Tensor], None],
         query: torch.Tensor,
         cache: PagedCache,
@@ -37,6 +33,7 @@ class WarmUp:
         """Does it when it is first called.
 
         Args:
+            kernel: The operator.
             decode: Decodes a batch in one layer, from its query rows into its output.
             query: [R, H, D], of a step; for its type and layout.
             cache: Of the layer.
@@ -51,8 +48,6 @@ class WarmUp:
             starts, lengths = block_table.new_zeros(sequences + 1), block_table.new_zeros(sequences)
             table = block_table.new_empty_strided((sequences, block_table.shape[1]), block_table.stride())
             for query_rows in self._query_rows:
-                decode(query[:1], DecodeBatch(starts, lengths, table, query_rows), out[:1])
-        if cache.value_sums is not None:
-            for tokens in _WRITTEN_TOKENS:
-                padding = torch.full((tokens,), -1, dtype=torch.int64, device=query.device)
-                self._implementation.update_sums(cache, padding)
+                batch = DecodeBatch(starts, lengths, table, query_rows)
+                decode(query[:1], batch, out[:1])
+                kernel.finish(cache, batch)

@@ -1,14 +1,15 @@
-"""vLLM's CPU worker, which also tells TOPTHETA whose rows a step has; chosen for ``policy: sift`` only."""
+"""What TOPTHETA's workers add to vLLM's: they know requests by name; for ``policy: sift`` only."""
 
 from typing import Any
 
-from vllm.v1.worker.cpu_worker import CPUWorker
-
 from topt_vllm.backend import requests
 
+# A worker of vLLM, when this is mixed into one.
+_Platform: Any = object
 
-class TopThetaWorker(CPUWorker):
-    """The same worker."""
+
+class NamesRequests(_Platform):
+    """Mixed into a worker of vLLM, which stays as it is."""
 
     def init_device(self) -> None:
         super().init_device()

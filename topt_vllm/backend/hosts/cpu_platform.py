@@ -42,9 +42,9 @@ class TopThetaCpuPlatform(_CpuPlatform):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         if attn_selector_config.attn_type in ("encoder", "encoder_only"):
             return super().get_attn_backend_cls(None, attn_selector_config, num_heads)
-        from topt_vllm.backend.backend import TopThetaBackend
+        from topt_vllm.backend.hosts.cpu import CpuTopThetaBackend
 
-        reasons = TopThetaBackend.validate_configuration(
+        reasons = CpuTopThetaBackend.validate_configuration(
             **attn_selector_config._asdict(), device_capability=None
         )
         if reasons:

@@ -8,16 +8,15 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from topt_vllm.backend.gpu.backend import GpuBackend
-from topt_vllm.backend.gpu.builder import GpuBuilder
-from topt_vllm.backend.gpu.impl import GpuImpl
+from topt_vllm.backend.builder import TopThetaBuilder
+from topt_vllm.backend.hosts.gpu import GpuBackend, GpuImpl
 
 
 class FlashTopThetaImpl(GpuImpl, FlashAttentionImpl):
     """Prefill on FlashAttention."""
 
 
-class FlashTopThetaBuilder(GpuBuilder, FlashAttentionMetadataBuilder):
+class FlashTopThetaBuilder(TopThetaBuilder, FlashAttentionMetadataBuilder):
     """Prefill metadata of FlashAttention."""
 
     platform_builder = FlashAttentionMetadataBuilder

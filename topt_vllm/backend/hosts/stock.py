@@ -13,9 +13,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from topt_vllm.backend import compat
-from topt_vllm.backend.gpu.binding import count_platform_layers
+from topt_vllm.backend.binding import count_platform_layers
 from topt_vllm.backend.layers import describe_rank
-from topt_vllm.backend.rows import few_rows
+from topt_vllm.backend.rows import few_rows, row_lengths
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ class StockBuilder(_Platform):
     def _count(self, common: CommonAttentionMetadata) -> None:
         decoding = few_rows(common, self._toptheta_query_rows)
         if decoding is not None:
-            self._toptheta_counters.count(*decoding)
+            starts, lengths = decoding
+            self._toptheta_counters.count(int(starts[-1]), row_lengths(starts, lengths))
 
 
 @cache

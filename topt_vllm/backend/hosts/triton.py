@@ -8,16 +8,15 @@ from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionMetadataBuilder,
 )
 
-from topt_vllm.backend.gpu.backend import GpuBackend
-from topt_vllm.backend.gpu.builder import GpuBuilder
-from topt_vllm.backend.gpu.impl import GpuImpl
+from topt_vllm.backend.builder import TopThetaBuilder
+from topt_vllm.backend.hosts.gpu import GpuBackend, GpuImpl
 
 
 class TritonTopThetaImpl(GpuImpl, TritonAttentionImpl):
     """Prefill on Triton attention."""
 
 
-class TritonTopThetaBuilder(GpuBuilder, TritonAttentionMetadataBuilder):
+class TritonTopThetaBuilder(TopThetaBuilder, TritonAttentionMetadataBuilder):
     """Prefill metadata of Triton attention."""
 
     platform_builder = TritonAttentionMetadataBuilder

@@ -1,0 +1,114 @@
+"""TOPTHETA on vLLM's CPU attention."""
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from topt_vllm.attention.common import PagedCache
+from topt_vllm.backend import compat
+from topt_vllm.backend.backend import TopThetaBackend
+from topt_vllm.backend.builder import TopThetaBuilder
+from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.config import ConfigError, TopThetaConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.topt_vllm")
+
+# ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
+_READABLE_ISAS = ("vec", "vec16")
+
+
+class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
+    """Prefill on CPU attention."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = TopThetaConfig.from_additional_config(self._vllm_config.additional_config)
+        if self.is_fp8_kv_cache and config.k_screen != "off":
+            raise ConfigError(
+                f"toptheta.k_screen is {config.k_screen!r} and the cache {self.kv_cache_dtype!r}: an 8-bit copy "
+                "of K is as large as K itself then, so screening would read more, not less. Set k_screen to off, "
+                "or --kv-cache-dtype to auto."
+            )
+
+    def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
+        """First all of a block's K as [D, P], then its V as [P, D]; bytes of the named format in an fp8 cache."""
+        dtype = compat.CPU_FP8_DTYPES.get(self.kv_cache_dtype)
+        stored = kv_cache if dtype is None else kv_cache.view(dtype)
+        num_blocks, num_kv_heads, block_size, width = stored.shape
+        head_dim = width // 2
+        key, value = stored.view(num_blocks, num_kv_heads, 2 * block_size, head_dim).chunk(2, dim=2)
+        key = key.view(num_blocks, num_kv_heads, head_dim, block_size).transpose(2, 3)
+        if dtype is None:
+            return PagedCache(key, value)
+        scales = (torch.tensor([scale]) for scale in (layer._k_scale_float, layer._v_scale_float))
+        return PagedCache(key, value, None, None, *scales)
+
+
+class _VectorBuilder(CPUAttentionMetadataBuilder):
+    """Metadata of vLLM's vector kernels, whose K layout is the operator's."""
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.isa: str
+        if self.isa == "amx":
+            self.isa = "vec"
+            self._set_isa_to_layers(layer_names)
+            logger.info("TOPTHETA: prefill uses vLLM's vector kernels instead of AMX, whose K layout differs")
+        if self.isa not in _READABLE_ISAS:
+            raise NotImplementedError(
+                f"TOPTHETA reads the cache layouts {_READABLE_ISAS}, but vLLM uses {self.isa!r} on this CPU. "
+                "Use --attention-backend CPU_ATTN here."
+            )
+
+
+class CpuTopThetaBuilder(TopThetaBuilder, _VectorBuilder):
+    """Prefill metadata of CPU attention."""
+
+    platform_builder = _VectorBuilder
+    replays_graphs = False
+
+    def _host_lengths(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        return common.seq_lens
+
+
+class CpuTopThetaBackend(TopThetaBackend, CPUAttentionBackend):
+    """For the layouts of K and V that vLLM's vector kernels have."""
+
+    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "bfloat16", "float16", *compat.CPU_FP8_DTYPES]
+
+    @staticmethod
+    def get_impl_cls() -> type[CpuTopThetaImpl]:
+        return CpuTopThetaImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CpuTopThetaBuilder]:
+        return CpuTopThetaBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [size for size in super().get_supported_head_sizes() if size <= 256]
+
+    @classmethod
+    def explanations(cls, options: dict[str, Any]) -> dict[str, str]:
+        sizes = ", ".join(map(str, cls.get_supported_head_sizes()))
+        return super().explanations(options) | {
+            "head_size not supported": f"{options['head_size']}; allowed: {sizes}",
+        }
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """vLLM's own, and the one that packs a block's layers: its kernels take any distance between blocks."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC

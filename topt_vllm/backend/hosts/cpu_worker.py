@@ -1,0 +1,9 @@
+"""vLLM's CPU worker, which also tells TOPTHETA whose rows a step has; chosen for ``policy: sift`` only."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from topt_vllm.backend.worker import NamesRequests
+
+
+class TopThetaWorker(NamesRequests, CPUWorker):
+    """The same worker."""
