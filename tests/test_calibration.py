@@ -218,7 +218,7 @@ def test_quality_is_what_the_operator_counts():
         tally.select(2, scores, torch.softmax(scores, dim=-1), rows[part], part)
     result = tally.quality(70, 3, Losses(0.0, 0.0, 1.0))
 
-    statistics = new_statistics()
+    (statistics,) = new_statistics()
     for row in rows.tolist():
         n = row + 1
         attend_row(

@@ -221,7 +221,7 @@ def test_attention_under_toptheta_is_the_operators(compensation):
     found = attend(
         rule(thetas(*theta.tolist())), rows_at(rows, 64), value[:, :64], value[:, :64].mean(1)[:, None]
     )
-    statistics = new_statistics()
+    (statistics,) = new_statistics()
     expected = attend_row(
         query[:, 0],
         key[:, :64],

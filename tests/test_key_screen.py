@@ -6,31 +6,36 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, implementation, paged_cache, random_case
+from attention_cases import Case, finish, implementation, paged_cache, random_case
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import (
+    DecodeBatch,
+    KeyScreen,
+    PagedCache,
+    Policy,
+    Stat,
+    Thetas,
+    new_statistics,
+)
 
 EXACT = [Stat.ROWS, Stat.ELEMENTS, Stat.KEPT_ELEMENTS, Stat.V_ROWS, Stat.V_ROWS_READ]
 
 
 def with_screen(case: Case) -> Case:
     """The case with 8-bit copies of the blocks that lie wholly inside a context; the others hold garbage."""
-    cpu = api.screening(implementation("cpu"))
     blocks, kv_heads, block_size, head_dim = case.cache.value.shape
-    screen = torch.randint(
-        0, 256, (blocks, kv_heads, cpu.screen_bytes(head_dim, block_size)), dtype=torch.uint8
-    )
-    cache = replace(case.cache, key_screen=screen)
-    for sequence, n in enumerate(case.batch.seq_lens.tolist()):
-        cpu.update_screen(cache, case.batch.block_table[sequence, : n // block_size].long())
+    size = implementation("cpu").screen_bytes("int8", head_dim, block_size)
+    codes = torch.randint(0, 256, (blocks, kv_heads, size), dtype=torch.uint8)
+    cache = replace(case.cache, key_screen=KeyScreen("int8", codes))
+    finish(cache, case.batch.block_table, case.batch.seq_lens.tolist(), "cpu")
     return replace(case, cache=cache)
 
 
 def both(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(output without, output with, statistics without, statistics with)."""
     plain, screened = new_statistics(), new_statistics()
-    return case.run("cpu", plain), with_screen(case).run("cpu", screened), plain, screened
+    return case.run("cpu", plain), with_screen(case).run("cpu", screened), plain[0], screened[0]
 
 
 def largest_bound(case: Case) -> float:
@@ -108,8 +113,15 @@ def test_zero_keys_and_queries() -> None:
 
 
 def test_reference_has_no_screen() -> None:
-    with pytest.raises(ValueError, match="no K screen"):
-        api.screening(implementation("reference"))
+    with pytest.raises(ValueError, match="no K screen 'int8'; of those here, cpu has one"):
+        api.require(implementation("reference"), screen="int8")
+    with pytest.raises(ValueError, match="no K screen 'int8'; of those here, cpu has one"):
+        with_screen(random_case([(1, 100)])).run("reference")
+
+
+def test_formats_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="the cpu kernel has no K screen 'int4'; it has: int8"):
+        implementation("cpu").screen_bytes("int4", 64, 32)
 
 
 def replayed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, k: int) -> Case:
@@ -118,8 +130,7 @@ def replayed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
     block_size = 128
     blocks = n // block_size
     pages = [part.unflatten(1, (blocks, block_size)).transpose(0, 1) for part in (key, value)]
-    cache: PagedCache = paged_cache(*pages)
-    cache = replace(cache, value_sums=cache.value.sum(dim=2, dtype=torch.float32))
+    cache: PagedCache = paged_cache(*pages, state_rows=64)
     scores = (query.float().view(kv_heads, -1, head_dim) @ key.float().transpose(1, 2)).flatten(0, 1) * scale
     theta = scores.topk(k, dim=-1).values[:, -1:].contiguous()
     thetas = Thetas(torch.tensor([n], dtype=torch.int32), theta, torch.zeros(len(theta), 2))
@@ -128,6 +139,7 @@ def replayed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
         torch.tensor([n], dtype=torch.int32),
         torch.arange(blocks, dtype=torch.int32)[None],
     )
+    finish(cache, rows.block_table, [n])
     return Case(query[None], cache, rows, thetas, Policy(), scale)
 
 

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_vllm.attention import api, posit
-from topt_vllm.attention.common import DecodeBatch, Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import DecodeBatch, KeyScreen, Policy, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
 KERNELS = [name for name in IMPLS if name != "reference"]
@@ -436,7 +436,9 @@ REFUSED_BYTES = {
         "posits are stored as torch.uint8",
     ),
     "screen": (
-        lambda case: replace(case, cache=replace(case.cache, key_screen=torch.zeros(1, 1, 1))),
+        lambda case: replace(
+            case, cache=replace(case.cache, key_screen=KeyScreen("int8", torch.zeros(1, 1, 1)))
+        ),
         "key_screen: expected none for K of 8 bits",
     ),
     "scale": (

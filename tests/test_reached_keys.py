@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, random_case
+from attention_cases import Case, finish, implementation, random_case
 from device import TRITON
 
-from topt_vllm.attention import api
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import KeyScreen, Policy
 
 IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
 POLICIES = {
@@ -60,11 +59,10 @@ def test_heads_and_lengths_without_thresholds_count_nothing(impl: str):
 
 def test_a_key_screen_changes_no_count():
     case = random_case([(1, 1000), (1, 300)], keep=0.02, block_size=128)
-    cpu = api.load_implementation("cpu", "cpu")[1]
-    size = api.screening(cpu).screen_bytes(64, 128)
-    cache = replace(case.cache, key_screen=torch.zeros(case.cache.key.shape[0], 2, size, dtype=torch.uint8))
-    finished = cache.value.isfinite().all(dim=(1, 2, 3)).nonzero().flatten()
-    api.finish_blocks(cpu, cache, finished)
+    size = implementation("cpu").screen_bytes("int8", 64, 128)
+    codes = torch.zeros(case.cache.key.shape[0], 2, size, dtype=torch.uint8)
+    cache = replace(case.cache, key_screen=KeyScreen("int8", codes))
+    finish(cache, case.batch.block_table, case.batch.seq_lens.tolist(), "cpu")
     reached = torch.zeros(2, 4, dtype=torch.int64)
     replace(case, cache=cache).run("cpu", reached=reached)
     assert reached.tolist() == expected(case)

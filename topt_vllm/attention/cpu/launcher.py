@@ -6,8 +6,19 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.common import (
+    Capabilities,
+    DecodeBatch,
+    PagedCache,
+    Policy,
+    RowThetas,
+    ScreenFormat,
+    Thetas,
+)
+from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.cpu import jit
+
+capabilities = Capabilities(screens=("int8",))
 
 _FOLDER = Path(__file__).parent / "csrc"
 
@@ -57,7 +68,7 @@ def decode(
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, D], written.
-        statistics: float64 [7] to add to, or None.
+        statistics: float64 [slots, 7] to add to, or None.
         reached: int64 [R, H] to add to, or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
@@ -83,7 +94,7 @@ def decode(
         softcap,
         out,
         statistics,
-        cache.key_screen,
+        _codes(cache),
         reached,
         cache.key_scale,
         cache.value_scale,
@@ -97,11 +108,39 @@ def stream(memory: torch.Tensor) -> int:
     return _operators().stream(memory)
 
 
-def screen_bytes(head_dim: int, block_size: int) -> int:
-    """Bytes of the 8-bit copy of K for one KV head of one block; csrc/screen.h has the layout."""
+def finish(cache: PagedCache, batch: DecodeBatch) -> None:
+    """Writes V sums and K screen; as ``finish`` of :class:`topt_vllm.attention.api.Implementation`."""
+    _operators().finish(
+        cache.key,
+        cache.value,
+        cache.value_sums,
+        _codes(cache),
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        cache.posit8,
+    )
+
+
+def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
+    """Bytes of the copy of K for one KV head of one block; csrc/screen.h has the layout.
+
+    Raises:
+        ValueError: There is no such copy.
+    """
+    _check_format(format)
     return _operators().screen_bytes(head_dim, block_size)
 
 
-def update_screen(cache: PagedCache, finished_blocks: torch.Tensor) -> None:
-    """Writes the 8-bit copies of blocks (int64, physical numbers) from their K."""
-    _operators().encode_screen(cache.key, finished_blocks, cache.key_screen)
+def _codes(cache: PagedCache) -> torch.Tensor | None:
+    if cache.key_screen is None:
+        return None
+    _check_format(cache.key_screen.format)
+    return cache.key_screen.codes
+
+
+def _check_format(format: str) -> None:
+    if format not in capabilities.screens:
+        raise ValueError(
+            f"the cpu kernel has no K screen {format!r}; it has: {', '.join(capabilities.screens)}"
+        )

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <vector>
 
 #include "kernel.h"
 
@@ -51,10 +52,12 @@ topt::Rows rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-void set_screen(topt::Problem& p, const optional<Tensor>& screen) {
+void set_screen(topt::Problem& p, const Tensor& key, const optional<Tensor>& screen) {
   p.screen = nullptr;
   p.screen_block_stride = 0;
   if (!screen) return;
+  TORCH_CHECK(key.element_size() > 1, "key_screen: expected none for K of 8 bits, whose copy would be as large as K ",
+              "itself");
   const int64_t bytes = topt::ScreenBlock::bytes(p.head_dim, p.block_size);
   check(*screen, "key_screen", 3, at::kByte);
   TORCH_CHECK(screen->size(1) == p.num_kv_heads && screen->size(2) == bytes && screen->stride(1) == bytes,
@@ -77,6 +80,23 @@ void set_key(topt::Problem& p, const Tensor& key) {
   p.key_block_stride = key.stride(0), p.key_head_stride = key.stride(1), p.key_dim_stride = key.stride(3);
 }
 
+void set_sums(topt::Problem& p, const optional<Tensor>& value_sums) {
+  p.value_sums = nullptr;
+  p.sums_block_stride = p.sums_head_stride = p.sums_state_stride = 0;
+  p.state_rows = p.block_size;
+  if (!value_sums) return;
+  check(*value_sums, "value_sums", 4, at::kFloat);
+  const int64_t states = value_sums->size(2);
+  TORCH_CHECK(states > 0 && p.block_size % states == 0 && value_sums->size(1) == p.num_kv_heads &&
+                  value_sums->size(3) == p.head_dim,
+              "value_sums: expected [B, Hkv, P / T, D] with Hkv = ", p.num_kv_heads, ", P = ", p.block_size, ", D = ",
+              p.head_dim, ", got ", value_sums->sizes());
+  p.state_rows = static_cast<int>(p.block_size / states);
+  p.value_sums = value_sums->data_ptr<float>();
+  p.sums_block_stride = value_sums->stride(0), p.sums_head_stride = value_sums->stride(1);
+  p.sums_state_stride = value_sums->stride(2);
+}
+
 void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums) {
   set_key(p, key);
   TORCH_CHECK(key.sizes() == value.sizes(), "value: expected the shape of key, ", key.sizes(), ", got ", value.sizes());
@@ -88,13 +108,7 @@ void set_cache(topt::Problem& p, const Tensor& key, const Tensor& value, const o
   p.value = value.const_data_ptr();
   p.value_block_stride = value.stride(0), p.value_head_stride = value.stride(1);
   p.value_token_stride = value.stride(2);
-  p.value_sums = nullptr;
-  p.sums_block_stride = p.sums_head_stride = 0;
-  if (value_sums) {
-    check(*value_sums, "value_sums", 3, at::kFloat);
-    p.value_sums = value_sums->const_data_ptr<float>();
-    p.sums_block_stride = value_sums->stride(0), p.sums_head_stride = value_sums->stride(1);
-  }
+  set_sums(p, value_sums);
 }
 
 float scale_of(const optional<Tensor>& scale, const char* name) {
@@ -184,8 +198,9 @@ void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double
 }
 
 void add_statistics(const topt::Problem& p, const topt::Counts& counts, double dropped, const Tensor& statistics) {
-  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.numel() == 7,
-              "statistics: expected float64 [7], got ", statistics.scalar_type(), " ", statistics.sizes());
+  TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
+                  statistics.size(0) > 0 && statistics.size(1) == 7,
+              "statistics: expected float64 [slots, 7], got ", statistics.scalar_type(), " ", statistics.sizes());
   double rows = 0, tokens = 0;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     for (int row = p.query_start_loc[sequence]; row < p.query_start_loc[sequence + 1]; ++row) {
@@ -216,9 +231,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
   const topt::DType stored = stored_dtype_of(key, "key", posit8);
-  TORCH_CHECK(!key_screen || key.element_size() > 1, "key_screen: expected none for K of 8 bits, whose copy would be as ",
-              "large as K itself");
-  set_screen(p, key_screen);
+  set_screen(p, key, key_screen);
   TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
               p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
   set_batch(p, query_start_loc, seq_lens, block_table);
@@ -244,17 +257,25 @@ int64_t screen_bytes(int64_t head_dim, int64_t block_size) {
   return topt::ScreenBlock::bytes(static_cast<int>(head_dim), static_cast<int>(block_size));
 }
 
-// Writes the 8-bit copies of finished blocks.
-void encode_screen(const Tensor& key, const Tensor& blocks, Tensor key_screen) {
+// Brings V sums and screen up to date after the rows of a batch were written.
+void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums, optional<Tensor> key_screen,
+            const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& block_table, bool posit8) {
   topt::Problem p{};
-  set_key(p, key);
-  set_screen(p, key_screen);
-  check(blocks, "blocks", 1, at::kLong);
-  const auto* block = blocks.const_data_ptr<int64_t>();
-  const topt::DType dtype = dtype_of(key, "key");
-  at::parallel_for(0, blocks.size(0) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+  set_cache(p, key, value, value_sums);
+  const topt::DType stored = stored_dtype_of(key, "key", posit8);
+  set_screen(p, key, key_screen);
+  set_batch(p, query_start_loc, seq_lens, block_table);
+  // A state ends wherever a block does. Most decode steps end none, and need no threads.
+  std::vector<int> ending;
+  for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
+    const int end = p.seq_lens[sequence];
+    if (topt::first_written(p, sequence) / p.state_rows < end / p.state_rows) ending.push_back(sequence);
+  }
+  at::parallel_for(0, static_cast<int64_t>(ending.size()) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      topt::encode_screen_block(p, dtype, block[i / p.num_kv_heads], static_cast<int>(i % p.num_kv_heads));
+      const int sequence = ending[i / p.num_kv_heads];
+      topt::finish_rows(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), topt::first_written(p, sequence),
+                        p.seq_lens[sequence]);
     }
   });
 }
@@ -286,8 +307,10 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "Tensor(b!)? statistics, Tensor? key_screen, Tensor(c!)? reached, Tensor? key_scale, "
       "Tensor? value_scale, bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
-  m.def("encode_screen(Tensor key, Tensor blocks, Tensor(a!) key_screen) -> ()");
-  m.impl("encode_screen", c10::DispatchKey::CPU, TORCH_FN(encode_screen));
+  m.def(
+      "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? key_screen, Tensor query_start_loc, "
+      "Tensor seq_lens, Tensor block_table, bool posit8) -> ()");
+  m.impl("finish", c10::DispatchKey::CPU, TORCH_FN(finish));
   m.def("stream(Tensor memory) -> int");
   m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));
   m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));

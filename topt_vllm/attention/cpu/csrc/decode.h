@@ -8,6 +8,7 @@
 #include "schedule.h"
 #include "score.h"
 #include "screen.h"
+#include "sums.h"
 
 namespace topt {
 
@@ -17,24 +18,22 @@ struct State {
   float* used;     // [M, 16], sum of exp over keys whose V row was used, by lane
   float* dropped;  // [M, 16], sum of exp over the others
   float* acc;      // [M, D]
-  float* sums;     // [rows, D], sum of V over the context, for vmean
   float* skipped;  // [rows], keys that some head dropped: more than 0 calls for compensation
 
   static int64_t size(const Problem& p) {
-    return static_cast<int64_t>(kMaxItemRows) * ((p.group() + 1) * (p.head_dim + 2 * kLanes + 2) + 64);
+    return static_cast<int64_t>(kMaxItemRows) * (p.group() * (p.head_dim + 2 * kLanes + 1) + kLanes);
   }
   State(const Problem& p, int rows, float* memory) {
     const int vectors = rows * p.group();
     acc = memory;
-    sums = acc + static_cast<int64_t>(vectors) * p.head_dim;
-    used = sums + static_cast<int64_t>(rows) * p.head_dim;
+    used = acc + static_cast<int64_t>(vectors) * p.head_dim;
     dropped = used + vectors * kLanes;
     skipped = dropped + vectors * kLanes;
     max = skipped + rows;
   }
   void clear(const Problem& p, int rows) {
     const int vectors = rows * p.group();
-    std::memset(acc, 0, sizeof(float) * (static_cast<int64_t>(vectors + rows) * p.head_dim));
+    std::memset(acc, 0, sizeof(float) * (static_cast<int64_t>(vectors) * p.head_dim));
     std::fill_n(max, vectors, std::numeric_limits<float>::lowest());
     std::memset(used, 0, sizeof(float) * (2 * vectors * kLanes + rows));
   }
@@ -48,7 +47,7 @@ constexpr int kFlushRows = 32;
 // Everything one thread needs, carved from one allocation that outlives the call.
 template <typename T>
 struct Scratch {
-  float *scores, *query, *weights, *state;
+  float *scores, *query, *weights, *state, *sums;
   c10::BFloat16* pairs;
   const T** rows;
   uint32_t *kept, *read, *candidates;
@@ -62,6 +61,7 @@ struct Scratch {
     const int64_t words = tile / kLanes * (p.group() + 3), groups = p.head_dim / scale_channels(p.head_dim);
     // Scores and candidates of two tiles: the screen runs one ahead.
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + State::size(p) + words);
+    total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
     total += vectors * (p.head_dim + 4 * (2 * groups + 2));
     return (total + 16 * 64 + 4095) / 4096 * 4096;
@@ -77,6 +77,7 @@ struct Scratch {
     carve(query, vectors * p.head_dim);
     carve(weights, vectors * capacity(p));
     carve(state, State::size(p));
+    carve(sums, p.head_dim);
     carve(pairs, vectors * p.head_dim);
     carve(rows, kMaxItemRows * capacity(p));
     carve(kept, tile / kLanes * p.group());
@@ -139,6 +140,7 @@ class Decoder {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
     if (screened) screen(item, begin);
+    if (p.vmean && !dense && end == item.tiles) ask_sums(item);
     for (int tile = begin; tile < end; ++tile) {
       if (screened && tile + 1 < end) screen(item, tile + 1);
       turn_to(tile);
@@ -161,8 +163,8 @@ class Decoder {
     double dropped = 0;
     for (int row = 0; row < item.rows; ++row) {
       const int n = row_length(p, item.sequence, item.row + row);
-      const float* sums = state.sums + static_cast<int64_t>(row) * p.head_dim;
       const bool compensate = p.vmean && state.skipped[row] > 0;
+      if (compensate) sum_context<T>(p, item.sequence, item.kv_head, n, s.sums);
       for (int g = 0; g < group; ++g) {
         const int m = row * group + g, head = item.kv_head * group + g;
         const float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
@@ -175,7 +177,7 @@ class Decoder {
         for (int d = 0; d < p.head_dim; d += kLanes) store16(result + d, load16(acc + d) * Vec16(norm));
         const Vec16 mean(p.value_scale * share / static_cast<float>(n));
         for (int d = 0; d < p.head_dim && compensate; d += kLanes) {
-          store16(result + d, fma16(mean, load16(sums + d), load16(result + d)));
+          store16(result + d, fma16(mean, load16(s.sums + d), load16(result + d)));
         }
         store_row(p.out, item.row + row, head, p.head_dim, result);
       }
@@ -232,14 +234,13 @@ class Decoder {
     return static_cast<const T*>(p.key) + physical * p.key_block_stride + item.kv_head * p.key_head_stride;
   }
 
-  const T* value_block(const Item& item, int block) const {
-    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
-    return static_cast<const T*>(p.value) + physical * p.value_block_stride + item.kv_head * p.value_head_stride;
-  }
-
-  const float* sums_of(const Item& item, int block) const {
-    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
-    return p.value_sums + physical * p.sums_block_stride + item.kv_head * p.sums_head_stride;
+  // The state that each row may need in the end.
+  void ask_sums(const Item& item) const {
+    for (int row = 0; row < item.rows; ++row) {
+      const int end = sums_end(p, s.rules[row * group].n);
+      const float* state = end > 0 ? state_before(p, item.sequence, item.kv_head, end) : nullptr;
+      for (int d = 0; d < p.head_dim && state; d += kLanes) ask(state + d);
+    }
   }
 
   ScreenBlock screen_of(const Item& item, int block) const {
@@ -260,7 +261,6 @@ class Decoder {
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
     for (int block = first; block < last; ++block) {
-      for (int d = 0; d < p.head_dim && p.vmean && !dense; d += kLanes) ask(sums_of(item, block) + d);
       look_up_pages(later_key(item, block + 2 * p.blocks_per_tile, end, after));
       next_key = later_key(item, block + p.blocks_per_tile, end, after);
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
@@ -344,9 +344,6 @@ class Decoder {
       const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
       state.skipped[row] += weigh<heads()>(row, g, words, pending, asks, state);
     });
-    bool keeps_all = true;
-    for (int g = 0; g < group; ++g) keeps_all &= s.rules[row * group + g].dense;
-    if (p.vmean && !keeps_all) add_sums(item, row, start, count, state);
   }
 
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
@@ -425,8 +422,7 @@ class Decoder {
     int pending = s.count[row];
     for (int word = 0; word < words; ++word) {
       if (!s.read[word]) continue;
-      const int token = start + word * kLanes;
-      const T* base = value_block(item, token / p.block_size) + token % p.block_size * p.value_token_stride;
+      const T* base = value_row<T>(p, item.sequence, item.kv_head, start + word * kLanes);
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
         rows[pending++] = base + std::countr_zero(left) * p.value_token_stride;
       }
@@ -474,23 +470,6 @@ class Decoder {
     return drops;
   }
 
-  // Adds the V sums of finished blocks; the rows of the unfinished one, which are all kept, are added themselves.
-  void add_sums(const Item& item, int row, int start, int count, State& state) {
-    float* sums = state.sums + static_cast<int64_t>(row) * p.head_dim;
-    for (int at = start; at < start + count; at += p.block_size) {
-      const int block = at / p.block_size, tokens = start + count - at;
-      if (tokens >= p.block_size) {
-        const float* stored = sums_of(item, block);
-        for (int d = 0; d < p.head_dim; d += kLanes) store16(sums + d, load16(sums + d) + load16(stored + d));
-        continue;
-      }
-      const T* value = value_block(item, block);
-      for (int t = 0; t < tokens; ++t, value += p.value_token_stride) {
-        for (int d = 0; d < p.head_dim; d += kLanes) store16(sums + d, load16(sums + d) + load16(value + d));
-      }
-    }
-  }
-
   void flush(int row, State& state) {
     const int m = row * group;
     accumulate(state.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
@@ -514,7 +493,6 @@ inline void merge(const Problem& p, int rows, const State& part, State& total) {
     const float* other = part.acc + static_cast<int64_t>(m) * p.head_dim;
     for (int d = 0; d < p.head_dim; ++d) acc[d] = acc[d] * ours + other[d] * theirs;
   }
-  for (int i = 0; i < rows * p.head_dim; ++i) total.sums[i] += part.sums[i];
   for (int row = 0; row < rows; ++row) total.skipped[row] += part.skipped[row];
 }
 

@@ -11,8 +11,8 @@ void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
 void run_call(const Problem& p, DType cache, Shared& shared, int worker);
 void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass);
 
-// Fills the screen of one block of one KV head from its K.
-void encode_screen_block(const Problem& p, DType cache, int64_t block, int kv_head);
+// Brings the V sums and the screen of one KV head of a sequence up to date whose rows [begin, end) were written.
+void finish_rows(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end);
 
 // Sum of the 64-bit words of some memory.
 int64_t sum_words(const char* memory, int64_t bytes);

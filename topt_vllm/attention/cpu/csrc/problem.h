@@ -28,8 +28,9 @@ struct Problem {
   int64_t key_block_stride, key_head_stride, key_dim_stride;
   int64_t value_block_stride, value_head_stride, value_token_stride;
   float value_scale;  // V is what is stored times this; that of K is part of `scale`
-  const float* value_sums;  // [B, Hkv, D], or null
-  int64_t sums_block_stride, sums_head_stride;
+  float* value_sums;  // [B, Hkv, P / state_rows, D], or null
+  int64_t sums_block_stride, sums_head_stride, sums_state_stride;
+  int state_rows;  // divides the block size, which it is where there are no sums
   char* screen;  // [B, Hkv, ScreenBlock::bytes], or null
   int64_t screen_block_stride;
 
@@ -58,7 +59,7 @@ struct Problem {
 
 inline int tile_tokens(const Problem& p) { return p.blocks_per_tile * p.block_size; }
 
-// Tiles of about eight pages of K, which prefetch.h walks side by side, and of 128 tokens at least.
+// Tiles of about eight pages of K, which ahead.h walks side by side, and of 128 tokens at least.
 inline int choose_blocks_per_tile(int head_dim, int block_size, int element_size) {
   const int bytes = 32768 / (head_dim * block_size * element_size), tokens = 128 / block_size;
   return bytes > tokens ? (bytes > 1 ? bytes : 1) : (tokens > 1 ? tokens : 1);
@@ -67,6 +68,12 @@ inline int choose_blocks_per_tile(int head_dim, int block_size, int element_size
 // Context length of a query row of a sequence.
 inline int row_length(const Problem& p, int sequence, int row) {
   return p.seq_lens[sequence] - (p.query_start_loc[sequence + 1] - 1 - row);
+}
+
+// Position of the first row of a sequence in this batch.
+inline int first_written(const Problem& p, int sequence) {
+  const int rows = p.query_start_loc[sequence + 1] - p.query_start_loc[sequence];
+  return p.seq_lens[sequence] > rows ? p.seq_lens[sequence] - rows : 0;
 }
 
 // theta(n) of one head, with the roundings of Thetas.at in common.py.
@@ -86,6 +93,9 @@ inline float theta_at(const Problem& p, int head, int n) {
   return weight < 0.5f ? std::fma(weight, end - start, start) : std::fma(weight - 1.0f, end - start, end);
 }
 
+// First of the rows behind the last V sum that a row with context n reads. One that ends a state doesn't need it.
+inline int sums_end(const Problem& p, int n) { return (n - 1) / p.state_rows * p.state_rows; }
+
 // What one row of one head keeps whatever its score: keys below `low`, keys from `high` on, or all of them.
 struct KeepRule {
   int n;
@@ -97,7 +107,7 @@ struct KeepRule {
 inline KeepRule keep_rule(const Problem& p, int row, int head, int n) {
   const float theta = p.row_theta ? p.row_theta[static_cast<int64_t>(row) * p.num_heads + head] : theta_at(p, head, n);
   KeepRule rule{n, p.sink_tokens, n - p.recent_tokens, theta, false};
-  if (p.vmean && n / p.block_size * p.block_size < rule.high) rule.high = n / p.block_size * p.block_size;
+  if (p.vmean && sums_end(p, n) < rule.high) rule.high = sums_end(p, n);
   rule.dense = n <= p.min_seq_len || rule.theta == -std::numeric_limits<float>::infinity();
   return rule;
 }

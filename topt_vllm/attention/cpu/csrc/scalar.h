@@ -41,24 +41,16 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
             if (p.reached && !rule.dense) p.reached[row * p.num_heads + kv_head * group + g] += score >= rule.theta;
           }
         }
-        std::fill(sums.begin(), sums.end(), 0.0f);
         bool drops = false;
         for (int j = 0; j < n; ++j) {
           counts.read += read[j];
           for (int g = 0; g < group; ++g) drops |= !(p.keep_union ? read[j] : kept[g * n + j]);
         }
-        auto value_at = [&](int j) {
-          return static_cast<const T*>(p.value) + table[j / p.block_size] * p.value_block_stride +
-                 kv_head * p.value_head_stride + j % p.block_size * p.value_token_stride;
-        };
-        for (int j = 0; j < n && p.vmean && drops; ++j) {
-          const bool stored = j / p.block_size < n / p.block_size;
-          if (stored && j % p.block_size) continue;
-          const float* block_sum = p.value_sums + table[j / p.block_size] * p.sums_block_stride +
-                                   kv_head * p.sums_head_stride;
-          for (int d = 0; d < p.head_dim; ++d) {
-            sums[d] += stored ? block_sum[d] : static_cast<float>(value_at(j)[d]);
-          }
+        auto value_at = [&](int j) { return value_row<T>(p, sequence, kv_head, j); };
+        const int tail = n > 0 && p.vmean && drops ? sums_end(p, n) : n;
+        for (int d = 0; d < p.head_dim; ++d) {
+          sums[d] = tail < n && tail > 0 ? state_before(p, sequence, kv_head, tail)[d] : 0.0f;
+          for (int j = tail; j < n; ++j) sums[d] += static_cast<float>(value_at(j)[d]);
         }
         for (int g = 0; g < group; ++g) {
           float largest = -std::numeric_limits<float>::infinity();
