@@ -196,12 +196,14 @@ def summary(now: Amounts, before: Amounts) -> str | None:
     if new[Stat.ROWS] <= 0 or new[Stat.V_ROWS] <= 0:
         return None
     dense = now.dense_rows - before.dense_rows
-    reasons = ", ".join(f"{reason} {rows / new[Stat.ROWS]:.1%}" for reason, rows in dense.most_common())
+    # Reasons are counted where a step begins, rows layer by layer: a step may be half in.
+    rows_begun = max(new[Stat.ROWS], float(dense.total()))
+    reasons = ", ".join(f"{reason} {rows / rows_begun:.1%}" for reason, rows in dense.most_common())
     return (
         f"V rows read: {new[Stat.V_ROWS_READ] / new[Stat.V_ROWS]:.1%}, "
         f"keys kept by a head: {new[Stat.KEPT_ELEMENTS] / new[Stat.ELEMENTS]:.1%}, "
         f"rows decoded (all layers): {new[Stat.ROWS]:.0f}, "
-        f"dense: {dense.total() / new[Stat.ROWS]:.1%}" + (f" ({reasons})" if reasons else "")
+        f"dense: {dense.total() / rows_begun:.1%}" + (f" ({reasons})" if reasons else "")
     )
 
 
