@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from gpu_cases import BACKENDS, HEAD_DIM, as_on_gpu, vllm_config
+from adapter_cases import CPU, HEAD_DIM, as_on_gpu, vllm_config
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -25,11 +25,12 @@ from vllm.v1.attention.selector import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from topt_vllm.backend import compat
-from topt_vllm.backend.backend import TopThetaBackend
-from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
-from topt_vllm.backend.gpu.triton_attn import TritonTopThetaBackend
+from topt_vllm.backend.hosts.flash import FlashTopThetaBackend
+from topt_vllm.backend.hosts.triton import TritonTopThetaBackend
 
 __all__ = ["vllm_config"]
+
+BACKENDS = [FlashTopThetaBackend, TritonTopThetaBackend]
 
 
 def selection(**changes: Any) -> dict[str, Any]:
@@ -55,10 +56,6 @@ REFUSED = [
     ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
     ({"use_non_causal": True}, "non-causal attention not supported"),
     ({"use_batch_invariant": True}, "batch invariance not supported (unset VLLM_BATCH_INVARIANT)"),
-    (
-        {"use_kv_connector": True},
-        "KV connector not supported (blocks that arrive from elsewhere carry no V sums",
-    ),
     ({"use_dcp": True}, "DCP not supported"),
     ({"use_pcp": True}, "PCP not supported"),
     ({"use_rswa": True}, "R-SWA not supported"),
@@ -101,8 +98,7 @@ def test_what_is_supported_is_not_refused(vllm_config: Any, backend: type):
 def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
     vllm_config: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], reason: str
 ):
-    settings = {"implementation": "triton"} | settings
-    monkeypatch.setitem(vllm_config.additional_config, "toptheta", settings)
+    as_on_gpu(vllm_config, monkeypatch, **{"implementation": "triton"} | settings)
     (shown,) = TritonTopThetaBackend.validate_configuration(**selection())
     assert reason in shown
 
@@ -140,7 +136,7 @@ def test_the_class_is_the_platform_s_own(
     monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: platform in ("cuda", "rocm"))
     monkeypatch.setattr(vllm_config.cache_config, "cache_dtype", cache_dtype)
     chosen = AttentionBackendEnum["TOPTHETA"].get_class()
-    assert chosen is (expected or TopThetaBackend)
+    assert chosen is (expected or CPU.backend)
     assert chosen.get_name() == "TOPTHETA"
 
 
