@@ -8,7 +8,7 @@ import time
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Policy, new_statistics
+from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cases import Shape, make_inputs, thetas_for
 
 LAYERS = 30
@@ -26,7 +26,7 @@ def main() -> None:
     policy = Policy()
     case = make_inputs(Shape((args.seq_len,) * args.batch, 9, 3, 64, 128, torch.bfloat16))
     thetas = thetas_for(case, args.keep, policy)
-    counted = [new_statistics() for _ in range(LAYERS)]
+    counted = [implementation.new_statistics("cpu") for _ in range(LAYERS)]
     out = torch.empty_like(case.query)
 
     def step(counters: list[torch.Tensor] | list[None]) -> float:

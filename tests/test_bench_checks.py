@@ -15,7 +15,7 @@ from attention_cases import implementation
 from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.benchmarks import comparison
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
-from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.cli.main import main
@@ -148,7 +148,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
     with pytest.raises(RuntimeError, match=r"error 0\.5.* against float64.*not timed"):
-        compare([inputs], [Target(1.0, [None])], ["off"], Policy(), 0)
+        compare([inputs], [ThetaSet(1.0, [None])], ["off"], Policy(), 0)
 
 
 def test_a_screen_that_keeps_other_keys_is_not_timed(monkeypatch: pytest.MonkeyPatch):
@@ -157,7 +157,7 @@ def test_a_screen_that_keeps_other_keys_is_not_timed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(comparison, "_kept", lambda _: torch.tensor(next(counts)))
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
     with pytest.raises(RuntimeError, match="k_screen int8: keeps other keys"):
-        compare([inputs], [Target(0.2, [thetas_for(inputs, 0.2, policy)])], ["int8"], policy, 0)
+        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, policy)])], ["int8"], policy, 0)
 
 
 def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -165,4 +165,4 @@ def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.
     real = comparison.expect
     monkeypatch.setattr(comparison, "expect", lambda *given: replace(real(*given), ties=100))
     with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
-        compare([inputs], [Target(0.2, [thetas_for(inputs, 0.2, policy)])], ["off"], policy, 0)
+        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, policy)])], ["off"], policy, 0)

@@ -9,13 +9,13 @@ from attention_cases import random_case
 from device import interpreter_only
 from triton.runtime import interpreter
 
-from topt_vllm.attention.common import Stat, new_statistics
+from topt_vllm.attention.common import Stat, choose_rows_per_state, new_statistics
 from topt_vllm.attention.triton import launch, launcher
-from topt_vllm.benchmarks.traffic import GPUS, Shape, dense_traffic, predictions, traffic
+from topt_vllm.benchmarks.traffic import GPUS, UniformBatch, dense_traffic, predictions, traffic
 
 pytestmark = pytest.mark.slow
 
-TARGET = launch.target_of(torch.device("cpu"))
+LIMITS = launch.limits_of(torch.device("cpu"))
 
 
 class Meter:
@@ -56,7 +56,9 @@ def _offset(part: torch.Tensor) -> int:
 @pytest.mark.parametrize(("seq_len", "block_size"), [(300, 32), (256, 128), (300, 48)])
 def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len: int, block_size: int):
     monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 64)
-    case = random_case([(1, seq_len)] * 2, 6, 2, 80, block_size, keep=0.1)
+    case = random_case(
+        [(1, seq_len)] * 2, 6, 2, 80, block_size, keep=0.1, state_rows=choose_rows_per_state(block_size)
+    )
     # Apart, so that addresses tell K from V; query and output too.
     key, value = case.cache.key.contiguous(), case.cache.value.contiguous()
     query, out = case.query.contiguous(), torch.empty_like(case.query)
@@ -65,19 +67,19 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     batch = replace(case.batch, max_query_rows=1)
     device = torch.device("cpu")
     workspace = launcher.allocate_workspace(2, 1, 6, 2, 80, device, programs=3)
-    lists = 2 * 3 * launch.choose(1, 6, 2, 80, 2, TARGET, 3).list_keys * (4 + 1)
+    lists = 2 * 3 * launch.choose(1, 6, 2, 80, 2, LIMITS, 3).list_keys * (4 + 1)
     tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
-    launcher.bind(workspace).decode(
+    launcher.Bound(workspace).decode(
         query, cache, batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
     )
-    shape = Shape(2, seq_len, 6, 2, 80, block_size)
-    rows = int(statistics[Stat.V_ROWS_READ])
-    expected = traffic(shape, rows, TARGET, programs=3)
-    assert 0 < rows < statistics[Stat.V_ROWS]
+    shape = UniformBatch(2, seq_len, 6, 2, 80, block_size)
+    rows = int(statistics[0, Stat.V_ROWS_READ])
+    expected = traffic(shape, rows, LIMITS, programs=3)
+    assert 0 < rows < statistics[0, Stat.V_ROWS]
     assert meter.bytes["key"] == expected.key
-    assert meter.bytes["value"] == expected.value + expected.tail
-    assert meter.bytes["sums"] == expected.sums
+    assert meter.bytes["value"] + meter.bytes["sums"] == expected.value + expected.sums + expected.again
+    assert meter.bytes["sums"] == 3 * expected.sums
     assert meter.bytes["partials"] == expected.partials
     assert meter.bytes["query"] + meter.bytes["out"] == expected.rows
 
@@ -86,6 +88,6 @@ def test_predictions_approach_the_ceiling_of_skipping_v():
     """Without partial results and sums, a kept share f leaves (1 + f) / 2 of the bytes."""
     for record in predictions([16], [131072], keep=0.1, block_size=128):
         assert 1.75 < record["ratio"] < 2 / 1.1
-    shape = Shape(1, 8192)
-    dense = dense_traffic(shape, GPUS[0].target)
+    shape = UniformBatch(1, 8192)
+    dense = dense_traffic(shape, GPUS[0].limits)
     assert dense.key == dense.value == 8 * 8192 * 256

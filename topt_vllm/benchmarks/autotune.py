@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.common import Policy, Thetas
-from topt_vllm.attention.triton.calls import Call, Step
-from topt_vllm.attention.triton.launch import MIN_PROGRAM_TOKENS, Launch, target_of
+from topt_vllm.attention.triton.calls import Call, DecodeStep
+from topt_vllm.attention.triton.launch import MIN_PROGRAM_TOKENS, Launch, limits_of
 from topt_vllm.attention.triton.launcher import interpreted
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.compile import CHIPS, Chip, compile_call, resources
@@ -21,11 +21,11 @@ from topt_vllm.benchmarks.oracle import expect
 _TURNS = 20
 
 
-def step_of(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Step:
+def step_of(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> DecodeStep:
     """The call that is tuned."""
     out = torch.empty_like(inputs.query)
     arguments = (inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, inputs.softcap, out)
-    return Step(*arguments, None)
+    return DecodeStep(*arguments, None)
 
 
 def candidates(chosen: Launch) -> list[Launch]:
@@ -82,7 +82,7 @@ def chip_of(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{major}{minor}"
     if name not in CHIPS:
-        raise ValueError(f"--autotune knows the limits of {', '.join(CHIPS)}, and this GPU is {name}")
+        raise ValueError(f"bench autotune knows the limits of {', '.join(CHIPS)}, and this GPU is {name}")
     return CHIPS[name]
 
 
@@ -112,12 +112,12 @@ def tune(
     step, expected = step_of(inputs, thetas, policy), expect(inputs, thetas, policy)
     heuristic, *others = [
         _try(launch, step, gpu, chip, used, expected)
-        for launch in choose(step.choose(target_of(gpu.device), None))
+        for launch in choose(step.choose(limits_of(gpu.device), None))
     ]
     return [heuristic, *sorted(others, key=lambda record: record["ms"] or math.inf)]
 
 
-def _try(launch: Launch, step: Step, gpu: Gpu, chip: Chip, used: Any, expected: Any) -> dict[str, Any]:
+def _try(launch: Launch, step: DecodeStep, gpu: Gpu, chip: Chip, used: Any, expected: Any) -> dict[str, Any]:
     memory = torch.empty(step.parts(launch).words, device=gpu.device)
     calls = step.calls(launch, memory, interpreted())
     reason = why_not(used(calls[0]), launch.num_warps, chip)

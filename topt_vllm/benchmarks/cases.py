@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas, choose_rows_per_state
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,20 @@ class Shape:
     def sequence_blocks(self) -> tuple[int, ...]:
         """Blocks of each sequence."""
         return tuple(-(-length // self.block_size) for length in self.lengths)
+
+    @property
+    def state_rows(self) -> int:
+        """T, rows of a running V sum."""
+        return choose_rows_per_state(self.block_size)
+
+    @property
+    def sums_shape(self) -> tuple[int, int, int, int]:
+        """Of the V sums, [B, Hkv, P / T, D]."""
+        return self.total_blocks, self.kv_heads, self.block_size // self.state_rows, self.head_dim
+
+    def rows_behind_sums(self, n: int) -> int:
+        """Last rows of a context of ``n`` that ``vmean`` keeps, for V sums end before them."""
+        return (n - 1) % self.state_rows + 1
 
     @property
     def total_blocks(self) -> int:
@@ -103,6 +117,12 @@ class Inputs:
         rows = zip(self.batch.block_table, full, strict=True)
         return torch.cat([row[:count] for row, count in rows]).long()
 
+    @property
+    def written(self) -> DecodeBatch:
+        """All rows of the contexts, as a prompt writes them."""
+        starts = torch.nn.functional.pad(self.batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+        return DecodeBatch(starts, self.batch.seq_lens, self.batch.block_table)
+
     def gather(self, sequence: int, kv_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head of one sequence, [n, D] each."""
         n = self.shape.lengths[sequence]
@@ -150,11 +170,11 @@ def paged_inputs(
     key, value = memory.chunk(2, dim=2)
     # The first half holds [D, P]; reading it as [P, D] and transposing gives the logical view.
     key = key.as_strided((total, shape.kv_heads, size, dim), (*memory.stride()[:2], 1, size))
-    cache = PagedCache(key, value, torch.zeros(total, shape.kv_heads, dim))
+    cache = PagedCache(key, value, torch.zeros(shape.sums_shape))
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
     batch = DecodeBatch(starts, torch.tensor(shape.lengths, dtype=torch.int32), table)
     inputs = Inputs(shape, query, memory, cache, batch, scale, softcap)
-    api.finish_blocks(api.load_implementation("reference", "cpu")[1], cache, inputs.finished_blocks)
+    api.load_implementation("reference", "cpu")[1].finish(cache, inputs.written)
     return inputs
 
 
@@ -187,8 +207,8 @@ def thetas_for(inputs: Inputs, keep: float, policy: Policy) -> Thetas | None:
     columns = []
     for n in lengths:
         alike = [scores[sequence] for sequence, length in enumerate(shape.lengths) if length == n]
-        forced = n % shape.block_size if policy.compensation == "vmean" else policy.recent_tokens
-        columns.append(union_theta(torch.stack(alike), shape.kv_heads, keep, max(forced, 1)))
+        forced = shape.rows_behind_sums(n) if policy.compensation == "vmean" else policy.recent_tokens
+        columns.append(union_theta(torch.stack(alike), shape.kv_heads, keep, forced))
     device = inputs.query.device
     return Thetas(
         torch.tensor(lengths, dtype=torch.int32, device=device),

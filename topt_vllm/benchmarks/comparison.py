@@ -20,7 +20,7 @@ _KEPT = [Stat.KEPT_ELEMENTS, Stat.V_ROWS_READ]
 
 
 @dataclass(frozen=True)
-class Target:
+class ThetaSet:
     """Thresholds to measure.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Column:
     """One of our variants and what it counted."""
 
     variant: Variant
-    target: Target
+    target: ThetaSet
     k_screen: str
     error: float
     counts: torch.Tensor
@@ -53,7 +53,7 @@ class _Column:
 
 def compare(
     layers: Sequence[Inputs],
-    targets: Sequence[Target],
+    targets: Sequence[ThetaSet],
     k_screens: Sequence[str],
     policy: Policy,
     seconds: float,
@@ -78,7 +78,7 @@ def compare(
         RuntimeError: A kernel is wrong, or a K screen changes what is kept; nothing is timed then.
     """
     module = device.implementation(layers[0])
-    everything = Target(1.0, [None] * len(layers))
+    everything = ThetaSet(1.0, [None] * len(layers))
     dense = [expect(inputs, None, policy) for inputs in layers]
     dense_kernels, left_out = device.rivals(layers)
     rivals = [device.ready(rival) for rival in dense_kernels]
@@ -145,7 +145,7 @@ def _column(
     module: api.Implementation,
     variant: Variant,
     layers: Sequence[Inputs],
-    target: Target,
+    target: ThetaSet,
     k_screen: str,
     expected: Sequence[Expectation],
     policy: Policy,
@@ -157,15 +157,16 @@ def _column(
 
 
 def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bool) -> int:
-    """Rows of K and V that were read in full, V sums, and the low-bit copies of finished blocks (bytes)."""
+    """Rows of K and V that were read in full, a V sum each, and the low-bit copies of finished blocks (bytes)."""
     shape = layers[0].shape
     row = shape.head_dim * layers[0].cache.key.element_size()
     moved = int(counts[Stat.K_ROWS_READ] + counts[Stat.V_ROWS_READ]) * row
     for inputs in layers:
         if compensated:
-            moved += shape.total_blocks * shape.kv_heads * shape.head_dim * 4
+            reading = sum(n > shape.state_rows for n in shape.lengths)
+            moved += reading * shape.kv_heads * shape.head_dim * 4
         if inputs.cache.key_screen is not None:
-            moved += inputs.finished_blocks.numel() * inputs.cache.key_screen[0].numel()
+            moved += inputs.finished_blocks.numel() * inputs.cache.key_screen.codes[0].numel()
     return moved
 
 

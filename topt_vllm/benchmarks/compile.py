@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas
-from topt_vllm.attention.triton.calls import Call, Step, sums_call
-from topt_vllm.attention.triton.launch import Launch, Target
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas, choose_rows_per_state
+from topt_vllm.attention.triton.calls import Call, DecodeStep, finish_call
+from topt_vllm.attention.triton.launch import GpuLimits, Launch
 from topt_vllm.attention.triton.launcher import interpreted, new_statistics
 
 DTYPES = {
@@ -41,7 +41,6 @@ _BLOCK_SIZES = (16, 64)
 _KV_HEADS = 8
 _SEQUENCES = 16
 _CONTEXT = 32768
-_PREFILL_TOKENS = 8192
 # More than 2 GiB, so that AMD's compiler can't address it with 32 bits.
 _CACHE_BYTES = 8 << 30
 _WARP_REGISTERS = 256  # registers are handed out to warps in units of this many
@@ -77,10 +76,10 @@ class Chip:
         return self.triton.backend == "hip"
 
     @property
-    def target(self) -> Target:
+    def limits(self) -> GpuLimits:
         """What the launch heuristic knows of it."""
         tensor_memory = not self.amd and self.triton.arch // 10 == 10
-        return Target(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes, tensor_memory)
+        return GpuLimits(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes, tensor_memory)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""
@@ -132,7 +131,7 @@ class Configuration:
         parts += [f"P={self.block_size}", *([] if self.sparse else ["dense"])]
         return " ".join([*parts, *([f"softcap={self.softcap:g}"] if self.softcap else [])])
 
-    def step(self) -> Step:
+    def step(self) -> DecodeStep:
         """A call on tensors without memory, in vLLM's GPU layout: K and V of a slot side by side."""
         rows, heads = _SEQUENCES * self.query_rows, _KV_HEADS * self.group
         stored = DTYPES[self.dtype]
@@ -142,7 +141,8 @@ class Configuration:
         shape = (blocks, _KV_HEADS, self.block_size, 2 * self.head_dim)
         key, value = _empty(*shape, dtype=stored).split(self.head_dim, dim=-1)
         scale = _empty(1, dtype=torch.float32) if stored.itemsize == 1 else None
-        sums = _empty(blocks, _KV_HEADS, self.head_dim, dtype=torch.float32)
+        states = self.block_size // choose_rows_per_state(self.block_size)
+        sums = _empty(blocks, _KV_HEADS, states, self.head_dim, dtype=torch.float32)
         batch = DecodeBatch(
             _empty(_SEQUENCES + 1),
             _empty(_SEQUENCES),
@@ -156,7 +156,7 @@ class Configuration:
             _empty(heads, 2, dtype=torch.float32),
         )
         query = _empty(rows, heads, self.head_dim, dtype=query_dtype)
-        return Step(
+        return DecodeStep(
             query,
             PagedCache(key, value, sums, key_scale=scale, value_scale=scale),
             batch,
@@ -216,19 +216,19 @@ def compile_call(call: Call, target: GPUTarget) -> tuple[Any, str]:
 def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, Call]]:
     """Launch parameters and the launches of a configuration by kernel name."""
     step = configuration.step()
-    launch = step.choose(chip.target, None)
+    launch = step.choose(chip.limits, None)
     memory = _empty(step.parts(launch).words, dtype=torch.float32)
     decode, merge = step.calls(launch, memory, interpreted=False)
     if step.cache.value_sums is None:
         raise RuntimeError("a configuration has V sums; this is a bug")
-    sums = sums_call(step.cache, step.cache.value_sums, _empty(_PREFILL_TOKENS, dtype=torch.int64))
-    return launch, {"decode": decode, "merge": merge, "sums": sums}
+    finish = finish_call(step.cache, step.cache.value_sums, step.batch)
+    return launch, {"decode": decode, "merge": merge, "finish": finish}
 
 
 def compile_all(
     configurations: list[Configuration],
     targets: list[str],
-    kernels: tuple[str, ...] = ("decode", "merge", "sums"),
+    kernels: tuple[str, ...] = ("decode", "merge", "finish"),
 ) -> Iterator[dict[str, Any]]:
     """One record for each configuration, target and kernel."""
     for name in targets:
@@ -262,7 +262,7 @@ def _dependence(configuration: Configuration, kernel: str) -> tuple[Any, ...]:
     if kernel == "decode":
         return (configuration,)
     stored = (configuration.head_dim, configuration.dtype, configuration.block_size)
-    return stored if kernel == "sums" else (*stored, configuration.query_rows, configuration.sparse)
+    return stored if kernel == "finish" else (*stored, configuration.query_rows, configuration.sparse)
 
 
 def resources(compiled: Any, log: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
-from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import CPU, Device, Gpu
 
 
@@ -35,7 +35,7 @@ def bench_case(
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
     inputs = _inputs(shape, device)
-    targets = [Target(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]
+    targets = [ThetaSet(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]
     return compare([inputs], targets, k_screens, policy, seconds, device)
 
 

@@ -30,7 +30,7 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     for part in memory.split(_BLOCKS_AT_ONCE):
         part.copy_(torch.randn(part.shape, generator=generator, device=device))
     key, value = memory.transpose(1, 2).split(shape.head_dim, dim=3)
-    sums = torch.zeros(total, shape.kv_heads, shape.head_dim, device=device)
+    sums = torch.zeros(shape.sums_shape, device=device)
     table = shape.block_table(torch.randperm(total, generator=generator, device=device))
     query = torch.randn(shape.batch, shape.heads, shape.head_dim, generator=generator, device=device)
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
@@ -38,8 +38,7 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     batch = DecodeBatch(starts, lengths, table, 1)
     scale = shape.head_dim**-0.5
     inputs = Inputs(shape, query.to(shape.dtype), memory, PagedCache(key, value, sums), batch, scale)
-    last_slots = inputs.finished_blocks * shape.block_size + shape.block_size - 1
-    launcher.update_sums(inputs.cache, last_slots)
+    launcher.finish(inputs.cache, inputs.written)
     return inputs
 
 
@@ -51,5 +50,4 @@ def bound_kernel(shape: Shape, device: torch.device) -> Implementation:
     """
     launcher.prepare(device.type)
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    workspace = launcher.allocate_workspace(shape.batch, 1, *heads, device)
-    return cast(Implementation, launcher.bind(workspace))
+    return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, device))

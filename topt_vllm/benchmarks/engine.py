@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.benchmarks.cache_size import cache_bytes
-from topt_vllm.benchmarks.engine_record import Contender, Measured
+from topt_vllm.benchmarks.engine_record import Contender, EngineTimes
 from topt_vllm.benchmarks.model_shapes import has_weights
 from topt_vllm.benchmarks.share_table import budget_name, share_table
 from topt_vllm.engines.process import EngineError, ask
@@ -72,7 +72,7 @@ class EngineBenchmark:
             EngineError: An engine failed.
         """
         identity = self._identity()
-        measured = [Measured() for _ in range(len(self.keeps) + 1)]
+        measured = [EngineTimes() for _ in range(len(self.keeps) + 1)]
         with tempfile.TemporaryDirectory() as folder:
             table = self._find_table(identity, Path(folder), report, ask_engine)
             contenders = self._contenders(table)

@@ -12,6 +12,8 @@ import sys
 import time
 from typing import Any
 
+from topt_vllm.attention.common import choose_rows_per_state
+
 _SEED = 1
 # Steps, at most, whose queries thresholds are found for.
 _STEPS = 8
@@ -71,9 +73,10 @@ def find_thetas(llm: Any, context: int, tokens: int, keeps: list[float]) -> dict
     llm.collective_rpc("watch_attention")
     steps = min(_STEPS, tokens - 1)
     _answer(llm, random_prompts(llm, 1, context), 1 + steps)
-    # The rows of an unfinished block are read whatever their score.
-    unfinished = [(context + step) % _block_size(llm) for step in range(1, tokens)]
-    forced = max(1, round(sum(unfinished) / len(unfinished)))
+    # The rows behind the last V sum are read whatever their score.
+    rows = choose_rows_per_state(_block_size(llm))
+    behind = [(context + step - 1) % rows + 1 for step in range(1, tokens)]
+    forced = round(sum(behind) / len(behind))
     return llm.collective_rpc("thetas_found", args=(context, steps, keeps, forced))[0]
 
 

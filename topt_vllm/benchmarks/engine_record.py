@@ -19,7 +19,7 @@ class Contender:
 
 
 @dataclass
-class Measured:
+class EngineTimes:
     """What one contender's engines said, over all rounds."""
 
     backend: str = ""

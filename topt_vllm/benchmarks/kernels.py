@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Policy, Thetas, new_statistics
+from topt_vllm.attention.common import KeyScreen, Policy, ScreenFormat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.timing import Call, Variant
 
@@ -49,12 +50,12 @@ def count(
     thetas: Sequence[Thetas | None],
     policy: Policy,
 ) -> list[torch.Tensor]:
-    """Statistics of one call, one tensor per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
+    """Statistics of one call, one tensor [7] per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
-        found.append(new_statistics(inputs.query.device))
-        out = torch.empty_like(inputs.query)
-        _our_call(implementation, inputs, theta, policy, out, found[-1])()
+        statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
+        _our_call(implementation, inputs, theta, policy, out, statistics)()
+        found.append(statistics.sum(dim=0))
     return found
 
 
@@ -62,15 +63,16 @@ def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: st
     """The case with a low-bit copy of its finished blocks' K.
 
     Raises:
-        ValueError: The implementation has no K screen.
+        ValueError: The implementation has no such K screen.
     """
     if k_screen == "off":
         return inputs
-    shape, screens = inputs.shape, api.screening(implementation)
-    size = screens.screen_bytes(shape.head_dim, shape.block_size)
-    screen = torch.zeros(shape.total_blocks, shape.kv_heads, size, dtype=torch.uint8)
-    cache = replace(inputs.cache, key_screen=screen)
-    screens.update_screen(cache, inputs.finished_blocks)
+    shape, name = inputs.shape, cast(ScreenFormat, k_screen)
+    api.require(implementation, screen=name)
+    size = implementation.screen_bytes(name, shape.head_dim, shape.block_size)
+    codes = torch.zeros(shape.total_blocks, shape.kv_heads, size, dtype=torch.uint8)
+    cache = replace(inputs.cache, key_screen=KeyScreen(name, codes))
+    implementation.finish(cache, inputs.written)
     return replace(inputs, cache=cache)
 
 

@@ -77,7 +77,7 @@ def attend(
                 used = scores[sequence][heads] >= thetas.at(n)[heads, None]
                 used[:, n - policy.recent_tokens :] = True
                 if policy.compensation == "vmean":
-                    used[:, n // shape.block_size * shape.block_size :] = True
+                    used[:, n - shape.rows_behind_sums(n) :] = True
                 if policy.group_keep == "union":
                     used = used.any(dim=0).expand(group, -1)
             result = torch.where(used, probabilities, 0.0) @ value

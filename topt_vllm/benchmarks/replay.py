@@ -8,7 +8,7 @@ import torch
 from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
-from topt_vllm.benchmarks.comparison import Target, compare
+from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.table.schema import Budget, ThresholdTable
 
@@ -71,11 +71,13 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     for indices, budgets in by_layers.items():
         layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
-        targets = [Target(1.0, [None] * len(layers))]
+        targets = [ThetaSet(1.0, [None] * len(layers))]
         for k in budgets:
             budget = table.budget(k)
             thetas = table.thetas(budget)
-            targets.append(Target(_share(budget, captured.seq_len), [thetas[index] for index in indices], k))
+            targets.append(
+                ThetaSet(_share(budget, captured.seq_len), [thetas[index] for index in indices], k)
+            )
         identity = {"model": captured.identity.id, "fingerprint": captured.identity.fingerprint}
         yield from ({**record, **identity} for record in compare(layers, targets, *how))
 

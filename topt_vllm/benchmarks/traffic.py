@@ -7,38 +7,39 @@ A model, checked by the tests against every load and store of an interpreted run
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.attention.triton.launch import Target, choose
+from topt_vllm.attention.common import choose_rows_per_state
+from topt_vllm.attention.triton.launch import GpuLimits, choose
 
 _WORD = 4  # bytes of float32 and int32
 _KIB = 1 << 10
-_HOPPER = Target(amd=False, multiprocessors=132, shared_bytes=228 * _KIB, block_bytes=227 * _KIB)
-_CDNA3 = Target(amd=True, multiprocessors=304, shared_bytes=64 * _KIB, block_bytes=64 * _KIB)
+_HOPPER = GpuLimits(amd=False, multiprocessors=132, shared_bytes=228 * _KIB, block_bytes=227 * _KIB)
+_CDNA3 = GpuLimits(amd=True, multiprocessors=304, shared_bytes=64 * _KIB, block_bytes=64 * _KIB)
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuProduct:
     """A GPU that there are predictions for.
 
     Attributes:
         name: As its maker calls it.
         bandwidth: Peak of its memory in bytes per second, from the data sheet.
-        target: What the launch heuristic knows of it.
+        limits: What the launch heuristic knows of it.
     """
 
     name: str
     bandwidth: float
-    target: Target
+    limits: GpuLimits
 
 
 GPUS = (
-    Gpu("H100 SXM", 3.35e12, _HOPPER),
-    Gpu("H200", 4.8e12, _HOPPER),
-    Gpu("MI300X", 5.3e12, _CDNA3),
+    GpuProduct("H100 SXM", 3.35e12, _HOPPER),
+    GpuProduct("H200", 4.8e12, _HOPPER),
+    GpuProduct("MI300X", 5.3e12, _CDNA3),
 )
 
 
 @dataclass(frozen=True)
-class Shape:
+class UniformBatch:
     """A batch of sequences of one length with one query row each.
 
     Attributes:
@@ -59,6 +60,11 @@ class Shape:
     block_size: int = 16
     item_bytes: int = 2
 
+    @property
+    def state_rows(self) -> int:
+        """T, rows of a running V sum."""
+        return choose_rows_per_state(self.block_size)
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -67,10 +73,11 @@ class Traffic:
     Attributes:
         key: K, all of it.
         value: V rows that some head of their group keeps.
-        sums: V sums of finished blocks.
+        sums: One V sum of each KV head and row.
         partials: Partial results of the segments, written and read.
         rows: Query, which every segment reads, and output.
-        tail: V rows of the unfinished blocks that the merge kernel reads again, out of the cache: not in ``total``.
+        again: What the merge kernel reads once more, out of the cache, so not in ``total``: V rows behind the sums,
+            and the sums for all heads of a group but the first.
     """
 
     key: int
@@ -78,7 +85,7 @@ class Traffic:
     sums: int
     partials: int
     rows: int
-    tail: int
+    again: int
 
     @property
     def total(self) -> int:
@@ -86,40 +93,42 @@ class Traffic:
         return self.key + self.value + self.sums + self.partials + self.rows
 
 
-def traffic(shape: Shape, v_rows_read: int, target: Target, programs: int | None = None) -> Traffic:
+def traffic(shape: UniformBatch, v_rows_read: int, limits: GpuLimits, programs: int | None = None) -> Traffic:
     """Bytes of a call with thresholds, V means and statistics, some probability being dropped in every head.
 
     Args:
         shape: Of the batch.
         v_rows_read: (KV head, key) pairs of the whole batch whose V row is read.
-        target: GPU.
+        limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     row = shape.head_dim * shape.item_bytes
     pairs = shape.batch * shape.kv_heads
-    segments = _segments(shape, target, programs)
+    segments = _segments(shape, limits, programs)
+    behind = (shape.seq_len - 1) % shape.state_rows + 1
+    sums = pairs * shape.head_dim * _WORD if shape.seq_len > shape.state_rows else 0
     return Traffic(
         key=pairs * shape.seq_len * row,
         value=v_rows_read * row,
-        sums=pairs * (shape.seq_len // shape.block_size) * shape.head_dim * _WORD,
+        sums=sums,
         partials=_partials(shape, segments),
         rows=shape.heads * (segments + shape.batch) * row,
-        tail=shape.batch * shape.heads * (shape.seq_len % shape.block_size) * row,
+        again=shape.batch * shape.heads * behind * row + (shape.heads // shape.kv_heads - 1) * sums,
     )
 
 
-def dense_traffic(shape: Shape, target: Target) -> Traffic:
+def dense_traffic(shape: UniformBatch, limits: GpuLimits) -> Traffic:
     """Bytes of a dense kernel that shares the keys likewise and needs nothing but K, V and partial outputs."""
     row = shape.head_dim * shape.item_bytes
     keys = shape.batch * shape.kv_heads * shape.seq_len * row
-    segments = _segments(shape, target, None)
+    segments = _segments(shape, limits, None)
     partials = 2 * shape.heads * segments * (shape.head_dim + 2) * _WORD
     return Traffic(keys, keys, 0, partials, shape.heads * (segments + shape.batch) * row, 0)
 
 
-def _segments(shape: Shape, target: Target, programs: int | None) -> int:
+def _segments(shape: UniformBatch, limits: GpuLimits, programs: int | None) -> int:
     """Parts of one KV head that programs and sequences cut the batch into."""
-    launch = choose(1, shape.heads, shape.kv_heads, shape.head_dim, shape.item_bytes, target, programs)
+    launch = choose(1, shape.heads, shape.kv_heads, shape.head_dim, shape.item_bytes, limits, programs)
     tiles = -(-shape.seq_len // launch.tile)
     total = tiles * shape.batch
     used = max(1, min(launch.programs, total // launch.min_tiles))
@@ -128,13 +137,9 @@ def _segments(shape: Shape, target: Target, programs: int | None) -> int:
     return len(cuts | {sequence * tiles for sequence in range(shape.batch)})
 
 
-def _partials(shape: Shape, segments: int) -> int:
-    by_head, by_group = shape.heads * segments, shape.kv_heads * segments
+def _partials(shape: UniformBatch, segments: int) -> int:
     output, softmax = shape.head_dim, 3
-    written = by_head * (output + softmax) + by_group * shape.head_dim
-    # Each head of a group reads the group's V sum.
-    read = by_head * (output + softmax + shape.head_dim)
-    return (written + read) * _WORD
+    return 2 * shape.heads * segments * (output + softmax) * _WORD
 
 
 def predictions(
@@ -151,11 +156,11 @@ def predictions(
     found: list[dict[str, Any]] = []
     for batch in batches:
         for seq_len in seq_lens:
-            shape = Shape(batch, seq_len, block_size=block_size)
+            shape = UniformBatch(batch, seq_len, block_size=block_size)
             rows = round(keep * batch * shape.kv_heads * seq_len)
             for gpu in GPUS:
-                ours = traffic(shape, rows, gpu.target)
-                dense = dense_traffic(shape, gpu.target)
+                ours = traffic(shape, rows, gpu.limits)
+                dense = dense_traffic(shape, gpu.limits)
                 found.append(
                     {
                         "gpu": gpu.name,

@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     for target in args.targets:
         for head_dim in args.head_dims:
             found = list(compile_all(shipped([head_dim], args.dtypes), [target]))
-            for kernel in ("decode", "merge", "sums"):
+            for kernel in ("decode", "merge", "finish"):
                 print(_line([each for each in found if each["kernel"] == kernel]), flush=True)
             records += found
     write_json(args.json, [{**record, "provenance": origin} for record in records])

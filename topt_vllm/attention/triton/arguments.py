@@ -36,8 +36,9 @@ def check(
     batch: DecodeBatch,
     out: torch.Tensor,
     reached: torch.Tensor | None,
+    needs_sums: bool,
 ) -> None:
-    """Refuses what the kernels would misread.
+    """Refuses what the decode kernels would misread.
 
     Raises:
         RuntimeError: Names the argument, what is expected and what was given.
@@ -48,18 +49,35 @@ def check(
         _refuse("key", " or ".join(map(str, [*_TRITON, *_FORMATS])), cache.key.dtype)
     if cache.value.dtype != cache.key.dtype:
         _refuse("value", f"the dtype of key, {cache.key.dtype}", cache.value.dtype)
-    contiguous = {"query": query, "value": cache.value, "out": out, "block_table": batch.block_table}
-    if cache.value_sums is not None:
-        contiguous["value_sums"] = cache.value_sums
-    for name, tensor in contiguous.items():
-        if tensor.stride(-1) != 1:
-            _refuse(f"{name}: stride of the last dimension", "1", tensor.stride(-1))
+    if needs_sums and cache.value_sums is None:
+        _refuse("value_sums", "a tensor with vmean", None)
+    _check_contiguous(query=query, out=out)
     if reached is not None and (reached.shape != query.shape[:2] or not reached.is_contiguous()):
         _refuse("reached", f"contiguous {list(query.shape[:2])}", f"{list(reached.shape)}")
+    check_cache(cache, batch)
+
+
+def check_cache(cache: PagedCache, batch: DecodeBatch) -> None:
+    """Refuses a cache or a batch that any kernel would misread.
+
+    Raises:
+        RuntimeError: Names the argument, what is expected and what was given.
+    """
+    _check_contiguous(value=cache.value, block_table=batch.block_table)
+    if cache.value_sums is not None:
+        _check_contiguous(value_sums=cache.value_sums)
+        if cache.value_sums.dtype != torch.float32:
+            _refuse("value_sums", "float32", cache.value_sums.dtype)
     for name in ("query_start_loc", "seq_lens", "block_table"):
         tensor = getattr(batch, name)
         if tensor.dtype != torch.int32:
             _refuse(name, "int32", tensor.dtype)
+
+
+def _check_contiguous(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            _refuse(f"{name}: stride of the last dimension", "1", tensor.stride(-1))
 
 
 def _refuse(name: str, expected: str, got: object) -> None:

@@ -4,21 +4,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.launch import MATRIX_ROWS, Launch, Target, choose, power_of_two
+from topt_vllm.attention.triton.finish_kernel import _topt_finish_kernel
+from topt_vllm.attention.triton.launch import MATRIX_ROWS, GpuLimits, Launch, choose, power_of_two
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
-from topt_vllm.attention.triton.sums_kernel import _topt_sums_kernel
 from topt_vllm.attention.triton.workspace import Parts
 
-# V rows that the merge kernel, at least, and the sums kernel add at a time.
-_VALUE_ROWS = 16
-# Words of V sums that the decode kernel adds at a time, and the depth of that loop's pipeline.
-_SUMS_WORDS, _SUMS_STAGES = 1024, 4
+# Elements of V that the merge and the finish kernel add at a time, in this many rows at least.
+_VALUE_ELEMENTS, _VALUE_ROWS = 8192, 16
+# Depth of the pipeline of the finish kernel's loop.
+_FINISH_STAGES = 3
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Step:
+class DecodeStep:
     """One decode call of a layer; attributes as the arguments of :func:`topt_vllm.attention.api.decode`."""
 
     query: torch.Tensor
@@ -66,12 +65,12 @@ class Step:
         """Whether the V sums are read."""
         return self.thetas is not None and self.policy.compensation == "vmean"
 
-    def choose(self, target: Target, programs: int | None) -> Launch:
+    def choose(self, limits: GpuLimits, programs: int | None) -> Launch:
         """Launch parameters, with the heuristic's number of programs if None is given."""
         num_heads, key_dim = self.query.shape[1:]
         _, num_kv_heads, _, value_dim = self.cache.value.shape
         shape = (self.max_query_rows, num_heads, num_kv_heads, max(key_dim, value_dim))
-        return choose(*shape, self.cache.value.element_size(), target, programs)
+        return choose(*shape, self.cache.value.element_size(), limits, programs)
 
     def items(self, launch: Launch) -> int:
         """Chunks of query rows of all sequences."""
@@ -109,7 +108,7 @@ class Step:
             "block_table": self.batch.block_table,
             "table_stride": self.batch.block_table.stride(0),
             "statistics": self.batch.seq_lens if statistics is None else statistics,
-            "statistics_slots": 1 if statistics is None or statistics.dim() == 1 else statistics.shape[0],
+            "statistics_slots": 1 if statistics is None else statistics.shape[0],
             "items": items,
             "chunks": launch.chunks(self.max_query_rows),
             "KV_HEADS": num_kv_heads,
@@ -118,6 +117,7 @@ class Step:
             "VALUE_DIM": value_dim,
             "VALUE_PAD": power_of_two(value_dim),
             "BLOCK_SIZE": block_size,
+            "STATE_ROWS": self.cache.rows_per_state or block_size,
             "ITEMS_PAD": items_pad(items),
             "TILE": launch.tile,
             "MIN_TILES": launch.min_tiles,
@@ -133,7 +133,6 @@ class Step:
         key, _ = stored(cache.key)
         compute = compute_dtype(self.query, cache.key, interpreted)
         head_dim = self.query.shape[2]
-        sums = cache.value_sums if self.vmean and cache.value_sums is not None else None
         arguments = shared | {
             "query": self.query,
             "query_stride_row": self.query.stride(0),
@@ -144,9 +143,6 @@ class Step:
             "key_stride_slot": key.stride(2),
             "key_stride_dim": key.stride(3),
             "key_scale": unread if cache.key_scale is None else cache.key_scale,
-            "value_sums": unread if sums is None else sums,
-            "sums_stride_block": 0 if sums is None else sums.stride(0),
-            "sums_stride_head": 0 if sums is None else sums.stride(1),
             "scale": self.scale,
             "softcap": self.softcap,
             "min_seq_len": policy.min_seq_len,
@@ -159,10 +155,8 @@ class Step:
             "DIM_PAD": power_of_two(head_dim),
             "LIST": launch.list_keys,
             "GATHER": launch.gather,
-            "SUMS": max(1, _SUMS_WORDS // shared["VALUE_PAD"]),
             "KEY_STAGES": launch.key_stages,
             "VALUE_STAGES": launch.value_stages,
-            "SUMS_STAGES": _SUMS_STAGES,
             "UNION": policy.group_keep == "union",
             "SOFTCAP": self.softcap > 0,
             "SCALED_KEY": cache.key_scale is not None,
@@ -192,7 +186,12 @@ class Step:
 
     def _merge(self, launch: Launch, shared: dict[str, Any]) -> Call:
         scale, unread = self.cache.value_scale, self.batch.seq_lens
+        sums = self.cache.value_sums if self.vmean else None
         arguments = shared | {
+            "value_sums": unread if sums is None else sums,
+            "sums_stride_block": 0 if sums is None else sums.stride(0),
+            "sums_stride_head": 0 if sums is None else sums.stride(1),
+            "sums_stride_state": 0 if sums is None else sums.stride(2),
             "value_scale": unread if scale is None else scale,
             "sinks": unread if self.sinks is None else self.sinks,
             "result": self.out,
@@ -202,7 +201,7 @@ class Step:
             "programs": launch.programs,
             "max_rows": self.max_query_rows,
             "SEGMENTS": 64 if shared["VALUE_PAD"] <= 128 else 32,
-            "TAIL": max(_VALUE_ROWS, 8192 // shared["VALUE_PAD"]),
+            "TAIL": _value_rows(shared["STATE_ROWS"], shared["VALUE_PAD"]),
             "SINKS": self.sinks is not None,
             "SCALED_VALUE": scale is not None,
             "num_warps": 4,
@@ -216,29 +215,37 @@ def items_pad(items: int) -> int:
     return next(size for size in (256 << 3 * step for step in range(8)) if items <= size)
 
 
-def sums_call(cache: PagedCache, sums: torch.Tensor, slot_mapping: torch.Tensor) -> Call:
-    """The kernel that writes V sums; arguments as :func:`topt_vllm.attention.triton.launcher.update_sums`."""
+def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Call:
+    """The kernel that writes V sums; arguments as of ``finish`` of the launcher, ``sums`` being the cache's."""
     value, form = stored(cache.value)
-    _, num_kv_heads, block_size, head_dim = value.shape
-    num_tokens = slot_mapping.shape[0]
-    # A prefill has many tokens and few blocks to finish: fewer programs that look at more tokens each.
-    tokens = 1 if num_tokens <= 1024 else 16
+    _, num_kv_heads, block_size, value_dim = cache.value.shape
+    state_rows = cache.rows_per_state or block_size
+    value_pad = power_of_two(value_dim)
     arguments = {
         "value": value,
         "value_sums": sums,
-        "slot_mapping": slot_mapping,
-        "num_tokens": num_tokens,
+        "query_start_loc": batch.query_start_loc,
+        "seq_lens": batch.seq_lens,
+        "block_table": batch.block_table,
         "value_stride_block": value.stride(0),
         "value_stride_head": value.stride(1),
         "value_stride_slot": value.stride(2),
         "sums_stride_block": sums.stride(0),
         "sums_stride_head": sums.stride(1),
-        "TOKENS": tokens,
-        "HEAD_DIM": head_dim,
-        "DIM_PAD": power_of_two(head_dim),
+        "sums_stride_state": sums.stride(2),
+        "table_stride": batch.block_table.stride(0),
+        "VALUE_DIM": value_dim,
+        "VALUE_PAD": value_pad,
         "BLOCK_SIZE": block_size,
-        "TILE": _VALUE_ROWS,
+        "STATE_ROWS": state_rows,
+        "TILE": _value_rows(state_rows, value_pad),
+        "STAGES": _FINISH_STAGES,
         "FORMAT": form,
         "num_warps": 4,
     }
-    return Call(_topt_sums_kernel, (triton.cdiv(num_tokens, tokens), num_kv_heads), arguments)
+    return Call(_topt_finish_kernel, (batch.seq_lens.shape[0], num_kv_heads), arguments)
+
+
+def _value_rows(state_rows: int, value_pad: int) -> int:
+    """V rows that are added at a time: those of a state, if they are few enough."""
+    return min(power_of_two(state_rows), max(_VALUE_ROWS, _VALUE_ELEMENTS // value_pad))

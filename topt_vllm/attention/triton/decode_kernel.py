@@ -10,7 +10,7 @@ import triton.language as tl
 
 from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, ranks, softcapped, theta_at
 from topt_vllm.attention.triton.schedule import (
-    chunk_contexts,
+    chunk_context,
     chunk_tiles,
     first_tile,
     programs_used,
@@ -48,7 +48,6 @@ def _topt_decode_kernel(
     query,
     key,
     value,
-    value_sums,
     query_start_loc,
     seq_lens,
     block_table,
@@ -60,7 +59,6 @@ def _topt_decode_kernel(
     listed_scores,
     partial_out,
     partial_softmax,
-    partial_sums,
     partial_reached,
     statistics,
     query_stride_row,
@@ -72,8 +70,6 @@ def _topt_decode_kernel(
     value_stride_block,
     value_stride_head,
     value_stride_slot,
-    sums_stride_block,
-    sums_stride_head,
     table_stride,
     theta_stride,
     scale,
@@ -95,15 +91,14 @@ def _topt_decode_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
     ITEMS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     LIST: tl.constexpr,
     GATHER: tl.constexpr,
-    SUMS: tl.constexpr,
     KEY_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
-    SUMS_STAGES: tl.constexpr,
     SPARSE: tl.constexpr,
     BY_ROW: tl.constexpr,
     NUM_LENGTHS: tl.constexpr,
@@ -145,7 +140,6 @@ def _topt_decode_kernel(
     head = kv_head * GROUP + column % GROUP
     key_head = key + kv_head.to(tl.int64) * key_stride_head
     value_head = value + kv_head.to(tl.int64) * value_stride_head
-    sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
     my_list = (kv_head * programs + program).to(tl.int64) * LIST
     my_slots, my_scores = listed_slots + my_list, listed_scores + my_list * STORED
     if SCALED_KEY:
@@ -159,7 +153,7 @@ def _topt_decode_kernel(
     for item in tl.range(first_item, last_item + 1, disable_licm=True):
         sequence, chunk = item // chunks, item % chunks
         first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
-        n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
+        n_last = chunk_context(count, last_len, chunk, ROWS)
         mine = tl.minimum(chunk_tiles(count, n_last, chunk, ROWS, TILE) - skip, left)
         begin, end = skip * TILE, tl.minimum((skip + mine) * TILE, n_last)
         left, skip = left - mine, 0
@@ -187,7 +181,7 @@ def _topt_decode_kernel(
             dense = tl.sum(tl.where(always, 0, valid.to(tl.int32)), axis=0) == 0
             forced_from = n - recent_tokens
             if VMEAN:
-                forced_from = tl.minimum(forced_from, n // BLOCK_SIZE * BLOCK_SIZE)
+                forced_from = tl.minimum(forced_from, (n - 1) // STATE_ROWS * STATE_ROWS)
             forced_from = tl.where(always, 0, forced_from)
             if REACHED:
                 counted_from = tl.where(always, float("inf"), threshold)
@@ -195,21 +189,6 @@ def _topt_decode_kernel(
             if not SINGLE_ROW:
                 # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
                 same_row = (row[:, None] == row[None, :]).to(COMPUTE)
-
-        if VMEAN:
-            sums = tl.zeros([SUMS, VALUE_PAD], tl.float32)
-            # Every row of the chunk has finished these; what lies behind them the merge kernel adds from V.
-            finished = tl.where(dense, 0, n_first // BLOCK_SIZE)
-            sums_end = tl.minimum(tl.cdiv(end, BLOCK_SIZE), finished)
-            for start in tl.range(tl.cdiv(begin, BLOCK_SIZE), sums_end, SUMS, num_stages=SUMS_STAGES):
-                logical = start + tl.arange(0, SUMS)
-                physical = tl.load(table_row + logical, mask=logical < sums_end, other=0).to(tl.int64)
-                sums += tl.load(
-                    sums_head + (physical * sums_stride_block)[:, None] + value_dim[None, :],
-                    mask=(logical < sums_end)[:, None] & value_mask[None, :],
-                    other=0.0,
-                )
-            tl.store(partial_sums + segment * VALUE_DIM + value_dim, tl.sum(sums, axis=0), mask=value_mask)
 
         # The best score and the mass so far, per key of a tile: a maximum over keys crosses warps.
         best = tl.full([TILE, COLUMNS], LOWEST, tl.float32)

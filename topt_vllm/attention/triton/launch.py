@@ -16,7 +16,7 @@ _LIST_BYTES = 80 << 10
 
 
 @dataclass(frozen=True)
-class Target:
+class GpuLimits:
     """What the heuristic knows of a GPU.
 
     Attributes:
@@ -75,7 +75,7 @@ def choose(
     num_kv_heads: int,
     head_dim: int,
     item_bytes: int,
-    target: Target,
+    limits: GpuLimits,
     programs: int | None = None,
 ) -> Launch:
     """Launch parameters for a shape.
@@ -86,7 +86,7 @@ def choose(
         num_kv_heads: KV heads.
         head_dim: Of K or V, whichever is larger.
         item_bytes: Of an element of K and V in memory.
-        target: GPU.
+        limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     group = num_heads // num_kv_heads
@@ -95,15 +95,15 @@ def choose(
     rows = 1 if single else max(1, MATRIX_ROWS // group)
     # AMD's matrix instructions, and those that tell rows of a group from others, take 16 columns. With heads of 512
     # they save registers: the query is then read from shared memory.
-    few = single and not target.amd and dim_pad < 512
+    few = single and not limits.amd and dim_pad < 512
     columns = power_of_two(max(rows * group, MATRIX_COLUMNS if few else MATRIX_ROWS))
     # As many keys as registers allow without spills, and two programs' shared memory.
     tile = max(16, min(128, 8192 // dim_pad))
-    if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1 or target.shared_bytes < 128 << 10):
+    if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1 or limits.shared_bytes < 128 << 10):
         tile = 64
     if not single and item_bytes == 1:
         tile = max(16, tile // 2)
-    if target.tensor_memory and columns >= MATRIX_ROWS:
+    if limits.tensor_memory and columns >= MATRIX_ROWS:
         tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
     list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
@@ -111,7 +111,7 @@ def choose(
     # What scores take on their way from thread to thread, and the query, as compiled.
     beside = 20 * tile * columns + 2 * dim_pad * columns
     if programs is None:
-        programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * target.multiprocessors // num_kv_heads)
+        programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * limits.multiprocessors // num_kv_heads)
     return Launch(
         rows=rows,
         columns=columns,
@@ -121,18 +121,18 @@ def choose(
         list_keys=list_keys,
         gather=gather,
         num_warps=4,
-        key_stages=_stages(tile * row_bytes, beside, single, target),
-        value_stages=_stages(gather * row_bytes, beside, single, target),
+        key_stages=_stages(tile * row_bytes, beside, single, limits),
+        value_stages=_stages(gather * row_bytes, beside, single, limits),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
-        max_registers=None if target.amd else 255,
+        max_registers=None if limits.amd else 255,
     )
 
 
-def _stages(tile_bytes: int, beside: int, single: bool, target: Target) -> int:
+def _stages(tile_bytes: int, beside: int, single: bool, limits: GpuLimits) -> int:
     """Pipeline stages of a loop over tiles: five for two tiles in flight, three for one."""
-    if target.amd:
+    if limits.amd:
         return 2 if single else 1  # its compiler fails on more with several rows
-    room = min(target.block_bytes, target.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
+    room = min(limits.block_bytes, limits.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
     return 5 if 2 * tile_bytes + beside <= room else 3
 
 
@@ -142,12 +142,12 @@ def power_of_two(number: int) -> int:
 
 
 @cache
-def target_of(device: torch.device) -> Target:
+def limits_of(device: torch.device) -> GpuLimits:
     """The GPU of tensors; one multiprocessor for the interpreter, which runs one program after another."""
     if device.type != "cuda":
-        return Target(amd=False, multiprocessors=1, shared_bytes=228 << 10, block_bytes=227 << 10)
+        return GpuLimits(amd=False, multiprocessors=1, shared_bytes=228 << 10, block_bytes=227 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return Target(
+    return GpuLimits(
         amd=torch.version.hip is not None,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_multiprocessor,

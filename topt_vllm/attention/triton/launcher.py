@@ -5,25 +5,15 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Stat, Thetas
-from topt_vllm.attention.triton.arguments import check
-from topt_vllm.attention.triton.calls import Step, sums_call
+from topt_vllm.attention import common
+from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.triton.arguments import check, check_cache
+from topt_vllm.attention.triton.calls import DecodeStep, finish_call
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.launch import target_of
+from topt_vllm.attention.triton.launch import limits_of
 from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
 
-__all__ = [
-    "Bound",
-    "Workspace",
-    "allocate_workspace",
-    "bind",
-    "decode",
-    "new_statistics",
-    "prepare",
-    "update_sums",
-]
-
-TAKES_SINKS = TAKES_NARROW_VALUES = True
+capabilities = Capabilities(sinks=True, narrow_values=True, graphs=True)
 
 _STATISTICS_SLOTS = 32
 
@@ -47,8 +37,15 @@ def prepare(device_type: str) -> None:
 
 
 def new_statistics(device: torch.device | str) -> torch.Tensor:
-    """Zeroed accumulators float64 [slots, 7]: their sum over slots counts, and rows spread over the slots."""
-    return torch.zeros(_STATISTICS_SLOTS, len(Stat), dtype=torch.float64, device=device)
+    """Zeroed accumulators float64 [slots, 7]; rows spread over the slots, for many programs add at once."""
+    return common.new_statistics(device, _STATISTICS_SLOTS)
+
+
+def finish(cache: PagedCache, batch: DecodeBatch) -> None:
+    """Writes V sums; as ``finish`` of :class:`topt_vllm.attention.api.Implementation`. Nothing is read back."""
+    if cache.value_sums is not None and batch.seq_lens.shape[0]:
+        check_cache(cache, batch)
+        finish_call(cache, cache.value_sums, batch).launch()
 
 
 @dataclass(frozen=True)
@@ -56,6 +53,11 @@ class Bound:
     """The implementation on a workspace: allocates nothing, so that a CUDA graph can capture it."""
 
     workspace: Workspace
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the module."""
+        return capabilities
 
     def decode(
         self,
@@ -82,34 +84,47 @@ class Bound:
             scale: Factor of q·k.
             softcap: Logits softcap, 0 for none.
             out: [R, H, Dv], written.
-            statistics: float64 [7] or [slots, 7] to add to, or None.
+            statistics: float64 [slots, 7] to add to, or None.
             reached: int64 [R, H] to add to, or None.
             sinks: float32 [H], or None.
 
         Raises:
             RuntimeError: A tensor that the kernel can't read, or a workspace that is too small.
         """
-        check(query, cache, batch, out, reached)
-        step = Step(query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks)
-        launch = step.choose(target_of(query.device), self.workspace.programs)
+        step = DecodeStep(
+            query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks
+        )
+        check(query, cache, batch, out, reached, step.vmean)
+        launch = step.choose(limits_of(query.device), self.workspace.programs)
         words, memory = step.parts(launch).words, self.workspace.memory
         if words > memory.numel():
             raise RuntimeError(
                 f"workspace: expected at least {words} words for {query.shape[0]} rows of "
-                f"{batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate_workspace must be told the "
+                f"{batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate must be told the "
                 "largest batch"
             )
         for call in step.calls(launch, memory, interpreted()):
             call.launch()
 
-    def update_sums(self, cache: PagedCache, slot_mapping: torch.Tensor) -> None:
-        """As :func:`update_sums`."""
-        update_sums(cache, slot_mapping)
+    def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
+        """As :func:`finish`."""
+        finish(cache, batch)
+
+    def new_statistics(self, device: torch.device | str) -> torch.Tensor:
+        """As :func:`new_statistics`."""
+        return new_statistics(device)
 
 
-def bind(workspace: Workspace) -> Bound:
-    """The implementation on a workspace of :func:`allocate_workspace`."""
-    return Bound(workspace)
+def allocate(
+    max_sequences: int,
+    max_query_rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+) -> Bound:
+    """As ``allocate`` of :class:`topt_vllm.attention.api.Implementation`."""
+    return Bound(allocate_workspace(max_sequences, max_query_rows, num_heads, num_kv_heads, head_dim, device))
 
 
 def decode(
@@ -127,20 +142,9 @@ def decode(
     programs: int | None = None,
 ) -> None:
     """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
-    step = Step(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
-    words = step.parts(step.choose(target_of(query.device), programs)).words
+    step = DecodeStep(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
+    words = step.parts(step.choose(limits_of(query.device), programs)).words
     workspace = Workspace(torch.empty(words, dtype=torch.float32, device=query.device), programs)
-    bind(workspace).decode(
+    Bound(workspace).decode(
         query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks
     )
-
-
-def update_sums(cache: PagedCache, slot_mapping: torch.Tensor) -> None:
-    """Recomputes the V sum of every block whose last slot is among those just written; nothing is read back.
-
-    Args:
-        cache: The layer's cache; ``value_sums`` is written, if there is one.
-        slot_mapping: int64 [tokens], slots written by the step; negative for padding.
-    """
-    if cache.value_sums is not None and slot_mapping.numel():
-        sums_call(cache, cache.value_sums, slot_mapping).launch()

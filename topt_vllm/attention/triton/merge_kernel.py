@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored
+from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, state_before
 from topt_vllm.attention.triton.schedule import (
-    chunk_contexts,
+    chunk_context,
     program_of,
     programs_used,
     rows_of,
@@ -16,6 +16,7 @@ from topt_vllm.attention.triton.schedule import (
 @triton.jit(do_not_specialize=["items", "chunks", "programs", "max_rows", "statistics_slots"])
 def _topt_merge_kernel(
     value,
+    value_sums,
     query_start_loc,
     seq_lens,
     block_table,
@@ -23,7 +24,6 @@ def _topt_merge_kernel(
     sinks,
     partial_out,
     partial_softmax,
-    partial_sums,
     partial_reached,
     result,
     reached,
@@ -31,6 +31,9 @@ def _topt_merge_kernel(
     value_stride_block,
     value_stride_head,
     value_stride_slot,
+    sums_stride_block,
+    sums_stride_head,
+    sums_stride_state,
     table_stride,
     result_stride_row,
     result_stride_head,
@@ -45,6 +48,7 @@ def _topt_merge_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STATE_ROWS: tl.constexpr,
     ITEMS_PAD: tl.constexpr,
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
@@ -69,7 +73,7 @@ def _topt_merge_kernel(
     chunk = row // ROWS
     item = sequence * chunks + chunk
     n = last_len - (count - 1 - row)
-    n_first, n_last = chunk_contexts(count, last_len, chunk, ROWS)
+    n_last = chunk_context(count, last_len, chunk, ROWS)
 
     every_item = tl.arange(0, ITEMS_PAD)
     tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
@@ -87,7 +91,6 @@ def _topt_merge_kernel(
     mass = 0.0
     kept = 0.0
     out = tl.zeros([VALUE_PAD], tl.float32)
-    mean = tl.zeros([VALUE_PAD], tl.float32)
     keys_reached = tl.zeros([SEGMENTS], tl.int32)
     for start in range(0, segments, SEGMENTS):
         index = start + tl.arange(0, SEGMENTS)
@@ -110,13 +113,6 @@ def _topt_merge_kernel(
         if SPARSE:
             kept_masses = tl.load(partial_softmax + place * 3 + 2, mask=written, other=0.0)
             kept = kept * shrink + tl.sum(weights * kept_masses, axis=0)
-        if VMEAN:
-            sums = tl.load(
-                partial_sums + segment[:, None] * VALUE_DIM + dim[None, :],
-                mask=written[:, None] & dim_mask[None, :],
-                other=0.0,
-            )
-            mean += tl.sum(sums, axis=0)
         if REACHED:
             keys_reached += tl.load(partial_reached + place, mask=written, other=0)
 
@@ -132,8 +128,14 @@ def _topt_merge_kernel(
             if dropped > 0:
                 table_row = block_table + sequence.to(tl.int64) * table_stride
                 value_head = value + kv_head.to(tl.int64) * value_stride_head
-                # Behind the blocks that every row of the chunk has finished; the decode kernel has just read these.
-                for start in range(n_first // BLOCK_SIZE * BLOCK_SIZE, n, TAIL):
+                sums_end = (n - 1) // STATE_ROWS * STATE_ROWS
+                place = state_before(
+                    table_row, sums_end, sums_stride_block, sums_stride_state, BLOCK_SIZE, STATE_ROWS
+                )
+                sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
+                total = tl.load(sums_head + place + dim, mask=dim_mask & (sums_end > 0), other=0.0)
+                # Rows that are always kept: the decode kernel has just read them.
+                for start in range(sums_end, n, TAIL):
                     position = start + tl.arange(0, TAIL)
                     inside = position < n
                     block = tl.load(table_row + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
@@ -143,8 +145,8 @@ def _topt_merge_kernel(
                         mask=inside[:, None] & dim_mask[None, :],
                         other=0,
                     )
-                    mean += tl.sum(decode_stored(tail, FORMAT, tl.float32), axis=0)
-                out += dropped * mean / n
+                    total += tl.sum(decode_stored(tail, FORMAT, tl.float32), axis=0)
+                out += dropped * total / n
     if SCALED_VALUE:
         out *= tl.load(value_scale)
     query_row = (first + row).to(tl.int64)

@@ -33,6 +33,16 @@ def decode_stored(stored, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def state_before(
+    table_row, end, sums_stride_block, sums_stride_state, BLOCK_SIZE: tl.constexpr, STATE_ROWS: tl.constexpr
+):
+    """Offset in a head's V sums of the state that ends before row ``end``; anything where that is 0."""
+    last = end - 1
+    block = tl.load(table_row + last // BLOCK_SIZE, mask=end > 0, other=0).to(tl.int64)
+    return block * sums_stride_block + last % BLOCK_SIZE // STATE_ROWS * sums_stride_state
+
+
+@triton.jit
 def theta_at(
     lengths,
     theta,

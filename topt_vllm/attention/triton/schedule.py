@@ -21,10 +21,10 @@ def rows_of(query_start_loc, seq_lens, sequence, listed=True):
 
 
 @triton.jit
-def chunk_contexts(count, last_len, chunk, ROWS: tl.constexpr):
-    """Context lengths of the first and of the last row of a chunk of a sequence's query rows."""
+def chunk_context(count, last_len, chunk, ROWS: tl.constexpr):
+    """Context length of the last row of a chunk of a sequence's query rows."""
     last_row = tl.minimum(chunk * ROWS + ROWS, count) - 1
-    return last_len - (count - 1 - chunk * ROWS), last_len - (count - 1 - last_row)
+    return last_len - (count - 1 - last_row)
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def tiles_of(query_start_loc, seq_lens, item, listed, chunks, ROWS: tl.constexpr
     """Tiles of items; none where ``listed`` is false."""
     _, count, last_len = rows_of(query_start_loc, seq_lens, item // chunks, listed)
     chunk = item % chunks
-    _, n_last = chunk_contexts(count, last_len, chunk, ROWS)
+    n_last = chunk_context(count, last_len, chunk, ROWS)
     return chunk_tiles(count, n_last, chunk, ROWS, TILE)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.attention.triton.launch import Launch, choose, power_of_two, target_of
+from topt_vllm.attention.triton.launch import Launch, choose, limits_of, power_of_two
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class Parts:
         slots: int32 [Hkv, programs, list_keys], where they are in the cache.
         outputs: float32 [Hkv, segments, rows * group, Dv].
         softmax: float32 [Hkv, segments, rows * group, 3]: the score that the rest is relative to, mass, kept mass.
-        sums: float32 [Hkv, segments, Dv], V sums of finished blocks.
         reached: int32 [Hkv, segments, rows * group], keys that reach θ.
     """
 
@@ -24,7 +23,6 @@ class Parts:
     slots: int
     outputs: int
     softmax: int
-    sums: int
     reached: int
 
     @classmethod
@@ -38,7 +36,6 @@ class Parts:
             listed,
             segments * columns * value_dim,
             segments * columns * 3,
-            segments * value_dim,
             segments * columns,
         )
         # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
@@ -47,18 +44,17 @@ class Parts:
     @property
     def words(self) -> int:
         """All of them."""
-        return self.scores + self.slots + self.outputs + self.softmax + self.sums + self.reached
+        return self.scores + self.slots + self.outputs + self.softmax + self.reached
 
     def cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of ``memory`` by the kernels' names."""
-        sizes = (self.scores, self.slots, self.outputs, self.softmax, self.sums, self.reached)
-        scores, slots, outputs, softmax, sums, reached = memory[: self.words].split(sizes)
+        sizes = (self.scores, self.slots, self.outputs, self.softmax, self.reached)
+        scores, slots, outputs, softmax, reached = memory[: self.words].split(sizes)
         return {
             "listed_scores": scores,
             "listed_slots": slots.view(torch.int32),
             "partial_out": outputs,
             "partial_softmax": softmax,
-            "partial_sums": sums,
             "partial_reached": reached.view(torch.int32),
         }
 
@@ -99,7 +95,7 @@ def allocate_workspace(
     words = 0
     for rows in {1, max_query_rows}:
         for item_bytes in (1, 2, 4):
-            launch = choose(rows, num_heads, num_kv_heads, head_dim, item_bytes, target_of(device), programs)
+            launch = choose(rows, num_heads, num_kv_heads, head_dim, item_bytes, limits_of(device), programs)
             items = max_sequences * launch.chunks(rows)
             words = max(words, Parts.of(launch, items, num_heads, num_kv_heads, head_dim).words)
     return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)
