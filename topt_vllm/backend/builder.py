@@ -52,14 +52,16 @@ class TopThetaBuilder(_Platform):
         self._pools = vllm_config.model_config.runner_type == "pooling"
 
         resolved = resolve(vllm_config)
-        logger.info(resolved.description)
         describe_rank(resolved, vllm_config.parallel_config.tensor_parallel_size)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = {name: layer for name, layer in attention.items() if isinstance(layer.impl, TopThetaImpl)}
-        states = [states_of(name, layer, vllm_config) for name, layer in layers.items()]
-        logger.info("TOPTHETA: %s", describe(kv_cache_spec, states))
         max_rows = self._max_sequences * self._max_query_rows
         self._bound = bind_layers(layers, resolved, kv_cache_spec.block_size, max_rows, vllm_config, device)
+        if self._bound.group is not None:
+            logger.info(resolved.description)
+            states = [states_of(name, layer, vllm_config) for name, layer in layers.items()]
+            if cost := describe(kv_cache_spec, states):
+                logger.info("TOPTHETA: %s", cost)
         # A builder of its own, for some keep what a step needs in buffers of theirs, such as FlashAttention 3 its
         # schedule, and `prefill` and `whole` are other batches.
         self._platform: Any | None = None

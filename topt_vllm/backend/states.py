@@ -210,21 +210,19 @@ def states_of(name: str, layer: Any, vllm_config: VllmConfig) -> LayerStates:
 
 
 def describe(spec: Any, states: Sequence[LayerStates]) -> str:
-    """What states cost beside caches of a vLLM ``AttentionSpec``, for the log."""
+    """What states cost beside caches of a vLLM ``AttentionSpec``, for the log; empty where there are none."""
     kinds = {
         "V sums": [layer.value_sums for layer in states if layer.value_sums],
-        "copy of K": [layer.key_screen for layer in states if layer.key_screen],
+        "copies of K": [layer.key_screen for layer in states if layer.key_screen],
     }
     sizes = {
         kind: sum(one.spec(spec.block_size).page_size_bytes for one in layers)
         for kind, layers in kinds.items()
         if layers
     }
-    if not sizes:
-        return "no V sums are kept"
     whole = len(states) * spec.page_size_bytes + sum(sizes.values())
-    shares = " and ".join(f"{kind} {size / whole:.1%}" for kind, size in sizes.items())
-    return f"of these layers' cache are {shares}"
+    shares = " and ".join(f"{size / whole:.1%} for {kind}" for kind, size in sizes.items())
+    return f"of the cache of {len(states)} layers, {shares}" if shares else ""
 
 
 def _has_other_layers(vllm_config: VllmConfig) -> bool:
