@@ -129,6 +129,7 @@ def start(tmp_path: Path) -> Any:
                 kv_transfer_config=None,
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
                 device_config=SimpleNamespace(device_type="cpu"),
+                parallel_config=SimpleNamespace(use_ubatching=False),
             )
         )
 

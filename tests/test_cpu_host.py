@@ -87,14 +87,14 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
         with caplog.at_level(logging.INFO):
             rig = make_rig(CPU, settings={"k_screen": screen})
         blocks[screen] = block = rig.plan.kv_cache_tensors[0].size // rig.plan.num_blocks
-        shares = f"V sums {sums / block:.1%}"
+        shares = f"{sums / block:.1%} for V sums"
         if screen == "int8":
             codes = rig.states().key_screen.kv_cache
             assert codes.shape[:3] == (rig.plan.num_blocks, NUM_KV_HEADS, 1)
             assert codes.dtype == torch.uint8
             assert block == content + sums + codes[0].numel()
-            shares += f" and copy of K {codes[0].numel() / block:.1%}"
-        assert f"TOPTHETA: of these layers' cache are {shares}\n" in caplog.text
+            shares += f" and {codes[0].numel() / block:.1%} for copies of K"
+        assert f"TOPTHETA: of the cache of 1 layers, {shares}\n" in caplog.text
     assert blocks["off"] == content + sums
     assert 1.2 * content < blocks["int8"] - sums < 1.35 * content
 

@@ -131,6 +131,7 @@ def test_a_graph_holds_layers_of_both_kinds(make_rig: Any, monkeypatch: pytest.M
     """A dense layer's part is what the platform's builder makes for a graph, and it is made anew for each step."""
     torch.manual_seed(8)
     rig = make_rig(host, Table(dense_layers=(0,)), layers=2, settings={"implementation": "auto"})
+    rig.write_contexts(DECODE)
     platform = rig.builder._platform
     assert type(platform) is rig.builder.platform_builder
     calls: list[str] = []
@@ -141,7 +142,6 @@ def test_a_graph_holds_layers_of_both_kinds(make_rig: Any, monkeypatch: pytest.M
 
     for method in ("build_for_cudagraph_capture", "build"):
         monkeypatch.setattr(platform, method, spied(method))
-    rig.write_contexts(DECODE)
     static = rig.common(CAPTURE)
     captured = rig.builder.build_for_cudagraph_capture(static)
     assert calls[0] == "build_for_cudagraph_capture"

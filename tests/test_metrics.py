@@ -33,7 +33,7 @@ def samples(registry: CollectorRegistry) -> dict[str, float]:
 
 def decoded(rows: int, keys: int, read: int, heads: int, kv_heads: int) -> torch.Tensor:
     """Accumulators after ``rows`` rows with ``keys`` keys, ``read`` of them kept; a quarter of the mass dropped."""
-    statistics = new_statistics()
+    statistics = new_statistics()[0]
     for stat, amount in {
         Stat.ROWS: rows,
         Stat.ELEMENTS: rows * keys * heads,
@@ -94,7 +94,7 @@ WORKER = """
 import os, sys, torch
 from topt_vllm.attention.common import Stat, new_statistics
 from topt_vllm.backend.metrics import LayerAccumulators, recorder
-statistics = new_statistics()
+statistics = new_statistics()[0]
 recorder().describe(dict(name=sys.argv[1], sha256="", budget="", model="", fingerprint=""), 0, 1, False)
 recorder().add_layer(LayerAccumulators(statistics, 4))
 statistics += float(sys.argv[2])
@@ -145,7 +145,7 @@ def test_rows_counted_before_they_are_decoded_never_look_sparse():
     """A layer says that rows are dense before it decodes them, and an export may come in between."""
     registry = CollectorRegistry()
     recorder = Recorder(registry)
-    statistics = new_statistics()
+    statistics = new_statistics()[0]
     recorder.add_layer(LayerAccumulators(statistics, 4))
     for _ in range(3):
         recorder.count_dense_rows("no_thresholds", 2)

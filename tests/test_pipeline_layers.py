@@ -21,12 +21,12 @@ from vllm.model_executor.models.utils import PPMissingLayer, make_layers
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from topt_vllm.backend.states import states_of
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 30, 4, 2, 64, 128
+LAYERS, HEADS, KV_HEADS, HEAD_DIM = 30, 4, 2, 64
 DENSE = 17
 
 
@@ -67,15 +67,18 @@ def test_the_second_stage_has_its_own_layers_thresholds(second_stage: Any):
     assert (start, end) == (15, 30)
     assert all(isinstance(layer, PPMissingLayer) for layer in layers[:start])
     names = [layer.layer_name for layer in layers[start:]]
-    spec = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, dtype=torch.bfloat16
+    layers[start].process_weights_after_loading(torch.bfloat16)
+    layers[start].attn_backend.get_builder_cls()(
+        layers[start].get_kv_cache_spec(engine), names, engine, torch.device("cpu")
     )
-    layers[start].attn_backend.get_builder_cls()(spec, names, engine, torch.device("cpu"))
     for number, layer in enumerate(layers[start:], start):
-        bound = layer.impl.bound
+        thetas = layer.impl.bound.thresholds.thetas
+        states = states_of(layer.layer_name, layer, engine)
+        assert layer.impl.bound.states == states
         if number == DENSE:
-            assert (bound.thetas, bound.dense_reason) == (None, "dense_layer")
+            assert (thetas, states.value_sums) == (None, None)
             continue
+        assert states.value_sums is not None
         # Of the table's default budget, k = 128 (see make_table).
         expected = [-number - head / 10 - 0.128 for head in range(HEADS)]
-        torch.testing.assert_close(bound.thetas.theta[:, 0], torch.tensor(expected, dtype=torch.float32))
+        torch.testing.assert_close(thetas.theta[:, 0], torch.tensor(expected, dtype=torch.float32))

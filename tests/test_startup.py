@@ -14,12 +14,17 @@ pytest.importorskip("transformers")
 from table_factory import make_table
 from transformers import LlamaConfig
 
+from topt_vllm.attention import reference
+from topt_vllm.attention.cpu import launcher as cpu
+from topt_vllm.backend import compat
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
 from topt_vllm.table import search
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
+
+IMPLEMENTED = {"cpu": cpu, "reference": reference}
 
 
 @pytest.fixture
@@ -61,6 +66,10 @@ def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) 
                 speculative_config=options.get("speculative_config"),
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
                 device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
+                parallel_config=SimpleNamespace(
+                    use_ubatching=options.get("use_ubatching", False),
+                    worker_cls=options.get("worker_cls", "vllm.v1.worker.gpu_worker.Worker"),
+                ),
             )
         )
 
@@ -245,13 +254,27 @@ def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
     start({"policy": "sift"}, speculative_config=SimpleNamespace(method="ngram"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "asked"),
-    [
-        ({"policy": "sift"}, "toptheta.policy is 'sift'"),
-        ({"adapt": True, "budget": 64}, "toptheta.adapt is true"),
-    ],
-)
-def test_thresholds_that_python_changes_are_refused_on_gpus(start: Any, settings: dict[str, Any], asked: str):
-    with pytest.raises(ConfigError, match=f"{asked}, which works on CPUs only"):
-        start(settings, device_type="cuda")
+def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):
+    """On CPUs the plugin's platform sets it; users name it on GPUs, whose platforms are vLLM's."""
+    with pytest.raises(ConfigError, match=r"worker on GPUs \(vllm\S+\) doesn't name them. Add --worker-cls topt_vllm"):
+        start({"policy": "sift"}, device_type="cuda")
+    resolved = start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER)
+    assert not resolved.all_on_platform
+    assert resolved.implementation_name == "triton"
+
+
+def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdTable, model: Path):
+    dump(table, model / "toptheta.yaml")
+    for device_type in ("cpu", "cuda"):
+        resolved = start({"adapt": True, "budget": 64}, device_type=device_type)
+        assert resolved.promised_keys == {1: [64, 64, 64, 64]}
+        assert "thresholds adapt to the traffic" in resolved.description
+        with pytest.raises(ConfigError, match="adapt is true, but --enable-dbo cuts steps in two"):
+            start({"adapt": True, "budget": 64}, device_type=device_type, use_ubatching=True)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_kernels_that_read_back_are_refused_on_gpus(start: Any, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(IMPLEMENTED[name], "prepare", lambda device_type: None)
+    with pytest.raises(ConfigError, match="can't run inside vLLM's CUDA graphs; allowed on GPUs: auto | triton"):
+        start({"thresholds": "none", "implementation": name}, device_type="cuda")

@@ -90,29 +90,42 @@ def test_attributes(version: str, file: str, owner: str):
 def test_overrides_take_what_vllm_gives():
     """Every method of ours that has a recorded namesake has its parameters, or takes any."""
     from topt_vllm.backend.backend import TopThetaBackend
-    from topt_vllm.backend.builder import TopThetaMetadataBuilder
-    from topt_vllm.backend.gpu.backend import GpuBackend
-    from topt_vllm.backend.gpu.builder import GpuBuilder
-    from topt_vllm.backend.gpu.impl import GpuImpl
-    from topt_vllm.backend.gpu.stock import StockBackend, StockBuilder
+    from topt_vllm.backend.builder import TopThetaBuilder
+    from topt_vllm.backend.hosts.cpu import CpuTopThetaBackend, CpuTopThetaBuilder, CpuTopThetaImpl, _VectorBuilder
+    from topt_vllm.backend.hosts.cpu_platform import TopThetaCpuPlatform
+    from topt_vllm.backend.hosts.gpu import GpuBackend, GpuImpl
+    from topt_vllm.backend.hosts.stock import StockBackend, StockBuilder
     from topt_vllm.backend.impl import TopThetaImpl
-    from topt_vllm.backend.platform import TopThetaCpuPlatform
+    from topt_vllm.backend.states import PackedStatesBackend, StatesBackend, StatesLayer, _StatesBuilder
+    from topt_vllm.backend.worker import NamesRequests
 
     triton, flash = "v1/attention/backends/triton_attn.py", "v1/attention/backends/flash_attn.py"
-    backend = "v1/attention/backend.py"
+    cpu, backend = "v1/attention/backends/cpu_attn.py", "v1/attention/backend.py"
     pairs = [
-        (GpuBackend, backend, "AttentionBackend"),
         (TopThetaBackend, backend, "AttentionBackend"),
+        (CpuTopThetaBackend, backend, "AttentionBackend"),
+        (CpuTopThetaBackend, cpu, "CPUAttentionBackend"),
+        (GpuBackend, backend, "AttentionBackend"),
         (StockBackend, backend, "AttentionBackend"),
+        (StatesBackend, backend, "AttentionBackend"),
+        (PackedStatesBackend, backend, "AttentionBackend"),
+        (StatesLayer, "model_executor/layers/attention_layer_base.py", "AttentionLayerBase"),
+        (_StatesBuilder, backend, "AttentionMetadataBuilder"),
+        (TopThetaBuilder, backend, "AttentionMetadataBuilder"),
+        (TopThetaBuilder, triton, "TritonAttentionMetadataBuilder"),
+        (TopThetaBuilder, flash, "FlashAttentionMetadataBuilder"),
+        (TopThetaBuilder, cpu, "CPUAttentionMetadataBuilder"),
+        (CpuTopThetaBuilder, cpu, "CPUAttentionMetadataBuilder"),
+        (_VectorBuilder, cpu, "CPUAttentionMetadataBuilder"),
         (StockBuilder, backend, "AttentionMetadataBuilder"),
-        (GpuBuilder, triton, "TritonAttentionMetadataBuilder"),
-        (GpuBuilder, flash, "FlashAttentionMetadataBuilder"),
-        (TopThetaMetadataBuilder, "v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"),
-        (GpuImpl, triton, "TritonAttentionImpl"),
-        (GpuImpl, flash, "FlashAttentionImpl"),
+        (TopThetaImpl, triton, "TritonAttentionImpl"),
+        (TopThetaImpl, flash, "FlashAttentionImpl"),
+        (TopThetaImpl, cpu, "CPUAttentionBackendImpl"),
+        (TopThetaImpl, backend, "AttentionImpl"),
+        (TopThetaImpl, backend, "AttentionImplBase"),
         (GpuImpl, backend, "AttentionImpl"),
-        (TopThetaImpl, "v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"),
         (TopThetaCpuPlatform, "platforms/cpu.py", "CpuPlatform"),
+        (NamesRequests, "v1/worker/worker_base.py", "WorkerBase"),
     ]
     compared = 0
     for ours, file, owner in pairs:

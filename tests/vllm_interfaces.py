@@ -22,16 +22,13 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "get_supported_kernel_block_sizes": "kv_cache_spec",
         "get_supported_head_sizes": "cls",
         "get_preferred_block_size": "cls default_block_size",
-        "customize_spec": "cls spec",
         "supported_kv_cache_layouts": "cls",
         "supports_alibi_sqrt": "cls",
         "supports_attn_type": "cls attn_type",
         "supports_batch_invariance": "cls",
-        "supports_block_size": "cls block_size",
         "supports_compute_capability": "cls capability",
         "supports_dcp": "cls",
         "supports_head_size": "cls head_size",
-        "supports_kv_connector": "cls",
         "supports_mm_prefix": "cls",
         "supports_non_causal": "cls",
         "supports_per_head_quant_scales": "cls",
@@ -54,7 +51,17 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("v1/attention/backend.py", "AttentionImpl"): {
         "forward": _FORWARD,
         "fused_output_quant_supported": "self quant_key",
-        "fused_rope_kvcache_supported": "self",
+    },
+    ("v1/attention/backend.py", "AttentionImplBase"): {
+        "process_weights_after_loading": "self act_dtype",
+    },
+    ("model_executor/layers/attention_layer_base.py", "AttentionLayerBase"): {
+        "bind_kv_cache": "self kv_cache",
+        "get_attn_backend": "self",
+        "get_kv_cache_spec": "self vllm_config",
+    },
+    ("model_executor/layers/attention/attention.py", "Attention"): {
+        "process_weights_after_loading": "self act_dtype",
     },
     ("v1/attention/backend.py", "CommonAttentionMetadata"): {"replace": "self **kwargs"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {
@@ -78,7 +85,10 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "build": _BUILD,
         "build_for_cudagraph_capture": "self common_attn_metadata",
     },
-    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): {"get_supported_head_sizes": "cls"},
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): {
+        "get_supported_head_sizes": "cls",
+        "supported_kv_cache_layouts": "cls",
+    },
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {
         "__init__": f"{_IMPL} sinks",
         "forward": _FORWARD,
@@ -128,6 +138,10 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
     ("distributed/parallel_state.py", ""): {"get_tensor_model_parallel_rank": ""},
+    ("v1/worker/worker_base.py", "WorkerBase"): {
+        "execute_model": "self scheduler_output",
+        "init_device": "self",
+    },
 }
 
 # Attributes and fields that we read or set, and members that we name.
@@ -145,40 +159,47 @@ NAMES: dict[tuple[str, str], str] = {
     (
         "v1/attention/backend.py",
         "AttentionCGSupport",
-    ): "ALWAYS UNIFORM_BATCH UNIFORM_SINGLE_TOKEN_DECODE NEVER",
+    ): "ALWAYS UNIFORM_BATCH NEVER",
     ("v1/attention/backend.py", "AttentionType"): "DECODER",
     ("v1/attention/backend.py", "MultipleOf"): "base",
     ("v1/attention/backend.py", "CommonAttentionMetadata"): "query_start_loc query_start_loc_cpu seq_lens "
-    "seq_lens_cpu_upper_bound num_reqs num_actual_tokens max_query_len max_seq_len block_table_tensor "
+    "seq_lens_cpu_upper_bound num_reqs num_actual_tokens max_query_len block_table_tensor "
     "slot_mapping causal is_prefilling req_idx _num_computed_tokens_cache _token_to_req_indices_cache",
     ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): _IMPL_NAMES,
     ("v1/attention/backends/triton_attn.py", "TritonAttentionImpl"): _IMPL_NAMES,
     (
         "v1/attention/backends/cpu_attn.py",
         "CPUAttentionBackendImpl",
-    ): "num_heads head_size scale num_kv_heads alibi_slopes sliding_window logits_soft_cap sinks",
+    ): "num_heads head_size scale num_kv_heads alibi_slopes sliding_window logits_soft_cap sinks kv_cache_dtype "
+    "is_fp8_kv_cache",
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"): "isa block_size",
-    ("v1/attention/backends/utils.py", ""): "_DEFAULT_LAYOUT_PREFERENCE",
     ("v1/attention/selector.py", "AttentionSelectorConfig"): "attn_type kv_cache_dtype head_size",
     ("v1/kv_cache_interface.py", "KVCacheSpec"): "block_size",
-    ("v1/kv_cache_interface.py", "AttentionSpec"): "num_kv_heads head_size head_size_v page_size_padded "
-    "unpadded_page_size_bytes page_size_bytes",
+    ("v1/kv_cache_interface.py", "AttentionSpec"): "num_kv_heads head_size head_size_v dtype "
+    "tokens_per_state page_size_bytes",
     ("v1/kv_cache_interface.py", "FullAttentionSpec"): "attention_chunk_size",
     ("v1/kv_cache_interface.py", "ChunkedLocalAttentionSpec"): "attention_chunk_size",
-    ("v1/kv_cache_layout.py", "KVCacheLayout"): "is_block_compact",
+    ("v1/kv_cache_layout.py", "KVCacheLayout"): "LBHNC BLHNC BLNHC",
     ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name "
-    "num_heads num_kv_heads sliding_window",
+    "num_heads num_kv_heads head_size head_size_v sliding_window kv_sharing_target_layer_name",
     ("platforms/interface.py", "Platform"): "device_name device_type",
-    ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config device_config "
-    "kv_transfer_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner",
+    ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config "
+    "compilation_config device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
-    ("config/cache.py", "CacheConfig"): "cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
+    ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill",
     ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance",
     ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm "
     "logits_processors logprobs_mode",
     ("sampling_params.py", "SamplingParams"): "extra_args logprobs prompt_logprobs trace_decode_token_ids",
-    ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size",
+    ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size use_ubatching worker_cls",
+    ("config/compilation.py", "CompilationConfig"): "static_forward_context",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
-    ("config/speculative.py", "SpeculativeConfig"): "num_speculative_tokens",
+    ("config/speculative.py", "SpeculativeConfig"): "method num_speculative_tokens",
+    # Names of a batch's requests, in either model runner.
+    ("v1/core/sched/output.py", "SchedulerOutput"): "finished_req_ids",
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): "input_batch",
+    ("v1/worker/gpu_input_batch.py", "InputBatch"): "req_ids",
+    ("v1/worker/gpu/model_runner.py", "GPUModelRunner"): "req_states",
+    ("v1/worker/gpu/states.py", "RequestState"): "index_to_req_id",
 }
