@@ -65,7 +65,7 @@ def on_cpu(options: dict[str, Any]) -> str:
 
 def on_gpu(options: dict[str, Any]) -> str:
     """What the class for CUDA answers."""
-    from topt_vllm.backend.gpu.flash_attn import FlashTopThetaBackend
+    from topt_vllm.backend.hosts.flash import FlashTopThetaBackend
 
     reasons = FlashTopThetaBackend.validate_configuration(**options, device_capability=HOPPER)
     return "refused" if reasons else "yes"

@@ -50,7 +50,7 @@ stock = CpuPlatform.get_attn_backend_cls(None, attn_selector_config=config)
 assert select(None) == select("CPU_ATTN") == stock, select(None)
 assert select("TOPTHETA").endswith("TopThetaBackend")
 assert select("TOPTHETA", attn_type="encoder_only") == stock
-refusals = ({"use_mla": True}, {"has_sink": True}, {"use_kv_connector": True}, {"attn_type": "encoder_decoder"})
+refusals = ({"use_mla": True}, {"has_sink": True}, {"attn_type": "encoder_decoder"})
 for options in refusals:
     try:
         select("TOPTHETA", **options)
@@ -61,8 +61,8 @@ for options in refusals:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     refusals = [line for line in run.stdout.splitlines() if line.startswith("refused")]
-    assert len(refusals) == 4
-    for line, reason in zip(refusals, ("MLA", "sinks", "KV connector", "encoder_decoder"), strict=True):
+    assert len(refusals) == 3
+    for line, reason in zip(refusals, ("MLA", "sinks", "encoder_decoder"), strict=True):
         assert reason in line
 
 
