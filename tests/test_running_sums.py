@@ -207,6 +207,26 @@ def test_sequences_share_the_blocks_of_a_prefix(impl: str):
 
 
 @every_implementation
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]])
+def test_a_prefix_may_be_another_sequence_s_of_the_same_batch(impl: str, order: list[int]):
+    """Found in the prefix cache before it is written: the third's is the second's, whose own is the first's."""
+    alone, made = context(320), context(320)
+    alone.write(0, 320, impl)
+    made.write(0, 20, impl)
+    made.put(20, made.rows[20:])
+    begins, ends = torch.tensor([20, 64, 192, 0]), torch.tensor([150, 200, 320, 0])
+    order_of = torch.tensor(order)
+    # Each would have blocks of its own behind its prefix; here all are the same ones and get the same bits.
+    batch = DecodeBatch(
+        torch.nn.functional.pad((ends - begins)[order_of].cumsum(0), (1, 0)).int(),
+        ends[order_of].int(),
+        made.table.expand(4, -1).contiguous(),
+    )
+    implementation(impl).finish(made.cache, batch)
+    assert torch.equal(made.states(20), alone.states(20))
+
+
+@every_implementation
 def test_strides_of_the_sums_are_free(impl: str):
     """Between states, heads and blocks lies what belongs to others."""
     made, plain = context(100), context(100)

@@ -42,7 +42,7 @@ class Meter:
         monkeypatch.setattr(builder, "create_masked_store", counted_store)
 
     def count(self, pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> None:
-        addresses = pointers.data[mask.data]
+        addresses = pointers.data[mask.data.astype(bool)]
         item = pointers.get_element_ty().primitive_bitwidth // 8
         for name, (start, end) in self.ranges.items():
             self.bytes[name] += int(((addresses >= start) & (addresses < end)).sum()) * item

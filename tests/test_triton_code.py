@@ -1,4 +1,4 @@
-"""What the compilers make of the decode kernel, read off PTX and AMDGCN; nothing here needs a GPU."""
+"""What the compilers make of the kernels, read off PTX and AMDGCN; nothing here needs a GPU."""
 
 import json
 import os
@@ -20,18 +20,20 @@ found = {}
 for name in ("sm_90", "gfx942"):
     chip = bench.CHIPS[name]
     launches = bench.calls(configuration, chip)[1]
-    compiled, log = bench.compile_call(launches["decode"], chip.triton)
-    resources = bench.resources(compiled, log)
-    numbers = (resources["registers"], resources["shared_bytes"], compiled.metadata.num_warps)
-    code = compiled.asm["amdgcn" if chip.amd else "ptx"]
-    found[name] = {"code": code, **resources, "occupancy": chip.occupancy(*numbers)}
+    found[name] = {}
+    for kernel, launch in launches.items():
+        compiled, log = bench.compile_call(launch, chip.triton)
+        resources = bench.resources(compiled, log)
+        numbers = (resources["registers"], resources["shared_bytes"], compiled.metadata.num_warps)
+        code = compiled.asm["amdgcn" if chip.amd else "ptx"]
+        found[name][kernel] = {"code": code, **resources, "occupancy": chip.occupancy(*numbers)}
 print("RESULT " + json.dumps(found))
 """
 
 
 @cache
 def compiled() -> dict[str, dict]:
-    """Machine code and resources by target; in a process of its own, for here Triton's interpreter is on."""
+    """Machine code and resources by target and kernel; in another process, for here Triton's interpreter is on."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
@@ -71,8 +73,8 @@ def count(lines: list[str], pattern: str) -> int:
 
 
 def ptx_loops() -> list[list[str]]:
-    """Of the decode kernel for sm_90: over V sums, over keys, over listed V rows."""
-    lines = [line.strip() for line in compiled()["sm_90"]["code"].splitlines()]
+    """Of the decode kernel for sm_90: over keys, over listed V rows."""
+    lines = [line.strip() for line in compiled()["sm_90"]["decode"]["code"].splitlines()]
     return loops(lines, r"@!?%p\d+ bra\s+(\$L\w+);")
 
 
@@ -93,10 +95,12 @@ def test_keys_are_listed_with_few_barriers_on_nvidia():
 
 
 def test_bits_are_counted_by_one_instruction_on_amd():
-    assert "v_bcnt_u32_b32" in compiled()["gfx942"]["code"]
+    assert "v_bcnt_u32_b32" in compiled()["gfx942"]["decode"]["code"]
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_two_programs_fit_and_nothing_spills_to_memory(target: str):
-    assert compiled()[target]["spills"] == 0
-    assert compiled()[target]["occupancy"] >= 2
+@pytest.mark.parametrize("kernel", ["decode", "merge", "finish"])
+def test_two_programs_fit_and_nothing_spills_to_memory(target: str, kernel: str):
+    found = compiled()[target][kernel]
+    assert found["spills"] == 0
+    assert found["occupancy"] >= 2

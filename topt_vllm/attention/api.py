@@ -62,13 +62,15 @@ class Implementation(Protocol):
 
         Sequence s had its rows at positions [seq_lens[s] − rows, seq_lens[s]) written, decoded ones or a prompt's.
         Every state of ``value_sums`` and every block of ``key_screen`` whose last row is among them is written,
-        from V, K and the state before it; other memory is neither read nor written. Bits don't depend on how rows
-        were cut into batches. Rewritten rows, drafts that were rejected say, need nothing but another call. Call it
-        before :func:`decode`: behind the first of several query rows, one may need what that finishes.
+        from V, K and the state before it. Bits don't depend on how rows were cut into batches. Rewritten rows,
+        drafts that were rejected say, need nothing but another call. Call it before :func:`decode`: behind the
+        first of several query rows, one may need what that finishes.
 
         Args:
             cache: The layer's cache.
-            batch: As for :func:`decode`. Sequences of length 0 are padding, whatever their rows.
+            batch: All sequences that were written since the last call: one may have blocks of another's as its
+                prefix, even those that the other filled in the same step. Sequences of length 0 are padding,
+                whatever their rows.
         """
         ...
 

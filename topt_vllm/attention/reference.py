@@ -179,10 +179,14 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
     state_rows = cache.rows_per_state
     if state_rows is None:
         return
-    ends = zip(pairwise(batch.query_start_loc.tolist()), batch.seq_lens.tolist(), strict=True)
-    for table, ((first, end), length) in zip(batch.block_table, ends, strict=False):
-        for state in range(max(0, length - (end - first)) // state_rows, length // state_rows):
-            _write_state(cache, table, state, state_rows)
+    written = []
+    rows = zip(pairwise(batch.query_start_loc.tolist()), batch.seq_lens.tolist(), strict=True)
+    for sequence, ((first, end), length) in enumerate(rows):
+        written.append((max(0, length - (end - first)), length, sequence))
+    # Blocks of a prefix may be another sequence's, which writes them in this batch: its rows begin before.
+    for begin, length, sequence in sorted(written):
+        for state in range(begin // state_rows, length // state_rows):
+            _write_state(cache, batch.block_table[sequence], state, state_rows)
 
 
 def _write_state(cache: PagedCache, table: torch.Tensor, state: int, state_rows: int) -> None:

@@ -64,10 +64,9 @@ class TopThetaLayer:
             return cache
         sums, screens = self.states.value_sums, self.states.key_screen
         if sums is not None and self.policy.compensation == "vmean":
-            cache = replace(cache, value_sums=sums.kv_cache.detach())
+            cache = replace(cache, value_sums=sums.numbers())
         if screens is not None and self.screen is not None:
-            codes = screens.kv_cache.detach().squeeze(2)
-            cache = replace(cache, key_screen=KeyScreen(self.screen, codes))
+            cache = replace(cache, key_screen=KeyScreen(self.screen, screens.numbers()))
         return cache
 
     def _drop(self, _: weakref.ref[torch.Tensor]) -> None:

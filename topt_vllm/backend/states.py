@@ -85,17 +85,21 @@ class PackedStatesBackend(StatesBackend):
 class StatesLayer(AttentionLayerBase):
     """States of one attention layer, of one kind.
 
+    Their numbers are stored as if they were of the attention cache's dtype: where caches are of several, vLLM fills
+    each new block with zeros first (0.32).
+
     Attributes:
-        kv_cache: [B, Hkv, states of a block, numbers of a state]; empty until vLLM has allocated it.
+        kv_cache: [B, Hkv, states of a block, bytes of a state / itemsize]; empty until vLLM has allocated it.
     """
 
-    def __init__(self, num_kv_heads: int, packed: bool) -> None:
+    def __init__(self, attention: Any, packed: bool) -> None:
         """
         Args:
-            num_kv_heads: KV heads on this rank.
+            attention: vLLM's Attention layer.
             packed: Whether the model has layers of other kinds.
         """
-        self.num_kv_heads = num_kv_heads
+        self._num_kv_heads = attention.num_kv_heads
+        self._dtype = attention.kv_cache_torch_dtype
         self._packed = packed
         self.kv_cache = torch.empty(0)
 
@@ -105,54 +109,57 @@ class StatesLayer(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
         return self.spec(vllm_config.cache_config.block_size)
 
-    @abstractmethod
     def spec(self, block_size: int) -> FullAttentionSpec:
-        """What a block of that many tokens takes."""
+        """What blocks of that many tokens take."""
+        rows, size = self.state(block_size)
+        return FullAttentionSpec(
+            block_size=block_size,
+            num_kv_heads=self._num_kv_heads,
+            head_size=size // self._dtype.itemsize,
+            head_size_v=0,
+            dtype=self._dtype,
+            tokens_per_state=rows,
+        )
+
+    @abstractmethod
+    def state(self, block_size: int) -> tuple[int, int]:
+        """Rows that a state stands for, and its bytes for one KV head."""
+
+    @abstractmethod
+    def numbers(self) -> torch.Tensor:
+        """A view of the cache as what is stored in it."""
 
 
 class ValueSums(StatesLayer):
     """Running sums of V, float32 [B, Hkv, states of a block, Dv]."""
 
-    def __init__(self, num_kv_heads: int, value_dim: int, packed: bool) -> None:
-        super().__init__(num_kv_heads, packed)
-        self._value_dim = value_dim
+    def __init__(self, attention: Any, packed: bool) -> None:
+        super().__init__(attention, packed)
+        self._value_dim = attention.head_size_v
 
-    def spec(self, block_size: int) -> FullAttentionSpec:
-        return FullAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self._value_dim,
-            head_size_v=0,
-            dtype=torch.float32,
-            tokens_per_state=choose_rows_per_state(block_size),
-        )
+    def state(self, block_size: int) -> tuple[int, int]:
+        return choose_rows_per_state(block_size), self._value_dim * torch.float32.itemsize
+
+    def numbers(self) -> torch.Tensor:
+        return self.kv_cache.detach().view(torch.float32)
 
 
 class KeyScreens(StatesLayer):
-    """Low-bit copies of K, uint8 [B, Hkv, 1, bytes]."""
+    """Low-bit copies of K, uint8 [B, Hkv, bytes]."""
 
     def __init__(
-        self,
-        num_kv_heads: int,
-        head_dim: int,
-        packed: bool,
-        implementation: Implementation,
-        screen: ScreenFormat,
+        self, attention: Any, packed: bool, implementation: Implementation, screen: ScreenFormat
     ) -> None:
-        super().__init__(num_kv_heads, packed)
-        self._head_dim = head_dim
+        super().__init__(attention, packed)
+        self._head_dim = attention.head_size
         self._implementation = implementation
         self._screen = screen
 
-    def spec(self, block_size: int) -> FullAttentionSpec:
-        return FullAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self._implementation.screen_bytes(self._screen, self._head_dim, block_size),
-            head_size_v=0,
-            dtype=torch.uint8,
-            tokens_per_state=block_size,
-        )
+    def state(self, block_size: int) -> tuple[int, int]:
+        return block_size, self._implementation.screen_bytes(self._screen, self._head_dim, block_size)
+
+    def numbers(self) -> torch.Tensor:
+        return self.kv_cache.detach().view(torch.uint8).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -194,11 +201,9 @@ def states_for(name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfi
     config = resolved.config
     states: dict[str, StatesLayer] = {}
     if config.compensation == "vmean":
-        states[name + _VALUE_SUMS] = ValueSums(layer.num_kv_heads, layer.head_size_v, packed)
+        states[name + _VALUE_SUMS] = ValueSums(layer, packed)
     if config.screen is not None:
-        states[name + _KEY_SCREEN] = KeyScreens(
-            layer.num_kv_heads, layer.head_size, packed, resolved.implementation, config.screen
-        )
+        states[name + _KEY_SCREEN] = KeyScreens(layer, packed, resolved.implementation, config.screen)
     return states
 
 

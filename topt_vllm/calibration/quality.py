@@ -1,7 +1,7 @@
 """What thresholds keep, read and drop, counted row by row while a model attends with them.
 
 The rule is the operator's with its default policy: group union, one recent token, no sinks, no minimum length.
-The unfinished block that the server keeps dense is left out, for its size is the server's.
+The rows behind the last V sum, which the server keeps, are left out, for their number is the server's.
 """
 
 import torch

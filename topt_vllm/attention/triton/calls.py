@@ -16,8 +16,8 @@ from topt_vllm.attention.triton.workspace import Parts
 
 # Elements of V that the merge and the finish kernel add at a time, in this many rows at least.
 _VALUE_ELEMENTS, _VALUE_ROWS = 8192, 16
-# Depth of the pipeline of the finish kernel's loop.
-_FINISH_STAGES = 3
+# Depth of the pipeline of the finish kernel's loop, and sequences that it looks at together.
+_FINISH_STAGES, _SEQUENCES_AT_ONCE = 3, 128
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class DecodeStep:
             "programs": launch.programs,
             "max_rows": self.max_query_rows,
             "SEGMENTS": 64 if shared["VALUE_PAD"] <= 128 else 32,
-            "TAIL": _value_rows(shared["STATE_ROWS"], shared["VALUE_PAD"]),
+            "TAIL": _value_rows(shared["VALUE_PAD"]),
             "SINKS": self.sinks is not None,
             "SCALED_VALUE": scale is not None,
             "num_warps": 4,
@@ -234,11 +234,13 @@ def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Ca
         "sums_stride_head": sums.stride(1),
         "sums_stride_state": sums.stride(2),
         "table_stride": batch.block_table.stride(0),
+        "sequences": batch.seq_lens.shape[0],
         "VALUE_DIM": value_dim,
         "VALUE_PAD": value_pad,
         "BLOCK_SIZE": block_size,
         "STATE_ROWS": state_rows,
-        "TILE": _value_rows(state_rows, value_pad),
+        "TILE": min(power_of_two(state_rows), _value_rows(value_pad)),
+        "AT_ONCE": _SEQUENCES_AT_ONCE,
         "STAGES": _FINISH_STAGES,
         "FORMAT": form,
         "num_warps": 4,
@@ -246,6 +248,6 @@ def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Ca
     return Call(_topt_finish_kernel, (batch.seq_lens.shape[0], num_kv_heads), arguments)
 
 
-def _value_rows(state_rows: int, value_pad: int) -> int:
-    """V rows that are added at a time: those of a state, if they are few enough."""
-    return min(power_of_two(state_rows), max(_VALUE_ROWS, _VALUE_ELEMENTS // value_pad))
+def _value_rows(value_pad: int) -> int:
+    """V rows that are added at a time."""
+    return max(_VALUE_ROWS, _VALUE_ELEMENTS // value_pad)

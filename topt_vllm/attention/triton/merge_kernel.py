@@ -129,11 +129,11 @@ def _topt_merge_kernel(
                 table_row = block_table + sequence.to(tl.int64) * table_stride
                 value_head = value + kv_head.to(tl.int64) * value_stride_head
                 sums_end = (n - 1) // STATE_ROWS * STATE_ROWS
-                place = state_before(
+                state = state_before(
                     table_row, sums_end, sums_stride_block, sums_stride_state, BLOCK_SIZE, STATE_ROWS
                 )
                 sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
-                total = tl.load(sums_head + place + dim, mask=dim_mask & (sums_end > 0), other=0.0)
+                sums = tl.load(sums_head + state + dim, mask=dim_mask & (sums_end > 0), other=0.0)
                 # Rows that are always kept: the decode kernel has just read them.
                 for start in range(sums_end, n, TAIL):
                     position = start + tl.arange(0, TAIL)
@@ -145,8 +145,8 @@ def _topt_merge_kernel(
                         mask=inside[:, None] & dim_mask[None, :],
                         other=0,
                     )
-                    total += tl.sum(decode_stored(tail, FORMAT, tl.float32), axis=0)
-                out += dropped * total / n
+                    sums += tl.sum(decode_stored(tail, FORMAT, tl.float32), axis=0)
+                out += dropped * sums / n
     if SCALED_VALUE:
         out *= tl.load(value_scale)
     query_row = (first + row).to(tl.int64)

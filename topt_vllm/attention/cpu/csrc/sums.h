@@ -1,6 +1,9 @@
 // Running sums of V: state t of a block holds the sum of all V rows of the context up to the last of the state's rows.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "bytes.h"
 #include "problem.h"
 #include "vector.h"
@@ -43,19 +46,39 @@ void sum_context(const Problem& p, int sequence, int kv_head, int n, float* sums
   }
 }
 
+// The first state that has to be summed so that state `first` of a sequence can be written. An earlier one where the
+// states before are being written from this batch too: a sequence may find blocks in the prefix cache that another
+// fills in the same step.
+inline int first_to_sum(const Problem& p, int sequence, int first) {
+  for (int start = first;;) {
+    const int last = start * p.state_rows - 1;
+    const auto block_of = [&](int s) { return p.block_table[s * p.block_table_stride + last / p.block_size]; };
+    for (int other = 0; other < p.num_sequences && last >= 0; ++other) {
+      const int begin = first_written(p, other);
+      if (other == sequence || begin > last || last >= p.seq_lens[other]) continue;
+      if (block_of(other) == block_of(sequence)) start = std::min(start, begin / p.state_rows);
+    }
+    if (last < 0 || start * p.state_rows > last) return start;
+  }
+}
+
 // Writes the states that end in rows [begin, end) of a sequence, in order: each is the one before it and the sum of its
 // own rows, so that its bits don't depend on how the rows came.
 template <typename T>
 void write_states(const Problem& p, int sequence, int kv_head, int begin, int end) {
-  for (int last = (begin / p.state_rows + 1) * p.state_rows; last <= end; last += p.state_rows) {
-    const int first = last - p.state_rows;
-    const T* rows = value_row<T>(p, sequence, kv_head, first);
-    const float* before = first > 0 ? state_before(p, sequence, kv_head, first) : nullptr;
-    float* state = state_before(p, sequence, kv_head, last);
+  const int first = begin / p.state_rows, start = first_to_sum(p, sequence, first);
+  std::vector<float> total(p.head_dim);
+  if (start > 0) {
+    const float* before = state_before(p, sequence, kv_head, start * p.state_rows);
+    std::copy_n(before, p.head_dim, total.begin());
+  }
+  for (int state = start; state < end / p.state_rows; ++state) {
+    const T* rows = value_row<T>(p, sequence, kv_head, state * p.state_rows);
     for (int d = 0; d < p.head_dim; d += kLanes) {
-      const Vec16 sum = sum_rows(p, rows, p.state_rows, d);
-      store16(state + d, before ? load16(before + d) + sum : sum);
+      store16(&total[d], load16(&total[d]) + sum_rows(p, rows, p.state_rows, d));
     }
+    if (state < first) continue;
+    std::copy(total.begin(), total.end(), state_before(p, sequence, kv_head, (state + 1) * p.state_rows));
   }
 }
 
