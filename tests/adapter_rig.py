@@ -125,7 +125,7 @@ class Rig:
 
         Each float32 [Hkv, states of the context, D], of a cache without scales.
         """
-        states, (_, value) = self.states(index).value_sums.kv_cache, self.stored(index)
+        states, (_, value) = self.states(index).value_sums.numbers(), self.stored(index)
         per_state = value.shape[2] // states.shape[2]
         blocks = self.tables[index][row].long()
         found, rows = (part[blocks].transpose(0, 1).flatten(1, 2) for part in (states, value))

@@ -1,6 +1,7 @@
 """What the adapter stores beside K and V: whose, where vLLM puts it, what it costs, and that it is right."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_value_sums_follow_rewritten_blocks(make_rig: Any, host: Host):
     for _ in range(2):
         rig.prefill([300])
         torch.testing.assert_close(*rig.sums(0, 300), **SAME_SUMS)
-        unwritten = rig.states().value_sums.kv_cache[int(rig.tables[0][0, 3])]
+        unwritten = rig.states().value_sums.numbers()[int(rig.tables[0][0, 3])]
         assert unwritten[:, 1:].isnan().all()
     rig.step(BatchSpec("chunk to the last slot", [384], [84]), rows=[0])
     torch.testing.assert_close(*rig.sums(0, 384), **SAME_SUMS)
@@ -96,9 +97,9 @@ def test_states_lie_beside_the_cache_in_every_layout(make_rig: Any, host: Host, 
     whole = BatchSpec("prefill", [290, 100], [290, 100])
     for index in (0, 1, 0):
         other = 1 - index
-        kept = [part.clone() for part in (*rig.stored(other), rig.states(other).value_sums.kv_cache)]
+        kept = [part.clone() for part in (*rig.stored(other), rig.states(other).value_sums.numbers())]
         rig.step(whole, index)
-        now = (*rig.stored(other), rig.states(other).value_sums.kv_cache)
+        now = (*rig.stored(other), rig.states(other).value_sums.numbers())
         for before, after in zip(kept, now, strict=True):
             torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
     for index in (0, 1):
@@ -123,8 +124,6 @@ def test_models_with_windows_keep_sums_beside_full_attention(make_rig: Any, host
     rig = make_rig(host, layers=3, windows=(64, None, 64))
     assert rig.builders[1] not in (rig.builders[0], rig.builders[2])
     assert KVCacheLayout[rig.config.cache_config.kv_cache_layout].is_block_outermost
-    # Without that, a block of one group could come to another with numbers of another format.
-    assert rig.plan.needs_kv_cache_zeroing
     assert list(states_layers(rig.config)) == [f"{layer_name(1)}.toptheta_value_sums"]
     (group,) = [group for group in rig.plan.kv_cache_groups if layer_name(1) in group.layer_names]
     assert set(group.layer_names) == {layer_name(1), *states_layers(rig.config)}
@@ -137,6 +136,21 @@ def test_models_with_windows_keep_sums_beside_full_attention(make_rig: Any, host
             expected = rig.sparse(step, rig.thetas(index), rig.policy, index)
             torch.testing.assert_close(step.output[:2].float(), expected, **CLOSE)
     torch.testing.assert_close(*rig.sums(0, 290, 1), **SAME_SUMS)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("host", [EVERY_HOST[0], EVERY_HOST[2]])
+def test_vllm_zeroes_blocks_where_they_change_hands_and_nowhere_else(make_rig: Any, host: Host, dtype: str):
+    """Sums are no numbers to a layer with a window, and it costs each step where nobody needs it."""
+    alone = make_rig(host, layers=2, kv_cache_dtype=dtype)
+    assert not alone.plan.needs_kv_cache_zeroing
+    beside = make_rig(host, layers=5, windows=(None, None, 64, 64, 64), kv_cache_dtype=dtype)
+    sums, window = (
+        next(tensor for tensor in beside.plan.kv_cache_tensors if name in tensor.layers)
+        for name in (f"{layer_name(0)}.toptheta_value_sums", layer_name(4))
+    )
+    assert window.offset <= sums.offset < window.offset + 3 * window.layer_stride, "they don't share memory"
+    assert beside.plan.needs_kv_cache_zeroing
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)
@@ -190,4 +204,8 @@ def test_attention_layers_are_charged_for_nothing_but_k_and_v(host: Host):
     """vLLM sizes hybrid models' blocks from what one token takes of them."""
     spec = FullAttentionSpec(block_size=1, num_kv_heads=2, head_size=256, dtype=torch.bfloat16)
     assert host.backend.customize_spec(spec) == spec
-    assert ValueSums(2, 256, packed=False).spec(64).page_size_bytes == 2 * 256 * 4
+    layer = SimpleNamespace(
+        num_kv_heads=2, head_size_v=256, kv_cache_torch_dtype=torch.bfloat16, kv_cache_dtype="auto"
+    )
+    for packed in (False, True):
+        assert ValueSums(layer, packed).spec(64).page_size_bytes == 2 * 256 * 4

@@ -89,8 +89,8 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
         blocks[screen] = block = rig.plan.kv_cache_tensors[0].size // rig.plan.num_blocks
         shares = f"{sums / block:.1%} for V sums"
         if screen == "int8":
-            codes = rig.states().key_screen.kv_cache
-            assert codes.shape[:3] == (rig.plan.num_blocks, NUM_KV_HEADS, 1)
+            codes = rig.states().key_screen.numbers()
+            assert codes.shape[:2] == (rig.plan.num_blocks, NUM_KV_HEADS)
             assert codes.dtype == torch.uint8
             assert block == content + sums + codes[0].numel()
             shares += f" and {codes[0].numel() / block:.1%} for copies of K"

@@ -8,7 +8,7 @@ wants them of every cache layer, and nothing ever attends to it.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuantMode, get_kv_quant_mode
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
@@ -85,12 +85,18 @@ class PackedStatesBackend(StatesBackend):
 class StatesLayer(AttentionLayerBase):
     """States of one attention layer, of one kind.
 
-    Their numbers are stored as if they were of the attention cache's dtype: where caches are of several, vLLM fills
-    each new block with zeros first (0.32).
+    Where caches are of several dtypes, vLLM fills each new block with zeros first (0.31 to 0.33): what other layers
+    left in it may be no number in the new layer's dtype. In a model of one kind of layers a block's parts keep their
+    meaning, so the states say that they are what the attention layer's cache is. Among layers of other kinds a block
+    may be a window's after it held states, and vLLM's CPU kernel multiplies slots that nobody wrote by zero, which
+    leaves a NaN: there they say what they are.
 
     Attributes:
+        dtype: Of the numbers.
         kv_cache: [B, Hkv, states of a block, bytes of a state / itemsize]; empty until vLLM has allocated it.
     """
+
+    dtype: ClassVar[torch.dtype]
 
     def __init__(self, attention: Any, packed: bool) -> None:
         """
@@ -99,8 +105,11 @@ class StatesLayer(AttentionLayerBase):
             packed: Whether the model has layers of other kinds.
         """
         self._num_kv_heads = attention.num_kv_heads
-        self._dtype = attention.kv_cache_torch_dtype
         self._packed = packed
+        self._declared, self._quantised = self.dtype, KVQuantMode.NONE
+        if not packed:
+            self._declared = attention.kv_cache_torch_dtype
+            self._quantised = get_kv_quant_mode(attention.kv_cache_dtype)
         self.kv_cache = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
@@ -115,9 +124,10 @@ class StatesLayer(AttentionLayerBase):
         return FullAttentionSpec(
             block_size=block_size,
             num_kv_heads=self._num_kv_heads,
-            head_size=size // self._dtype.itemsize,
+            head_size=size // self._declared.itemsize,
             head_size_v=0,
-            dtype=self._dtype,
+            dtype=self._declared,
+            kv_quant_mode=self._quantised,
             tokens_per_state=rows,
         )
 
@@ -125,27 +135,28 @@ class StatesLayer(AttentionLayerBase):
     def state(self, block_size: int) -> tuple[int, int]:
         """Rows that a state stands for, and its bytes for one KV head."""
 
-    @abstractmethod
     def numbers(self) -> torch.Tensor:
         """A view of the cache as what is stored in it."""
+        return self.kv_cache.detach().view(self.dtype)
 
 
 class ValueSums(StatesLayer):
     """Running sums of V, float32 [B, Hkv, states of a block, Dv]."""
+
+    dtype = torch.float32
 
     def __init__(self, attention: Any, packed: bool) -> None:
         super().__init__(attention, packed)
         self._value_dim = attention.head_size_v
 
     def state(self, block_size: int) -> tuple[int, int]:
-        return choose_rows_per_state(block_size), self._value_dim * torch.float32.itemsize
-
-    def numbers(self) -> torch.Tensor:
-        return self.kv_cache.detach().view(torch.float32)
+        return choose_rows_per_state(block_size), self._value_dim * self.dtype.itemsize
 
 
 class KeyScreens(StatesLayer):
     """Low-bit copies of K, uint8 [B, Hkv, bytes]."""
+
+    dtype = torch.uint8
 
     def __init__(
         self, attention: Any, packed: bool, implementation: Implementation, screen: ScreenFormat
@@ -159,7 +170,7 @@ class KeyScreens(StatesLayer):
         return block_size, self._implementation.screen_bytes(self._screen, self._head_dim, block_size)
 
     def numbers(self) -> torch.Tensor:
-        return self.kv_cache.detach().view(torch.uint8).squeeze(2)
+        return super().numbers().squeeze(2)
 
 
 @dataclass(frozen=True)
