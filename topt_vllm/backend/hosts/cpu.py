@@ -41,6 +41,25 @@ class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
                 "or --kv-cache-dtype to auto."
             )
 
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """As the platform does; in a hybrid model, blocks that are new are filled with zeros first.
+
+        vLLM's kernel multiplies what lies behind a context by 0, and a block that was a state-space layer's may
+        hold NaN as 16-bit numbers. vLLM fills new blocks itself where a cache group is of attention layers alone
+        (0.31 to 0.33), but not beside states.
+        """
+        if self._vllm_config.model_config.is_hybrid:
+            block_size = kv_cache.shape[2]
+            kv_cache[slot_mapping[slot_mapping % block_size == 0] // block_size] = 0
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
     def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
         """First all of a block's K as [D, P], then its V as [P, D]; bytes of the named format in an fp8 cache."""
         dtype = compat.CPU_FP8_DTYPES.get(self.kv_cache_dtype)
