@@ -411,12 +411,13 @@ def _plan(host: Host, config: VllmConfig, layers: list[Any]) -> Rig:
     groups, _, kernel_block_sizes = init_attn_backend(plan, config, host.device)
     caches = allocate_kv_cache(plan, host.device, layout, kernel_block_sizes)
     context = config.compilation_config.static_forward_context
-    # vLLM's CPU kernel multiplies slots beyond a context by zero, so NaN may not be there; the operator's own tests
-    # have it. Groups lie over each other, so the states come last.
+    # vLLM's CPU kernel multiplies slots beyond a context by zero, so NaN may not be there but where blocks change hands
+    # between groups; the operator's own tests have it.
+    nan = host.on_gpus or len(groups) > 1
     for poison_states in (False, True):
         for name, tensor in caches.items():
             if isinstance(context[name], StatesLayer) == poison_states:
-                _poison(tensor, poison_states or host.on_gpus)
+                _poison(tensor, poison_states or nan)
     bind_kv_cache_to_layers(caches, context, 1, plan.kv_cache_groups)
     blocks = (torch.randperm(NUM_BLOCKS - 1) + 1).int().to(host.device)
     # Groups share the pool, so each has blocks of its own.

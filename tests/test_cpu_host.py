@@ -89,11 +89,11 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
         blocks[screen] = block = rig.plan.kv_cache_tensors[0].size // rig.plan.num_blocks
         shares = f"{sums / block:.1%} for V sums"
         if screen == "int8":
-            codes = rig.states().key_screen.numbers()
+            codes = rig.states().key_screen.codes()
             assert codes.shape[:2] == (rig.plan.num_blocks, NUM_KV_HEADS)
             assert codes.dtype == torch.uint8
-            assert block == content + sums + codes[0].numel()
-            shares += f" and {codes[0].numel() / block:.1%} for copies of K"
+            assert codes[0].numel() <= block - content - sums < codes[0].numel() + NUM_KV_HEADS * BLOCK_SIZE * 2
+            shares += f" and {(block - content - sums) / block:.1%} for copies of K"
         assert f"TOPTHETA: of the cache of 1 layers, {shares}\n" in caplog.text
     assert blocks["off"] == content + sums
     assert 1.2 * content < blocks["int8"] - sums < 1.35 * content

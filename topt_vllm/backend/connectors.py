@@ -1,17 +1,98 @@
-"""KV connectors that carry what TOPTHETA stores beside K and V."""
+"""KV connectors: which of them carry what TOPTHETA stores beside K and V, and moving it layer by layer.
 
+A connector carries it if it takes every cache layer that vLLM has planned, whatever its name and size; most do, for
+they move blocks. Read in vLLM 0.31 to 0.33; docs/operations.md says what was run.
+"""
+
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vllm.distributed.kv_transfer import (
+    get_kv_transfer_group,
+    has_kv_transfer_group,
+    is_v1_kv_transfer_group,
+)
+from vllm.forward_context import get_forward_context
+
 from topt_vllm.config import ConfigError
+
+CARRYING = (
+    "DecodeBenchConnector",
+    "ExampleConnector",
+    "MooncakeConnector",
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
+)
+# Of OffloadingConnector: the tier in the host's memory. The keys of shared stores don't tell states apart.
+_OFFLOADING_SPEC = "CPUOffloadingSpec"
 
 
 def refuse_connector(transfer: Any) -> None:
     """Checks an engine's ``--kv-transfer-config``.
 
+    Args:
+        transfer: vLLM's ``KVTransferConfig``.
+
     Raises:
-        ConfigError: Its connector isn't known to carry V sums.
+        ConfigError: A connector isn't known to carry V sums; the message says which are.
     """
-    raise ConfigError(
-        "TOPTHETA doesn't work with a KV connector (--kv-transfer-config): blocks that arrive from elsewhere "
-        "carry no V sums, which the compensation needs. Remove the connector or choose another backend."
-    )
+    for connector in _each(vars(transfer)):
+        reason = _reason_against(connector)
+        if reason is not None:
+            raise ConfigError(
+                f"TOPTHETA doesn't work with the KV connector {connector['kv_connector']} (--kv-transfer-config): "
+                f"{reason}, and skipped rows of V are made up for by sums of V that lie beside the cache. Allowed: "
+                f"{', '.join(CARRYING)}, and MultiConnector of these. Name one of them, set "
+                "toptheta.compensation to none, or choose another backend."
+            )
+
+
+def _each(connector: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """A connector, or those that it consists of."""
+    if connector["kv_connector"] != "MultiConnector" or connector.get("kv_connector_module_path"):
+        return [connector]
+    parts = connector.get("kv_connector_extra_config", {}).get("connectors", [])
+    return [part for child in parts for part in _each(child)]
+
+
+def _reason_against(connector: Mapping[str, Any]) -> str | None:
+    if connector.get("kv_connector_module_path"):  # it wins over the name
+        return "its code is not vLLM's, so it isn't known to carry every cache layer"
+    if connector["kv_connector"] not in CARRYING:
+        return "it isn't known to carry every cache layer of a block"
+    extra = connector.get("kv_connector_extra_config") or {}
+    if connector["kv_connector"] == "OffloadingConnector" and (
+        extra.get("spec_name", _OFFLOADING_SPEC) != _OFFLOADING_SPEC or extra.get("canonical_layout")
+    ):
+        return f"it carries every cache layer with spec_name {_OFFLOADING_SPEC} and without canonical_layout only"
+    return None
+
+
+def wait_for(names: Iterable[str]) -> None:
+    """Waits for cache layers of a step that a connector loads one by one, as vLLM does for attention layers."""
+    if (connector := _moving()) is not None:
+        for name in names:
+            connector.wait_for_layer_load(name)
+
+
+def save(layers: Mapping[str, Any]) -> None:
+    """Hands cache layers of a step to a connector that saves them one by one, as vLLM does attention layers.
+
+    Args:
+        layers: By name, as vLLM knows them.
+    """
+    if (connector := _moving()) is not None:
+        metadata = get_forward_context().attn_metadata
+        for name, layer in layers.items():
+            connector.save_kv_layer(name, layer.kv_cache, metadata[name])
+
+
+def _moving() -> Any | None:
+    """The connector, where this step moves anything through one."""
+    if not has_kv_transfer_group() or not is_v1_kv_transfer_group():
+        return None
+    connector = get_kv_transfer_group()
+    return connector if connector.has_connector_metadata() else None

@@ -7,6 +7,7 @@ from vllm.config import get_current_vllm_config
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.backend import connectors
 from topt_vllm.backend.layer import TopThetaLayer
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.states import register
@@ -75,8 +76,10 @@ class TopThetaImpl(_Platform):
             raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
         cache = bound.paged_cache(kv_cache, lambda kv_cache: self.views(layer, kv_cache))
         if bound.thresholds.skips:
+            connectors.wait_for(bound.states.by_name)
             # The platform has written the cache in an operation of its own, before attention.
             bound.group.kernel.finish(cache, attn_metadata.written)
+            connectors.save(bound.states.by_name)
         rows = attn_metadata.num_decode_rows
         if attn_metadata.prefill is not None:
             # The platform's kernels take K and V of decoder layers from the cache.

@@ -66,7 +66,7 @@ class TopThetaLayer:
         if sums is not None and self.policy.compensation == "vmean":
             cache = replace(cache, value_sums=sums.numbers())
         if screens is not None and self.screen is not None:
-            cache = replace(cache, key_screen=KeyScreen(self.screen, screens.numbers()))
+            cache = replace(cache, key_screen=KeyScreen(self.screen, screens.codes()))
         return cache
 
     def _drop(self, _: weakref.ref[torch.Tensor]) -> None:

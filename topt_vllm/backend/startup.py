@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from topt_vllm.attention.api import Implementation, load_implementation, require
 from topt_vllm.attention.common import Thetas
 from topt_vllm.backend import compat
-from topt_vllm.backend.connectors import refuse_connector
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import Budget
@@ -74,7 +73,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     device_type = vllm_config.device_config.device_type
     dense_on_platform = device_type != "cpu" and config.implementation == "auto"
     if not dense_on_platform:
-        _refuse(vllm_config)
+        _refuse(vllm_config, config)
     model_config = vllm_config.model_config
     identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
     name, implementation = load_implementation(config.implementation, device_type)
@@ -105,7 +104,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     keys = _promised_keys(config, budget, vllm_config.parallel_config)
     rows += "; thresholds adapt to the traffic" if keys else ""
     if dense_on_platform and thetas:
-        _refuse(vllm_config)
+        _refuse(vllm_config, config)
         served_by = f"{name} kernel, dense layers on vLLM's own"
     else:
         served_by = "vLLM's own kernels" if dense_on_platform else f"{name} kernel"
@@ -193,9 +192,11 @@ def _promised_keys(
     return keys
 
 
-def _refuse(vllm_config: "VllmConfig") -> None:
+def _refuse(vllm_config: "VllmConfig", config: TopThetaConfig) -> None:
     transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.is_kv_transfer_instance:
+    if transfer is not None and transfer.is_kv_transfer_instance and config.compensation == "vmean":
+        from topt_vllm.backend.connectors import refuse_connector
+
         refuse_connector(transfer)
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise ConfigError(

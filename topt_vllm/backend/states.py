@@ -7,8 +7,8 @@ wants them of every cache layer, and nothing ever attends to it.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
@@ -21,12 +21,15 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuantMode, get_kv_quant_mode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
 from topt_vllm.backend.layers import thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
+
+# Of one state; what vLLM chooses where nobody sets a size. At 16 slots V sums would be a sixteenth of a bf16 cache.
+PREFERRED_BLOCK_SIZE = 64
 
 _VALUE_SUMS, _KEY_SCREEN = ".toptheta_value_sums", ".toptheta_key_screen"
 
@@ -67,7 +70,8 @@ class StatesBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(1 if kv_cache_spec is None else kv_cache_spec.tokens_per_state)]
+        """Any; and while vLLM chooses one, such as holds whole states: smaller blocks have more V sums."""
+        return [MultipleOf(PREFERRED_BLOCK_SIZE if kv_cache_spec is None else 1)]
 
 
 class PackedStatesBackend(StatesBackend):
@@ -85,92 +89,96 @@ class PackedStatesBackend(StatesBackend):
 class StatesLayer(AttentionLayerBase):
     """States of one attention layer, of one kind.
 
-    Where caches are of several dtypes, vLLM fills each new block with zeros first (0.31 to 0.33): what other layers
-    left in it may be no number in the new layer's dtype. In a model of one kind of layers a block's parts keep their
-    meaning, so the states say that they are what the attention layer's cache is. Among layers of other kinds a block
-    may be a window's after it held states, and vLLM's CPU kernel multiplies slots that nobody wrote by zero, which
-    leaves a NaN: there they say what they are.
+    To vLLM it has some numbers for each token, as K and V are: what moves tokens moves states, and 0.32's NIXL and
+    Mooncake refuse a cache with fewer states than tokens. In truth the page of a block is one piece of memory for
+    its states. They are of the attention cache's dtype to vLLM, for where caches are of several, it fills each new
+    block with zeros.
 
     Attributes:
-        dtype: Of the numbers.
-        kv_cache: [B, Hkv, states of a block, bytes of a state / itemsize]; empty until vLLM has allocated it.
+        name: In vLLM.
+        kv_cache: [B, Hkv, P, numbers of a token]; empty until vLLM has allocated it.
     """
 
-    dtype: ClassVar[torch.dtype]
-
-    def __init__(self, attention: Any, packed: bool) -> None:
+    def __init__(self, name: str, attention: Any, vllm_config: VllmConfig) -> None:
         """
         Args:
+            name: In vLLM.
             attention: vLLM's Attention layer.
-            packed: Whether the model has layers of other kinds.
+            vllm_config: Of the engine.
         """
-        self._num_kv_heads = attention.num_kv_heads
-        self._packed = packed
-        self._declared, self._quantised = self.dtype, KVQuantMode.NONE
-        if not packed:
-            self._declared = attention.kv_cache_torch_dtype
-            self._quantised = get_kv_quant_mode(attention.kv_cache_dtype)
+        self.name = name
+        self._attention = attention
+        self._vllm_config = vllm_config
         self.kv_cache = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        return PackedStatesBackend if self._packed else StatesBackend
+        # Asked when all models are loaded: a draft model may have windows where the model has none.
+        return PackedStatesBackend if has_other_layers(self._vllm_config) else StatesBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        return self.spec(vllm_config.cache_config.block_size)
+        return self.beside(self._attention.get_kv_cache_spec(vllm_config))
 
-    def spec(self, block_size: int) -> FullAttentionSpec:
-        """What blocks of that many tokens take."""
-        rows, size = self.state(block_size)
-        return FullAttentionSpec(
-            block_size=block_size,
-            num_kv_heads=self._num_kv_heads,
-            head_size=size // self._declared.itemsize,
-            head_size_v=0,
-            dtype=self._declared,
-            kv_quant_mode=self._quantised,
-            tokens_per_state=rows,
-        )
+    def beside(self, spec: FullAttentionSpec) -> FullAttentionSpec:
+        """What blocks of states take beside those of the attention layer."""
+        rows, size = self.state(spec.block_size)
+        return replace(spec, head_size=-(-size // (rows * spec.dtype.itemsize)), head_size_v=0)
 
     @abstractmethod
     def state(self, block_size: int) -> tuple[int, int]:
         """Rows that a state stands for, and its bytes for one KV head."""
 
-    def numbers(self) -> torch.Tensor:
-        """A view of the cache as what is stored in it."""
-        return self.kv_cache.detach().view(self.dtype)
+    def states(self) -> torch.Tensor:
+        """uint8 [B, Hkv, states of a block, bytes of a state], a view of the cache."""
+        num_blocks, num_heads, block_size, width = self.kv_cache.shape
+        rows, size = self.state(block_size)
+        # A page is in one piece whatever the layout, so heads can be apart in it where vLLM has tokens apart.
+        pages = self.kv_cache.detach().as_strided(
+            (num_blocks, num_heads * block_size * width), (self.kv_cache.stride(0), 1)
+        )
+        return pages.view(torch.uint8).unflatten(1, (num_heads, block_size // rows, -1))[..., :size]
 
 
 class ValueSums(StatesLayer):
-    """Running sums of V, float32 [B, Hkv, states of a block, Dv]."""
-
-    dtype = torch.float32
-
-    def __init__(self, attention: Any, packed: bool) -> None:
-        super().__init__(attention, packed)
-        self._value_dim = attention.head_size_v
+    """Running sums of V."""
 
     def state(self, block_size: int) -> tuple[int, int]:
-        return choose_rows_per_state(block_size), self._value_dim * self.dtype.itemsize
+        return choose_rows_per_state(block_size), self._attention.head_size_v * torch.float32.itemsize
+
+    def numbers(self) -> torch.Tensor:
+        """float32 [B, Hkv, states of a block, Dv], a view of the cache."""
+        return self.states().view(torch.float32)
 
 
 class KeyScreens(StatesLayer):
-    """Low-bit copies of K, uint8 [B, Hkv, bytes]."""
+    """Low-bit copies of K.
 
-    dtype = torch.uint8
+    Args:
+        name: In vLLM.
+        attention: vLLM's Attention layer.
+        vllm_config: Of the engine.
+        implementation: The operator.
+        screen: Format of the copies.
+    """
 
     def __init__(
-        self, attention: Any, packed: bool, implementation: Implementation, screen: ScreenFormat
+        self,
+        name: str,
+        attention: Any,
+        vllm_config: VllmConfig,
+        implementation: Implementation,
+        screen: ScreenFormat,
     ) -> None:
-        super().__init__(attention, packed)
-        self._head_dim = attention.head_size
+        super().__init__(name, attention, vllm_config)
         self._implementation = implementation
         self._screen = screen
 
     def state(self, block_size: int) -> tuple[int, int]:
-        return block_size, self._implementation.screen_bytes(self._screen, self._head_dim, block_size)
+        head_dim = self._attention.head_size
+        return block_size, self._implementation.screen_bytes(self._screen, head_dim, block_size)
 
-    def numbers(self) -> torch.Tensor:
-        return super().numbers().squeeze(2)
+    def codes(self) -> torch.Tensor:
+        """uint8 [B, Hkv, bytes], a view of the cache."""
+        return self.states().squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,11 @@ class LayerStates:
 
     value_sums: ValueSums | None = None
     key_screen: KeyScreens | None = None
+
+    @property
+    def by_name(self) -> dict[str, StatesLayer]:
+        """Those that are there, by their names in vLLM."""
+        return {each.name: each for each in (self.value_sums, self.key_screen) if each is not None}
 
 
 def register(vllm_config: VllmConfig) -> None:
@@ -208,14 +221,14 @@ def register(vllm_config: VllmConfig) -> None:
 
 def states_for(name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig) -> dict[str, StatesLayer]:
     """The states of an attention layer that may skip rows, by their names in vLLM."""
-    packed = _has_other_layers(vllm_config)
     config = resolved.config
-    states: dict[str, StatesLayer] = {}
+    states: list[StatesLayer] = []
     if config.compensation == "vmean":
-        states[name + _VALUE_SUMS] = ValueSums(layer, packed)
+        states.append(ValueSums(name + _VALUE_SUMS, layer, vllm_config))
     if config.screen is not None:
-        states[name + _KEY_SCREEN] = KeyScreens(layer, packed, resolved.implementation, config.screen)
-    return states
+        names = name + _KEY_SCREEN, layer
+        states.append(KeyScreens(*names, vllm_config, resolved.implementation, config.screen))
+    return {each.name: each for each in states}
 
 
 def states_of(name: str, layer: Any, vllm_config: VllmConfig) -> LayerStates:
@@ -232,7 +245,7 @@ def describe(spec: Any, states: Sequence[LayerStates]) -> str:
         "copies of K": [layer.key_screen for layer in states if layer.key_screen],
     }
     sizes = {
-        kind: sum(one.spec(spec.block_size).page_size_bytes for one in layers)
+        kind: sum(one.beside(spec).page_size_bytes for one in layers)
         for kind, layers in kinds.items()
         if layers
     }
@@ -241,7 +254,7 @@ def describe(spec: Any, states: Sequence[LayerStates]) -> str:
     return f"of the cache of {len(states)} layers, {shares}" if shares else ""
 
 
-def _has_other_layers(vllm_config: VllmConfig) -> bool:
+def has_other_layers(vllm_config: VllmConfig) -> bool:
     """Whether vLLM caches anything but full attention."""
     layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     return any(

@@ -17,6 +17,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.builder import TopThetaBuilder
 from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.backend.states import has_other_layers
 from topt_vllm.config import ConfigError, TopThetaConfig
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ _READABLE_ISAS = ("vec", "vec16")
 class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
     """Prefill on CPU attention."""
 
+    # Asked when the first rows are written, for then all layers are made.
+    _fills_new_blocks: bool | None = None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = TopThetaConfig.from_additional_config(self._vllm_config.additional_config)
@@ -40,6 +44,28 @@ class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
                 "of K is as large as K itself then, so screening would read more, not less. Set k_screen to off, "
                 "or --kv-cache-dtype to auto."
             )
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """As the platform does; where layers are of several kinds, blocks that are new are filled with zeros first.
+
+        vLLM's kernel multiplies what lies behind a context by 0, and a block that held states, or was a state-space
+        layer's, may hold NaN as 16-bit numbers. vLLM fills new blocks itself where a cache group is of attention
+        layers alone and caches are of several dtypes or there are state-space layers (0.31 to 0.33), but not beside
+        states.
+        """
+        if self._fills_new_blocks is None:
+            self._fills_new_blocks = has_other_layers(self._vllm_config)
+        if self._fills_new_blocks:
+            block_size = kv_cache.shape[2]
+            kv_cache[slot_mapping[slot_mapping % block_size == 0] // block_size] = 0
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
         """First all of a block's K as [D, P], then its V as [P, D]; bytes of the named format in an fp8 cache."""

@@ -9,10 +9,9 @@ from topt_vllm.attention.common import PagedCache
 from topt_vllm.backend import compat
 from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.backend.states import PREFERRED_BLOCK_SIZE
 
 _HEAD_SIZES = range(32, 257, 8)
-# One V sum for each block: at 16 slots they would be a sixteenth of a bf16 cache, at 64 a sixty-fourth.
-_PREFERRED_BLOCK_SIZE = 64
 
 
 class GpuBackend(TopThetaBackend):
@@ -22,7 +21,7 @@ class GpuBackend(TopThetaBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(_PREFERRED_BLOCK_SIZE, super().get_preferred_block_size(default_block_size))
+        return max(PREFERRED_BLOCK_SIZE, super().get_preferred_block_size(default_block_size))
 
     @classmethod
     def explanations(cls, options: dict[str, Any]) -> dict[str, str]:
