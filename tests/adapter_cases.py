@@ -1,4 +1,4 @@
-"""Sizes, batches, hosts and threshold tables of the adapter's tests, and the engine configuration that they share."""
+"""Sizes, batches, hosts and threshold tables of the adapter's tests, and their engine configuration."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +69,9 @@ TRITON = Host("triton", TritonTopThetaBackend, "cuda", DEVICE)
 GPU_HOSTS = [FLASH, TRITON]
 
 _CPU = pytest.param(
-    CPU, marks=pytest.mark.skipif(CPU.backend is None, reason="vLLM's build here has no CPU kernels"), id="cpu"
+    CPU,
+    marks=pytest.mark.skipif(CPU.backend is None, reason="vLLM's build here has no CPU kernels"),
+    id="cpu",
 )
 # The first builds metadata only; in Triton's interpreter kernels take seconds.
 EVERY_HOST = [_CPU, *(pytest.param(host, marks=pytest.mark.gpu, id=str(host)) for host in GPU_HOSTS)]
@@ -131,9 +133,7 @@ class Table:
         theta = self.theta if isinstance(self.theta, list) else [self.theta] * NUM_HEADS
         keys = self.keys if isinstance(self.keys, list) else None
         layers = [
-            LayerThresholds(
-                layer=layer, law=[[t, 0.0] for t in theta], theta=[[t, t] for t in theta], k=keys
-            )
+            LayerThresholds(layer=layer, law=[[t, 0.0] for t in theta], theta=[[t, t] for t in theta], k=keys)
             for layer in range(identity.num_layers)
         ]
         table = make_table(

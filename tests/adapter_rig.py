@@ -7,7 +7,7 @@ metadata. tests/test_gpu_engine.py runs them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,9 +210,7 @@ class Rig:
 
         return attend
 
-    def step(
-        self, batch: BatchSpec, index: int = 0, rows: slice | Sequence[int] = slice(None)
-    ) -> Step:
+    def step(self, batch: BatchSpec, index: int = 0, rows: slice | Sequence[int] = slice(None)) -> Step:
         """One whole step of one layer."""
         common = self.common(batch, index, rows)
         metadata = self.builders[index].build(0, common)
@@ -220,7 +218,7 @@ class Rig:
         return Step(*self.attend(index, metadata, common.num_actual_tokens), metadata, common)
 
     def sparse(self, step: Step, thetas: Thetas, policy: Policy, index: int = 0) -> torch.Tensor:
-        """The reference operator's output for a step's decode rows, float32 [rows, H, D]; it works V sums out anew."""
+        """The reference operator on a step's decode rows, float32 [rows, H, D]; it works V sums out anew."""
         key, value = self.stored(index)
         batch = step.metadata.decode
         states = key.shape[2] // choose_rows_per_state(key.shape[2])
@@ -242,12 +240,16 @@ class Rig:
         block_table = common.block_table if hasattr(common, "block_table") else common.block_table_tensor
         starts = common.query_start_loc.tolist()
         out = torch.full_like(query, torch.nan, dtype=torch.float32)
-        for sequence, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        for sequence, (start, end) in enumerate(pairwise(starts)):
             n = int(common.seq_lens[sequence])
             blocks = block_table[sequence, : -(-n // key.shape[2])].long()
             keys, values = (part[blocks].transpose(0, 1).flatten(1, 2)[:, :n] for part in (key, value))
-            later = torch.ones(end - start, n, dtype=torch.bool, device=query.device).triu(n - (end - start) + 1)
-            rows = query[start:end].float().transpose(0, 1).unflatten(0, (len(keys), -1))  # [Hkv, group, rows, D]
+            later = torch.ones(end - start, n, dtype=torch.bool, device=query.device).triu(
+                n - (end - start) + 1
+            )
+            rows = (
+                query[start:end].float().transpose(0, 1).unflatten(0, (len(keys), -1))
+            )  # [Hkv, group, rows, D]
             scores = (rows @ keys[:, None].transpose(2, 3) * SCALE).masked_fill(later, -torch.inf)
             out[start:end] = (scores.softmax(dim=-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
         return out
@@ -411,8 +413,8 @@ def _plan(host: Host, config: VllmConfig, layers: list[Any]) -> Rig:
     groups, _, kernel_block_sizes = init_attn_backend(plan, config, host.device)
     caches = allocate_kv_cache(plan, host.device, layout, kernel_block_sizes)
     context = config.compilation_config.static_forward_context
-    # vLLM's CPU kernel multiplies slots beyond a context by zero, so NaN may not be there but where blocks change hands
-    # between groups; the operator's own tests have it.
+    # vLLM's CPU kernel multiplies slots beyond a context by zero, so NaN may not be there but where blocks change
+    # hands between groups; the operator's own tests have it.
     nan = host.on_gpus or len(groups) > 1
     for poison_states in (False, True):
         for name, tensor in caches.items():

@@ -114,7 +114,7 @@ def test_layouts_without_whole_blocks_are_refused_by_vllm(
 ):
     """Sums and K are of different shapes, so vLLM wants the parts of a block together."""
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BHLNC")
-    with pytest.raises(ValueError, match="VLLM_KV_CACHE_LAYOUT=BHLNC .*valid layouts"):
+    with pytest.raises(ValueError, match=r"VLLM_KV_CACHE_LAYOUT=BHLNC .*valid layouts"):
         make_rig(host)
 
 
@@ -199,7 +199,8 @@ def test_attention_layers_are_charged_for_nothing_but_k_and_v(host: Host):
     spec = FullAttentionSpec(block_size=1, num_kv_heads=2, head_size=256, dtype=torch.bfloat16)
     assert host.backend.customize_spec(spec) == spec
     layer = SimpleNamespace(
-        head_size_v=256, get_kv_cache_spec=lambda config: replace(spec, block_size=config.cache_config.block_size)
+        head_size_v=256,
+        get_kv_cache_spec=lambda config: replace(spec, block_size=config.cache_config.block_size),
     )
     config = SimpleNamespace(cache_config=SimpleNamespace(block_size=64))
     assert ValueSums("sums", layer, config).get_kv_cache_spec(config).page_size_bytes == 2 * 256 * 4

@@ -76,7 +76,7 @@ def test_layers_without_thresholds_do_not_adapt(make_rig: Any, host: Host):
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Says whose the rows of the next batch are, as TOPTHETA's worker knows it from either of vLLM's model runners."""
+    """Says whose the rows of the next batch are, as TOPTHETA's worker knows it from vLLM's first model runner."""
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=[]))
     monkeypatch.setattr(requests, "_runner", runner)
 
@@ -139,9 +139,7 @@ def test_sift_asks_either_of_vllm_s_runners_for_names(
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)
-def test_sift_needs_a_worker_that_names_requests(
-    make_rig: Any, monkeypatch: pytest.MonkeyPatch, host: Host
-):
+def test_sift_needs_a_worker_that_names_requests(make_rig: Any, monkeypatch: pytest.MonkeyPatch, host: Host):
     monkeypatch.setattr(requests, "_runner", None)
     rig = make_rig(host, settings=SIFT)
     with pytest.raises(RuntimeError, match="policy sift needs TOPTHETA's worker"):

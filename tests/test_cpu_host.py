@@ -58,7 +58,9 @@ def test_a_key_screen_lies_beside_the_cache_and_keeps_the_same_rows(make_rig: An
         batch = BatchSpec("decode", [420, 300], [1, 1])
         rig.write_contexts(batch)
         outcomes.append((rig.step(batch).output.float(), rig.statistics()))
-        assert (rig.states().key_screen is None) == (rig.bound().cache.key_screen is None) == (screen == "off")
+        assert (
+            (rig.states().key_screen is None) == (rig.bound().cache.key_screen is None) == (screen == "off")
+        )
     (plain, counted), (screened, counted_screened) = outcomes
     exact = [Stat.ROWS, Stat.ELEMENTS, Stat.KEPT_ELEMENTS, Stat.V_ROWS, Stat.V_ROWS_READ]
     assert counted[exact].tolist() == counted_screened[exact].tolist()
@@ -92,7 +94,9 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
             codes = rig.states().key_screen.codes()
             assert codes.shape[:2] == (rig.plan.num_blocks, NUM_KV_HEADS)
             assert codes.dtype == torch.uint8
-            assert codes[0].numel() <= block - content - sums < codes[0].numel() + NUM_KV_HEADS * BLOCK_SIZE * 2
+            assert (
+                codes[0].numel() <= block - content - sums < codes[0].numel() + NUM_KV_HEADS * BLOCK_SIZE * 2
+            )
             shares += f" and {(block - content - sums) / block:.1%} for copies of K"
         assert f"TOPTHETA: of the cache of 1 layers, {shares}\n" in caplog.text
     assert blocks["off"] == content + sums

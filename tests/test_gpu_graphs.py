@@ -213,9 +213,7 @@ def test_building_metadata_reads_nothing_off_the_device(
 ):
     """Tensors of the device ``meta`` have no data: any read of them raises."""
     settings = {"implementation": implementation}
-    rig = make_rig(
-        host, Table(dense_layers=(0,)), layers=3, windows=(None, None, 24), settings=settings
-    )
+    rig = make_rig(host, Table(dense_layers=(0,)), layers=3, windows=(None, None, 24), settings=settings)
     common = on_meta(rig.common(batch))
     with pytest.raises(RuntimeError, match="meta"):
         common.seq_lens.max().item()

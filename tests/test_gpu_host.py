@@ -84,7 +84,7 @@ def test_blocks_are_large_enough_for_the_sums_to_be_cheap():
 
 @pytest.mark.parametrize("host", GPU_HOSTS, ids=str)
 def test_layouts_and_cache_writes_are_the_platform_s(host: Host):
-    """States lie in layers of their own, so nothing of a page is changed; writers may be fused with what they like."""
+    """States lie in layers of their own, so nothing of a page is changed, and writers may be fused."""
     platform = host.backend.__mro__[host.backend.__mro__.index(host.backend) + 1 :]
     stock = next(cls for cls in platform if not cls.__module__.startswith("topt_vllm"))
     assert host.backend.supported_kv_cache_layouts() == stock.supported_kv_cache_layouts()

@@ -256,7 +256,7 @@ def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
 
 def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):
     """On CPUs the plugin's platform sets it; users name it on GPUs, whose platforms are vLLM's."""
-    with pytest.raises(ConfigError, match=r"worker on GPUs \(vllm\S+\) doesn't name them. Add --worker-cls topt_vllm"):
+    with pytest.raises(ConfigError, match=r"worker on GPUs \(vllm\S+\) doesn't name them. Add --worker-cls"):
         start({"policy": "sift"}, device_type="cuda")
     resolved = start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER)
     assert not resolved.all_on_platform
@@ -276,5 +276,7 @@ def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdT
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_kernels_that_read_back_are_refused_on_gpus(start: Any, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(IMPLEMENTED[name], "prepare", lambda device_type: None)
-    with pytest.raises(ConfigError, match="can't run inside vLLM's CUDA graphs; allowed on GPUs: auto | triton"):
+    with pytest.raises(
+        ConfigError, match=r"can't run inside vLLM's CUDA graphs; allowed on GPUs: auto \| triton"
+    ):
         start({"thresholds": "none", "implementation": name}, device_type="cuda")

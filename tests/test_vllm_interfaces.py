@@ -91,7 +91,12 @@ def test_overrides_take_what_vllm_gives():
     """Every method of ours that has a recorded namesake has its parameters, or takes any."""
     from topt_vllm.backend.backend import TopThetaBackend
     from topt_vllm.backend.builder import TopThetaBuilder
-    from topt_vllm.backend.hosts.cpu import CpuTopThetaBackend, CpuTopThetaBuilder, CpuTopThetaImpl, _VectorBuilder
+    from topt_vllm.backend.hosts.cpu import (
+        CpuTopThetaBackend,
+        CpuTopThetaBuilder,
+        CpuTopThetaImpl,
+        _VectorBuilder,
+    )
     from topt_vllm.backend.hosts.cpu_platform import TopThetaCpuPlatform
     from topt_vllm.backend.hosts.gpu import GpuBackend, GpuImpl
     from topt_vllm.backend.hosts.stock import StockBackend, StockBuilder
@@ -115,6 +120,7 @@ def test_overrides_take_what_vllm_gives():
         (TopThetaBuilder, triton, "TritonAttentionMetadataBuilder"),
         (TopThetaBuilder, flash, "FlashAttentionMetadataBuilder"),
         (TopThetaBuilder, cpu, "CPUAttentionMetadataBuilder"),
+        (CpuTopThetaImpl, cpu, "CPUAttentionBackendImpl"),
         (CpuTopThetaBuilder, cpu, "CPUAttentionMetadataBuilder"),
         (_VectorBuilder, cpu, "CPUAttentionMetadataBuilder"),
         (StockBuilder, backend, "AttentionMetadataBuilder"),

@@ -92,6 +92,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {
         "__init__": f"{_IMPL} sinks",
         "forward": _FORWARD,
+        "do_kv_cache_update": _WRITE,
     },
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"): {
         "__init__": _BUILDER,
@@ -183,8 +184,9 @@ NAMES: dict[tuple[str, str], str] = {
     ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name "
     "num_heads num_kv_heads head_size head_size_v sliding_window kv_sharing_target_layer_name",
     ("platforms/interface.py", "Platform"): "device_name device_type",
-    ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config "
-    "compilation_config device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner",
+    ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config compilation_config "
+    "device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config "
+    "use_v2_model_runner",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill",
