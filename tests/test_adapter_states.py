@@ -23,7 +23,8 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import layer_name, make_rig
+from adapter_engine import make_rig
+from adapter_rig import layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from topt_vllm.backend.states import LayerStates, StatesLayer, ValueSums, register
