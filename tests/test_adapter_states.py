@@ -27,6 +27,7 @@ from adapter_engine import make_rig
 from adapter_rig import layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from topt_vllm.backend import connectors
 from topt_vllm.backend.states import LayerStates, StatesLayer, ValueSums, register
 
 __all__ = ["make_rig", "vllm_config"]
@@ -160,6 +161,32 @@ def test_states_are_those_of_layers_that_may_skip_rows(make_rig: Any, host: Host
         assert states_layers(rig.config) == {}, nothing
     rig = make_rig(host, settings={"policy": "sift"})
     assert rig.states(0).value_sums is not None
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_states_move_with_connectors_that_move_layers(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, host: Host
+):
+    """vLLM does it for attention layers: waits before one attends, and saves what it has written."""
+    rig = make_rig(host)
+    name, sums = f"{layer_name(0)}.toptheta_value_sums", rig.states().value_sums
+    told: list[Any] = []
+
+    def saved(name: str, kv_layer: torch.Tensor, metadata: Any) -> None:
+        told.append((name, metadata))
+        assert kv_layer is sums.kv_cache
+        torch.testing.assert_close(*rig.sums(0, 70), **SAME_SUMS)
+
+    def waited(name: str) -> None:
+        told.append(name)
+        assert sums.numbers().isnan().all()
+
+    connector = SimpleNamespace(wait_for_layer_load=waited, save_kv_layer=saved)
+    monkeypatch.setattr(connectors, "_moving", lambda: connector)
+    context = SimpleNamespace(attn_metadata={name: "metadata"})
+    monkeypatch.setattr(connectors, "get_forward_context", lambda: context)
+    rig.prefill([70])
+    assert told == [name, (name, "metadata")]
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)
