@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, implementation, random_case
-from device import TRITON
+from device import DEVICE, TRITON
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Policy, Stat, new_statistics
+from topt_vllm.attention.common import Capabilities, PagedCache, Policy, Stat, new_statistics
 
 triton_only = pytest.mark.parametrize("impl", [TRITON])
 IMPLS = ["reference", TRITON]
@@ -67,6 +67,33 @@ def test_v_may_be_narrower_than_k(impl: str, value_dim: int):
 def test_v_narrower_than_k_is_refused_by_name():
     with pytest.raises(ValueError, match="needs heads of K and V of one size"):
         decode(narrow(random_case([(1, 40)]), 32), "cpu")
+
+
+CAPABILITIES = {
+    "reference": Capabilities(sinks=True, narrow_values=True),
+    "cpu": Capabilities(screens=("int8",)),
+    "triton": Capabilities(sinks=True, narrow_values=True, graphs=True),
+}
+
+
+@pytest.mark.parametrize("impl", CAPABILITIES)
+def test_what_each_does_beyond_the_others(impl: str):
+    module = api.load_implementation(impl, DEVICE.type if impl == "triton" else "cpu")[1]
+    assert module.capabilities == CAPABILITIES[impl]
+    assert module.new_statistics("cpu").shape[1:] == (len(Stat),)
+    api.require(module)
+    if impl == "triton":
+        api.require(module, graphs=True)
+        assert module.allocate(2, 1, 4, 2, 64, torch.device("meta")).capabilities == CAPABILITIES[impl]
+    else:
+        with pytest.raises(ValueError, match="can't run inside CUDA graphs; triton can"):
+            api.require(module, graphs=True)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 6)])
+def test_statistics_of_another_shape_are_refused(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=r"statistics \(.*\) must be \[slots, 7\]"):
+        decode(random_case([(1, 40)]), "cpu", statistics=torch.zeros(shape, dtype=torch.float64))
 
 
 @triton_only

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuantMode
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
@@ -120,6 +120,8 @@ class StatesLayer(AttentionLayerBase):
 
     def beside(self, spec: FullAttentionSpec) -> FullAttentionSpec:
         """What blocks of states take beside those of the attention layer."""
+        if has_other_layers(self._vllm_config):
+            spec = replace(spec, dtype=torch.float32, kv_quant_mode=KVQuantMode.NONE)
         rows, size = self.state(spec.block_size)
         return replace(spec, head_size=-(-size // (rows * spec.dtype.itemsize)), head_size_v=0)
 

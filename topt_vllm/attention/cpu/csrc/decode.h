@@ -13,7 +13,7 @@
 namespace topt {
 
 // Running softmax of the query vectors of an item over a part of its context.
-struct State {
+struct Softmax {
   float* max;      // [M], reference of the exponents, not above the true maximum by construction of `raise`
   float* used;     // [M, 16], sum of exp over keys whose V row was used, by lane
   float* dropped;  // [M, 16], sum of exp over the others
@@ -23,7 +23,7 @@ struct State {
   static int64_t size(const Problem& p) {
     return static_cast<int64_t>(kMaxItemRows) * (p.group() * (p.head_dim + 2 * kLanes + 1) + kLanes);
   }
-  State(const Problem& p, int rows, float* memory) {
+  Softmax(const Problem& p, int rows, float* memory) {
     const int vectors = rows * p.group();
     acc = memory;
     used = acc + static_cast<int64_t>(vectors) * p.head_dim;
@@ -47,7 +47,7 @@ constexpr int kFlushRows = 32;
 // Everything one thread needs, carved from one allocation that outlives the call.
 template <typename T>
 struct Scratch {
-  float *scores, *query, *weights, *state, *sums;
+  float *scores, *query, *weights, *softmax, *sums;
   c10::BFloat16* pairs;
   const T** rows;
   uint32_t *kept, *read, *candidates;
@@ -60,7 +60,7 @@ struct Scratch {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
     const int64_t words = tile / kLanes * (p.group() + 3), groups = p.head_dim / scale_channels(p.head_dim);
     // Scores and candidates of two tiles: the screen runs one ahead.
-    int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + State::size(p) + words);
+    int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
     total += vectors * (p.head_dim + 4 * (2 * groups + 2));
@@ -76,7 +76,7 @@ struct Scratch {
     carve(scores, 2 * vectors * tile);
     carve(query, vectors * p.head_dim);
     carve(weights, vectors * capacity(p));
-    carve(state, State::size(p));
+    carve(softmax, Softmax::size(p));
     carve(sums, p.head_dim);
     carve(pairs, vectors * p.head_dim);
     carve(rows, kMaxItemRows * capacity(p));
@@ -135,8 +135,8 @@ class Decoder {
  public:
   Decoder(const Problem& problem, Scratch<T>& scratch) : p(problem), s(scratch), group(problem.group()) {}
 
-  // Adds tiles [begin, end) of an item to a cleared state.
-  void segment(const Item& item, int begin, int end, const Item* after, State& state, Counts& counts) {
+  // Adds tiles [begin, end) of an item to a cleared softmax.
+  void segment(const Item& item, int begin, int end, const Item* after, Softmax& softmax, Counts& counts) {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
     if (screened) screen(item, begin);
@@ -150,26 +150,26 @@ class Decoder {
         score(item, tile, end, after, counts);
       }
       for (int row = 0; row < item.rows; ++row) {
-        if (s.count[row] >= kFlushRows) flush(row, state);
+        if (s.count[row] >= kFlushRows) flush(row, softmax);
         const int n = s.rules[row * group].n, start = tile * tile_tokens(p);
-        if (n > start) select(item, row, start, std::min(n - start, tile_tokens(p)), state, counts);
+        if (n > start) select(item, row, start, std::min(n - start, tile_tokens(p)), softmax, counts);
       }
     }
-    for (int row = 0; row < item.rows; ++row) flush(row, state);
+    for (int row = 0; row < item.rows; ++row) flush(row, softmax);
   }
 
-  // Writes the rows of an item from its finished state; returns the dropped probability, summed over its heads.
-  double finish(const Item& item, const State& state) {
+  // Writes the rows of an item from its finished softmax; returns the dropped probability, summed over its heads.
+  double finish(const Item& item, const Softmax& softmax) {
     double dropped = 0;
     for (int row = 0; row < item.rows; ++row) {
       const int n = row_length(p, item.sequence, item.row + row);
-      const bool compensate = p.vmean && state.skipped[row] > 0;
+      const bool compensate = p.vmean && softmax.skipped[row] > 0;
       if (compensate) sum_context<T>(p, item.sequence, item.kv_head, n, s.sums);
       for (int g = 0; g < group; ++g) {
         const int m = row * group + g, head = item.kv_head * group + g;
-        const float* acc = state.acc + static_cast<int64_t>(m) * p.head_dim;
-        const float lost = sum16(load16(state.dropped + m * kLanes));
-        const float total = sum16(load16(state.used + m * kLanes)) + lost;
+        const float* acc = softmax.acc + static_cast<int64_t>(m) * p.head_dim;
+        const float lost = sum16(load16(softmax.dropped + m * kLanes));
+        const float total = sum16(load16(softmax.used + m * kLanes)) + lost;
         const float share = n > 0 ? lost / total : 0.0f;
         const float norm = n > 0 ? p.value_scale / total : 0.0f;
         dropped += share;
@@ -332,23 +332,23 @@ class Decoder {
   }
 
   // Selection, softmax sums and survivors of `count` scored tokens from `start` on, for one query row.
-  void select(const Item& item, int row, int start, int count, State& state, Counts& counts) {
+  void select(const Item& item, int row, int start, int count, Softmax& softmax, Counts& counts) {
     const int words = (count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, start, count, state, counts); });
+    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, start, count, softmax, counts); });
     const int pending = s.count[row];
     gather(item, row, start, words, counts);
-    if (s.count[row] - pending < count) state.skipped[row] += 1;
+    if (s.count[row] - pending < count) softmax.skipped[row] += 1;
     in_register_tiles(group, [&](auto heads, int g) {
       // What scoring left of the next block to ask for.
       const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
-      state.skipped[row] += weigh<heads()>(row, g, words, pending, asks, state);
+      softmax.skipped[row] += weigh<heads()>(row, g, words, pending, asks, softmax);
     });
   }
 
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
   template <int MT>
-  void mark(const Item& item, int row, int g, int start, int count, State& state, Counts& counts) {
+  void mark(const Item& item, int row, int g, int start, int count, Softmax& softmax, Counts& counts) {
     const int first = row * group + g, stride = tile_tokens(p);
     const KeepRule* rules = s.rules + first;
     float* scores = this->scores + static_cast<int64_t>(first) * stride;
@@ -387,9 +387,9 @@ class Decoder {
       counts.kept += reached[m];
       if (p.reached && !rules[m].dense) count_reached(item.row + row, item.kv_head * group + g + m, reached[m]);
       const float largest = max_lane16(best[m]);
-      if (largest > state.max[first + m] + kMaxSlack) {
-        flush(row, state);
-        raise(first + m, largest, state);
+      if (largest > softmax.max[first + m] + kMaxSlack) {
+        flush(row, softmax);
+        raise(first + m, largest, softmax);
       }
     }
   }
@@ -403,12 +403,12 @@ class Decoder {
   // Lanes whose index is below `limit`.
   static uint32_t below(int limit) { return limit >= kLanes ? 0xffffu : limit <= 0 ? 0u : (1u << limit) - 1; }
 
-  void raise(int m, float best, State& state) {
-    const float factor = std::exp(state.max[m] - best);
-    state.max[m] = best;
-    scale(state.used + m * kLanes, kLanes, factor);
-    scale(state.dropped + m * kLanes, kLanes, factor);
-    scale(state.acc + static_cast<int64_t>(m) * p.head_dim, p.head_dim, factor);
+  void raise(int m, float best, Softmax& softmax) {
+    const float factor = std::exp(softmax.max[m] - best);
+    softmax.max[m] = best;
+    scale(softmax.used + m * kLanes, kLanes, factor);
+    scale(softmax.dropped + m * kLanes, kLanes, factor);
+    scale(softmax.acc + static_cast<int64_t>(m) * p.head_dim, p.head_dim, factor);
   }
 
   static void scale(float* values, int count, float factor) {
@@ -438,16 +438,16 @@ class Decoder {
   // Adds the exponentials of MT heads to their sums and writes the weights of the queued rows behind the `pending`
   // ones; returns whether a head drops a row that is read.
   template <int MT>
-  bool weigh(int row, int g, int words, int pending, Asks asks, State& state) {
+  bool weigh(int row, int g, int words, int pending, Asks asks, Softmax& softmax) {
     const int first = row * group + g, stride = tile_tokens(p);
     const float* scores = this->scores + static_cast<int64_t>(first) * stride;
     float* weights = s.weights + first * s.capacity(p) + pending;
     Vec16 reference[MT], used_sum[MT], dropped_sum[MT];
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
-      reference[m] = Vec16(state.max[first + m]);
-      used_sum[m] = load16(state.used + (first + m) * kLanes);
-      dropped_sum[m] = load16(state.dropped + (first + m) * kLanes);
+      reference[m] = Vec16(softmax.max[first + m]);
+      used_sum[m] = load16(softmax.used + (first + m) * kLanes);
+      dropped_sum[m] = load16(softmax.dropped + (first + m) * kLanes);
     }
     bool drops = false;
     for (int word = 0; word < words; ++word, asks.step()) {
@@ -464,22 +464,22 @@ class Decoder {
     }
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
-      store16(state.used + (first + m) * kLanes, used_sum[m]);
-      store16(state.dropped + (first + m) * kLanes, dropped_sum[m]);
+      store16(softmax.used + (first + m) * kLanes, used_sum[m]);
+      store16(softmax.dropped + (first + m) * kLanes, dropped_sum[m]);
     }
     return drops;
   }
 
-  void flush(int row, State& state) {
+  void flush(int row, Softmax& softmax) {
     const int m = row * group;
-    accumulate(state.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
+    accumulate(softmax.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
                s.capacity(p), s.rows + row * s.capacity(p), s.count[row], dense);
     s.count[row] = 0;
   }
 };
 
 // Adds `part` to `total`, both over the same item.
-inline void merge(const Problem& p, int rows, const State& part, State& total) {
+inline void merge(const Problem& p, int rows, const Softmax& part, Softmax& total) {
   const int group = p.group();
   for (int m = 0; m < rows * group; ++m) {
     const float reference = std::max(part.max[m], total.max[m]);
@@ -504,7 +504,7 @@ void prepare(const Problem& p, int threads, Shared& shared) {
   auto grow = [](auto& memory, size_t size) {
     if (memory.size() < size) memory.resize(size);
   };
-  grow(shared.slots, 2 * units * State::size(p));
+  grow(shared.slots, 2 * units * Softmax::size(p));
   grow(shared.scratch, threads * Scratch<T>::bytes(p) + 64);
   shared.counts.assign(units, Counts{});
   shared.dropped.assign(shared.schedule.items.size(), 0.0);
@@ -512,14 +512,14 @@ void prepare(const Problem& p, int threads, Shared& shared) {
 }
 
 // Merges an item that was divided, in the order of its segments, into the first one.
-inline State merge_segments(const Problem& p, Shared& shared, const Item& item) {
+inline Softmax merge_segments(const Problem& p, Shared& shared, const Item& item) {
   const Schedule& schedule = shared.schedule;
   const int first = schedule.unit_of(item.first_tile), last = schedule.unit_of(item.first_tile + item.tiles - 1);
-  auto state = [&](int unit) {
-    return State(p, item.rows, shared.slots.data() + schedule.slot(unit, item) * State::size(p));
+  auto softmax = [&](int unit) {
+    return Softmax(p, item.rows, shared.slots.data() + schedule.slot(unit, item) * Softmax::size(p));
   };
-  State total = state(first);
-  for (int unit = first + 1; unit <= last; ++unit) merge(p, item.rows, state(unit), total);
+  Softmax total = softmax(first);
+  for (int unit = first + 1; unit <= last; ++unit) merge(p, item.rows, softmax(unit), total);
   return total;
 }
 
@@ -537,13 +537,13 @@ void run_unit(const Problem& p, Shared& shared, int unit, Scratch<T>& scratch) {
     const int begin = static_cast<int>(at - item.first_tile);
     const int stop = static_cast<int>(std::min<int64_t>(item.tiles, end - item.first_tile));
     const bool whole = begin == 0 && stop == item.tiles;
-    State state(p, item.rows, whole ? scratch.state
-                                    : shared.slots.data() + schedule.slot(unit, item) * State::size(p));
-    state.clear(p, item.rows);
+    Softmax softmax(p, item.rows, whole ? scratch.softmax
+                                        : shared.slots.data() + schedule.slot(unit, item) * Softmax::size(p));
+    softmax.clear(p, item.rows);
     at = item.first_tile + stop;
-    decoder.segment(item, begin, stop, at < end ? &schedule.items[i + 1] : nullptr, state, shared.counts[unit]);
+    decoder.segment(item, begin, stop, at < end ? &schedule.items[i + 1] : nullptr, softmax, shared.counts[unit]);
     if (whole) {
-      shared.dropped[i] = decoder.finish(item, state);
+      shared.dropped[i] = decoder.finish(item, softmax);
     } else if (std::atomic_ref(schedule.remaining[i]).fetch_sub(stop - begin) == stop - begin) {
       shared.dropped[i] = decoder.finish(item, merge_segments(p, shared, item));
     }

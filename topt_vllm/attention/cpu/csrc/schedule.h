@@ -45,7 +45,7 @@ struct Counts {
 // What the threads of one call share.
 struct Shared {
   Schedule schedule;
-  std::vector<float> slots;        // [2 units, State::size], segments of divided items
+  std::vector<float> slots;        // [2 units, Softmax::size], segments of divided items
   std::vector<Counts> counts;      // [units]
   std::vector<double> dropped;     // [items], dropped probability
   std::vector<char> scratch;       // [threads, Scratch::bytes]
