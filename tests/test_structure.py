@@ -37,8 +37,15 @@ def imports(folder: str) -> dict[Path, set[str]]:
             "attention/triton",
             ("topt_vllm.attention.reference", "topt_vllm.attention.api", "topt_vllm.attention.cpu"),
         ),
-        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.evaluation")),
-        ("evaluation", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.benchmarks")),
+        (
+            "replay",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "calibration", "cli", "evaluation"))),
+        ),
+        ("calibration", ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "cli", "evaluation")))),
+        (
+            "evaluation",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "benchmarks", "calibration", "cli"))),
+        ),
         (
             "backend",
             (

@@ -12,11 +12,11 @@ from topt_vllm.calibration.allocation import greedy_path
 from topt_vllm.calibration.budgets import curves, measured, targeted
 from topt_vllm.calibration.collect import collect, collect_errors
 from topt_vllm.calibration.maker import Maker
-from topt_vllm.calibration.model import load_causal_lm
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
+from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.thresholds import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
@@ -30,7 +30,7 @@ def calibrate(plan: Plan) -> ThresholdTable:
         CalibrationError: The weights can't be loaded, the model's scores can't be used, or memory runs out.
     """
     partial = Partial(plan)
-    model = load_causal_lm(plan.options)
+    model = load_causal_lm(plan.options.model, plan.options.device, plan.options.dtype)
     try:
         budgets = _budgets(model, plan, partial)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -71,7 +71,7 @@ def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) ->
 
 def _out_of_memory(plan: Plan) -> str:
     return (
-        f"out of memory with sequences of {plan.subject.max_seq_length} tokens; lower --max-seq-length, use a "
+        f"out of memory with sequences of {plan.max_seq_length} tokens; lower --max-seq-length, use a "
         "narrower --dtype, or spread the model with --device auto. --resume keeps the sequences that were done"
     )
 
@@ -85,8 +85,8 @@ def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> Thresh
         calibration=Provenance(
             data=plan.sources,
             num_samples=options.num_samples,
-            tokens=options.num_samples * subject.max_seq_length,
-            max_seq_length=subject.max_seq_length,
+            tokens=options.num_samples * plan.max_seq_length,
+            max_seq_length=plan.max_seq_length,
             seed=options.seed,
             options={
                 "budget": options.budget,
@@ -99,7 +99,7 @@ def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> Thresh
             libraries={name: version(name) for name in ("torch", "transformers")},
             date=_today(),
         ),
-        lengths=subject.lengths,
+        lengths=plan.lengths,
         budgets=budgets,
     )
 

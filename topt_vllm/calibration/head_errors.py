@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall
 
 # Names of the projection behind the heads in transformers' models.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from topt_vllm.calibration.search import Target
+from topt_vllm.replay.options import DTYPES, ReplayError
 
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
 BUDGETS = ("k", "mass", "auto")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class CalibrationError(ValueError):
+class CalibrationError(ReplayError):
     """A calibration that can't be run; the message says what to change."""
 
 

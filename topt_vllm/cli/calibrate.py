@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.command import default_output, serve_command
-from topt_vllm.calibration.options import BUDGETS, DTYPES, CalibrationError, CalibrationOptions
+from topt_vllm.calibration.options import BUDGETS, CalibrationOptions
 from topt_vllm.cli import UserError
+from topt_vllm.replay.options import DTYPES, ReplayError
 
 if TYPE_CHECKING:
     from topt_vllm.calibration.calibrate import Plan
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         options = _options(args)
         _run(options, args.dry_run)
-    except (CalibrationError, OSError) as error:
+    except (ReplayError, OSError) as error:
         raise UserError(str(error)) from error
     return 0
 
@@ -174,11 +175,11 @@ def _resolved(plan: "Plan") -> str:
         "fingerprint": subject.identity.fingerprint,
         "layers": f"{len(subject.full_layers)} with thresholds of {subject.identity.num_layers}",
         "dataset": ", ".join(source.name for source in plan.sources),
-        "sequences": f"{options.num_samples} and 1 held back, of {subject.max_seq_length} tokens",
-        "lengths": ", ".join(map(str, subject.lengths)),
+        "sequences": f"{options.num_samples} and 1 held back, of {plan.max_seq_length} tokens",
+        "lengths": ", ".join(map(str, plan.lengths)),
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
-        "dense layers": ", ".join(map(str, subject.dense_layers)) or "none",
+        "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
         "sigma": options.sigma,
         "work": _work(plan),
         "attention": f"top {options.ks[-1]} keys" if options.topk_at_calibration else "dense",

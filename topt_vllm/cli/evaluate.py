@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm.calibration.options import DTYPES, CalibrationError
 from topt_vllm.cli import UserError
 from topt_vllm.evaluation.options import ADAPTING, RULES, SIFT, EvaluationOptions
+from topt_vllm.replay.options import DTYPES, ReplayError
 
 if TYPE_CHECKING:
     from topt_vllm.evaluation.plan import Plan
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates, prints a line for each record, and writes what was asked for."""
     try:
         _run(_options(args), args.dry_run)
-    except (CalibrationError, OSError) as error:
+    except (ReplayError, OSError) as error:
         raise UserError(str(error)) from error
     return 0
 
@@ -226,7 +226,7 @@ def _resolved(plan: "Plan") -> str:
         "table": plan.path,
         "texts": ", ".join(text.name for text in plan.texts),
         "tuned on": ", ".join(dict.fromkeys(text.tuned_on for text in plan.texts)),
-        "sequences": f"{options.num_samples} of each text, of {subject.max_seq_length} tokens",
+        "sequences": f"{options.num_samples} of each text, of {plan.max_seq_length} tokens",
         "rules": ", ".join(options.rules),
         "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths)
         or "-",

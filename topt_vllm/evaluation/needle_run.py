@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from topt_vllm.calibration.dense_pass import DensePass
-from topt_vllm.calibration.predictions import Comparison, Head, compared, joined
-from topt_vllm.evaluation.attention import Counts
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.needles import answer
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import quality
+from topt_vllm.replay.attention import Counts
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.predictions import Comparison, Head, compared, joined
 
 NEEDLES = "needles"
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from topt_vllm.calibration.dense_pass import DensePass, SparseAttention
-from topt_vllm.calibration.predictions import Head
 from topt_vllm.evaluation.options import EvaluationError
+from topt_vllm.replay.dense_pass import DensePass, SparseAttention
+from topt_vllm.replay.predictions import Head
 
 _WRONG = 5
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Quito", "Delhi", "Lima", "Prague", "Dakar", "Perth", "Kyoto")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from topt_vllm.calibration.options import DTYPES, CalibrationError
+from topt_vllm.replay.options import DTYPES, ReplayError
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.
@@ -13,7 +13,7 @@ ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 
 
-class EvaluationError(CalibrationError):
+class EvaluationError(ReplayError):
     """An evaluation that can't be run; the message says what to change."""
 
 

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from topt_vllm.calibration.capture import check_plain_causal, selected, visible_keys, whole_sequence
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.scores import LayerCall, attend
+from topt_vllm.replay.capture import check_plain_causal, selected, visible_keys, whole_sequence
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.rule import attend
+from topt_vllm.replay.scores import LayerCall
 
 
 class SparseAttention(Protocol):
-    """Attention of some layers; the others stay dense."""
+    """Attention of some layers; the others stay dense. RuleAttention is one."""
 
     @property
     def layers(self) -> list[int]: ...
@@ -44,10 +45,10 @@ class DensePass:
             model: A transformers causal language model.
             subject: What is known about it.
             tokens: All of them are run.
-            spans: Rows of later :class:`~topt_vllm.calibration.replay.Replay` objects.
+            spans: Rows of later :class:`~topt_vllm.replay.replay.Replay` objects.
 
         Raises:
-            CalibrationError: A layer attends in a way that its configuration doesn't say.
+            ReplayError: A layer attends in a way that its configuration doesn't say.
         """
         self.length = len(tokens)
         self._decoder = model.base_model
@@ -107,7 +108,7 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._window(layer)
+        window = self._subject.window_of(layer)
         call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, window=window)
         if layer not in self._subject.identity.sliding_window_layers:
             seen = None if attention_mask is None else visible_keys(attention_mask)
@@ -131,7 +132,7 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._window(layer)
+        window = self._subject.window_of(layer)
         # Keys that even the first row no longer sees are left out.
         start = max(0, first - window + 1) if window else 0
         before = [tensor[:, start:first] for tensor in self._cache[layer]]
@@ -148,9 +149,6 @@ class DensePass:
             else:
                 outputs.append(_dense(module, call, scaling, kwargs))
         return torch.stack(outputs), None
-
-    def _window(self, layer: int) -> int:
-        return self._subject.window if layer in self._subject.identity.sliding_window_layers else 0
 
     @contextmanager
     def _recording(self, spans: tuple[range, ...]) -> Iterator[None]:
