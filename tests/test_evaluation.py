@@ -206,11 +206,11 @@ def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
     """Dense answers against one pass over prompt, question and answer; a rule before leaves no trace."""
     tokenizer = byte_tokenizer()
     (needle,) = hide(tokenizer, plan.texts[0].sequences[0], (260,), (0.5,))
-    prompt, head = DensePass(model, plan.subject, needle.prompt), predictions.Head(model)
+    prompt = DensePass(model, plan.subject, needle.prompt)
     rules = dict.fromkeys(plan.subject.full_layers, TopK(3))
     right, wrong = (RuleAttention(plan.subject, rules, needle.contexts) for _ in range(2))
-    sparse = answer(prompt, head, needle, right, wrong)
-    dense = answer(prompt, head, needle, None, None)
+    sparse = answer(prompt, needle, right, wrong)
+    dense = answer(prompt, needle, None, None)
     for tokens, likelihood in zip(needle.answers, dense.likelihoods, strict=True):
         given = torch.tensor([needle.prompt + needle.question + tokens])
         with torch.inference_mode():

@@ -5,6 +5,7 @@ from transformers import AutoConfig
 
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
 from topt_vllm.replay.capture import captured
+from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.model import examine, load_causal_lm, load_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
@@ -26,7 +27,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
     subject = examine(model)
     _check_context(model, seq_len)
     tokens, text = _tokens(model, dataset, seq_len)
-    weights = load_causal_lm(model, device, "auto").base_model
+    weights = load_causal_lm(model, device, "auto")
     layers: dict[int, CapturedLayer] = {}
     scales: set[tuple[float, float]] = set()
 
@@ -36,7 +37,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
         scales.add((call.scale, call.softcap))
 
     with torch.inference_mode(), captured(weights, subject.identity, keep):
-        weights(input_ids=torch.tensor([tokens], device=weights.device), use_cache=False)
+        CausalLM(weights).hidden(torch.tensor([tokens], device=weights.device))
     if list(layers) != subject.full_layers or len(scales) != 1:
         raise ReplayError(
             f"{model}: its full-attention layers are {subject.full_layers}, but layers {list(layers)} were seen, "

@@ -48,7 +48,7 @@ def calibrate(plan: Plan) -> ThresholdTable:
 def _budgets(model: Any, plan: Plan, partial: Partial) -> list[Budget]:
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=options.num_samples * layers, desc="calibrating", unit="layer") as bar:
-        maker = Maker(plan, collect(model.base_model, plan, partial, bar.update))
+        maker = Maker(plan, collect(model, plan, partial, bar.update))
     budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
     if options.budget != "k":
         budgets += _measured_budgets(model, plan, maker, partial)
@@ -60,7 +60,7 @@ def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) ->
     """Those that follow from what skipping does: shares of probability, or allocations for targets."""
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=len(plan.error_sequences) * layers, desc="errors of heads", unit="layer") as bar:
-        errors = collect_errors(model.base_model, plan, partial, maker.thetas(), bar.update)
+        errors = collect_errors(model, plan, partial, maker.thetas(), bar.update)
     if options.budget == "mass":
         return [maker.mass(percent, errors) for percent in options.masses]
     with tqdm(total=len(plan.allocated_layers), desc="sensitivity of layers", unit="layer") as bar:

@@ -13,6 +13,7 @@ from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.replay.capture import Observer, captured
+from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.rule import Rows, Rule
 from topt_vllm.replay.scores import LayerCall
 
@@ -23,7 +24,7 @@ def collect(
     """Statistics of every layer, for ``plan.ks``.
 
     Args:
-        model: The decoder.
+        model: A transformers causal language model.
         plan: The run.
         partial: Keeps each sequence's scores.
         progress: Called with the number of layers done.
@@ -57,7 +58,7 @@ def collect_errors(
     """What each head's skipping does, by layer, at every budget of ``plan.ks``.
 
     Args:
-        model: The decoder.
+        model: A transformers causal language model.
         plan: The run.
         partial: Keeps each sequence's errors.
         thetas: By layer, a budget of ``plan.ks`` each.
@@ -120,7 +121,7 @@ def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None
     rules = dict.fromkeys(sparse, _TopKeys(options.ks[-1]))
     tokens = torch.tensor([sequence], device=model.device)
     with torch.inference_mode(), captured(model, subject.identity, counted, rules):
-        model(input_ids=tokens, use_cache=False)
+        CausalLM(model).hidden(tokens)
     if seen != subject.full_layers:
         raise CalibrationError(
             f"{options.model}: its configuration has the full-attention layers {subject.full_layers}, "

@@ -12,6 +12,7 @@ import torch
 
 from topt_vllm.evaluation.rules.families import Family
 from topt_vllm.replay.capture import captured
+from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.rule import Rows, Rule, rows_of
 from topt_vllm.replay.scores import LayerCall, any_of_group, in_threads, true_per_row
@@ -72,8 +73,8 @@ def sample(model: Any, subject: Subject, tokens: list[int], wanted: list[torch.T
         for into, rows in zip(taken, wanted, strict=True):
             into[call.layer] = rows_of(call, rows.to(call.query.device), key)
 
-    with torch.inference_mode(), captured(model.base_model, subject.identity, observe):
-        model.base_model(torch.tensor([tokens], device=model.device), use_cache=False)
+    with torch.inference_mode(), captured(model, subject.identity, observe):
+        CausalLM(model).hidden(torch.tensor([tokens], device=model.device))
     return [Sample(subject, rows) for rows in taken]
 
 

@@ -146,19 +146,30 @@ def whole_sequence(
 def check_plain_causal(
     module: torch.nn.Module, call: LayerCall, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raises ReplayError where a row of a whole pass sees anything but all keys up to its own."""
+    """Raises ReplayError where a row of a whole pass sees other keys than all up to its own, or its window.
+
+    Args:
+        module: The layer's attention.
+        call: What it was called with.
+        mask: bool [n, n]; None where the module says that it is causal.
+        kwargs: Further arguments of the attention function.
+    """
     refused = [name for name in REFUSED if kwargs.get(name) is not None]
-    n = call.query.shape[1]
     asked = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if asked is None else asked):
         refused.append("is_causal=False")
     window = kwargs.get("sliding_window")
-    if window is not None and window < n:
+    if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")
-    if mask is not None and not torch.equal(mask, torch.ones_like(mask).tril()):
-        refused.append("a mask that isn't causal")
+    if mask is not None:
+        expected = torch.ones_like(mask).tril_()
+        if not torch.equal(mask, expected.triu_(1 - call.window) if call.window else expected):
+            refused.append(
+                "a mask that isn't causal" if not call.window else "a mask that isn't its window's"
+            )
     if refused:
+        kind = f"attention in a window of {call.window}" if call.window else "full causal attention"
         raise ReplayError(
-            f"layer {call.layer} attends with {', '.join(refused)}, "
-            "but its configuration says full causal attention; such models are not supported"
+            f"layer {call.layer} attends with {', '.join(refused)}, but its configuration says {kind}; "
+            "such models are not supported"
         )

@@ -12,7 +12,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from topt_vllm.replay.capture import check_plain_causal, selected, visible_keys, whole_sequence
+from topt_vllm.replay.causal_lm import CausalLM, replaced
 from topt_vllm.replay.model import Subject
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
 
@@ -33,7 +35,7 @@ class DensePass:
 
     Attributes:
         length: Rows of the pass (tokens).
-        device: Where tokens go.
+        model: The model, and what follows its decoder.
     """
 
     def __init__(
@@ -51,14 +53,21 @@ class DensePass:
             ReplayError: A layer attends in a way that its configuration doesn't say.
         """
         self.length = len(tokens)
-        self._decoder = model.base_model
+        self.model = CausalLM(model)
         self._subject = subject
-        self.device = model.device
-        self._layers = _decoder_layers(self._decoder, subject.identity.num_layers)
+        self._layers = _decoder_layers(model, subject.identity.num_layers)
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
-        with torch.inference_mode(), self._recording(spans), selected(self._decoder, self._record):
-            hidden = self._decoder(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)[0]
+        self._checked: dict[int, torch.Tensor | None] = {}
+        with torch.inference_mode(), self._recording(spans), selected(model, self._record):
+            hidden = self.model.hidden(torch.tensor([tokens], device=model.device))
+        del self._checked
+        without = sorted(set(range(subject.identity.num_layers)) - set(self._cache))
+        if without:
+            raise ReplayError(
+                f"layers {without} don't call the AttentionInterface, so that nothing can be decoded behind what "
+                "they have seen; such models are not supported"
+            )
         self._hidden = {span: hidden[:, span.start : span.stop].clone() for span in spans}
 
     def hidden(self, span: range) -> torch.Tensor:
@@ -90,11 +99,10 @@ class DensePass:
             used = attention if module.layer_idx in sparse else None
             return self._attend(used, first, module, *tensors, **kwargs)
 
-        positions = torch.arange(first, first + inputs.shape[1], device=inputs.device)[None]
         known = min(sparse, default=self._subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
-        with torch.inference_mode(), skipping, selected(self._decoder, function):
-            return self._decoder(input_ids=inputs, position_ids=positions, use_cache=False)[0]
+        with torch.inference_mode(), skipping, selected(self.model.model, function):
+            return self.model.hidden(inputs, first)
 
     def _record(
         self,
@@ -110,9 +118,10 @@ class DensePass:
         layer = int(module.layer_idx)
         window = self._subject.window_of(layer)
         call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, window=window)
-        if layer not in self._subject.identity.sliding_window_layers:
-            seen = None if attention_mask is None else visible_keys(attention_mask)
-            check_plain_causal(module, call, seen, kwargs)
+        # Layers of a kind are given the same mask.
+        known = attention_mask is None or attention_mask is self._checked.get(window)
+        check_plain_causal(module, call, None if known else visible_keys(attention_mask), kwargs)
+        self._checked[window] = attention_mask
         self._cache[layer] = key[0].contiguous(), value[0].contiguous()
         if softcap:
             return attend(call, None).transpose(0, 1).unsqueeze(0), None
@@ -176,9 +185,8 @@ class DensePass:
         """Within it, the first ``count`` decoder layers give what they gave in the dense pass."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers[:count]):
-                before = layer.__dict__.get("forward")
-                layer.forward = lambda *_, index=index, **__: self._outputs[span, index]
-                stack.callback(_restore_forward, layer, before)
+                given = lambda *_, index=index, **__: self._outputs[span, index]  # noqa: E731
+                stack.enter_context(replaced(layer, given))
             yield
 
 
@@ -192,14 +200,11 @@ def _dense(
     return sdpa_attention_forward(module, *tensors, scaling=scaling, **{**kwargs, "is_causal": False})[0][0]
 
 
-def _decoder_layers(decoder: Any, count: int) -> list[torch.nn.Module]:
+def _decoder_layers(model: Any, count: int) -> list[torch.nn.Module]:
     """The decoder's layers; [] where they can't be told, so that runs start at the first."""
-    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    return list(lists[0]) if len(lists) == 1 else []
-
-
-def _restore_forward(layer: torch.nn.Module, before: Any) -> None:
-    if before is None:
-        del layer.forward
-    else:
-        layer.forward = before
+    lists = (
+        m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
+    )
+    # Experts of a layer may be as many.
+    layers = (m for m in lists if any(hasattr(part, "layer_idx") for part in m[0].modules()))
+    return list(next(layers, ()))

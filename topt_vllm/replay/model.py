@@ -1,5 +1,6 @@
 """The model to replay: what can be known from its configuration, and its weights."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.quantizers.auto import get_hf_quantizer
 
 from topt_vllm.model_identity import ModelIdentity, identify
 from topt_vllm.replay.capture import can_be_captured
@@ -89,6 +91,7 @@ def examine(model: str) -> Subject:
     except ValueError as error:
         raise ReplayError(str(error)) from error
     _require_attention_interface(config, model)
+    _require_dequantiser(config, model)
     text = config.get_text_config()
     sizes = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
     subject = Subject(
@@ -126,7 +129,11 @@ def load_causal_lm(model: str, device: str | None, dtype: str) -> Any:
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # device_map needs accelerate; one device does without.
     spread = {"device_map": "auto"} if device == "auto" else {}
-    loaded = _read(transformers.AutoModelForCausalLM, model, dtype=kind, **spread)
+    reader = transformers.AutoModelForCausalLM
+    loaded, found = _read(reader, model, dtype=kind, output_loading_info=True, **spread)
+    if found["missing_keys"]:
+        # transformers makes up what a checkpoint lacks, or what is compressed in a way that it doesn't know.
+        raise ReplayError(f"--model {model}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
     return loaded.eval() if spread else loaded.to(device).eval()
 
 
@@ -147,6 +154,15 @@ def _read(loader: Any, model: str, **arguments: Any) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ReplayError(f"--model {model}: {reason}") from error
+
+
+def _require_dequantiser(config: Any, model: str) -> None:
+    """Compressed weights need a package of their own kind."""
+    try:
+        get_hf_quantizer(copy.deepcopy(config), None, None, True, {})
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ReplayError(f"{model}: its weights are compressed, and can't be read here: {reason}") from error
 
 
 def _require_attention_interface(config: Any, model: str) -> None:

@@ -53,7 +53,7 @@ class Replay:
         self._inputs = tokens[:, span.start : span.stop]
         with torch.inference_mode():
             self._predictions = Predictions(
-                model, self._inputs, tokens[0, span.start + 1 :], self._dense.hidden(span)
+                self._dense.model, self._inputs, tokens[0, span.start + 1 :], self._dense.hidden(span)
             )
         if not math.isfinite(self.dense_nll):
             raise ReplayError(
