@@ -319,7 +319,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def run(folder: Path, **changes: object) -> ThresholdTable:
     options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 32), "device": "cpu"} | changes
     return calibrate(
-        prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options))
+        prepare(
+            CalibrationOptions(
+                str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **options
+            )
+        )
     )
 
 

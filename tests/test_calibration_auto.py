@@ -48,7 +48,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def run(folder: Path, **changes: object) -> ThresholdTable:
     options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 64), "device": "cpu", "budget": "auto"}
     plan = CalibrationOptions(
-        str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options | changes
+        str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **options | changes
     )
     return calibrate(prepare(plan))
 

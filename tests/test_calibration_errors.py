@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 def options(folder: Path, **changes: object) -> CalibrationOptions:
     given = {"num_samples": 2, "max_seq_length": 600, "ks": (16,), "device": "cpu"} | changes
-    return CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)
+    return CalibrationOptions(str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **given)
 
 
 def test_tokenizer_of_another_model(folder):
@@ -105,7 +105,8 @@ def save_and_wait(self, name, result):
         time.sleep(600)
 partial.Partial.save = save_and_wait
 given = dict(num_samples=2, max_seq_length=600, ks=(16,), device="cpu", budget="auto", target_rows=(30.0,))
-calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)))
+given["output"] = folder / "out.yaml"
+calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), **given)))
 """
 
 
