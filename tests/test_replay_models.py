@@ -136,9 +136,12 @@ def test_a_pass_makes_one_row_of_logits(tmp_path):
     ids=["chunks", "state"],
 )
 def test_layers_that_cannot_be_decoded_behind_a_dense_pass_are_named(tmp_path, config, message):
+    """By the configuration, and where it says nothing, by what the pass has seen."""
     model = load(tmp_path, config)
+    with pytest.raises(ReplayError, match=f"layers of the kind {config.layer_types[0]}"):
+        examine(str(tmp_path))
     with pytest.raises(ReplayError, match=message):
-        Replay(model, examine(str(tmp_path)), TOKENS.tolist(), ROWS)
+        Replay(model, examine(str(tmp_path), decoded=False), TOKENS.tolist(), ROWS)
 
 
 @pytest.mark.slow

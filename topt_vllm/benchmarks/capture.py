@@ -24,7 +24,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
     Raises:
         ReplayError: The model or the text can't be read, isn't supported, or is too short.
     """
-    subject = examine(model)
+    subject = examine(model, decoded=False)
     _check_context(model, seq_len)
     tokens, text = _tokens(model, dataset, seq_len)
     weights = load_causal_lm(model, device, "auto")

@@ -161,15 +161,23 @@ def check_plain_causal(
     window = kwargs.get("sliding_window")
     if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")
-    if mask is not None:
-        expected = torch.ones_like(mask).tril_()
-        if not torch.equal(mask, expected.triu_(1 - call.window) if call.window else expected):
-            refused.append(
-                "a mask that isn't causal" if not call.window else "a mask that isn't its window's"
-            )
+    if mask is not None and not _sees_window(mask, call.window):
+        refused.append("a mask that isn't its window's" if call.window else "a mask that isn't causal")
     if refused:
         kind = f"attention in a window of {call.window}" if call.window else "full causal attention"
         raise ReplayError(
             f"layer {call.layer} attends with {', '.join(refused)}, but its configuration says {kind}; "
             "such models are not supported"
         )
+
+
+def _sees_window(mask: torch.Tensor, window: int) -> bool:
+    """Whether each row of bool [n, n] sees its last ``window`` keys, or all for 0; part by part: n is large."""
+    keys = torch.arange(mask.shape[1], device=mask.device)
+    for rows in keys.split(_MASKED_ROWS):
+        expected = keys <= rows[:, None]
+        if window:
+            expected &= keys > rows[:, None] - window
+        if not torch.equal(mask[rows[0] : rows[-1] + 1], expected):
+            return False
+    return True

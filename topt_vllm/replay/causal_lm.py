@@ -54,7 +54,7 @@ class CausalLM:
             inputs: int64 [1, r], tokens of the rows.
             hidden: [1, r, hidden size], what :meth:`hidden` gave for them.
         """
-        with replaced(self._decoder, lambda *_, **__: _with_hidden(self._output, hidden)):
+        with replaced(self._decoder, _with_hidden(self._output, hidden)):
             logits = self.model(input_ids=inputs, **self._plain).logits
         return torch.log_softmax(logits[0].float(), dim=-1)
 
@@ -99,10 +99,10 @@ class _Prompt(Cache):
 
 
 @contextmanager
-def replaced(module: torch.nn.Module, forward: Any) -> Iterator[None]:
-    """Within it, calling the module calls ``forward``."""
+def replaced(module: torch.nn.Module, output: Any) -> Iterator[None]:
+    """Within it, the module gives ``output``, whatever it is called with."""
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.forward = lambda *_, **__: output
     try:
         yield
     finally:

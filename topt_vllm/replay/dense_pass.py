@@ -185,8 +185,7 @@ class DensePass:
         """Within it, the first ``count`` decoder layers give what they gave in the dense pass."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers[:count]):
-                given = lambda *_, index=index, **__: self._outputs[span, index]  # noqa: E731
-                stack.enter_context(replaced(layer, given))
+                stack.enter_context(replaced(layer, self._outputs[span, index]))
             yield
 
 

@@ -76,11 +76,12 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def examine(model: str) -> Subject:
+def examine(model: str, decoded: bool = True) -> Subject:
     """Checks from its configuration alone whether a model can be replayed.
 
     Args:
         model: Folder or hub id.
+        decoded: Whether rows will be decoded behind a dense prompt, for which its K and V have to be enough.
 
     Raises:
         ReplayError: The model can't be read or isn't supported.
@@ -93,6 +94,12 @@ def examine(model: str) -> Subject:
     _require_attention_interface(config, model)
     _require_dequantiser(config, model)
     text = config.get_text_config()
+    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if decoded and others:
+        raise ReplayError(
+            f"{model}: nothing can be decoded behind a dense prompt in layers of the kind "
+            f"{', '.join(sorted(others))}; this architecture can't be calibrated"
+        )
     sizes = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
     subject = Subject(
         identity=identity,
