@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from topt_vllm.evaluation.options import EvaluationError
-from topt_vllm.replay.dense_pass import DensePass, SparseAttention
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
 
 _WRONG = 5
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Quito", "Delhi", "Lima", "Prague", "Dakar", "Perth", "Kyoto")
@@ -132,8 +133,8 @@ def _hide_in_one_prompt(
 def answer(
     prompt: DensePass,
     needle: Needle,
-    right: SparseAttention | None,
-    wrong: SparseAttention | None,
+    right: RuleAttention | None,
+    wrong: RuleAttention | None,
 ) -> Answered:
     """Answers a needle.
 

@@ -6,28 +6,18 @@ to them.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.capture import check_plain_causal, selected, visible_keys, whole_sequence
 from topt_vllm.replay.causal_lm import CausalLM, replaced
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
-
-
-class SparseAttention(Protocol):
-    """Attention of some layers; the others stay dense. RuleAttention is one."""
-
-    @property
-    def layers(self) -> list[int]: ...
-
-    def attend(self, call: LayerCall) -> torch.Tensor:
-        """Output of the decoded rows, [H, r, Dv]."""
-        ...
 
 
 class DensePass:
@@ -78,7 +68,7 @@ class DensePass:
         self,
         inputs: torch.Tensor,
         first: int,
-        attention: SparseAttention | None = None,
+        attention: RuleAttention | None = None,
         span: range | None = None,
     ) -> torch.Tensor:
         """The decoder's output for tokens that follow the first ``first`` ones of the pass.
@@ -129,7 +119,7 @@ class DensePass:
 
     def _attend(
         self,
-        attention: SparseAttention | None,
+        attention: RuleAttention | None,
         first: int,
         module: torch.nn.Module,
         query: torch.Tensor,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from topt_vllm.replay.dense_pass import DensePass, SparseAttention
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.predictions import Comparison, Predictions
@@ -66,8 +67,8 @@ class Replay:
         """Mean negative log likelihood under dense attention (nats)."""
         return self._predictions.dense_nll
 
-    def compare(self, attention: SparseAttention) -> Comparison:
-        """Runs the last rows with another attention in some layers."""
+    def compare(self, attention: RuleAttention) -> Comparison:
+        """Runs the last rows with rules in some layers."""
         with torch.inference_mode():
             return self._predictions.compare(
                 self._dense.decode(self._inputs, self.first, attention, self._span)
