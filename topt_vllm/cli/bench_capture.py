@@ -25,14 +25,14 @@ def add_mode(modes: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.capture import capture
-    from topt_vllm.calibration.options import CalibrationError
+    from topt_vllm.replay.options import ReplayError
 
     refuse_existing(args.output)
     if not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: the folder {args.output.parent} does not exist")
     try:
         cache = capture(args.model, tuple(args.dataset), args.seq_len, args.device)
-    except CalibrationError as error:
+    except ReplayError as error:
         raise UserError(str(error)) from error
     cache.save(args.output)
     print(
