@@ -121,7 +121,8 @@ def layers_of(specs: Specs) -> dict[str, AttentionLayerBase]:
 def states_beside(specs: Specs, every: int = 1, screens: bool = False) -> dict[str, StatesLayer]:
     """Those of every n-th full-attention layer of a model, as TOPTHETA registers them."""
     context = layers_of(specs)
-    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    compilation = SimpleNamespace(static_forward_context=context)
+    config: Any = SimpleNamespace(compilation_config=compilation, kv_transfer_config=None)
     full = [name for name, spec in specs.items() if isinstance(spec, FullAttentionSpec)][::every]
     states: dict[str, StatesLayer] = {
         name + SUMS: ValueSums(name + SUMS, context[name], config) for name in full
