@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuant
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
+from topt_vllm.backend import connectors
 from topt_vllm.backend.layers import thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
 
@@ -113,7 +114,10 @@ class StatesLayer(AttentionLayerBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         # Asked when all models are loaded: a draft model may have windows where the model has none.
-        return PackedStatesBackend if has_other_layers(self._vllm_config) else StatesBackend
+        if not has_other_layers(self._vllm_config):
+            return StatesBackend
+        connectors.refuse_beside_other_layers(self._vllm_config)
+        return PackedStatesBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
         return self.beside(self._attention.get_kv_cache_spec(vllm_config))
