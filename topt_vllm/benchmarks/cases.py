@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -86,6 +87,12 @@ class Shape:
             row[: end - start] = order[start:end]
         return table
 
+    def decode_batch(self, table: torch.Tensor) -> DecodeBatch:
+        """One query row of each sequence, with this block table."""
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=table.device)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=table.device)
+        return DecodeBatch(starts, lengths, table, 1)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -122,6 +129,13 @@ class Inputs:
         """All rows of the contexts, as a prompt writes them."""
         starts = torch.nn.functional.pad(self.batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return DecodeBatch(starts, self.batch.seq_lens, self.batch.block_table)
+
+    def arguments(
+        self, thetas: Thetas | None, policy: Policy, out: torch.Tensor, statistics: torch.Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """Of an implementation's ``decode``."""
+        given = (self.query, self.cache, self.batch, thetas, policy)
+        return *given, self.scale, self.softcap, out, statistics
 
     def gather(self, sequence: int, kv_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head of one sequence, [n, D] each."""
@@ -171,9 +185,7 @@ def paged_inputs(
     # The first half holds [D, P]; reading it as [P, D] and transposing gives the logical view.
     key = key.as_strided((total, shape.kv_heads, size, dim), (*memory.stride()[:2], 1, size))
     cache = PagedCache(key, value, torch.zeros(shape.sums_shape))
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32)
-    batch = DecodeBatch(starts, torch.tensor(shape.lengths, dtype=torch.int32), table)
-    inputs = Inputs(shape, query, memory, cache, batch, scale, softcap)
+    inputs = Inputs(shape, query, memory, cache, shape.decode_batch(table), scale, softcap)
     api.load_implementation("reference", "cpu")[1].finish(cache, inputs.written)
     return inputs
 

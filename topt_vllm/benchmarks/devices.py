@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from topt_vllm.attention.api import Implementation, load_implementation
-from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs
 from topt_vllm.benchmarks.kernels import platform_kernel
 from topt_vllm.benchmarks.rivals import rivals
 from topt_vllm.benchmarks.timing import Call, Variant, streaming_read
@@ -24,6 +24,10 @@ class Cpu:
     """
 
     name: str = "cpu"
+
+    def inputs(self, shape: Shape) -> Inputs:
+        """A synthetic case on the layout of the device's cache."""
+        return make_inputs(shape)
 
     def implementation(self, inputs: Inputs) -> Implementation:
         """Ours, for calls like this one."""
@@ -65,6 +69,12 @@ class Gpu:
     measure: Callable[[Call], float]
     stream_bytes: int = _STREAM_BYTES
 
+    def inputs(self, shape: Shape) -> Inputs:
+        """As :meth:`Cpu.inputs`."""
+        from topt_vllm.benchmarks.device_cases import device_inputs
+
+        return device_inputs(shape, self.device)
+
     def implementation(self, inputs: Inputs) -> Implementation:
         """As :meth:`Cpu.implementation`: the Triton kernel on a workspace."""
         from topt_vllm.benchmarks.device_cases import bound_kernel
@@ -79,11 +89,7 @@ class Gpu:
         """Copies one half of a buffer to the other, so that the buffer's bytes are what moves."""
         scratch = torch.zeros(self.stream_bytes, dtype=torch.uint8, device=self.device)
         source, target = scratch.chunk(2)
-
-        def copy() -> None:
-            target.copy_(source)
-
-        return self.ready(Variant("streaming copy", copy, [scratch], []))
+        return self.ready(Variant("streaming copy", lambda: target.copy_(source), [scratch]))
 
     def ready(self, variant: Variant) -> Variant:
         """As :meth:`Cpu.ready`."""
