@@ -16,7 +16,17 @@ from topt_vllm.cli import (
     bench_traffic,
 )
 from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.engines.process import EngineError
 
+_MODES = (
+    bench_decode,
+    bench_capture,
+    bench_formats,
+    bench_compile,
+    bench_traffic,
+    bench_autotune,
+    bench_engine,
+)
 _SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
 prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
 
@@ -25,13 +35,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds the command and its modes."""
     parser = subparsers.add_parser("bench", help="measure against the platform's backend")
     modes = parser.add_subparsers(title="modes", required=True, metavar="MODE", dest="mode")
-    bench_decode.add_mode(modes)
-    bench_capture.add_mode(modes)
-    bench_formats.add_mode(modes)
-    bench_compile.add_mode(modes)
-    bench_traffic.add_mode(modes)
-    bench_autotune.add_mode(modes)
-    bench_engine.add_mode(modes)
+    for mode in _MODES:
+        mode.add_mode(modes)
     _add_serve(modes)
     return parser
 
@@ -51,27 +56,25 @@ def _add_serve(modes: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one mode and returns its exit status."""
-    return args.bench(args)
+    """Runs one mode and returns its exit status; what it writes must not exist, which is checked first."""
+    refuse_existing(args.output if args.mode == "capture" else args.json)
+    try:
+        return args.bench(args)
+    except (ValueError, EngineError) as error:
+        raise UserError(str(error)) from error
 
 
 def _run_serve(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.serve import ServeBenchmark
-    from topt_vllm.benchmarks.server import ServerError
 
-    refuse_existing(args.json)
     missing = [path for path in args.dataset if not path.is_file()]
     if missing:
         raise UserError(f"--dataset {missing[0]} is no file")
     origin = provenance()
     text = "\n\n".join(path.read_text(encoding="utf-8") for path in args.dataset)
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
-    try:
-        outcome = ServeBenchmark(args.model, text, *sizes, args.toptheta).run(
-            lambda line: print(line, flush=True)
-        )
-    except (ValueError, ServerError) as error:
-        raise UserError(str(error)) from error
+    benchmark = ServeBenchmark(args.model, text, *sizes, args.toptheta)
+    outcome = benchmark.run(lambda line: print(line, flush=True))
     print("            tokens/s   ms between tokens   ms to first token   (medians)")
     for name in ("platform", "toptheta"):
         row = outcome[name]
