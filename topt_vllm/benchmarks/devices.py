@@ -17,13 +17,7 @@ _STREAM_BYTES = 2**30  # far more than any GPU's caches hold
 
 @dataclass(frozen=True)
 class Cpu:
-    """The CPU: calls as they are, by the wall clock.
-
-    Attributes:
-        name: Key of ``api.IMPLEMENTATIONS``.
-    """
-
-    name: str = "cpu"
+    """The CPU: calls as they are, by the wall clock."""
 
     def inputs(self, shape: Shape) -> Inputs:
         """A synthetic case on the layout of the device's cache."""
@@ -31,7 +25,7 @@ class Cpu:
 
     def implementation(self, inputs: Inputs) -> Implementation:
         """Ours, for calls like this one."""
-        return load_implementation(self.name, "cpu")[1]
+        return load_implementation("cpu", "cpu")[1]
 
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """The platform's dense kernels, and why others are left out, by name."""
