@@ -1,5 +1,6 @@
 """Decode batches on vLLM's CPU cache layout; synthetic ones, and thresholds that read a chosen share of V rows."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -137,6 +138,13 @@ class Inputs:
         given = (self.query, self.cache, self.batch, thetas, policy)
         return *given, self.scale, self.softcap, out, statistics
 
+    def groups(self) -> Iterator[tuple[int, int, int, slice]]:
+        """Each KV head of each sequence: the sequence, its length, the KV head, and the query heads of it."""
+        group = self.shape.heads // self.shape.kv_heads
+        for sequence, n in enumerate(self.shape.lengths):
+            for head in range(self.shape.kv_heads):
+                yield sequence, n, head, slice(head * group, (head + 1) * group)
+
     def gather(self, sequence: int, kv_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head of one sequence, [n, D] each."""
         n = self.shape.lengths[sequence]
@@ -146,20 +154,17 @@ class Inputs:
 
     def scores(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Scaled, softcapped scores of each sequence, computed in ``dtype``, [H, n]."""
-        return [self._scores(sequence, dtype) for sequence in range(self.shape.batch)]
-
-    def _scores(self, sequence: int, dtype: torch.dtype) -> torch.Tensor:
-        shape = self.shape
-        group = shape.heads // shape.kv_heads
-        sizes = (shape.kv_heads, group, shape.lengths[sequence])
-        scores = torch.empty(sizes, dtype=dtype, device=self.query.device)
-        for head in range(shape.kv_heads):
+        found = [
+            torch.empty(self.shape.heads, n, dtype=dtype, device=self.query.device)
+            for n in self.shape.lengths
+        ]
+        for sequence, _, head, heads in self.groups():
             key, _ = self.gather(sequence, head, dtype)
-            query = self.query[sequence, head * group : (head + 1) * group].to(dtype)
-            torch.matmul(query, key.T, out=scores[head]).mul_(self.scale)
+            query = self.query[sequence, heads].to(dtype)
+            torch.matmul(query, key.T, out=found[sequence][heads]).mul_(self.scale)
         if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.flatten(0, 1)
+            found = [self.softcap * torch.tanh(scores / self.softcap) for scores in found]
+        return found
 
 
 def paged_inputs(

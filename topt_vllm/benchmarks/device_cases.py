@@ -1,10 +1,7 @@
-"""Synthetic decode batches on a GPU's cache layout, and the Triton kernel bound to its workspace."""
-
-from typing import cast
+"""Synthetic decode batches on a GPU's cache layout."""
 
 import torch
 
-from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import PagedCache
 from topt_vllm.attention.triton import launcher
 from topt_vllm.benchmarks.cases import Inputs, Shape
@@ -37,14 +34,3 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     inputs = Inputs(shape, query.to(shape.dtype), memory, cache, shape.decode_batch(table), scale)
     launcher.finish(cache, inputs.written)
     return inputs
-
-
-def bound_kernel(shape: Shape, device: torch.device) -> Implementation:
-    """The Triton kernel on a workspace for this shape, as a CUDA graph needs it.
-
-    Raises:
-        RuntimeError: As :func:`topt_vllm.attention.triton.launcher.prepare`.
-    """
-    launcher.prepare(device.type)
-    heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, device))

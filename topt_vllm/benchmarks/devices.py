@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -70,10 +71,13 @@ class Gpu:
         return device_inputs(shape, self.device)
 
     def implementation(self, inputs: Inputs) -> Implementation:
-        """As :meth:`Cpu.implementation`: the Triton kernel on a workspace."""
-        from topt_vllm.benchmarks.device_cases import bound_kernel
+        """As :meth:`Cpu.implementation`: the Triton kernel on a workspace for this shape, as a graph needs it."""
+        from topt_vllm.attention.triton import launcher
 
-        return bound_kernel(inputs.shape, self.device)
+        launcher.prepare(self.device.type)
+        shape = inputs.shape
+        heads = (shape.heads, shape.kv_heads, shape.head_dim)
+        return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, self.device))
 
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """As :meth:`Cpu.rivals`."""
