@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,16 +134,14 @@ def _run(args: argparse.Namespace) -> int:
     print(_HEADER)
     records = []
     told: dict[str, str] = {}
-    dense = ""
-    for record in cases:
-        if _dense(record) != dense:
-            dense = _dense(record)
-            print(dense)
-        print(_line(record), flush=True)
-        if record["left_out"] != told:
-            told = record["left_out"]
-            print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
-        records.append({**record, "provenance": origin})
+    for dense, alike in groupby(cases, _dense):
+        print(dense)
+        for record in alike:
+            print(_line(record), flush=True)
+            if record["left_out"] != told:
+                told = record["left_out"]
+                print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
+            records.append({**record, "provenance": origin})
     write_json(args.json, records)
     return 0
 
