@@ -8,7 +8,7 @@ import time
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cases import Shape, make_inputs, thetas_for
 
 LAYERS = 30
@@ -23,9 +23,9 @@ def main() -> None:
     args = parser.parse_args()
 
     _, implementation = api.load_implementation("cpu", "cpu")
-    policy = Policy()
+    selection = Selection()
     case = make_inputs(Shape((args.seq_len,) * args.batch, 9, 3, 64, 128, torch.bfloat16))
-    thetas = thetas_for(case, args.keep, policy)
+    thetas = thetas_for(case, args.keep, selection)
     counted = [implementation.new_statistics("cpu") for _ in range(LAYERS)]
     out = torch.empty_like(case.query)
 
@@ -33,7 +33,16 @@ def main() -> None:
         started = time.perf_counter()
         for one in counters:
             api.decode(
-                implementation, case.query, case.cache, case.batch, thetas, policy, case.scale, 0.0, out, one
+                implementation,
+                case.query,
+                case.cache,
+                case.batch,
+                thetas,
+                selection,
+                case.scale,
+                0.0,
+                out,
+                one,
             )
         return time.perf_counter() - started
 

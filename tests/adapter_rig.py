@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas, choose_rows_per_state
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
 from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import LayerStates, states_of
 
@@ -69,9 +69,9 @@ class Rig:
         return self.builders[0]
 
     @property
-    def policy(self) -> Policy:
+    def selection(self) -> Selection:
         """Of the settings."""
-        return resolve(self.config).config.operator_policy
+        return resolve(self.config).config.selection
 
     def bound(self, index: int = 0) -> Any:
         """What the builder has bound a layer to."""
@@ -183,7 +183,7 @@ class Rig:
         self.write(index, common.slot_mapping)
         return Step(*self.attend(index, metadata, common.num_actual_tokens), metadata, common)
 
-    def sparse(self, step: Step, thetas: Thetas, policy: Policy, index: int = 0) -> torch.Tensor:
+    def sparse(self, step: Step, thetas: Thetas, selection: Selection, index: int = 0) -> torch.Tensor:
         """The reference operator on a step's decode rows, float32 [rows, H, D]; it works V sums out anew."""
         key, value = self.stored(index)
         batch = step.metadata.decode
@@ -193,7 +193,7 @@ class Rig:
         reference.finish(cache, DecodeBatch(whole, batch.seq_lens, batch.block_table))
         query = step.query[: step.metadata.num_decode_rows]
         out = torch.empty_like(query, dtype=torch.float32)
-        reference.decode(query, cache, batch, thetas, policy, SCALE, 0.0, out, None)
+        reference.decode(query, cache, batch, thetas, selection, SCALE, 0.0, out, None)
         return out
 
     def dense(self, step: Step, index: int = 0) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api, posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Selection, Thetas
 
 NAN = float("nan")
 GARBAGE_BLOCK = 2**31 - 1
@@ -43,7 +43,7 @@ class Case:
         cache: Blocks of K stored [D, P].
         batch: Rows and block table.
         thetas: Thresholds or None.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: 0 for none.
     """
@@ -52,7 +52,7 @@ class Case:
     cache: PagedCache
     batch: DecodeBatch
     thetas: Thetas | RowThetas | None
-    policy: Policy
+    selection: Selection
     scale: float
     softcap: float = 0.0
 
@@ -67,7 +67,7 @@ class Case:
             self.cache,
             self.batch,
             self.thetas,
-            self.policy,
+            self.selection,
             self.scale,
             self.softcap,
             out,
@@ -138,7 +138,7 @@ def random_case(
     block_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     query_dtype: torch.dtype | None = None,
-    policy: Policy | None = None,
+    selection: Selection | None = None,
     keep: float | None = 0.15,
     softcap: float = 0.0,
     seed: int = 0,
@@ -154,7 +154,7 @@ def random_case(
         block_size: P.
         dtype: Of the cache; one of ``BYTES`` gives it scales.
         query_dtype: Of query and output; the cache's when None, which must then be no byte.
-        policy: Default: the policy's defaults.
+        selection: Default: the operator's defaults.
         keep: Share of scores above θ, which lies in a gap between scores; None for no thresholds.
         softcap: 0 for none.
         seed: Of the generator.
@@ -189,7 +189,7 @@ def random_case(
         cache,
         DecodeBatch(starts, torch.tensor([n for _, n in contexts], dtype=torch.int32), table),
         None,
-        policy or Policy(),
+        selection or Selection(),
         head_dim**-0.5,
         softcap,
     )
@@ -228,22 +228,22 @@ def thetas_in_gaps(case: Case, keep: float) -> Thetas:
 def kept_sets(case: Case) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """fp64 oracle of selection: (kept by each head [H, n], used by each head [H, n]) of every row."""
     found = []
-    policy, state_rows = case.policy, case.cache.rows_per_state
+    selection, state_rows = case.selection, case.cache.rows_per_state
     for row, sequence, n in case.rows():
         scores = case.scores64(row, sequence, n)
         position = torch.arange(n)
         always = (
-            (position < policy.sink_tokens)
-            | (position >= n - policy.recent_tokens)
-            | (n <= policy.min_seq_len)
+            (position < selection.sink_tokens)
+            | (position >= n - selection.recent_tokens)
+            | (n <= selection.min_seq_len)
         )
-        if policy.compensation == "vmean" and state_rows is not None:
+        if selection.compensation == "vmean" and state_rows is not None:
             always = always | (position >= (n - 1) // state_rows * state_rows)
         theta = torch.full((scores.shape[0],), -torch.inf) if case.thetas is None else case.thetas.at(n)
         kept = (scores >= theta.double()[:, None]) | always
         group = scores.shape[0] // case.cache.value.shape[1]
         read = kept.unflatten(0, (-1, group)).any(dim=1).repeat_interleave(group, dim=0)
-        found.append((kept, read if policy.group_keep == "union" else kept))
+        found.append((kept, read if selection.group_keep == "union" else kept))
     return found
 
 
@@ -262,7 +262,7 @@ def attend(case: Case, dtype: torch.dtype) -> torch.Tensor:
         probabilities = torch.softmax(scores, dim=-1).flatten(0, 1)
         weights = (probabilities * used).to(dtype).view(key.shape[0], group, n)
         result = (weights @ value).flatten(0, 1)
-        if case.policy.compensation == "vmean" and not bool(used.all()):
+        if case.selection.compensation == "vmean" and not bool(used.all()):
             dropped = (probabilities * ~used).sum(dim=-1, keepdim=True)
             result = result + dropped * value.mean(dim=1).repeat_interleave(group, dim=0)
         out[row] = result

@@ -64,7 +64,7 @@ def test_decode_rows_are_sparse_and_prefill_rows_stay_with_the_platform(
         assert rig.platform_rows == ([prefilled] if prefilled else [])
     torch.testing.assert_close(step.output[decoded:].float(), rig.dense(step)[decoded:], **CLOSE)
     if decoded:
-        expected = rig.sparse(step, rig.thetas(), rig.policy)
+        expected = rig.sparse(step, rig.thetas(), rig.selection)
         torch.testing.assert_close(step.output[:decoded].float(), expected, **CLOSE)
         assert 0.1 < statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS] < 0.7
 
@@ -80,7 +80,7 @@ def test_speculative_rows_decode_together(make_rig: Any, host: Host):
     assert step.metadata.prefill is None
     lengths = [254, 255, 256, 257, 258, 129, 130, 131, 400]
     assert rig.statistics()[Stat.ELEMENTS] == sum(lengths) * NUM_HEADS
-    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.policy), **CLOSE)
+    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
 
 
 FP8_NAMES = ["fp8", "fp8_e4m3", "fp8_e5m2"]
@@ -103,7 +103,7 @@ def test_fp8_caches_are_read_as_vllm_writes_them(make_rig: Any, host: Host, name
     cpu_dtype = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn
     assert rig.bound().cache.key.dtype == (FP8 if host.on_gpus else cpu_dtype)
     dense, statistics = rig.dense(step), rig.statistics()
-    expected = rig.sparse(step, rig.thetas(), rig.policy) if sparse else dense[:2]
+    expected = rig.sparse(step, rig.thetas(), rig.selection) if sparse else dense[:2]
     torch.testing.assert_close(step.output[:2].float(), expected, **CLOSE)
     torch.testing.assert_close(step.output[2:].float(), dense[2:], **CLOSE)
     read = statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS]

@@ -85,7 +85,7 @@ def test_blocks_of_a_prefix_are_shared(make_rig: Any, host: Host):
     torch.testing.assert_close(*rig.sums(1, 2 * BLOCK_SIZE + 70), **SAME_SUMS)
     assert torch.equal(rig.sums(0, 300)[0], before)
     step = rig.step(BatchSpec("decode", [301, 2 * BLOCK_SIZE + 71], [1, 1]))
-    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.policy), **CLOSE)
+    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
 
 
 @pytest.mark.parametrize("layout", BLOCK_COMPACT, ids=lambda layout: layout.name)
@@ -139,7 +139,7 @@ def test_models_with_windows_keep_sums_beside_full_attention(make_rig: Any, host
         step = rig.step(batch, index)
         assert step.output.isfinite().all()
         if index == 1:
-            expected = rig.sparse(step, rig.thetas(index), rig.policy, index)
+            expected = rig.sparse(step, rig.thetas(index), rig.selection, index)
             torch.testing.assert_close(step.output[:2].float(), expected, **CLOSE)
     torch.testing.assert_close(*rig.sums(0, 290, 1), **SAME_SUMS)
 

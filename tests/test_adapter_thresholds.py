@@ -49,7 +49,7 @@ def test_thresholds_follow_the_traffic(make_rig: Any, host: Host):
     assert (offsets[0, :3] > 0.1).all()
     assert abs(float(offsets[0, 3])) < 0.05
     torch.testing.assert_close(rig.thetas().theta[:, 0], offsets[0])
-    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.policy), **CLOSE)
+    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
     assert rig.statistics()[Stat.KEPT_ELEMENTS] - before < before / (ROWS // 8)
 
 
@@ -112,7 +112,7 @@ def test_sift_finds_thresholds_by_request(make_rig: Any, named: Any, host: Host)
     assert 0.05 < kept / elements < 0.25  # a tenth, and the unfinished state
     thresholds = rig.bound().thresholds
     laws = thresholds.of_rows(step.metadata.thresholds, 4)
-    torch.testing.assert_close(step.output.float(), rig.sparse(step, laws, rig.policy), **CLOSE)
+    torch.testing.assert_close(step.output.float(), rig.sparse(step, laws, rig.selection), **CLOSE)
     named("d", "e", "a", "b")
     requests.ended(["c"])
     step = rig.step(batch)

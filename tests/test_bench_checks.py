@@ -12,7 +12,7 @@ import pytest
 import torch
 from attention_cases import implementation
 
-from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.benchmarks import comparison
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
@@ -53,8 +53,8 @@ def test_a_ragged_batch_has_the_blocks_that_its_lengths_need():
 
 
 def test_every_length_of_a_ragged_batch_reads_the_share():
-    inputs, policy = make_inputs(Shape((2048, 1024, 1024), 4, 2, 32, 64, torch.bfloat16)), Policy()
-    thetas = thetas_for(inputs, 0.1, policy)
+    inputs, selection = make_inputs(Shape((2048, 1024, 1024), 4, 2, 32, 64, torch.bfloat16)), Selection()
+    thetas = thetas_for(inputs, 0.1, selection)
     assert thetas is not None
     assert thetas.lengths.tolist() == [1024, 2048]
     for n in (1024, 2048):
@@ -113,28 +113,28 @@ def test_synthetic_cases_take_screens(tmp_path: Path):
 def test_the_oracle_is_the_reference_operator(
     make: Callable[[], Inputs], group_keep: Any, compensation: Any, softcap: float
 ):
-    policy = Policy(group_keep=group_keep, compensation=compensation, recent_tokens=3)
+    selection = Selection(group_keep=group_keep, compensation=compensation, recent_tokens=3)
     inputs = replace(make(), softcap=softcap)
-    thetas = thetas_for(inputs, 0.2, policy)
+    thetas = thetas_for(inputs, 0.2, selection)
     out = torch.empty_like(inputs.query, dtype=torch.float32)
     implementation("reference").decode(
-        inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, softcap, out, None
+        inputs.query, inputs.cache, inputs.batch, thetas, selection, inputs.scale, softcap, out, None
     )
-    expectation = expect(inputs, thetas, policy)
+    expectation = expect(inputs, thetas, selection)
     assert expectation.ties == 0
     torch.testing.assert_close(out.double(), expectation.exact, atol=1e-5, rtol=1e-5)
 
 
 def test_a_key_at_theta_is_counted_as_a_tie_and_may_fall_either_way():
-    inputs, policy = small_case(), Policy()
-    exact = thetas_for(inputs, 0.2, policy)
+    inputs, selection = small_case(), Selection()
+    exact = thetas_for(inputs, 0.2, selection)
     score = inputs.scores(torch.float32)[0][1].sort().values[-20]
     theta = exact.theta.clone()
     theta[1] = score
     outs = []
     for shifted in (theta, torch.nextafter(theta, torch.tensor(torch.inf))):
         thetas = Thetas(exact.lengths, shifted, exact.law)
-        expectation = expect(inputs, thetas, policy)
+        expectation = expect(inputs, thetas, selection)
         assert expectation.ties == 1
         outs.append(expectation)
     assert outs[0].error(outs[1].exact) <= outs[0].allowed
@@ -149,21 +149,21 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
     with pytest.raises(RuntimeError, match=r"error 0\.5.* against float64.*not timed"):
-        compare([inputs], [ThetaSet(1.0, [None])], ["off"], Policy(), 0)
+        compare([inputs], [ThetaSet(1.0, [None])], ["off"], Selection(), 0)
 
 
 def test_a_screen_that_keeps_other_keys_is_not_timed(monkeypatch: pytest.MonkeyPatch):
-    inputs, policy = small_case(), Policy()
+    inputs, selection = small_case(), Selection()
     counts = itertools.count()
     monkeypatch.setattr(comparison, "_kept", lambda _: torch.tensor(next(counts)))
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
     with pytest.raises(RuntimeError, match="k_screen int8: keeps other keys"):
-        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, policy)])], ["int8"], policy, 0)
+        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])], ["int8"], selection, 0)
 
 
 def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.MonkeyPatch):
-    inputs, policy = small_case(), Policy()
+    inputs, selection = small_case(), Selection()
     real = comparison.expect
     monkeypatch.setattr(comparison, "expect", lambda *given: replace(real(*given), ties=100))
     with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
-        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, policy)])], ["off"], policy, 0)
+        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])], ["off"], selection, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cases import Shape
 from topt_vllm.benchmarks.decode import bench_case
 from topt_vllm.benchmarks.formats import FORMATS, cut_off, rounded
@@ -63,7 +63,7 @@ def test_formats_err_by_their_digits():
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_decode_calls_on_fp8_caches_pass_the_check(dtype: torch.dtype):
     shape = Shape((700,), 4, 2, 64, 64, torch.bfloat16, dtype)
-    full, sparse = bench_case(shape, [1.0, 0.2], Policy(), seconds=0)
+    full, sparse = bench_case(shape, [1.0, 0.2], Selection(), seconds=0)
     assert full["cache_dtype"] == str(dtype).removeprefix("torch.")
     assert full["bytes_moved"] == 2 * 700 * 2 * 64
     assert sparse["v_rows_read"] < 0.4

@@ -15,7 +15,7 @@ import pytest
 import torch
 from device import interpreter_only
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks import autotune, cuda, rivals
 from topt_vllm.benchmarks.cases import Inputs, Shape, thetas_for
 from topt_vllm.benchmarks.compile import CHIPS
@@ -46,7 +46,9 @@ def fake_gpu(**changes: Any) -> Gpu:
 
 def dense_rival(name: str, inputs: Inputs) -> Variant:
     """Our kernel with every row read, in a rival's place."""
-    return replace(our_kernel(name, fake_gpu().implementation(inputs), [inputs], [None], Policy()), name=name)
+    return replace(
+        our_kernel(name, fake_gpu().implementation(inputs), [inputs], [None], Selection()), name=name
+    )
 
 
 def vllm_arguments(file: str, function: str) -> tuple[set[str], set[str]]:
@@ -90,7 +92,7 @@ def test_the_best_rival_is_the_platform_and_all_are_named(monkeypatch: pytest.Mo
         return [dense_rival("first", layers[0]), dense_rival("second", layers[0])], left_out
 
     monkeypatch.setattr("topt_vllm.benchmarks.devices.rivals", two)
-    records = bench_case(SHAPE, [1.0, 0.1], Policy(), 0, device=fake_gpu())
+    records = bench_case(SHAPE, [1.0, 0.1], Selection(), 0, device=fake_gpu())
     for record in records:
         assert record["platform"] == "first"
         assert set(record["rivals"]) == {"first", "second"}
@@ -114,7 +116,7 @@ def test_what_is_captured_is_what_is_checked_and_timed():
         return broken
 
     with pytest.raises(RuntimeError, match=r"every row: error nan .*not timed"):
-        bench_case(SHAPE, [1.0], Policy(), 0, device=fake_gpu(capture=capture, measure=pytest.fail))
+        bench_case(SHAPE, [1.0], Selection(), 0, device=fake_gpu(capture=capture, measure=pytest.fail))
     assert len(graphs) == 1
 
 
@@ -232,7 +234,7 @@ def test_caches_are_made_cold_by_reading(monkeypatch: pytest.MonkeyPatch):
 
 def test_ragged_batches_on_the_gpu_layout():
     ragged = replace(SHAPE, lengths=(300, 40))
-    full, sparse = bench_case(ragged, [1.0, 0.2], Policy(), 0, device=fake_gpu())
+    full, sparse = bench_case(ragged, [1.0, 0.2], Selection(), 0, device=fake_gpu())
     assert (full["lengths"], full["seq_len"]) == ("1x300+1x40", 300)
     assert sparse["v_rows_read"] < 0.5
 
@@ -277,7 +279,7 @@ def test_without_a_gpu_the_command_says_so(
 
 
 def test_the_shape_is_what_the_record_says():
-    record = bench_case(SHAPE, [1.0], Policy(), 0, device=fake_gpu())[0]
+    record = bench_case(SHAPE, [1.0], Selection(), 0, device=fake_gpu())[0]
     for name in ("batch", "heads", "kv_heads", "head_dim", "block_size"):
         assert record[name] == getattr(SHAPE, name)
     assert (record["seq_len"], record["lengths"]) == (300, "2x300")
@@ -286,7 +288,7 @@ def test_the_shape_is_what_the_record_says():
 
 
 def test_autotune_times_what_compiles_well_and_names_the_fastest():
-    inputs, policy = device_inputs(replace(SHAPE, lengths=(100, 100), head_dim=128), CPU), Policy()
+    inputs, selection = device_inputs(replace(SHAPE, lengths=(100, 100), head_dim=128), CPU), Selection()
     seconds = itertools.chain([9.0] * 20, itertools.repeat(3.0))
 
     def used(call: Any) -> dict[str, int]:
@@ -297,8 +299,8 @@ def test_autotune_times_what_compiles_well_and_names_the_fastest():
         return [chosen, replace(chosen, tile=128), replace(chosen, tile=32, programs=2)]
 
     gpu = fake_gpu(measure=lambda _: next(seconds))
-    thetas = thetas_for(inputs, 0.3, policy)
-    records = autotune.tune(inputs, thetas, policy, gpu, CHIPS["sm_90"], used, choose)
+    thetas = thetas_for(inputs, 0.3, selection)
+    records = autotune.tune(inputs, thetas, selection, gpu, CHIPS["sm_90"], used, choose)
     assert [(r["tile"], r["programs"], r["ms"]) for r in records] == [
         (64, 1, 9e3),
         (32, 2, 3e3),

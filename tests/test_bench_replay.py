@@ -13,7 +13,7 @@ from table_factory import make_table
 from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cache_file import CapturedCache, load
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.replay import layer_inputs
@@ -96,7 +96,7 @@ def test_the_last_query_attends_to_the_cache_as_the_model_did(folder: Path, capt
         model(input_ids=torch.tensor([tokens]), use_cache=False)
     assert list(captured.layers) == [0, 1, 2]
     for index, found in enumerate(seen):
-        expectation = expect(layer_inputs(captured, index, 1, 128), None, Policy())
+        expectation = expect(layer_inputs(captured, index, 1, 128), None, Selection())
         assert expectation.error(found.view(1, 4, 32)) <= expectation.allowed
 
 

@@ -10,7 +10,7 @@ import transformers
 from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
-from topt_vllm.attention.common import Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row, scaled_scores
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.collect import _TopKeys
@@ -77,7 +77,13 @@ def test_attention_in_chunks_is_the_operators(softcap):
     out = attend(call, None)
     for row in (0, 1, 13, 69):
         expected = attend_row(
-            call.query[:, row], call.key[:, : row + 1], call.value[:, : row + 1], None, Policy(), 0.7, softcap
+            call.query[:, row],
+            call.key[:, : row + 1],
+            call.value[:, : row + 1],
+            None,
+            Selection(),
+            0.7,
+            softcap,
         )
         torch.testing.assert_close(out[:, row], expected)
 
@@ -92,7 +98,7 @@ def test_top_k_attention_is_the_operators_with_theta_at_the_kth_score():
         theta = scores.topk(min(6, row + 1), dim=-1).values[:, -1]
         # One recent token is kept even below θ; it has to be among the top ones for the two to agree.
         heads = scores[:, -1] >= theta
-        expected = attend_row(call.query[:, row], key, value, theta, Policy(group_keep="head"), 0.7)
+        expected = attend_row(call.query[:, row], key, value, theta, Selection(group_keep="head"), 0.7)
         torch.testing.assert_close(out[heads, row], expected[heads])
 
 
@@ -234,7 +240,7 @@ def test_quality_is_what_the_operator_counts():
             call.key[:, :n],
             call.value[:, :n],
             thetas.at(n),
-            Policy(),
+            Selection(),
             0.7,
             statistics=statistics,
         )

@@ -9,7 +9,7 @@ import transformers
 from tiny_models import SMALL, save_model, save_text
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
-from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.calibration.allocation import Point, Step, greedy_path, hull
 from topt_vllm.calibration.calibrate import calibrate, prepare
@@ -174,7 +174,7 @@ def test_replay_decodes_as_the_operator_would(folders):
     with torch.inference_mode(), captured(model.base_model, subject.identity, calls.append):
         model.base_model(torch.tensor([tokens()[:-1]]), use_cache=False)
     call = calls[2]
-    out = attend_row(call.query[:, -1], call.key, call.value, torch.full((4,), 8.0), Policy(), call.scale)
+    out = attend_row(call.query[:, -1], call.key, call.value, torch.full((4,), 8.0), Selection(), call.scale)
     replaced: list[torch.Tensor] = []
 
     def swap(_: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.config import ConfigError, TopThetaConfig, _warn_of_k
 
 
 def test_defaults_are_the_operators():
-    assert TopThetaConfig().operator_policy == Policy()
+    assert TopThetaConfig().selection == Selection()
     assert TopThetaConfig.from_additional_config(None) == TopThetaConfig()
     assert TopThetaConfig.from_additional_config({"other_plugin": {"x": 1}}) == TopThetaConfig()
 
@@ -23,7 +23,7 @@ def test_settings_reach_the_policy():
     config = TopThetaConfig.from_additional_config(
         {"toptheta": {"min_seq_len": 99, "sink_tokens": 4, "recent_tokens": 8, "group_keep": "head"}}
     )
-    assert config.operator_policy == Policy(99, 4, 8, "head", "vmean")
+    assert config.selection == Selection(99, 4, 8, "head", "vmean")
 
 
 def test_configuration_is_frozen():

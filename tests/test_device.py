@@ -6,7 +6,7 @@ from attention_cases import Case, random_case
 from device import Mover, on_device
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import Policy, new_statistics
+from topt_vllm.attention.common import Selection, new_statistics
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,7 @@ def test_a_case_is_moved_as_it_lies(dtype: torch.dtype):
     # K and V lie in one piece of memory, and what is between rows of the query came along.
     assert moved.cache.key.untyped_storage().data_ptr() == moved.cache.value.untyped_storage().data_ptr()
     assert moved.query.untyped_storage().nbytes() == case.query.untyped_storage().nbytes()
-    assert (moved.policy, moved.scale, moved.cache.key_screen) == (case.policy, case.scale, None)
+    assert (moved.selection, moved.scale, moved.cache.key_screen) == (case.selection, case.scale, None)
 
 
 def test_tensors_that_overlap_still_do():
@@ -61,8 +61,8 @@ def test_results_come_back_with_what_was_written_beside_them(monkeypatch: pytest
     """As a kernel that counts, and strays by one element behind its output."""
     monkeypatch.setattr("device.ON_GPU", True)
     monkeypatch.setattr("device.DEVICE", CPU)
-    case = random_case([(1, 40), (2, 33)], policy=Policy(compensation="none"))
-    step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
+    case = random_case([(1, 40), (2, 33)], selection=Selection(compensation="none"))
+    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
 
     def stray(*arguments):
         reference.decode(*arguments)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from table_factory import make_table
 
-from topt_vllm.attention.common import Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
@@ -228,7 +228,7 @@ def test_attention_under_toptheta_is_the_operators(compensation):
         key[:, :64],
         value[:, :64],
         theta,
-        Policy(compensation=compensation),
+        Selection(compensation=compensation),
         1.0,
         statistics=statistics,
     )

@@ -74,7 +74,7 @@ def test_a_captured_batch_replays_on_other_lengths_and_with_padding(make_rig: An
     rig.write(0, real.slot_mapping)
     rig.builder.build(0, refilled(static, real))
     query, output = replay()
-    expected = rig.sparse(real_rows(query, real), rig.thetas(), rig.policy)
+    expected = rig.sparse(real_rows(query, real), rig.thetas(), rig.selection)
     torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
     assert output[4:].isnan().all()
 
@@ -106,7 +106,7 @@ def test_a_replayed_graph_finishes_states_and_moves_with_the_thresholds(make_rig
         query, output = replay()
     decode = DecodeBatch(step.query_start_loc, step.seq_lens, step.block_table_tensor)
     metadata = SimpleNamespace(num_decode_rows=MAX_SEQUENCES, decode=decode)
-    expected = rig.sparse(Step(query, output, metadata, step), rig.thetas(), rig.policy)
+    expected = rig.sparse(Step(query, output, metadata, step), rig.thetas(), rig.selection)
     torch.testing.assert_close(output.float(), expected, **CLOSE)
     for row in range(MAX_SEQUENCES):
         torch.testing.assert_close(*rig.sums(row, 128), rtol=1e-5, atol=1e-4)
@@ -158,7 +158,7 @@ def test_a_graph_holds_layers_of_both_kinds(make_rig: Any, monkeypatch: pytest.M
         # Torch reads what it stands in with off the device, which no graph can hold.
         query, output = replay() if index else rig.attend(index, captured, MAX_SEQUENCES)
         step = real_rows(query, real)
-        expected = rig.sparse(step, rig.thetas(1), rig.policy, 1) if index else rig.dense(step)
+        expected = rig.sparse(step, rig.thetas(1), rig.selection, 1) if index else rig.dense(step)
         torch.testing.assert_close(output[:4].float(), expected, **CLOSE)
     assert rig.platform_rows == [MAX_SEQUENCES]
 

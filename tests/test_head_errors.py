@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors
 from topt_vllm.replay.scores import LayerCall
@@ -34,7 +34,7 @@ def thetas() -> list[Thetas]:
     ]
 
 
-def by_hand(call: LayerCall, projection: torch.Tensor | None, policy: Policy) -> torch.Tensor:
+def by_hand(call: LayerCall, projection: torch.Tensor | None, selection: Selection) -> torch.Tensor:
     """The operator's output less dense attention's, projected, [K, rows, H, hidden]."""
     weight = torch.eye(HEADS * DIM) if projection is None else projection
     slices = weight.view(-1, HEADS, DIM)
@@ -43,8 +43,8 @@ def by_hand(call: LayerCall, projection: torch.Tensor | None, policy: Policy) ->
         rows = []
         for row in ROWS.tolist():
             seen = call.query[:, row], call.key[:, : row + 1], call.value[:, : row + 1]
-            sparse = attend_row(*seen, torch.full((HEADS,), theta), policy, call.scale)
-            dense = attend_row(*seen, None, policy, call.scale)
+            sparse = attend_row(*seen, torch.full((HEADS,), theta), selection, call.scale)
+            dense = attend_row(*seen, None, selection, call.scale)
             rows.append(torch.einsum("hd,ohd->ho", sparse - dense, slices))
         found.append(torch.stack(rows))
     return torch.stack(found)
@@ -58,9 +58,9 @@ def errors_of(call: LayerCall, projection: torch.Tensor | None) -> HeadErrors:
 def test_energy_is_what_the_operator_errs_by(call, projection, projected):
     weight = projection if projected else None
     found = errors_of(call, weight)
-    alone = by_hand(call, weight, Policy(group_keep="head"))
+    alone = by_hand(call, weight, Selection(group_keep="head"))
     torch.testing.assert_close(found.energy.float(), alone.square().sum(dim=-1).mean(dim=1).T)
-    together = by_hand(call, weight, Policy(group_keep="union")).sum(dim=2)
+    together = by_hand(call, weight, Selection(group_keep="union")).sum(dim=2)
     torch.testing.assert_close(found.layer_energy.float(), together.square().sum(dim=-1).mean(dim=1))
     assert found.energy[:, 0].min() > 0.01
     assert found.energy[:, -1].max() < 1e-9

@@ -13,7 +13,7 @@ from topt_vllm.attention.common import (
     DecodeBatch,
     KeyScreen,
     PagedCache,
-    Policy,
+    Selection,
     Stat,
     Thetas,
     new_statistics,
@@ -75,8 +75,8 @@ def test_keeps_the_same_keys(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group_keep", ["head", "union"])
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_groups_and_policies(heads: int, kv_heads: int, group_keep: Any, compensation: Any) -> None:
-    policy = Policy(sink_tokens=3, recent_tokens=70, group_keep=group_keep, compensation=compensation)
-    check(random_case([(1, 1000), (1, 300)], heads, kv_heads, policy=policy, keep=0.01, block_size=128))
+    selection = Selection(sink_tokens=3, recent_tokens=70, group_keep=group_keep, compensation=compensation)
+    check(random_case([(1, 1000), (1, 300)], heads, kv_heads, selection=selection, keep=0.01, block_size=128))
 
 
 @pytest.mark.parametrize("rows", [2, 8, 11])
@@ -89,7 +89,7 @@ def test_softcap_is_taken_back_from_theta() -> None:
 
 
 def test_short_contexts_and_dense_rows_are_exact() -> None:
-    case = random_case([(1, 200), (1, 900)], policy=Policy(min_seq_len=1000))
+    case = random_case([(1, 200), (1, 900)], selection=Selection(min_seq_len=1000))
     without, screened, plain, counted = both(case)
     assert torch.equal(without, screened)
     assert counted.tolist() == plain.tolist()
@@ -140,7 +140,7 @@ def replayed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale:
         torch.arange(blocks, dtype=torch.int32)[None],
     )
     finish(cache, rows.block_table, [n])
-    return Case(query[None], cache, rows, thetas, Policy(), scale)
+    return Case(query[None], cache, rows, thetas, Selection(), scale)
 
 
 @pytest.mark.engine

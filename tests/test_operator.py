@@ -24,13 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_vllm.attention import api, posit
-from topt_vllm.attention.common import DecodeBatch, KeyScreen, Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import DecodeBatch, KeyScreen, Selection, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
 KERNELS = [name for name in IMPLS if name != "reference"]
 CPU_KERNELS = ["cpu", "cpu-scalar"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-PLAIN = Policy(group_keep="head", compensation="none")
+PLAIN = Selection(group_keep="head", compensation="none")
 
 
 def parameter(impl: str, *more: object) -> Any:
@@ -48,7 +48,7 @@ cpu_kernels_only = each(CPU_KERNELS)
 
 
 def hand_case(
-    scores: list[list[float]], policy: Policy, theta: list[float] | None, state_rows: int = 16
+    scores: list[list[float]], selection: Selection, theta: list[float] | None, state_rows: int = 16
 ) -> Case:
     """Heads of one KV head with given scores: key j is (score of head 0, score of head 1, ...), query h is e_h.
 
@@ -75,7 +75,7 @@ def hand_case(
         thetas = Thetas(
             torch.tensor([n], dtype=torch.int32), torch.tensor(theta)[:, None], torch.zeros(heads, 2)
         )
-    return Case(torch.eye(heads, dim)[None], cache, batch, thetas, policy, 1.0)
+    return Case(torch.eye(heads, dim)[None], cache, batch, thetas, selection, 1.0)
 
 
 def softmax(scores: list[float]) -> torch.Tensor:
@@ -117,16 +117,16 @@ def test_theta_plus_infinity_keeps_the_recent_token_only(impl: str) -> None:
 def test_sink_and_recent_tokens_are_kept(impl: str) -> None:
     scores = [0.1 * j for j in range(20)]
     p = softmax(scores)
-    policy = replace(PLAIN, sink_tokens=3, recent_tokens=2)
-    got = hand_case([scores], policy, [math.inf]).run(impl)[0, 0, :20]
+    selection = replace(PLAIN, sink_tokens=3, recent_tokens=2)
+    got = hand_case([scores], selection, [math.inf]).run(impl)[0, 0, :20]
     close(got, torch.where((torch.arange(20) < 3) | (torch.arange(20) >= 18), p, 0.0))
 
 
 @every_implementation
 @pytest.mark.parametrize(("n", "dense"), [(17, True), (18, False)])
 def test_min_seq_len_is_inclusive(impl: str, n: int, dense: bool) -> None:
-    policy = replace(PLAIN, min_seq_len=17)
-    got = hand_case([[0.0] * n], policy, [1.0]).run(impl)[0, 0, :n]
+    selection = replace(PLAIN, min_seq_len=17)
+    got = hand_case([[0.0] * n], selection, [1.0]).run(impl)[0, 0, :n]
     assert int((got > 0).sum()) == (n if dense else 1)
 
 
@@ -146,7 +146,7 @@ def test_union_lets_the_group_use_what_one_head_keeps(impl: str) -> None:
 def test_vmean_adds_the_dropped_mass_times_the_mean(impl: str) -> None:
     scores = [0.0] * 30 + [4.0, 0.0]
     p = softmax(scores)
-    got = hand_case([scores], Policy(group_keep="head"), [2.0], state_rows=2).run(impl)[0, 0]
+    got = hand_case([scores], Selection(group_keep="head"), [2.0], state_rows=2).run(impl)[0, 0]
     dropped = p[:30].sum()
     close(got, torch.where(torch.arange(32) >= 30, p, 0.0) + dropped / 32)
 
@@ -154,7 +154,7 @@ def test_vmean_adds_the_dropped_mass_times_the_mean(impl: str) -> None:
 @every_implementation
 def test_vmean_attends_the_rows_behind_the_last_sum_densely(impl: str) -> None:
     scores = [0.0] * 20
-    got = hand_case([scores], Policy(), [1.0]).run(impl)[0, 0, :20]
+    got = hand_case([scores], Selection(), [1.0]).run(impl)[0, 0, :20]
     # 16 keys of the finished block are dropped: 0.8 of the mass; every V row has mean 1/20.
     close(got, [0.8 / 20] * 16 + [0.05 + 0.8 / 20] * 4)
 
@@ -162,7 +162,7 @@ def test_vmean_attends_the_rows_behind_the_last_sum_densely(impl: str) -> None:
 @every_implementation
 @pytest.mark.parametrize(("n", "dense"), [(16, 16), (17, 1), (31, 15), (32, 16)])
 def test_a_row_needs_no_sum_that_ends_with_it(impl: str, n: int, dense: int) -> None:
-    got = hand_case([[0.0] * n], Policy(), [1.0]).run(impl)[0, 0, :n]
+    got = hand_case([[0.0] * n], Selection(), [1.0]).run(impl)[0, 0, :n]
     dropped = (n - dense) / n
     close(got, [dropped / n] * (n - dense) + [(1 + dropped) / n] * dense)
 
@@ -308,8 +308,8 @@ def test_context_lengths(impl: str, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (9, 3), (8, 1), (10, 2), (16, 1)])
 @pytest.mark.parametrize("group_keep", ["head", "union"])
 def test_groups(impl: str, heads: int, kv_heads: int, group_keep: str) -> None:
-    policy = Policy(group_keep=group_keep, sink_tokens=2)
-    check_against_oracle(impl, random_case([(1, 300), (1, 65)], heads, kv_heads, policy=policy))
+    selection = Selection(group_keep=group_keep, sink_tokens=2)
+    check_against_oracle(impl, random_case([(1, 300), (1, 65)], heads, kv_heads, selection=selection))
 
 
 @kernels_only
@@ -328,8 +328,8 @@ def test_block_sizes(impl: str, block_size: int) -> None:
 @kernels_only
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_compensations(impl: str, compensation: str) -> None:
-    policy = Policy(compensation=compensation, recent_tokens=5, min_seq_len=64)
-    check_against_oracle(impl, random_case([(1, 64), (1, 65), (1, 500)], policy=policy))
+    selection = Selection(compensation=compensation, recent_tokens=5, min_seq_len=64)
+    check_against_oracle(impl, random_case([(1, 64), (1, 65), (1, 500)], selection=selection))
 
 
 @kernels_only
@@ -365,8 +365,8 @@ def test_byte_caches(impl: str, dtype: torch.dtype, query_dtype: torch.dtype) ->
 @kernels_and_bytes
 @pytest.mark.parametrize(("head_dim", "block_size"), [(64, 32), (128, 128), (256, 64)])
 def test_byte_caches_of_other_shapes(impl: str, dtype: torch.dtype, head_dim: int, block_size: int) -> None:
-    policy = Policy(group_keep="head", sink_tokens=2)
-    case = random_case([(1, 300)], 10, 2, head_dim, block_size, dtype, torch.bfloat16, policy, softcap=3.0)
+    selection = Selection(group_keep="head", sink_tokens=2)
+    case = random_case([(1, 300)], 10, 2, head_dim, block_size, dtype, torch.bfloat16, selection, softcap=3.0)
     check_against_oracle(impl, case)
 
 
@@ -422,7 +422,7 @@ def test_every_code_of_k_is_decoded(
     case = byte_case(key, value, query, dtype)
     # The weight in float32 also where the query is bfloat16.
     out = torch.full((256, 1, 64), NAN)
-    batch = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale)
+    batch = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale)
     got = api.decode(implementation(impl), *batch, out=out)[:, 0, :size]
     scores = torch.zeros(256, size, dtype=torch.float64)
     scores[codes, tokens] = values.double() * query[codes, codes % 61].double()
@@ -484,7 +484,7 @@ def test_strided_output(impl: str) -> None:
         case.cache,
         case.batch,
         case.thetas,
-        case.policy,
+        case.selection,
         case.scale,
         out=out[:, :, :64],
     )
@@ -502,8 +502,8 @@ def test_strided_output(impl: str) -> None:
     head_dim=st.sampled_from([32, 64, 80]),
     block_size=st.sampled_from([16, 32, 128]),
     dtype=st.sampled_from(DTYPES),
-    policy=st.builds(
-        Policy,
+    selection=st.builds(
+        Selection,
         min_seq_len=st.sampled_from([0, 50]),
         sink_tokens=st.integers(0, 20),
         recent_tokens=st.integers(1, 40),
@@ -521,7 +521,7 @@ def test_random_batches(
     head_dim: int,
     block_size: int,
     dtype: torch.dtype,
-    policy: Policy,
+    selection: Selection,
     keep: float | None,
     seed: int,
 ) -> None:
@@ -532,7 +532,7 @@ def test_random_batches(
         head_dim,
         block_size,
         dtype,
-        policy=policy,
+        selection=selection,
         keep=keep,
         seed=seed,
     )
@@ -560,7 +560,7 @@ def used_by(impl: str, case: Case) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kept_set_equals_reference_but_for_ties(impl: str, dtype: torch.dtype) -> None:
     case = random_case(
-        [(1, 700)], 4, 2, 128, 128, dtype, query_dtype=torch.float32, policy=PLAIN, keep=0.1, seed=3
+        [(1, 700)], 4, 2, 128, 128, dtype, query_dtype=torch.float32, selection=PLAIN, keep=0.1, seed=3
     )
     scores = case.scores64(0, 0, 700)
     # θ lies exactly on a score, where rounding may decide either way.
@@ -642,4 +642,4 @@ def test_refusals_name_argument_expected_and_got(impl: str, what: str) -> None:
 )
 def test_policies_that_do_not_exist(what: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Policy(**what)
+        Selection(**what)

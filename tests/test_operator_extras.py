@@ -9,7 +9,7 @@ from attention_cases import Case, implementation, random_case
 from device import DEVICE, TRITON
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Capabilities, PagedCache, Policy, Stat, new_statistics
+from topt_vllm.attention.common import Capabilities, PagedCache, Selection, Stat, new_statistics
 
 triton_only = pytest.mark.parametrize("impl", [TRITON])
 IMPLS = ["reference", TRITON]
@@ -17,7 +17,7 @@ IMPLS = ["reference", TRITON]
 
 def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
     """Output of an implementation with options that a case doesn't have."""
-    step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
+    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
     return api.decode(implementation(impl), *step, **options)
 
 
@@ -25,7 +25,9 @@ def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any):
     """As a key whose V row is zero; what thresholds drop is compensated, the sink's share is not."""
-    case = random_case([(1, 300), (3, 70)], dtype=torch.float32, policy=Policy(compensation=compensation))
+    case = random_case(
+        [(1, 300), (3, 70)], dtype=torch.float32, selection=Selection(compensation=compensation)
+    )
     sinks = torch.tensor([-2.0, 0.0, 3.0, 60.0])
     plain, statistics, with_sinks = decode(case, impl), new_statistics(), new_statistics()
     decode(case, impl, statistics=statistics)

@@ -7,14 +7,14 @@ import torch
 from attention_cases import Case, finish, implementation, random_case
 from device import TRITON
 
-from topt_vllm.attention.common import KeyScreen, Policy
+from topt_vllm.attention.common import KeyScreen, Selection
 
 IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
-POLICIES = {
-    "default": Policy(),
+SELECTIONS = {
+    "default": Selection(),
     # What is kept for other reasons must not count.
-    "much is forced": Policy(sink_tokens=20, recent_tokens=90, group_keep="head"),
-    "short rows are dense": Policy(min_seq_len=150),
+    "much is forced": Selection(sink_tokens=20, recent_tokens=90, group_keep="head"),
+    "short rows are dense": Selection(min_seq_len=150),
 }
 
 
@@ -24,16 +24,16 @@ def expected(case: Case) -> list[list[int]]:
     total = torch.zeros(case.query.shape[:2], dtype=torch.int64)
     for row, sequence, n in case.rows():
         theta = case.thetas.at(n).double()[:, None]
-        if n > case.policy.min_seq_len:
+        if n > case.selection.min_seq_len:
             total[row] = ((case.scores64(row, sequence, n) >= theta) & (theta > -torch.inf)).sum(dim=1)
     return total.tolist()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (9, 3)])
-def test_reached_keys_are_counted_by_row_and_head(impl: str, policy: Policy, heads: int, kv_heads: int):
-    case = random_case([(1, 1000), (3, 150), (1, 64), (2, 515)], heads, kv_heads, policy=policy)
+def test_reached_keys_are_counted_by_row_and_head(impl: str, selection: Selection, heads: int, kv_heads: int):
+    case = random_case([(1, 1000), (3, 150), (1, 64), (2, 515)], heads, kv_heads, selection=selection)
     reached = torch.full((7, heads), 7)
     out = case.run(impl, reached=reached)
     assert (reached - 7).tolist() == expected(case)

@@ -7,7 +7,7 @@ import torch
 from attention_cases import Case, attend, random_case
 from device import TRITON
 
-from topt_vllm.attention.common import Policy, RowThetas, Thetas, new_statistics
+from topt_vllm.attention.common import RowThetas, Selection, Thetas, new_statistics
 from topt_vllm.attention.quantiles import kept_of, score_quantiles
 
 IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
@@ -29,8 +29,8 @@ def by_row(case: Case) -> Case:
 def test_rows_with_the_heads_thresholds_give_the_same(
     impl: str, compensation: str, heads: int, kv_heads: int
 ):
-    policy = Policy(compensation=compensation)  # type: ignore[arg-type]
-    case = random_case([(1, 700), (3, 150), (1, 64), (2, 515)], heads, kv_heads, policy=policy)
+    selection = Selection(compensation=compensation)  # type: ignore[arg-type]
+    case = random_case([(1, 700), (3, 150), (1, 64), (2, 515)], heads, kv_heads, selection=selection)
     expected, counted = new_statistics(), new_statistics()
     out = case.run(impl, expected)
     assert torch.equal(by_row(case).run(impl, counted), out)
@@ -39,7 +39,7 @@ def test_rows_with_the_heads_thresholds_give_the_same(
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_of_one_length_have_thresholds_of_their_own(impl: str):
-    case = by_row(random_case([(1, 300), (1, 300), (1, 300)], policy=Policy(compensation="none")))
+    case = by_row(random_case([(1, 300), (1, 300), (1, 300)], selection=Selection(compensation="none")))
     assert isinstance(case.thetas, RowThetas)
     theta = case.thetas.theta.clone()
     theta[1], theta[2] = -torch.inf, torch.inf

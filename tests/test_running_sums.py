@@ -18,7 +18,7 @@ from attention_cases import (
 from device import TRITON
 
 from topt_vllm.attention import posit
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, choose_rows_per_state
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, choose_rows_per_state
 
 IMPLS = ["reference", "cpu", TRITON]
 every_implementation = pytest.mark.parametrize("impl", IMPLS)
@@ -262,7 +262,7 @@ def test_a_row_reads_one_state(impl: str, block_size: int, state_rows: int):
     """Contexts around the ends of states and blocks, single rows and drafted ones."""
     contexts = [(1, 1), (1, 16), (1, 64), (1, 65), (3, 66), (1, 96), (2, 129), (1, 300), (9, 200)]
     case = random_case(
-        contexts, block_size=block_size, state_rows=state_rows, dtype=torch.float32, policy=Policy()
+        contexts, block_size=block_size, state_rows=state_rows, dtype=torch.float32, selection=Selection()
     )
     expected = case.run("reference")
     torch.testing.assert_close(only_needed_states(case).run(impl), expected, rtol=1e-5, atol=3e-6)
@@ -270,7 +270,7 @@ def test_a_row_reads_one_state(impl: str, block_size: int, state_rows: int):
 
 @every_implementation
 def test_without_compensation_no_state_is_read_and_nothing_more_is_dense(impl: str):
-    case = random_case([(1, 100), (2, 70)], dtype=torch.float32, policy=Policy(compensation="none"))
+    case = random_case([(1, 100), (2, 70)], dtype=torch.float32, selection=Selection(compensation="none"))
     expected = case.run("reference")
     without = replace(case, cache=replace(case.cache, value_sums=None))
     torch.testing.assert_close(without.run(impl), expected, rtol=1e-5, atol=2e-6)
@@ -282,7 +282,7 @@ def test_dense_rows_read_no_state(impl: str):
     case = random_case([(1, 100), (1, 70)], dtype=torch.float32, keep=None)
     blank = replace(case, cache=replace(case.cache, value_sums=torch.full_like(case.cache.value_sums, NAN)))
     assert blank.run(impl).isfinite().all()
-    short = random_case([(1, 100), (1, 70)], dtype=torch.float32, policy=Policy(min_seq_len=100))
+    short = random_case([(1, 100), (1, 70)], dtype=torch.float32, selection=Selection(min_seq_len=100))
     blank = replace(
         short, cache=replace(short.cache, value_sums=torch.full_like(short.cache.value_sums, NAN))
     )

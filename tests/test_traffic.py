@@ -72,7 +72,7 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
     launcher.Bound(workspace).decode(
-        query, cache, batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
+        query, cache, batch, case.thetas, case.selection, case.scale, case.softcap, out, statistics
     )
     shape = Shape((seq_len,) * 2, 6, 2, 80, block_size, torch.bfloat16)
     rows = int(statistics[0, Stat.V_ROWS_READ])

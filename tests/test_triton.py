@@ -13,7 +13,7 @@ from attention_cases import NAN, Case, finish, implementation, kept_sets, poison
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Policy, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import PagedCache, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -25,7 +25,7 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 def run(case: Case, kernel: Any, statistics: torch.Tensor | None = None) -> torch.Tensor:
     """Output of an implementation object, written into a buffer full of NaN."""
     out = torch.full_like(case.query, NAN)
-    step = (case.query, case.cache, case.batch, case.thetas, case.policy, case.scale, case.softcap)
+    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
     return api.decode(kernel, *step, out, statistics)
 
 
@@ -42,10 +42,10 @@ def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_programs")
 @pytest.mark.parametrize(
-    "policy", [Policy(), Policy(group_keep="head", compensation="none")], ids=["union", "head"]
+    "selection", [Selection(), Selection(group_keep="head", compensation="none")], ids=["union", "head"]
 )
-def test_output_and_counters_do_not_depend_on_the_programs(policy: Policy):
-    clean = random_case(RAGGED, 6, 2, dtype=torch.float32, policy=policy)
+def test_output_and_counters_do_not_depend_on_the_programs(selection: Selection):
+    clean = random_case(RAGGED, 6, 2, dtype=torch.float32, selection=selection)
     case = poison_unread_values(clean)
     results = []
     for programs in (1, 2, 7):
@@ -63,8 +63,8 @@ def test_output_and_counters_do_not_depend_on_the_programs(policy: Policy):
 @pytest.mark.usefixtures("short_programs")
 def test_kept_set_does_not_depend_on_the_programs():
     """θ is absolute, so a program decides without the others. Read off V rows that are unit vectors."""
-    policy = Policy(group_keep="head", compensation="none", recent_tokens=3)
-    case = random_case([(1, 448)], 2, 1, dtype=torch.float32, policy=policy, keep=0.1)
+    selection = Selection(group_keep="head", compensation="none", recent_tokens=3)
+    case = random_case([(1, 448)], 2, 1, dtype=torch.float32, selection=selection, keep=0.1)
     used = {programs: torch.zeros(2, 448, dtype=torch.bool) for programs in (1, 2, 7)}
     for start in range(0, 448, 64):
         value = torch.zeros_like(case.cache.value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from topt_vllm.attention.common import Compensation, GroupKeep, Policy, ScreenFormat
+from topt_vllm.attention.common import Compensation, GroupKeep, ScreenFormat, Selection
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -210,8 +210,8 @@ class TopThetaConfig:
         return cls(**cast(dict[str, Any], section))
 
     @property
-    def operator_policy(self) -> Policy:
+    def selection(self) -> Selection:
         """The part that the operator needs."""
-        return Policy(
+        return Selection(
             self.min_seq_len, self.sink_tokens, self.recent_tokens, self.group_keep, self.compensation
         )

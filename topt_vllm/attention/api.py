@@ -10,9 +10,9 @@ from topt_vllm.attention.common import (
     Capabilities,
     DecodeBatch,
     PagedCache,
-    Policy,
     RowThetas,
     ScreenFormat,
+    Selection,
     Stat,
     Thetas,
 )
@@ -47,7 +47,7 @@ class Implementation(Protocol):
         cache: PagedCache,
         batch: DecodeBatch,
         thetas: Thetas | RowThetas | None,
-        policy: Policy,
+        selection: Selection,
         scale: float,
         softcap: float,
         out: torch.Tensor,
@@ -168,7 +168,7 @@ def decode(
     cache: PagedCache,
     batch: DecodeBatch,
     thetas: Thetas | RowThetas | None,
-    policy: Policy,
+    selection: Selection,
     scale: float,
     softcap: float = 0.0,
     out: torch.Tensor | None = None,
@@ -184,7 +184,7 @@ def decode(
         cache: K, V and V sums of the layer, which ``finish`` of the implementation has brought up to date.
         batch: Rows, context lengths and block table.
         thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, Dv] to write into; allocated when None.
@@ -201,7 +201,7 @@ def decode(
     Raises:
         ValueError: Shapes or options that contradict each other, or that the implementation doesn't take.
     """
-    _check(query, cache, batch, thetas, policy)
+    _check(query, cache, batch, thetas, selection)
     if statistics is not None and (statistics.dim() != 2 or statistics.shape[1] != len(Stat)):
         raise ValueError(f"statistics {tuple(statistics.shape)} must be [slots, {len(Stat)}]")
     if reached is not None and isinstance(thetas, RowThetas):
@@ -222,7 +222,7 @@ def decode(
     if out is None:
         out = query.new_empty(*query.shape[:2], cache.value.shape[3])
     if query.shape[0]:
-        arguments = query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached
+        arguments = query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached
         implementation.decode(*arguments, **options)
     return out
 
@@ -232,7 +232,7 @@ def _check(
     cache: PagedCache,
     batch: DecodeBatch,
     thetas: Thetas | RowThetas | None,
-    policy: Policy,
+    selection: Selection,
 ) -> None:
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, key_dim = cache.value.shape[1], cache.key.shape[3]
@@ -257,7 +257,7 @@ def _check(
         raise ValueError(
             f"theta {tuple(thetas.theta.shape)} must be [H={num_heads}, L={thetas.lengths.shape[0]}]"
         )
-    if policy.compensation == "vmean" and thetas is not None and cache.rows_per_state is None:
+    if selection.compensation == "vmean" and thetas is not None and cache.rows_per_state is None:
         raise ValueError(
             "vmean needs value_sums [B, Hkv, P / T, Dv]; give the cache some, or set the compensation to none"
         )

@@ -52,7 +52,7 @@ class Capabilities:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Selection:
     """What is kept whatever its score, and what becomes of the rest.
 
     Attributes:

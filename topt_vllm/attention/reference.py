@@ -22,8 +22,8 @@ from topt_vllm.attention.common import (
     Capabilities,
     DecodeBatch,
     PagedCache,
-    Policy,
     RowThetas,
+    Selection,
     Stat,
     Thetas,
 )
@@ -44,26 +44,28 @@ def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap:
     return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
 
 
-def select(scores: torch.Tensor, theta: torch.Tensor | None, policy: Policy, dense_from: int) -> torch.Tensor:
+def select(
+    scores: torch.Tensor, theta: torch.Tensor | None, selection: Selection, dense_from: int
+) -> torch.Tensor:
     """Each head's own rule.
 
     Args:
         scores: float32 [H, n].
         theta: float32 [H], or None for θ = −inf.
-        policy: What is kept whatever its score.
+        selection: What is kept whatever its score.
         dense_from: Keys from here on are kept.
 
     Returns:
         bool [H, n].
     """
     n = scores.shape[1]
-    if theta is None or n <= policy.min_seq_len:
+    if theta is None or n <= selection.min_seq_len:
         return torch.ones_like(scores, dtype=torch.bool)
     keep = scores >= theta[:, None]
     # A NaN score is not >= −inf, but dense attention would read the row.
     keep |= torch.isneginf(theta)[:, None]
-    keep[:, : policy.sink_tokens] = True
-    keep[:, max(0, n - policy.recent_tokens) :] = True
+    keep[:, : selection.sink_tokens] = True
+    keep[:, max(0, n - selection.recent_tokens) :] = True
     keep[:, dense_from:] = True
     return keep
 
@@ -73,7 +75,7 @@ def attend_row(
     key: torch.Tensor,
     value: torch.Tensor,
     theta: torch.Tensor | None,
-    policy: Policy,
+    selection: Selection,
     scale: float,
     softcap: float = 0.0,
     dense_from: int | None = None,
@@ -88,7 +90,7 @@ def attend_row(
         key: [Hkv, n, D].
         value: [Hkv, n, Dv].
         theta: float32 [H] at this n, or None for θ = −inf.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         dense_from: Keys from here on are kept; None where there are no V sums.
@@ -102,9 +104,9 @@ def attend_row(
     num_kv_heads, n, _ = key.shape
     group = query.shape[0] // num_kv_heads
     scores = scaled_scores(query, key, scale, softcap)
-    kept = select(scores, theta, policy, n if dense_from is None else dense_from)
+    kept = select(scores, theta, selection, n if dense_from is None else dense_from)
     read = kept.view(num_kv_heads, group, n).any(dim=1)
-    used = read.repeat_interleave(group, dim=0) if policy.group_keep == "union" else kept
+    used = read.repeat_interleave(group, dim=0) if selection.group_keep == "union" else kept
 
     logits = scores if sinks is None else torch.cat([scores, sinks[:, None]], dim=1)
     probabilities = torch.softmax(logits, dim=-1)[:, :n]
@@ -113,7 +115,7 @@ def attend_row(
     rows = torch.where(read[:, :, None], value.float(), 0.0)
     out = (weights @ rows).flatten(0, 1)
     dropped = torch.where(used, 0.0, probabilities).sum(dim=-1)
-    if policy.compensation == "vmean" and not bool(used.all()):
+    if selection.compensation == "vmean" and not bool(used.all()):
         mean = value.float().mean(dim=1).repeat_interleave(group, dim=0)
         out += dropped[:, None] * mean
 
@@ -125,7 +127,7 @@ def attend_row(
         statistics[Stat.V_ROWS_READ] += read.sum()
         statistics[Stat.DROPPED_MASS] += dropped.sum()
         statistics[Stat.K_ROWS_READ] += read.numel()
-    if reached is not None and theta is not None and n > policy.min_seq_len:
+    if reached is not None and theta is not None and n > selection.min_seq_len:
         reached += ((scores >= theta[:, None]) & ~torch.isneginf(theta)[:, None]).sum(dim=-1)
     return out
 
@@ -135,7 +137,7 @@ def decode(
     cache: PagedCache,
     batch: DecodeBatch,
     thetas: Thetas | RowThetas | None,
-    policy: Policy,
+    selection: Selection,
     scale: float,
     softcap: float,
     out: torch.Tensor,
@@ -146,7 +148,7 @@ def decode(
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
     block_size = cache.value.shape[2]
     # Where nothing is compensated, nothing is kept for where sums end.
-    state_rows = cache.rows_per_state if policy.compensation == "vmean" else None
+    state_rows = cache.rows_per_state if selection.compensation == "vmean" else None
     starts = batch.query_start_loc.tolist()
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
@@ -160,7 +162,7 @@ def decode(
                 key[:, :n],
                 value[:, :n],
                 _theta(thetas, row, n),
-                policy,
+                selection,
                 scale,
                 softcap,
                 dense_from=None if state_rows is None else (n - 1) // state_rows * state_rows,

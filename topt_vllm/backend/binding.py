@@ -114,7 +114,7 @@ def bind_layers(
     for (name, layer), own, statistics in each:
         layer.impl.bound = TopThetaLayer(
             group,
-            resolved.config.operator_policy,
+            resolved.config.selection,
             own,
             block_size,
             statistics,

@@ -107,7 +107,7 @@ class TopThetaImpl(_Platform):
                 cache,
                 batch,
                 thresholds.of_rows(metadata.thresholds, len(query)),
-                bound.policy,
+                bound.selection,
                 *logits,
                 out,
                 bound.statistics,

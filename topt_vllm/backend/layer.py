@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from topt_vllm.attention.common import KeyScreen, PagedCache, Policy, ScreenFormat
+from topt_vllm.attention.common import KeyScreen, PagedCache, ScreenFormat, Selection
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.states import LayerStates
 from topt_vllm.backend.thresholds import LayerThresholds
@@ -18,7 +18,7 @@ class TopThetaLayer:
 
     Attributes:
         group: What the layers of a metadata builder share, the operator among it.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         thresholds: Of this rank's query heads.
         block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators on the cache's device, float64 [slots, 7].
@@ -28,7 +28,7 @@ class TopThetaLayer:
     """
 
     group: LayerGroup
-    policy: Policy
+    selection: Selection
     thresholds: LayerThresholds
     block_size: int
     statistics: torch.Tensor
@@ -63,7 +63,7 @@ class TopThetaLayer:
         if not self.thresholds.skips:
             return cache
         sums, screens = self.states.value_sums, self.states.key_screen
-        if sums is not None and self.policy.compensation == "vmean":
+        if sums is not None and self.selection.compensation == "vmean":
             cache = replace(cache, value_sums=sums.numbers())
         if screens is not None and self.screen is not None:
             cache = replace(cache, key_screen=KeyScreen(self.screen, screens.codes()))

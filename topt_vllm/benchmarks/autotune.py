@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.triton.calls import Call, DecodeStep
 from topt_vllm.attention.triton.launch import MIN_PROGRAM_TOKENS, Launch, limits_of
 from topt_vllm.attention.triton.launcher import interpreted
@@ -82,7 +82,7 @@ def chip_of(device: torch.device) -> Chip:
 def tune(
     inputs: Inputs,
     thetas: Thetas | None,
-    policy: Policy,
+    selection: Selection,
     gpu: Gpu,
     chip: Chip,
     used: Callable[[Call], dict[str, int]],
@@ -93,7 +93,7 @@ def tune(
     Args:
         inputs: The case.
         thetas: Thresholds, None for dense.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         gpu: Where it lies.
         chip: Its limits.
         used: What a launch takes.
@@ -102,8 +102,8 @@ def tune(
     Raises:
         RuntimeError: A candidate's output is wrong.
     """
-    step = DecodeStep(*inputs.arguments(thetas, policy, torch.empty_like(inputs.query)))
-    expected = expect(inputs, thetas, policy)
+    step = DecodeStep(*inputs.arguments(thetas, selection, torch.empty_like(inputs.query)))
+    expected = expect(inputs, thetas, selection)
     heuristic, *others = [
         _try(launch, step, gpu, chip, used, expected)
         for launch in choose(step.choose(limits_of(gpu.device), None))

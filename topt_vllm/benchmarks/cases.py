@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas, choose_rows_per_state
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,14 @@ class Inputs:
         return DecodeBatch(starts, self.batch.seq_lens, self.batch.block_table)
 
     def arguments(
-        self, thetas: Thetas | None, policy: Policy, out: torch.Tensor, statistics: torch.Tensor | None = None
+        self,
+        thetas: Thetas | None,
+        selection: Selection,
+        out: torch.Tensor,
+        statistics: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         """Of an implementation's ``decode``."""
-        given = (self.query, self.cache, self.batch, thetas, policy)
+        given = (self.query, self.cache, self.batch, thetas, selection)
         return *given, self.scale, self.softcap, out, statistics
 
     def groups(self) -> Iterator[tuple[int, int, int, slice]]:
@@ -211,7 +215,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
     return paged_inputs(shape, query, memory, table, dim**-0.5)
 
 
-def thetas_for(inputs: Inputs, keep: float, policy: Policy) -> Thetas | None:
+def thetas_for(inputs: Inputs, keep: float, selection: Selection) -> Thetas | None:
     """θ per head such that ``keep`` of the V rows are read at each context length; None for all of them.
 
     Raises:
@@ -224,7 +228,7 @@ def thetas_for(inputs: Inputs, keep: float, policy: Policy) -> Thetas | None:
     columns = []
     for n in lengths:
         alike = [scores[sequence] for sequence, length in enumerate(shape.lengths) if length == n]
-        forced = shape.rows_behind_sums(n) if policy.compensation == "vmean" else policy.recent_tokens
+        forced = shape.rows_behind_sums(n) if selection.compensation == "vmean" else selection.recent_tokens
         columns.append(union_theta(torch.stack(alike), shape.kv_heads, keep, forced))
     device = inputs.query.device
     return Thetas(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Policy, Stat, Thetas
+from topt_vllm.attention.common import Selection, Stat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.devices import CPU, Device
 from topt_vllm.benchmarks.kernels import count, our_kernel, with_screen
@@ -55,7 +55,7 @@ def compare(
     layers: Sequence[Inputs],
     targets: Sequence[ThetaSet],
     k_screens: Sequence[str],
-    policy: Policy,
+    selection: Selection,
     seconds: float,
     device: Device = CPU,
 ) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def compare(
         layers: The cases, all of one shape.
         targets: Thresholds.
         k_screens: Values of ``k_screen`` for the targets that are not dense.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         seconds: Time for the turns.
         device: Where the layers lie, and how to time there.
 
@@ -78,29 +78,29 @@ def compare(
         RuntimeError: A kernel is wrong, or a K screen changes what is kept; nothing is timed then.
     """
     module = device.implementation(layers[0])
-    dense = [expect(inputs, None, policy) for inputs in layers]
+    dense = [expect(inputs, None, selection) for inputs in layers]
     dense_kernels, left_out = device.rivals(layers)
     rivals = [device.ready(rival) for rival in dense_kernels]
     for rival in rivals:
         _check(rival, dense)
-    keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), policy))
+    keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), selection))
     _check(keep_all, dense)
     screened = {name: [with_screen(module, inputs, name) for inputs in layers] for name in k_screens}
     columns: list[_Column] = []
     for target in targets:
         if target.dense:
-            columns.append(_column(module, keep_all, layers, target, "off", dense, policy))
+            columns.append(_column(module, keep_all, layers, target, "off", dense, selection))
             continue
         expected = [
-            expect(inputs, theta, policy) for inputs, theta in zip(layers, target.thetas, strict=True)
+            expect(inputs, theta, selection) for inputs, theta in zip(layers, target.thetas, strict=True)
         ]
-        kept = _kept(count(module, layers, target.thetas, policy))
+        kept = _kept(count(module, layers, target.thetas, selection))
         for name in k_screens:
             label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
             title = f"{label}, k_screen {name}"
-            variant = device.ready(our_kernel(title, module, screened[name], target.thetas, policy))
-            columns.append(_column(module, variant, screened[name], target, name, expected, policy))
-            found = _kept(count(module, screened[name], target.thetas, policy))
+            variant = device.ready(our_kernel(title, module, screened[name], target.thetas, selection))
+            columns.append(_column(module, variant, screened[name], target, name, expected, selection))
+            found = _kept(count(module, screened[name], target.thetas, selection))
             if not torch.equal(found, kept):
                 raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
     stream = device.stream(module, layers[0].memory)
@@ -147,11 +147,11 @@ def _column(
     target: ThetaSet,
     k_screen: str,
     expected: Sequence[Expectation],
-    policy: Policy,
+    selection: Selection,
 ) -> _Column:
     error = _check(variant, expected)
-    counts = torch.stack(count(module, layers, target.thetas, policy)).sum(dim=0)
-    compensated = policy.compensation == "vmean" and not target.dense
+    counts = torch.stack(count(module, layers, target.thetas, selection)).sum(dim=0)
+    compensated = selection.compensation == "vmean" and not target.dense
     return _Column(variant, target, k_screen, error, counts, _bytes_moved(layers, counts, compensated))
 
 

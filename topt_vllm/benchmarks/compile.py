@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, Thetas, choose_rows_per_state
+from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
 from topt_vllm.attention.triton.calls import Call, DecodeStep, finish_call
 from topt_vllm.attention.triton.launch import GpuLimits, Launch
 from topt_vllm.attention.triton.launcher import interpreted, new_statistics
@@ -153,7 +153,7 @@ class Configuration:
             PagedCache(key, value, sums, key_scale=scale, value_scale=scale),
             batch,
             thetas if self.sparse else None,
-            Policy(),
+            Selection(),
             self.head_dim**-0.5,
             self.softcap,
             torch.empty_like(query),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cases import Shape, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import CPU, Device
@@ -12,7 +12,7 @@ from topt_vllm.benchmarks.devices import CPU, Device
 def bench_case(
     shape: Shape,
     keeps: Sequence[float],
-    policy: Policy,
+    selection: Selection,
     seconds: float = 2.0,
     k_screens: Sequence[str] = ("off",),
     device: Device = CPU,
@@ -22,7 +22,7 @@ def bench_case(
     Args:
         shape: Dimensions.
         keeps: Target shares of V rows.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         seconds: Time for the turns of this shape.
         k_screens: Values of ``k_screen``.
         device: Where to measure.
@@ -35,5 +35,5 @@ def bench_case(
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
     inputs = device.inputs(shape)
-    targets = [ThetaSet(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]
-    return compare([inputs], targets, k_screens, policy, seconds, device)
+    targets = [ThetaSet(keep, [thetas_for(inputs, keep, selection)]) for keep in keeps]
+    return compare([inputs], targets, k_screens, selection, seconds, device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from topt_vllm.attention import posit
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.benchmarks.cache_file import CapturedCache
 
@@ -67,7 +67,7 @@ def _errors(captured: CapturedCache, name: str, store: Rounding) -> FormatError:
     squares = torch.zeros(3, 2, dtype=torch.float64)
     for layer in captured.layers.values():
         key, value = store(layer.key), store(layer.value)
-        how = None, Policy(), captured.scale, captured.softcap
+        how = None, Selection(), captured.scale, captured.softcap
         exact = attend_row(layer.query, layer.key, layer.value, *how)
         pairs = (key, layer.key), (value, layer.value), (attend_row(layer.query, key, value, *how), exact)
         for index, (found, true) in enumerate(pairs):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import KeyScreen, Policy, ScreenFormat, Thetas
+from topt_vllm.attention.common import KeyScreen, ScreenFormat, Selection, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.timing import Call, Variant
 
@@ -32,12 +32,12 @@ def our_kernel(
     implementation: api.Implementation,
     layers: Sequence[Inputs],
     thetas: Sequence[Thetas | None],
-    policy: Policy,
+    selection: Selection,
 ) -> Variant:
     """Ours at these thresholds, one entry per layer."""
 
     def prepare(inputs: Inputs, out: torch.Tensor, theta: Thetas | None) -> Call:
-        return partial(implementation.decode, *inputs.arguments(theta, policy, out))
+        return partial(implementation.decode, *inputs.arguments(theta, selection, out))
 
     return over_layers(name, prepare, layers, thetas)
 
@@ -46,13 +46,13 @@ def count(
     implementation: api.Implementation,
     layers: Sequence[Inputs],
     thetas: Sequence[Thetas | None],
-    policy: Policy,
+    selection: Selection,
 ) -> list[torch.Tensor]:
     """Statistics of one call, one tensor [7] per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
         statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
-        implementation.decode(*inputs.arguments(theta, policy, out, statistics))
+        implementation.decode(*inputs.arguments(theta, selection, out, statistics))
         found.append(statistics.sum(dim=0))
     return found
 

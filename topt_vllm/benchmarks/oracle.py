@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.attention.common import Policy, Thetas
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 
 
@@ -29,7 +29,7 @@ class Expectation:
         return float((out.double() - self.exact).abs().max())
 
 
-def expect(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Expectation:
+def expect(inputs: Inputs, thetas: Thetas | None, selection: Selection) -> Expectation:
     """The oracle's output, and twice what eager attention in the cache's dtype errs by, plus the output's rounding.
 
     A key whose score lies within the rounding of a float32 dot product around θ may be kept or not. Each such key
@@ -37,13 +37,13 @@ def expect(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Expectation
     compensation), which is allowed on top.
     """
     scores = inputs.scores(torch.float64)
-    exact = attend(inputs, scores, thetas, policy, torch.float64)
-    eager = attend(inputs, scores, thetas, policy, inputs.shape.dtype)
+    exact = attend(inputs, scores, thetas, selection, torch.float64)
+    eager = attend(inputs, scores, thetas, selection, inputs.shape.dtype)
     band = torch.finfo(inputs.shape.dtype).eps * float(exact.abs().max()) + 1e-6
     allowed = 2 * float((eager.double() - exact).abs().max()) + band
     if thetas is None:
         return Expectation(exact, allowed, 0, sum(row.numel() for row in scores))
-    ties, effect = _ties(inputs, scores, thetas, policy)
+    ties, effect = _ties(inputs, scores, thetas, selection)
     kept = sum(
         int((row >= thetas.at(n).double()[:, None]).sum())
         for row, n in zip(scores, inputs.shape.lengths, strict=True)
@@ -52,7 +52,11 @@ def expect(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> Expectation
 
 
 def attend(
-    inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas | None, policy: Policy, dtype: torch.dtype
+    inputs: Inputs,
+    scores: list[torch.Tensor],
+    thetas: Thetas | None,
+    selection: Selection,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The operator with every operation in ``dtype``, [S, H, D].
 
@@ -60,7 +64,7 @@ def attend(
         inputs: The case.
         scores: float64 [H, n] of each sequence; they decide what is kept, whatever ``dtype`` is.
         thetas: Thresholds, None for dense.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         dtype: float64 for the truth; the cache's own for what eager attention makes of it.
     """
     raw = inputs.scores(dtype)
@@ -71,20 +75,22 @@ def attend(
         used = torch.ones_like(probabilities, dtype=torch.bool)
         if thetas is not None:
             used = scores[sequence][heads] >= thetas.at(n)[heads, None]
-            used[:, n - policy.recent_tokens :] = True
-            if policy.compensation == "vmean":
+            used[:, n - selection.recent_tokens :] = True
+            if selection.compensation == "vmean":
                 used[:, n - inputs.shape.rows_behind_sums(n) :] = True
-            if policy.group_keep == "union":
+            if selection.group_keep == "union":
                 used = used.any(dim=0).expand_as(used)
         result = torch.where(used, probabilities, 0.0) @ value
-        if policy.compensation == "vmean":
+        if selection.compensation == "vmean":
             dropped = torch.where(used, 0.0, probabilities).sum(dim=1, keepdim=True)
             result += dropped * value.mean(dim=0)
         out[sequence, heads] = result
     return out
 
 
-def _ties(inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas, policy: Policy) -> tuple[int, float]:
+def _ties(
+    inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas, selection: Selection
+) -> tuple[int, float]:
     """How many keys rounding may decide about, and what that may do to an element of the output.
 
     A float32 score is off by D + 2 roundings of scale·Σ|q_i k_i| at most, those of the softcap and of θ added.
@@ -98,9 +104,9 @@ def _ties(inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas, policy: Po
         rounding = (inputs.shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta.abs()
         tied = (score - theta).abs() <= unit * rounding
         count += int(tied.sum())
-        if policy.group_keep == "union":
+        if selection.group_keep == "union":
             tied = tied.any(dim=0).expand_as(tied)
-        replaced = value.mean(dim=0) if policy.compensation == "vmean" else 0.0
+        replaced = value.mean(dim=0) if selection.compensation == "vmean" else 0.0
         distance = (value - replaced).abs().amax(dim=1)
         moved = torch.where(tied, score.softmax(dim=-1) * distance, 0.0).sum(dim=1)
         effect = max(effect, float(moved.max()))

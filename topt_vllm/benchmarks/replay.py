@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention.common import Policy
+from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
@@ -21,7 +21,7 @@ def bench_replay(
     table: ThresholdTable,
     ks: Sequence[int | str],
     batch: int,
-    policy: Policy,
+    selection: Selection,
     seconds: float,
     k_screens: Sequence[str] = ("off",),
     only_layers: Sequence[int] | None = None,
@@ -34,7 +34,7 @@ def bench_replay(
         table: Thresholds of the same model.
         ks: Budgets of the table, by k or name.
         batch: Sequences: copies of the captured one in blocks of their own.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         seconds: Time for the turns of each set of layers.
         k_screens: Values of ``k_screen``.
         only_layers: Layers to run; None for every sparse one.
@@ -60,7 +60,9 @@ def bench_replay(
             layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
             targets = [ThetaSet(1.0, [None] * len(layers))]
             targets += [_target(captured, table, k, indices) for k in budgets]
-            yield from (record | identity for record in compare(layers, targets, k_screens, policy, seconds))
+            yield from (
+                record | identity for record in compare(layers, targets, k_screens, selection, seconds)
+            )
 
     return run()
 

@@ -28,7 +28,7 @@ def add_mode(modes: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from topt_vllm.attention.common import Policy
+    from topt_vllm.attention.common import Selection
     from topt_vllm.benchmarks.cases import Shape, thetas_for
     from topt_vllm.benchmarks.cuda import find_gpu
 
@@ -40,9 +40,9 @@ def _run(args: argparse.Namespace) -> int:
     chip = chip_of(gpu.device)
     dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
     shape = Shape((args.seq_len,) * args.batch, *dims, getattr(torch, args.dtype))
-    inputs, policy, origin = device_inputs(shape, gpu.device), Policy(), provenance()
-    thetas = thetas_for(inputs, args.keep, policy)
-    records = tune(inputs, thetas, policy, gpu, chip, compiled_for(chip))
+    inputs, selection, origin = device_inputs(shape, gpu.device), Selection(), provenance()
+    thetas = thetas_for(inputs, args.keep, selection)
+    records = tune(inputs, thetas, selection, gpu, chip, compiled_for(chip))
     timed = [record for record in records if record["ms"] is not None]
     print(f"{len(timed)} of {len(records)} candidates timed")
     best = min(timed, key=lambda record: record["ms"], default=records[0])

@@ -11,7 +11,7 @@ from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 
 if TYPE_CHECKING:
-    from topt_vllm.attention.common import Policy
+    from topt_vllm.attention.common import Selection
     from topt_vllm.benchmarks.devices import Device
 
 _DECODE = """Times one decode call of our kernel and of the platform's dense kernel in turns, on the same cache in
@@ -123,13 +123,13 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     import torch
 
-    from topt_vllm.attention.common import Policy
+    from topt_vllm.attention.common import Selection
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    policy = Policy(group_keep=args.group_keep, compensation=args.compensation)
+    selection = Selection(group_keep=args.group_keep, compensation=args.compensation)
     device = _device(args)
-    cases = _replays(args, policy) if args.cache else _synthetic(args, policy, device)
+    cases = _replays(args, selection) if args.cache else _synthetic(args, selection, device)
     origin = provenance()
     print(_HEADER)
     records = []
@@ -209,7 +209,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--keep {args.keep}: shares lie above 0 and up to 1")
 
 
-def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> Iterator[dict[str, Any]]:
+def _synthetic(
+    args: argparse.Namespace, selection: "Selection", device: "Device"
+) -> Iterator[dict[str, Any]]:
     import torch
 
     from topt_vllm.benchmarks.cases import Shape
@@ -220,10 +222,10 @@ def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> 
     dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
     for lengths in args.ragged or grid:
         shape = Shape(lengths, *dims, getattr(torch, args.dtype), cache)
-        yield from bench_case(shape, args.keep, policy, args.seconds, args.k_screen, device)
+        yield from bench_case(shape, args.keep, selection, args.seconds, args.k_screen, device)
 
 
-def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, Any]]:
+def _replays(args: argparse.Namespace, selection: "Selection") -> Iterable[dict[str, Any]]:
     from topt_vllm.benchmarks.cache_file import load
     from topt_vllm.benchmarks.replay import bench_replay
     from topt_vllm.config import TopThetaConfig
@@ -236,7 +238,7 @@ def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, A
         raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
     table, path = found
     ks = args.budget or [table.budget(None).key]
-    how = (policy, args.seconds, args.k_screen, args.layers, args.block_size)
+    how = (selection, args.seconds, args.k_screen, args.layers, args.block_size)
     cases = [bench_replay(captured, table, ks, batch, *how) for batch in args.batch]
     print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
     return chain.from_iterable(cases)

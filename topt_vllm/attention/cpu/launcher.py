@@ -10,9 +10,9 @@ from topt_vllm.attention.common import (
     Capabilities,
     DecodeBatch,
     PagedCache,
-    Policy,
     RowThetas,
     ScreenFormat,
+    Selection,
     Thetas,
 )
 from topt_vllm.attention.common import new_statistics as new_statistics
@@ -48,7 +48,7 @@ def decode(
     cache: PagedCache,
     batch: DecodeBatch,
     thetas: Thetas | RowThetas | None,
-    policy: Policy,
+    selection: Selection,
     scale: float,
     softcap: float,
     out: torch.Tensor,
@@ -64,7 +64,7 @@ def decode(
             float8_e4m3fn, float8_e5m2, or uint8 with ``posit8``.
         batch: Rows, context lengths and block table, int32.
         thetas: Thresholds of heads or of rows, or None for θ = −inf.
-        policy: Selection and compensation.
+        selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, D], written.
@@ -85,11 +85,11 @@ def decode(
         of_heads.theta if of_heads else None,
         of_heads.law if of_heads else None,
         thetas.theta if isinstance(thetas, RowThetas) else None,
-        policy.min_seq_len,
-        policy.sink_tokens,
-        policy.recent_tokens,
-        policy.group_keep == "union",
-        policy.compensation == "vmean",
+        selection.min_seq_len,
+        selection.sink_tokens,
+        selection.recent_tokens,
+        selection.group_keep == "union",
+        selection.compensation == "vmean",
         scale,
         softcap,
         out,

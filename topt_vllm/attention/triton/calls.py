@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Selection, Thetas
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
 from topt_vllm.attention.triton.finish_kernel import _topt_finish_kernel
@@ -47,7 +47,7 @@ class DecodeStep:
     cache: PagedCache
     batch: DecodeBatch
     thetas: Thetas | RowThetas | None
-    policy: Policy
+    selection: Selection
     scale: float
     softcap: float
     out: torch.Tensor
@@ -63,7 +63,7 @@ class DecodeStep:
     @property
     def vmean(self) -> bool:
         """Whether the V sums are read."""
-        return self.thetas is not None and self.policy.compensation == "vmean"
+        return self.thetas is not None and self.selection.compensation == "vmean"
 
     def choose(self, limits: GpuLimits, programs: int | None) -> Launch:
         """Launch parameters, with the heuristic's number of programs if None is given."""
@@ -129,7 +129,7 @@ class DecodeStep:
         }
 
     def _decode(self, launch: Launch, shared: dict[str, Any], interpreted: bool) -> Call:
-        cache, policy, unread = self.cache, self.policy, self.batch.seq_lens
+        cache, selection, unread = self.cache, self.selection, self.batch.seq_lens
         key, _ = stored(cache.key)
         compute = compute_dtype(self.query, cache.key, interpreted)
         head_dim = self.query.shape[2]
@@ -145,9 +145,9 @@ class DecodeStep:
             "key_scale": unread if cache.key_scale is None else cache.key_scale,
             "scale": self.scale,
             "softcap": self.softcap,
-            "min_seq_len": policy.min_seq_len,
-            "sink_tokens": policy.sink_tokens,
-            "recent_tokens": policy.recent_tokens,
+            "min_seq_len": selection.min_seq_len,
+            "sink_tokens": selection.sink_tokens,
+            "recent_tokens": selection.recent_tokens,
             "SINGLE_ROW": self.max_query_rows == 1,
             "COLUMNS": launch.columns,
             "WIDE": max(MATRIX_ROWS, launch.columns),
@@ -157,7 +157,7 @@ class DecodeStep:
             "GATHER": launch.gather,
             "KEY_STAGES": launch.key_stages,
             "VALUE_STAGES": launch.value_stages,
-            "UNION": policy.group_keep == "union",
+            "UNION": selection.group_keep == "union",
             "SOFTCAP": self.softcap > 0,
             "SCALED_KEY": cache.key_scale is not None,
             "COMPUTE": compute,

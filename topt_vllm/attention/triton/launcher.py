@@ -6,7 +6,7 @@ import torch
 import triton
 
 from topt_vllm.attention import common
-from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, Policy, RowThetas, Thetas
+from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, RowThetas, Selection, Thetas
 from topt_vllm.attention.triton.arguments import check, check_cache
 from topt_vllm.attention.triton.calls import DecodeStep, finish_call
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
@@ -65,7 +65,7 @@ class Bound:
         cache: PagedCache,
         batch: DecodeBatch,
         thetas: Thetas | RowThetas | None,
-        policy: Policy,
+        selection: Selection,
         scale: float,
         softcap: float,
         out: torch.Tensor,
@@ -80,7 +80,7 @@ class Bound:
             cache: Blocks in any layout whose V rows are contiguous.
             batch: Rows, context lengths and block table, int32.
             thetas: Thresholds, or None for θ = −inf.
-            policy: Selection and compensation.
+            selection: Selection and compensation.
             scale: Factor of q·k.
             softcap: Logits softcap, 0 for none.
             out: [R, H, Dv], written.
@@ -92,7 +92,7 @@ class Bound:
             RuntimeError: A tensor that the kernel can't read, or a workspace that is too small.
         """
         step = DecodeStep(
-            query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks
+            query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
         )
         check(query, cache, batch, out, reached, step.vmean)
         launch = step.choose(limits_of(query.device), self.workspace.programs)
@@ -132,7 +132,7 @@ def decode(
     cache: PagedCache,
     batch: DecodeBatch,
     thetas: Thetas | RowThetas | None,
-    policy: Policy,
+    selection: Selection,
     scale: float,
     softcap: float,
     out: torch.Tensor,
@@ -142,9 +142,9 @@ def decode(
     programs: int | None = None,
 ) -> None:
     """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
-    step = DecodeStep(query, cache, batch, thetas, policy, scale, softcap, out, statistics)
+    step = DecodeStep(query, cache, batch, thetas, selection, scale, softcap, out, statistics)
     words = step.parts(step.choose(limits_of(query.device), programs)).words
     workspace = Workspace(torch.empty(words, dtype=torch.float32, device=query.device), programs)
     Bound(workspace).decode(
-        query, cache, batch, thetas, policy, scale, softcap, out, statistics, reached, sinks
+        query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
     )
