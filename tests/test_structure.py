@@ -54,12 +54,20 @@ def imports(folder: str) -> dict[Path, set[str]]:
                 "topt_vllm.cli",
                 "topt_vllm.engines",
                 "topt_vllm.evaluation",
+                "topt_vllm.replay",
                 "topt_vllm.report",
                 "topt_vllm.verify",
             ),
         ),
-        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.evaluation")),
-        ("evaluation", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.benchmarks")),
+        (
+            "replay",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "calibration", "cli", "evaluation"))),
+        ),
+        ("calibration", ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "cli", "evaluation")))),
+        (
+            "evaluation",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "benchmarks", "calibration", "cli"))),
+        ),
         (
             "backend",
             (

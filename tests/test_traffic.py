@@ -11,7 +11,8 @@ from triton.runtime import interpreter
 
 from topt_vllm.attention.common import Stat, choose_rows_per_state, new_statistics
 from topt_vllm.attention.triton import launch, launcher
-from topt_vllm.benchmarks.traffic import GPUS, UniformBatch, dense_traffic, predictions, traffic
+from topt_vllm.benchmarks.cases import Shape
+from topt_vllm.benchmarks.traffic import GPUS, dense_traffic, predictions, traffic
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     launcher.Bound(workspace).decode(
         query, cache, batch, case.thetas, case.policy, case.scale, case.softcap, out, statistics
     )
-    shape = UniformBatch(2, seq_len, 6, 2, 80, block_size)
+    shape = Shape((seq_len,) * 2, 6, 2, 80, block_size, torch.bfloat16)
     rows = int(statistics[0, Stat.V_ROWS_READ])
     expected = traffic(shape, rows, LIMITS, programs=3)
     assert 0 < rows < statistics[0, Stat.V_ROWS]
@@ -88,6 +89,6 @@ def test_predictions_approach_the_ceiling_of_skipping_v():
     """Without partial results and sums, a kept share f leaves (1 + f) / 2 of the bytes."""
     for record in predictions([16], [131072], keep=0.1, block_size=128):
         assert 1.75 < record["ratio"] < 2 / 1.1
-    shape = UniformBatch(1, 8192)
+    shape = Shape((8192,), 32, 8, 128, 16, torch.bfloat16)
     dense = dense_traffic(shape, GPUS[0].limits)
     assert dense.key == dense.value == 8 * 8192 * 256

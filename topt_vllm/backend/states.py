@@ -256,8 +256,8 @@ def describe(spec: Any, states: Sequence[LayerStates]) -> str:
         if layers
     }
     whole = len(states) * spec.page_size_bytes + sum(sizes.values())
-    shares = " and ".join(f"{size / whole:.1%} for {kind}" for kind, size in sizes.items())
-    return f"of the cache of {len(states)} layers, {shares}" if shares else ""
+    shares = ", ".join(f"{kind} {size / whole:.1%}" for kind, size in sizes.items())
+    return f"of the layers' cache: {shares}" if shares else ""
 
 
 def has_other_layers(vllm_config: VllmConfig) -> bool:

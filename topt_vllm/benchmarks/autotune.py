@@ -21,13 +21,6 @@ from topt_vllm.benchmarks.oracle import expect
 _TURNS = 20
 
 
-def step_of(inputs: Inputs, thetas: Thetas | None, policy: Policy) -> DecodeStep:
-    """The call that is tuned."""
-    out = torch.empty_like(inputs.query)
-    arguments = (inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, inputs.softcap, out)
-    return DecodeStep(*arguments, None)
-
-
 def candidates(chosen: Launch) -> list[Launch]:
     """The heuristic's choice, then tiles, gathers, stages and programs around it."""
     programs = sorted({max(1, chosen.programs // 2), chosen.programs, chosen.programs * 2})
@@ -109,7 +102,8 @@ def tune(
     Raises:
         RuntimeError: A candidate's output is wrong.
     """
-    step, expected = step_of(inputs, thetas, policy), expect(inputs, thetas, policy)
+    step = DecodeStep(*inputs.arguments(thetas, policy, torch.empty_like(inputs.query)))
+    expected = expect(inputs, thetas, policy)
     heuristic, *others = [
         _try(launch, step, gpu, chip, used, expected)
         for launch in choose(step.choose(limits_of(gpu.device), None))

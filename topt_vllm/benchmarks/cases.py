@@ -1,7 +1,9 @@
 """Decode batches on vLLM's CPU cache layout; synthetic ones, and thresholds that read a chosen share of V rows."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -86,6 +88,12 @@ class Shape:
             row[: end - start] = order[start:end]
         return table
 
+    def decode_batch(self, table: torch.Tensor) -> DecodeBatch:
+        """One query row of each sequence, with this block table."""
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=table.device)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=table.device)
+        return DecodeBatch(starts, lengths, table, 1)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -123,6 +131,20 @@ class Inputs:
         starts = torch.nn.functional.pad(self.batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
         return DecodeBatch(starts, self.batch.seq_lens, self.batch.block_table)
 
+    def arguments(
+        self, thetas: Thetas | None, policy: Policy, out: torch.Tensor, statistics: torch.Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """Of an implementation's ``decode``."""
+        given = (self.query, self.cache, self.batch, thetas, policy)
+        return *given, self.scale, self.softcap, out, statistics
+
+    def groups(self) -> Iterator[tuple[int, int, int, slice]]:
+        """Each KV head of each sequence: the sequence, its length, the KV head, and the query heads of it."""
+        group = self.shape.heads // self.shape.kv_heads
+        for sequence, n in enumerate(self.shape.lengths):
+            for head in range(self.shape.kv_heads):
+                yield sequence, n, head, slice(head * group, (head + 1) * group)
+
     def gather(self, sequence: int, kv_head: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head of one sequence, [n, D] each."""
         n = self.shape.lengths[sequence]
@@ -132,20 +154,17 @@ class Inputs:
 
     def scores(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Scaled, softcapped scores of each sequence, computed in ``dtype``, [H, n]."""
-        return [self._scores(sequence, dtype) for sequence in range(self.shape.batch)]
-
-    def _scores(self, sequence: int, dtype: torch.dtype) -> torch.Tensor:
-        shape = self.shape
-        group = shape.heads // shape.kv_heads
-        sizes = (shape.kv_heads, group, shape.lengths[sequence])
-        scores = torch.empty(sizes, dtype=dtype, device=self.query.device)
-        for head in range(shape.kv_heads):
+        found = [
+            torch.empty(self.shape.heads, n, dtype=dtype, device=self.query.device)
+            for n in self.shape.lengths
+        ]
+        for sequence, _, head, heads in self.groups():
             key, _ = self.gather(sequence, head, dtype)
-            query = self.query[sequence, head * group : (head + 1) * group].to(dtype)
-            torch.matmul(query, key.T, out=scores[head]).mul_(self.scale)
+            query = self.query[sequence, heads].to(dtype)
+            torch.matmul(query, key.T, out=found[sequence][heads]).mul_(self.scale)
         if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.flatten(0, 1)
+            found = [self.softcap * torch.tanh(scores / self.softcap) for scores in found]
+        return found
 
 
 def paged_inputs(
@@ -171,9 +190,7 @@ def paged_inputs(
     # The first half holds [D, P]; reading it as [P, D] and transposing gives the logical view.
     key = key.as_strided((total, shape.kv_heads, size, dim), (*memory.stride()[:2], 1, size))
     cache = PagedCache(key, value, torch.zeros(shape.sums_shape))
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32)
-    batch = DecodeBatch(starts, torch.tensor(shape.lengths, dtype=torch.int32), table)
-    inputs = Inputs(shape, query, memory, cache, batch, scale, softcap)
+    inputs = Inputs(shape, query, memory, cache, shape.decode_batch(table), scale, softcap)
     api.load_implementation("reference", "cpu")[1].finish(cache, inputs.written)
     return inputs
 

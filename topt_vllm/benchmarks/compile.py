@@ -9,7 +9,7 @@ four SIMDs and 64 KiB of LDS per compute unit).
 import contextlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -32,7 +32,6 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-HEAD_DIMS = (64, 80, 128, 192, 256, 512)
 # (group, most query rows of a sequence): tiles of 8 columns and of 16, and several rows at once.
 _TILES = ((4, 1), (16, 1), (4, 8))
 # Tiles that span blocks, and blocks that span tiles.
@@ -143,18 +142,11 @@ class Configuration:
         scale = _empty(1, dtype=torch.float32) if stored.itemsize == 1 else None
         states = self.block_size // choose_rows_per_state(self.block_size)
         sums = _empty(blocks, _KV_HEADS, states, self.head_dim, dtype=torch.float32)
-        batch = DecodeBatch(
-            _empty(_SEQUENCES + 1),
-            _empty(_SEQUENCES),
-            _empty(_SEQUENCES, _CONTEXT // self.block_size),
-            self.query_rows,
-        )
+        table = _empty(_SEQUENCES, _CONTEXT // self.block_size)
+        batch = DecodeBatch(_empty(_SEQUENCES + 1), _empty(_SEQUENCES), table, self.query_rows)
         lengths = 6
-        thetas = Thetas(
-            _empty(lengths),
-            _empty(heads, lengths, dtype=torch.float32),
-            _empty(heads, 2, dtype=torch.float32),
-        )
+        theta = _empty(heads, lengths, dtype=torch.float32)
+        thetas = Thetas(_empty(lengths), theta, _empty(heads, 2, dtype=torch.float32))
         query = _empty(rows, heads, self.head_dim, dtype=query_dtype)
         return DecodeStep(
             query,
@@ -169,9 +161,7 @@ class Configuration:
         )
 
 
-def shipped(
-    head_dims: Iterable[int] = HEAD_DIMS, dtypes: Iterable[str] = tuple(DTYPES)
-) -> list[Configuration]:
+def shipped(head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Configuration]:
     """Every kind of tile and block for these; of each head dimension one without thresholds, one with a softcap."""
     found = [
         Configuration(head_dim, group, rows, dtype, block_size)
@@ -225,23 +215,19 @@ def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, C
     return launch, {"decode": decode, "merge": merge, "finish": finish}
 
 
-def compile_all(
-    configurations: list[Configuration],
-    targets: list[str],
-    kernels: tuple[str, ...] = ("decode", "merge", "finish"),
-) -> Iterator[dict[str, Any]]:
+def compile_all(configurations: list[Configuration], targets: list[str]) -> Iterator[dict[str, Any]]:
     """One record for each configuration, target and kernel."""
     for name in targets:
         chip = CHIPS[name]
         seen = set()
         for configuration in configurations:
             launch, launches = calls(configuration, chip)
-            for kernel in kernels:
+            for kernel, call in launches.items():
                 dependence = (kernel, *_dependence(configuration, kernel))
                 if dependence in seen:
                     continue
                 seen.add(dependence)
-                compiled, log = compile_call(launches[kernel], chip.triton)
+                compiled, log = compile_call(call, chip.triton)
                 used = resources(compiled, log)
                 num_warps = compiled.metadata.num_warps
                 yield {

@@ -10,10 +10,10 @@ def find_gpu() -> Gpu:
     """The current GPU.
 
     Raises:
-        RuntimeError: torch sees none.
+        ValueError: torch sees none.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError(
+        raise ValueError(
             f"--device cuda needs a GPU that torch sees: torch {torch.__version__}, "
             f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}; use --device cpu here"
         )

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from topt_vllm.attention.common import Policy
-from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
+from topt_vllm.benchmarks.cases import Shape, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
-from topt_vllm.benchmarks.devices import CPU, Device, Gpu
+from topt_vllm.benchmarks.devices import CPU, Device
 
 
 def bench_case(
@@ -34,15 +34,6 @@ def bench_case(
         ValueError: As :func:`topt_vllm.benchmarks.cases.thetas_for`.
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
-    inputs = _inputs(shape, device)
+    inputs = device.inputs(shape)
     targets = [ThetaSet(keep, [thetas_for(inputs, keep, policy)]) for keep in keeps]
     return compare([inputs], targets, k_screens, policy, seconds, device)
-
-
-def _inputs(shape: Shape, device: Device) -> Inputs:
-    """On the layout of the device's cache."""
-    if not isinstance(device, Gpu):
-        return make_inputs(shape)
-    from topt_vllm.benchmarks.device_cases import device_inputs
-
-    return device_inputs(shape, device.device)

@@ -1,11 +1,8 @@
-"""Synthetic decode batches on a GPU's cache layout, and the Triton kernel bound to its workspace."""
-
-from typing import cast
+"""Synthetic decode batches on a GPU's cache layout."""
 
 import torch
 
-from topt_vllm.attention.api import Implementation
-from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.attention.common import PagedCache
 from topt_vllm.attention.triton import launcher
 from topt_vllm.benchmarks.cases import Inputs, Shape
 
@@ -30,24 +27,10 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     for part in memory.split(_BLOCKS_AT_ONCE):
         part.copy_(torch.randn(part.shape, generator=generator, device=device))
     key, value = memory.transpose(1, 2).split(shape.head_dim, dim=3)
-    sums = torch.zeros(shape.sums_shape, device=device)
     table = shape.block_table(torch.randperm(total, generator=generator, device=device))
     query = torch.randn(shape.batch, shape.heads, shape.head_dim, generator=generator, device=device)
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
-    lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
-    batch = DecodeBatch(starts, lengths, table, 1)
+    cache = PagedCache(key, value, torch.zeros(shape.sums_shape, device=device))
     scale = shape.head_dim**-0.5
-    inputs = Inputs(shape, query.to(shape.dtype), memory, PagedCache(key, value, sums), batch, scale)
-    launcher.finish(inputs.cache, inputs.written)
+    inputs = Inputs(shape, query.to(shape.dtype), memory, cache, shape.decode_batch(table), scale)
+    launcher.finish(cache, inputs.written)
     return inputs
-
-
-def bound_kernel(shape: Shape, device: torch.device) -> Implementation:
-    """The Triton kernel on a workspace for this shape, as a CUDA graph needs it.
-
-    Raises:
-        RuntimeError: As :func:`topt_vllm.attention.triton.launcher.prepare`.
-    """
-    launcher.prepare(device.type)
-    heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, device))

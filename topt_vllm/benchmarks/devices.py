@@ -3,11 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from topt_vllm.attention.api import Implementation, load_implementation
-from topt_vllm.benchmarks.cases import Inputs
+from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs
 from topt_vllm.benchmarks.kernels import platform_kernel
 from topt_vllm.benchmarks.rivals import rivals
 from topt_vllm.benchmarks.timing import Call, Variant, streaming_read
@@ -17,17 +18,15 @@ _STREAM_BYTES = 2**30  # far more than any GPU's caches hold
 
 @dataclass(frozen=True)
 class Cpu:
-    """The CPU: calls as they are, by the wall clock.
+    """The CPU: calls as they are, by the wall clock."""
 
-    Attributes:
-        name: Key of ``api.IMPLEMENTATIONS``.
-    """
-
-    name: str = "cpu"
+    def inputs(self, shape: Shape) -> Inputs:
+        """A synthetic case on the layout of the device's cache."""
+        return make_inputs(shape)
 
     def implementation(self, inputs: Inputs) -> Implementation:
         """Ours, for calls like this one."""
-        return load_implementation(self.name, "cpu")[1]
+        return load_implementation("cpu", "cpu")[1]
 
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """The platform's dense kernels, and why others are left out, by name."""
@@ -65,11 +64,20 @@ class Gpu:
     measure: Callable[[Call], float]
     stream_bytes: int = _STREAM_BYTES
 
-    def implementation(self, inputs: Inputs) -> Implementation:
-        """As :meth:`Cpu.implementation`: the Triton kernel on a workspace."""
-        from topt_vllm.benchmarks.device_cases import bound_kernel
+    def inputs(self, shape: Shape) -> Inputs:
+        """As :meth:`Cpu.inputs`."""
+        from topt_vllm.benchmarks.device_cases import device_inputs
 
-        return bound_kernel(inputs.shape, self.device)
+        return device_inputs(shape, self.device)
+
+    def implementation(self, inputs: Inputs) -> Implementation:
+        """As :meth:`Cpu.implementation`: the Triton kernel on a workspace for this shape, as a graph needs it."""
+        from topt_vllm.attention.triton import launcher
+
+        launcher.prepare(self.device.type)
+        shape = inputs.shape
+        heads = (shape.heads, shape.kv_heads, shape.head_dim)
+        return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, self.device))
 
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """As :meth:`Cpu.rivals`."""
@@ -79,11 +87,7 @@ class Gpu:
         """Copies one half of a buffer to the other, so that the buffer's bytes are what moves."""
         scratch = torch.zeros(self.stream_bytes, dtype=torch.uint8, device=self.device)
         source, target = scratch.chunk(2)
-
-        def copy() -> None:
-            target.copy_(source)
-
-        return self.ready(Variant("streaming copy", copy, [scratch], []))
+        return self.ready(Variant("streaming copy", lambda: target.copy_(source), [scratch]))
 
     def ready(self, variant: Variant) -> Variant:
         """As :meth:`Cpu.ready`."""

@@ -1,14 +1,15 @@
 """The whole engine offline: decode steps of the platform's backend and of TOPTHETA behind cached prompts."""
 
-import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from topt_vllm.benchmarks.cache_size import cache_bytes
-from topt_vllm.benchmarks.engine_record import Contender, EngineTimes
+from topt_vllm.benchmarks.engine_record import Contender
 from topt_vllm.benchmarks.model_shapes import has_weights
 from topt_vllm.benchmarks.share_table import budget_name, share_table
 from topt_vllm.engines.process import EngineError, ask
@@ -71,34 +72,33 @@ class EngineBenchmark:
                 was too busy for a result.
             EngineError: An engine failed.
         """
-        identity = self._identity()
-        measured = [EngineTimes() for _ in range(len(self.keeps) + 1)]
+        settings = self._settings()
         with tempfile.TemporaryDirectory() as folder:
-            table = self._find_table(identity, Path(folder), report, ask_engine)
+            table = self._find_table(Path(folder), report, ask_engine)
             contenders = self._contenders(table)
             for _ in range(self.rounds):
-                for contender, found in zip(contenders, measured, strict=True):
-                    found.add(self._measure(contender, identity, ask_engine))
-                    report(f"{contender.name}: {_list(found.steps[-self.turns :])} ms a step")
-        pairs = list(zip(contenders, measured, strict=True))
-        for contender, found in pairs:
-            if statistics.median(found.steps) <= 0:
+                for contender in contenders:
+                    result = self._ask(ask_engine, contender, self.batch, self.engine, turns=self.turns)
+                    contender.results.append(result)
+                    report(f"{contender.name}: {_list(contender.steps[-self.turns :])} ms a step")
+        for contender in contenders:
+            if median(contender.steps) <= 0:
                 raise ValueError(
-                    f"{contender.name}: {self.tokens} tokens took no longer than one ({_list(found.steps)} ms a "
-                    "step), so other work on this machine decides; ask for more --tokens or --turns, or wait"
+                    f"{contender.name}: {self.tokens} tokens took no longer than one ({_list(contender.steps)} ms "
+                    "a step), so other work on this machine decides; ask for more --tokens or --turns, or wait"
                 )
-        stock = statistics.median(measured[0].steps)
-        return {
-            "settings": self._settings(identity),
-            "engines": [found.record(contender, stock, self.batch) for contender, found in pairs],
-        }
+        stock = median(contenders[0].steps)
+        records = [contender.record(stock, self.batch) for contender in contenders]
+        return {"settings": settings, "engines": records}
 
     @property
     def dummy(self) -> bool:
         """Whether the weights are dummies."""
         return not has_weights(self.model)
 
+    @cached_property
     def _identity(self) -> ModelIdentity:
+        """The model's; what can't be measured is refused."""
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.model)
@@ -112,10 +112,6 @@ class EngineBenchmark:
         if clash:
             raise ValueError(f"{', '.join(clash)} can't be given to the engine: the benchmark sets it itself")
         return identify(config, self.model.name)
-
-    def _shares(self) -> list[float]:
-        """Shares that need thresholds."""
-        return [keep for keep in self.keeps if isinstance(keep, float) and keep < 1]
 
     def _contenders(self, table: Path | None) -> list[Contender]:
         contenders = [Contender("platform", None)]
@@ -132,34 +128,31 @@ class EngineBenchmark:
             contenders.append(Contender(name, settings))
         return contenders
 
-    def _find_table(
-        self, identity: ModelIdentity, folder: Path, report: Callable[[str], None], ask_engine: Ask
-    ) -> Path | None:
+    def _find_table(self, folder: Path, report: Callable[[str], None], ask_engine: Ask) -> Path | None:
         """Writes a table that reads the shares; None where none needs one."""
-        shares = self._shares()
+        shares = [keep for keep in self.keeps if isinstance(keep, float) and keep < 1]
         if not shares:
             return None
-        arguments = self._arguments(1, cache_bytes(identity, self.context + self.tokens)) | _toptheta(
-            {"thresholds": "none", "implementation": self.kernel}
-        )
+        every_row = Contender("thresholds", {"thresholds": "none", "implementation": self.kernel})
         # What a layer is called with is seen in eager engines only.
-        request = self._request(arguments | self.engine | {"enforce_eager": True}) | {"keeps": shares}
-        found = _named("thresholds", lambda: ask_engine(_PROGRAM, request, False, _TIMEOUT))
-        table = share_table(identity, self.context, self.tokens, shares, found["thetas"])
+        engine = self.engine | {"enforce_eager": True}
+        found = self._ask(ask_engine, every_row, 1, engine, keeps=shares)
+        table = share_table(self._identity, self.context, self.tokens, shares, found["thetas"])
         path = folder / "toptheta.yaml"
         dump(table, path)
         report(f"thresholds for {_list([100 * share for share in shares])} % of V rows are found")
         return path
 
-    def _measure(self, contender: Contender, identity: ModelIdentity, ask_engine: Ask) -> dict[str, Any]:
-        size = cache_bytes(identity, self.batch * (self.context + self.tokens))
-        arguments = self._arguments(self.batch, size) | self.engine | _toptheta(contender.toptheta)
-        request = self._request(arguments) | {"turns": self.turns}
-        return _named(contender.name, lambda: ask_engine(_PROGRAM, request, False, _TIMEOUT))
-
-    def _request(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        sizes = {"batch": self.batch, "context": self.context, "tokens": self.tokens}
-        return {"engine": arguments, **sizes}
+    def _ask(
+        self, ask_engine: Ask, contender: Contender, batch: int, engine: dict[str, Any], **wanted: Any
+    ) -> dict[str, Any]:
+        size = cache_bytes(self._identity, batch * (self.context + self.tokens))
+        arguments = self._arguments(batch, size) | engine | _toptheta(contender.toptheta)
+        sizes = {"batch": batch, "context": self.context, "tokens": self.tokens}
+        try:
+            return ask_engine(_PROGRAM, {"engine": arguments, **sizes, **wanted}, False, _TIMEOUT)
+        except EngineError as error:
+            raise EngineError(f"{contender.name}: the engine {error}") from error
 
     def _arguments(self, batch: int, size: int) -> dict[str, Any]:
         return {
@@ -174,17 +167,9 @@ class EngineBenchmark:
             "seed": 0,
         }
 
-    def _settings(self, identity: ModelIdentity) -> dict[str, Any]:
-        return {
-            "model": identity.id,
-            "dummy_weights": self.dummy,
-            "batch": self.batch,
-            "context": self.context,
-            "tokens": self.tokens,
-            "rounds": self.rounds,
-            "turns": self.turns,
-            "engine": self.engine,
-        }
+    def _settings(self) -> dict[str, Any]:
+        given = asdict(self) | {"model": self._identity.id, "dummy_weights": self.dummy}
+        return {name: value for name, value in given.items() if name not in ("keeps", "kernel")}
 
 
 # Arguments besides those of every engine, whose values tell the contenders apart or whose counters would be parts.
@@ -203,13 +188,6 @@ def _toptheta(settings: dict[str, Any] | None) -> dict[str, Any]:
     if settings is None:
         return {}
     return {"attention_backend": "TOPTHETA", "additional_config": {"toptheta": settings}}
-
-
-def _named(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return run()
-    except EngineError as error:
-        raise EngineError(f"{name}: the engine {error}") from error
 
 
 def _list(numbers: Sequence[float]) -> str:

@@ -1,7 +1,8 @@
 """What the engines of ``topt-vllm bench engine`` are, and what is made of their answers."""
 
-import statistics
+from collections import Counter
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 
@@ -12,52 +13,41 @@ class Contender:
     Attributes:
         name: For people.
         toptheta: The plugin's settings; None for vLLM's own backend.
+        results: What its engines said, one entry per round.
     """
 
     name: str
     toptheta: dict[str, Any] | None
+    results: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def steps(self) -> list[float]:
+        """Milliseconds of a step, in every turn of every round."""
+        return [ms for result in self.results for ms in result["ms_per_step"]]
 
-@dataclass
-class EngineTimes:
-    """What one contender's engines said, over all rounds."""
-
-    backend: str = ""
-    steps: list[float] = field(default_factory=list)
-    prefills: list[float] = field(default_factory=list)
-    starts: list[float] = field(default_factory=list)
-    totals: dict[str, float] | None = None
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Includes one engine's result."""
-        self.backend = result["backend"]
-        self.steps += result["ms_per_step"]
-        self.prefills.append(result["prefill_seconds"])
-        self.starts.append(result["start_seconds"])
-        if result["totals"] is not None:
-            known = self.totals or {}
-            self.totals = {name: known.get(name, 0.0) + amount for name, amount in result["totals"].items()}
-
-    def record(self, contender: Contender, stock: float, batch: int) -> dict[str, Any]:
+    def record(self, stock: float, batch: int) -> dict[str, Any]:
         """All of it, beside the platform's milliseconds a step."""
-        ms = statistics.median(self.steps)
+        ms = median(self.steps)
         return {
-            "name": contender.name,
-            "backend": self.backend,
-            "toptheta": contender.toptheta,
+            "name": self.name,
+            "backend": self.results[-1]["backend"],
+            "toptheta": self.toptheta,
             "ms_per_step": ms,
             "ms_per_step_turns": self.steps,
             "tokens_per_second": 1e3 * batch / ms,
             "ratio_platform": stock / ms,
-            "prefill_seconds": statistics.median(self.prefills),
-            "start_seconds": statistics.median(self.starts),
-            **_counted(self.totals),
+            "prefill_seconds": median(result["prefill_seconds"] for result in self.results),
+            "start_seconds": median(result["start_seconds"] for result in self.results),
+            **_counted(self.results),
         }
 
 
-def _counted(totals: dict[str, float] | None) -> dict[str, Any]:
+def _counted(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of what the decode steps counted; V rows read are None without TOPTHETA."""
-    if not totals or not totals["toptheta:v_rows_total"]:
+    totals: Counter[str] = Counter()
+    for result in results:
+        totals.update(result["totals"] or {})
+    if not totals["toptheta:v_rows_total"]:
         return {"v_rows_read": None, "dense_rows": {}}
     rows = totals["toptheta:decode_rows_total"]
     dense = {

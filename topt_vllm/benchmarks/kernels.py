@@ -1,8 +1,9 @@
 """The two kernels that are compared, each as one call over every layer of a case."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 
@@ -23,9 +24,7 @@ def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
         torch.ops._C.cpu_attention_with_kv_cache  # noqa: B018
     except (ImportError, AttributeError):
         return None
-    outs = poisoned(layers)
-    calls = [_platform_call(inputs, out) for inputs, out in zip(layers, outs, strict=True)]
-    return Variant("CPU_ATTN", lambda: run_all(calls), outs, [None] * len(layers))
+    return over_layers("CPU_ATTN", _platform_call, layers)
 
 
 def our_kernel(
@@ -36,12 +35,11 @@ def our_kernel(
     policy: Policy,
 ) -> Variant:
     """Ours at these thresholds, one entry per layer."""
-    outs = poisoned(layers)
-    calls = [
-        _our_call(implementation, inputs, theta, policy, out, None)
-        for inputs, theta, out in zip(layers, thetas, outs, strict=True)
-    ]
-    return Variant(name, lambda: run_all(calls), outs, list(thetas))
+
+    def prepare(inputs: Inputs, out: torch.Tensor, theta: Thetas | None) -> Call:
+        return partial(implementation.decode, *inputs.arguments(theta, policy, out))
+
+    return over_layers(name, prepare, layers, thetas)
 
 
 def count(
@@ -54,7 +52,7 @@ def count(
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
         statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
-        _our_call(implementation, inputs, theta, policy, out, statistics)()
+        implementation.decode(*inputs.arguments(theta, policy, out, statistics))
         found.append(statistics.sum(dim=0))
     return found
 
@@ -76,27 +74,25 @@ def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: st
     return replace(inputs, cache=cache)
 
 
-def poisoned(layers: Sequence[Inputs]) -> list[torch.Tensor]:
-    """Outputs full of NaN, one per layer."""
-    return [torch.full_like(inputs.query, float("nan")) for inputs in layers]
+def over_layers(
+    name: str, prepare: Callable[..., Call], layers: Sequence[Inputs], *more: Sequence[Any]
+) -> Variant:
+    """One call over every layer, into outputs full of NaN.
 
+    Args:
+        name: For messages.
+        prepare: From a layer, its output and what else there is of it to its call.
+        layers: The cases.
+        more: One entry per layer each.
+    """
+    outs = [torch.full_like(inputs.query, float("nan")) for inputs in layers]
+    calls = [prepare(*given) for given in zip(layers, outs, *more, strict=True)]
 
-def run_all(calls: Sequence[Call]) -> None:
-    """One call after another."""
-    for call in calls:
-        call()
+    def run() -> None:
+        for call in calls:
+            call()
 
-
-def _our_call(
-    implementation: api.Implementation,
-    inputs: Inputs,
-    thetas: Thetas | None,
-    policy: Policy,
-    out: torch.Tensor,
-    statistics: torch.Tensor | None,
-) -> Call:
-    arguments = (inputs.query, inputs.cache, inputs.batch, thetas, policy, inputs.scale, inputs.softcap, out)
-    return lambda: implementation.decode(*arguments, statistics)
+    return Variant(name, run, outs)
 
 
 def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
@@ -123,24 +119,21 @@ def _platform_call(inputs: Inputs, out: torch.Tensor) -> Call:
         enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
         kv_cache_dtype=stored,
     )
-
-    def call() -> None:
-        ops.cpu_attention_with_kv_cache(
-            query=inputs.query,
-            key_cache=key,
-            value_cache=value,
-            output=out,
-            query_start_loc=inputs.batch.query_start_loc,
-            seq_lens=inputs.batch.seq_lens,
-            scale=inputs.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=inputs.batch.block_table,
-            softcap=inputs.softcap,
-            scheduler_metadata=metadata,
-            s_aux=None,
-            kv_cache_dtype=stored,
-        )
-
-    return call
+    return partial(
+        ops.cpu_attention_with_kv_cache,
+        query=inputs.query,
+        key_cache=key,
+        value_cache=value,
+        output=out,
+        query_start_loc=inputs.batch.query_start_loc,
+        seq_lens=inputs.batch.seq_lens,
+        scale=inputs.scale,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=inputs.batch.block_table,
+        softcap=inputs.softcap,
+        scheduler_metadata=metadata,
+        s_aux=None,
+        kv_cache_dtype=stored,
+    )

@@ -63,28 +63,24 @@ def attend(
         policy: Selection and compensation.
         dtype: float64 for the truth; the cache's own for what eager attention makes of it.
     """
-    shape = inputs.shape
-    group = shape.heads // shape.kv_heads
     raw = inputs.scores(dtype)
     out = torch.empty_like(inputs.query, dtype=dtype)
-    for sequence, n in enumerate(shape.lengths):
-        for head in range(shape.kv_heads):
-            heads = slice(head * group, (head + 1) * group)
-            _, value = inputs.gather(sequence, head, dtype)
-            probabilities = raw[sequence][heads].softmax(dim=-1)
-            used = torch.ones(group, n, dtype=torch.bool, device=out.device)
-            if thetas is not None:
-                used = scores[sequence][heads] >= thetas.at(n)[heads, None]
-                used[:, n - policy.recent_tokens :] = True
-                if policy.compensation == "vmean":
-                    used[:, n - shape.rows_behind_sums(n) :] = True
-                if policy.group_keep == "union":
-                    used = used.any(dim=0).expand(group, -1)
-            result = torch.where(used, probabilities, 0.0) @ value
+    for sequence, n, head, heads in inputs.groups():
+        _, value = inputs.gather(sequence, head, dtype)
+        probabilities = raw[sequence][heads].softmax(dim=-1)
+        used = torch.ones_like(probabilities, dtype=torch.bool)
+        if thetas is not None:
+            used = scores[sequence][heads] >= thetas.at(n)[heads, None]
+            used[:, n - policy.recent_tokens :] = True
             if policy.compensation == "vmean":
-                dropped = torch.where(used, 0.0, probabilities).sum(dim=1, keepdim=True)
-                result += dropped * value.mean(dim=0)
-            out[sequence, heads] = result
+                used[:, n - inputs.shape.rows_behind_sums(n) :] = True
+            if policy.group_keep == "union":
+                used = used.any(dim=0).expand_as(used)
+        result = torch.where(used, probabilities, 0.0) @ value
+        if policy.compensation == "vmean":
+            dropped = torch.where(used, 0.0, probabilities).sum(dim=1, keepdim=True)
+            result += dropped * value.mean(dim=0)
+        out[sequence, heads] = result
     return out
 
 
@@ -93,22 +89,19 @@ def _ties(inputs: Inputs, scores: list[torch.Tensor], thetas: Thetas, policy: Po
 
     A float32 score is off by D + 2 roundings of scale·Σ|q_i k_i| at most, those of the softcap and of θ added.
     """
-    shape, unit = inputs.shape, torch.finfo(torch.float32).eps / 2
-    group = shape.heads // shape.kv_heads
+    unit = torch.finfo(torch.float32).eps / 2
     count, effect = 0, 0.0
-    for sequence, n in enumerate(shape.lengths):
-        theta = thetas.at(n).double()[:, None]
-        for head in range(shape.kv_heads):
-            heads = slice(head * group, (head + 1) * group)
-            key, value = inputs.gather(sequence, head, torch.float64)
-            magnitude = inputs.scale * (inputs.query[sequence, heads].double().abs() @ key.abs().T)
-            rounding = (shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta[heads].abs()
-            tied = (scores[sequence][heads] - theta[heads]).abs() <= unit * rounding
-            count += int(tied.sum())
-            if policy.group_keep == "union":
-                tied = tied.any(dim=0).expand(group, -1)
-            replaced = value.mean(dim=0) if policy.compensation == "vmean" else 0.0
-            distance = (value - replaced).abs().amax(dim=1)
-            moved = torch.where(tied, scores[sequence][heads].softmax(dim=-1) * distance, 0.0).sum(dim=1)
-            effect = max(effect, float(moved.max()))
+    for sequence, n, head, heads in inputs.groups():
+        theta, score = thetas.at(n).double()[heads, None], scores[sequence][heads]
+        key, value = inputs.gather(sequence, head, torch.float64)
+        magnitude = inputs.scale * (inputs.query[sequence, heads].double().abs() @ key.abs().T)
+        rounding = (inputs.shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta.abs()
+        tied = (score - theta).abs() <= unit * rounding
+        count += int(tied.sum())
+        if policy.group_keep == "union":
+            tied = tied.any(dim=0).expand_as(tied)
+        replaced = value.mean(dim=0) if policy.compensation == "vmean" else 0.0
+        distance = (value - replaced).abs().amax(dim=1)
+        moved = torch.where(tied, score.softmax(dim=-1) * distance, 0.0).sum(dim=1)
+        effect = max(effect, float(moved.max()))
     return count, effect

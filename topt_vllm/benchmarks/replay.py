@@ -9,8 +9,7 @@ from topt_vllm.attention.common import Policy
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
-from topt_vllm.benchmarks.devices import Cpu
-from topt_vllm.table.schema import Budget, ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 
 class ReplayError(ValueError):
@@ -27,7 +26,6 @@ def bench_replay(
     k_screens: Sequence[str] = ("off",),
     only_layers: Sequence[int] | None = None,
     block_size: int = 128,
-    implementation: str = "cpu",
 ) -> Iterator[dict[str, Any]]:
     """Checks, then times the last token's attention over the table's sparse layers; a call is all of them in order.
 
@@ -41,7 +39,6 @@ def bench_replay(
         k_screens: Values of ``k_screen``.
         only_layers: Layers to run; None for every sparse one.
         block_size: Tokens of a block.
-        implementation: Key of ``api.IMPLEMENTATIONS``.
 
     Returns:
         An iterator that runs them. One record per budget and screen; the first of each set of layers has every row
@@ -56,37 +53,27 @@ def bench_replay(
     by_layers: dict[tuple[int, ...], list[int | str]] = {}
     for k in ks:
         by_layers.setdefault(_layers(captured, table, k, only_layers), []).append(k)
-    return _run(
-        captured, table, by_layers, batch, block_size, (k_screens, policy, seconds, Cpu(implementation))
-    )
 
-
-def _run(
-    captured: CapturedCache,
-    table: ThresholdTable,
-    by_layers: dict[tuple[int, ...], list[int | str]],
-    batch: int,
-    block_size: int,
-    how: tuple[Sequence[str], Policy, float, Cpu],
-) -> Iterator[dict[str, Any]]:
-    for indices, budgets in by_layers.items():
-        layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
-        targets = [ThetaSet(1.0, [None] * len(layers))]
-        for k in budgets:
-            budget = table.budget(k)
-            thetas = table.thetas(budget)
-            targets.append(
-                ThetaSet(_share(budget, captured.seq_len), [thetas[index] for index in indices], k)
-            )
+    def run() -> Iterator[dict[str, Any]]:
         identity = {"model": captured.identity.id, "fingerprint": captured.identity.fingerprint}
-        yield from ({**record, **identity} for record in compare(layers, targets, *how))
+        for indices, budgets in by_layers.items():
+            layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
+            targets = [ThetaSet(1.0, [None] * len(layers))]
+            targets += [_target(captured, table, k, indices) for k in budgets]
+            yield from (record | identity for record in compare(layers, targets, k_screens, policy, seconds))
+
+    return run()
 
 
-def _share(budget: Budget, seq_len: int) -> float:
-    """What the budget is about to keep, for people."""
+def _target(captured: CapturedCache, table: ThresholdTable, k: int | str, indices: Sequence[int]) -> ThetaSet:
+    """A budget's thresholds, and the share that it is about to keep, for people."""
+    budget = table.budget(k)
     if budget.k is not None:
-        return budget.k / seq_len
-    return budget.quality.v_rows_read if budget.quality is not None else 1.0
+        keep = budget.k / captured.seq_len
+    else:
+        keep = budget.quality.v_rows_read if budget.quality is not None else 1.0
+    thetas = table.thetas(budget)
+    return ThetaSet(keep, [thetas[index] for index in indices], k)
 
 
 def _layers(

@@ -1,26 +1,19 @@
 """vLLM's dense decode kernels for GPUs, called as vLLM's backends call them for a decode batch (0.32)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from topt_vllm.benchmarks.cases import Inputs
-from topt_vllm.benchmarks.kernels import poisoned, run_all
+from topt_vllm.benchmarks.kernels import over_layers
 from topt_vllm.benchmarks.timing import Call, Variant
 
 # What vLLM's Triton backend calls with: a smaller grid than this is split into segments.
 _LEAST_GRID, _SEGMENTS = 128, 16
 # What absent packages, GPUs and compilers raise.
-_UNUSABLE = (
-    ImportError,
-    AttributeError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    OSError,
-)
+_UNUSABLE = (ImportError, AttributeError, RuntimeError, ValueError, AssertionError, OSError)
 # Blocks that vLLM gives FlashInfer's own decode kernel.
 _FLASHINFER_BLOCKS = (16, 32, 64)
 
@@ -138,19 +131,13 @@ def rivals(layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
     """Those that run on this machine, and why the others don't, by name."""
     found, left_out = [], {}
     for name, prepare in (("FlashAttention", _flash), ("FlashInfer", _flashinfer), ("Triton", _triton)):
-        outs = poisoned(layers)
         try:
-            calls = [prepare(inputs, out) for inputs, out in zip(layers, outs, strict=True)]
-            run_all(calls)
+            variant = over_layers(name, prepare, layers)
+            variant.call()
+            found.append(variant)
         except _UNUSABLE as error:
             left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        found.append(_variant(name, calls, outs))
     return found, left_out
-
-
-def _variant(name: str, calls: list[Call], outs: list[torch.Tensor]) -> Variant:
-    return Variant(name, lambda: run_all(calls), outs, [None] * len(outs))
 
 
 def _flash(inputs: Inputs, out: torch.Tensor) -> Call:
@@ -176,13 +163,13 @@ def _flash(inputs: Inputs, out: torch.Tensor) -> Call:
         num_splits = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
         schedule = fa_utils.get_scheduler_metadata(**schedule_arguments(inputs, num_splits))
     arguments = flash_arguments(inputs, out, version, schedule, num_splits)
-    return _bound(fa_utils.flash_attn_varlen_func, arguments)
+    return partial(fa_utils.flash_attn_varlen_func, **arguments)
 
 
 def _triton(inputs: Inputs, out: torch.Tensor) -> Call:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    return _bound(unified_attention, triton_arguments(inputs, out))
+    return partial(unified_attention, **triton_arguments(inputs, out))
 
 
 def _flashinfer(inputs: Inputs, out: torch.Tensor) -> Call:
@@ -206,12 +193,5 @@ def _flashinfer(inputs: Inputs, out: torch.Tensor) -> Call:
         backend="auto",
     )
     backend.fast_plan_decode(wrapper, **plan)
-    arguments = {"q": inputs.query, "paged_kv_cache": _as_vllm(inputs), "out": out}
-    return _bound(wrapper.run, arguments | {"q_scale": 1.0, "k_scale": 1.0, "v_scale": 1.0})
-
-
-def _bound(function: Callable[..., Any], arguments: dict[str, Any]) -> Call:
-    def call() -> None:
-        function(**arguments)
-
-    return call
+    scales = {"q_scale": 1.0, "k_scale": 1.0, "v_scale": 1.0}
+    return partial(wrapper.run, q=inputs.query, paged_kv_cache=_as_vllm(inputs), out=out, **scales)

@@ -14,12 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.engines.process import EngineError
+
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 30
-
-
-class ServerError(RuntimeError):
-    """The server did not come up; the message ends with the tail of its log."""
 
 
 def free_port() -> int:
@@ -52,7 +50,7 @@ def serve(
         The server's base URL.
 
     Raises:
-        ServerError: It ended or did not answer in time.
+        EngineError: It ended or did not answer in time; the message ends with the tail of its log.
     """
     port = free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--port", str(port)]
@@ -97,7 +95,7 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, t
             return
         time.sleep(_POLL_SECONDS)
     state = "did not answer in time" if process.poll() is None else f"ended with status {process.returncode}"
-    raise ServerError(f"vllm serve {state}; the end of {log}:\n{log.read_text()[-3000:]}")
+    raise EngineError(f"vllm serve {state}; the end of {log}:\n{log.read_text()[-3000:]}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

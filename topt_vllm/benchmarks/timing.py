@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention.common import Thetas
-
 Call = Callable[[], None]
 
 
@@ -22,14 +20,12 @@ class Variant:
         name: For messages.
         call: Runs it once, over every layer.
         outs: What it writes, one tensor per layer.
-        thetas: Thresholds of each layer, None for dense.
         seconds: One entry per turn.
     """
 
     name: str
     call: Call
     outs: list[torch.Tensor]
-    thetas: list[Thetas | None]
     seconds: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
@@ -75,7 +71,7 @@ def streaming_read(module: Any, memory: torch.Tensor) -> Variant:
     """
     if memory.nbytes < _STREAM_BYTES:
         memory = torch.ones(_STREAM_BYTES, dtype=torch.uint8)
-    return Variant("streaming read", lambda: module.stream(memory), [memory], [])
+    return Variant("streaming read", lambda: module.stream(memory), [memory])
 
 
 def machine() -> dict[str, Any]:

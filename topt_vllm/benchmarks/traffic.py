@@ -5,10 +5,13 @@ A model, checked by the tests against every load and store of an interpreted run
 """
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from topt_vllm.attention.common import choose_rows_per_state
+import torch
+
 from topt_vllm.attention.triton.launch import GpuLimits, choose
+from topt_vllm.benchmarks.cases import Shape
 
 _WORD = 4  # bytes of float32 and int32
 _KIB = 1 << 10
@@ -39,34 +42,6 @@ GPUS = (
 
 
 @dataclass(frozen=True)
-class UniformBatch:
-    """A batch of sequences of one length with one query row each.
-
-    Attributes:
-        batch: Sequences.
-        seq_len: n.
-        heads: Query heads.
-        kv_heads: KV heads.
-        head_dim: D.
-        block_size: P.
-        item_bytes: Of an element of query, K, V and output.
-    """
-
-    batch: int
-    seq_len: int
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    block_size: int = 16
-    item_bytes: int = 2
-
-    @property
-    def state_rows(self) -> int:
-        """T, rows of a running V sum."""
-        return choose_rows_per_state(self.block_size)
-
-
-@dataclass(frozen=True)
 class Traffic:
     """Bytes of one call.
 
@@ -93,43 +68,43 @@ class Traffic:
         return self.key + self.value + self.sums + self.partials + self.rows
 
 
-def traffic(shape: UniformBatch, v_rows_read: int, limits: GpuLimits, programs: int | None = None) -> Traffic:
+def traffic(shape: Shape, v_rows_read: int, limits: GpuLimits, programs: int | None = None) -> Traffic:
     """Bytes of a call with thresholds, V means and statistics, some probability being dropped in every head.
 
     Args:
-        shape: Of the batch.
+        shape: Of the batch; all contexts are of one length.
         v_rows_read: (KV head, key) pairs of the whole batch whose V row is read.
         limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
-    row = shape.head_dim * shape.item_bytes
+    row = shape.head_dim * shape.dtype.itemsize
     pairs = shape.batch * shape.kv_heads
     segments = _segments(shape, limits, programs)
-    behind = (shape.seq_len - 1) % shape.state_rows + 1
-    sums = pairs * shape.head_dim * _WORD if shape.seq_len > shape.state_rows else 0
+    behind = (shape.longest - 1) % shape.state_rows + 1
+    sums = pairs * shape.head_dim * _WORD if shape.longest > shape.state_rows else 0
     return Traffic(
-        key=pairs * shape.seq_len * row,
+        key=pairs * shape.longest * row,
         value=v_rows_read * row,
         sums=sums,
-        partials=_partials(shape, segments),
+        partials=_partials(shape, segments, 3),
         rows=shape.heads * (segments + shape.batch) * row,
         again=shape.batch * shape.heads * behind * row + (shape.heads // shape.kv_heads - 1) * sums,
     )
 
 
-def dense_traffic(shape: UniformBatch, limits: GpuLimits) -> Traffic:
+def dense_traffic(shape: Shape, limits: GpuLimits) -> Traffic:
     """Bytes of a dense kernel that shares the keys likewise and needs nothing but K, V and partial outputs."""
-    row = shape.head_dim * shape.item_bytes
-    keys = shape.batch * shape.kv_heads * shape.seq_len * row
+    row = shape.head_dim * shape.dtype.itemsize
+    keys = shape.batch * shape.kv_heads * shape.longest * row
     segments = _segments(shape, limits, None)
-    partials = 2 * shape.heads * segments * (shape.head_dim + 2) * _WORD
+    partials = _partials(shape, segments, 2)
     return Traffic(keys, keys, 0, partials, shape.heads * (segments + shape.batch) * row, 0)
 
 
-def _segments(shape: UniformBatch, limits: GpuLimits, programs: int | None) -> int:
+def _segments(shape: Shape, limits: GpuLimits, programs: int | None) -> int:
     """Parts of one KV head that programs and sequences cut the batch into."""
-    launch = choose(1, shape.heads, shape.kv_heads, shape.head_dim, shape.item_bytes, limits, programs)
-    tiles = -(-shape.seq_len // launch.tile)
+    launch = choose(1, shape.heads, shape.kv_heads, shape.head_dim, shape.dtype.itemsize, limits, programs)
+    tiles = -(-shape.longest // launch.tile)
     total = tiles * shape.batch
     used = max(1, min(launch.programs, total // launch.min_tiles))
     share, larger = divmod(total, used)
@@ -137,9 +112,9 @@ def _segments(shape: UniformBatch, limits: GpuLimits, programs: int | None) -> i
     return len(cuts | {sequence * tiles for sequence in range(shape.batch)})
 
 
-def _partials(shape: UniformBatch, segments: int) -> int:
-    output, softmax = shape.head_dim, 3
-    return 2 * shape.heads * segments * (output + softmax) * _WORD
+def _partials(shape: Shape, segments: int, softmax: int) -> int:
+    """Written and read: outputs, and so many numbers of the softmax."""
+    return 2 * shape.heads * segments * (shape.head_dim + softmax) * _WORD
 
 
 def predictions(
@@ -154,25 +129,22 @@ def predictions(
         block_size: P.
     """
     found: list[dict[str, Any]] = []
-    for batch in batches:
-        for seq_len in seq_lens:
-            shape = UniformBatch(batch, seq_len, block_size=block_size)
-            rows = round(keep * batch * shape.kv_heads * seq_len)
-            for gpu in GPUS:
-                ours = traffic(shape, rows, gpu.limits)
-                dense = dense_traffic(shape, gpu.limits)
-                found.append(
-                    {
-                        "gpu": gpu.name,
-                        "batch": batch,
-                        "seq_len": seq_len,
-                        "keep": keep,
-                        "block_size": block_size,
-                        "bytes": ours.total,
-                        "bytes_dense": dense.total,
-                        "us": ours.total / gpu.bandwidth * 1e6,
-                        "us_dense": dense.total / gpu.bandwidth * 1e6,
-                        "ratio": dense.total / ours.total,
-                    }
-                )
+    for batch, seq_len, gpu in product(batches, seq_lens, GPUS):
+        shape = Shape((seq_len,) * batch, 32, 8, 128, block_size, torch.bfloat16)
+        ours = traffic(shape, round(keep * batch * shape.kv_heads * seq_len), gpu.limits).total
+        dense = dense_traffic(shape, gpu.limits).total
+        found.append(
+            {
+                "gpu": gpu.name,
+                "batch": batch,
+                "seq_len": seq_len,
+                "keep": keep,
+                "block_size": block_size,
+                "bytes": ours,
+                "bytes_dense": dense,
+                "us": ours / gpu.bandwidth * 1e6,
+                "us_dense": dense / gpu.bandwidth * 1e6,
+                "ratio": dense / ours,
+            }
+        )
     return found

@@ -1,12 +1,10 @@
 """``topt-vllm bench autotune``: launch parameters of the Triton kernel, searched on a GPU."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
 
 _AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked
 against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
@@ -28,23 +26,18 @@ def add_mode(modes: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    refuse_existing(args.json)
     import torch
 
     from topt_vllm.attention.common import Policy
     from topt_vllm.benchmarks.cases import Shape, thetas_for
     from topt_vllm.benchmarks.cuda import find_gpu
 
-    try:
-        gpu = find_gpu()
-        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-            raise ValueError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
-        from topt_vllm.benchmarks.autotune import chip_of, compiled_for, tune
-        from topt_vllm.benchmarks.device_cases import device_inputs
+    gpu = find_gpu()
+    refuse_interpreter()
+    from topt_vllm.benchmarks.autotune import chip_of, compiled_for, tune
+    from topt_vllm.benchmarks.device_cases import device_inputs
 
-        chip = chip_of(gpu.device)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(str(error)) from error
+    chip = chip_of(gpu.device)
     dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
     shape = Shape((args.seq_len,) * args.batch, *dims, getattr(torch, args.dtype))
     inputs, policy, origin = device_inputs(shape, gpu.device), Policy(), provenance()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import refuse_existing
 
 _CAPTURE = """Runs a model once over the beginning of a text and writes K and V of every full-attention layer and
 the last token's query to a file, bfloat16, for `topt-vllm bench decode --cache`."""
@@ -25,15 +24,10 @@ def add_mode(modes: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.capture import capture
-    from topt_vllm.calibration.options import CalibrationError
 
-    refuse_existing(args.output)
     if not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: the folder {args.output.parent} does not exist")
-    try:
-        cache = capture(args.model, tuple(args.dataset), args.seq_len, args.device)
-    except CalibrationError as error:
-        raise UserError(str(error)) from error
+    cache = capture(args.model, tuple(args.dataset), args.seq_len, args.device)
     cache.save(args.output)
     print(
         f"wrote {args.output}: {len(cache.layers)} layers of {cache.identity.id} over {cache.seq_len} tokens of "

@@ -1,12 +1,11 @@
 """``topt-vllm bench compile``: what the Triton kernels take on GPUs that need not be here."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
 
 _COMPILE = """Compiles the Triton kernels for GPUs that need not be here, and prints registers, spills, shared
 memory and how many blocks a multiprocessor holds: the worst of each head dimension and kernel; --json has every
@@ -28,9 +27,7 @@ def add_mode(modes: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    refuse_existing(args.json)
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        raise UserError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+    refuse_interpreter()
     try:
         from topt_vllm.benchmarks.compile import compile_all, shipped
     except ModuleNotFoundError as error:

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.cli.bench_output import provenance, write_json
 
 if TYPE_CHECKING:
     from topt_vllm.attention.common import Policy
@@ -120,7 +120,6 @@ def _budget(text: str) -> int | str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    refuse_existing(args.json)
     _check(args)
     import torch
 
@@ -135,19 +134,14 @@ def _run(args: argparse.Namespace) -> int:
     print(_HEADER)
     records = []
     told: dict[str, str] = {}
-    dense = ""
-    try:
-        for record in cases:
-            if _dense(record) != dense:
-                dense = _dense(record)
-                print(dense)
+    for dense, alike in groupby(cases, _dense):
+        print(dense)
+        for record in alike:
             print(_line(record), flush=True)
             if record["left_out"] != told:
                 told = record["left_out"]
                 print("".join(f"  without {name}: {reason}\n" for name, reason in told.items()), end="")
             records.append({**record, "provenance": origin})
-    except ValueError as error:
-        raise UserError(str(error)) from error
     write_json(args.json, records)
     return 0
 
@@ -172,10 +166,7 @@ def _device(args: argparse.Namespace) -> "Device":
         )
     from topt_vllm.benchmarks.cuda import find_gpu
 
-    try:
-        return find_gpu()
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
+    return find_gpu()
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -233,29 +224,20 @@ def _synthetic(args: argparse.Namespace, policy: "Policy", device: "Device") -> 
 
 
 def _replays(args: argparse.Namespace, policy: "Policy") -> Iterable[dict[str, Any]]:
-    from topt_vllm.benchmarks.cache_file import CacheFileError, load
-    from topt_vllm.benchmarks.replay import ReplayError, bench_replay
+    from topt_vllm.benchmarks.cache_file import load
+    from topt_vllm.benchmarks.replay import bench_replay
     from topt_vllm.config import TopThetaConfig
-    from topt_vllm.table.schema import ThresholdTableError
     from topt_vllm.table.search import find_table
 
-    try:
-        captured = load(args.cache)
-        found = find_table(
-            TopThetaConfig(thresholds=args.thresholds), captured.identity, captured.identity.id, None
-        )
-        if found is None:
-            raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
-        table, path = found
-        ks = args.budget or [table.budget(None).key]
-        cases = [
-            bench_replay(
-                captured, table, ks, batch, policy, args.seconds, args.k_screen, args.layers, args.block_size
-            )
-            for batch in args.batch
-        ]
-    except (CacheFileError, ReplayError, ThresholdTableError) as error:
-        raise UserError(str(error)) from error
+    captured = load(args.cache)
+    config = TopThetaConfig(thresholds=args.thresholds)
+    found = find_table(config, captured.identity, captured.identity.id, None)
+    if found is None:
+        raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
+    table, path = found
+    ks = args.budget or [table.budget(None).key]
+    how = (policy, args.seconds, args.k_screen, args.layers, args.block_size)
+    cases = [bench_replay(captured, table, ks, batch, *how) for batch in args.batch]
     print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
     return chain.from_iterable(cases)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.cli.bench_output import provenance, write_json
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -76,20 +76,15 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    refuse_existing(args.json)
     _check(args)
     from topt_vllm.benchmarks.engine import EngineBenchmark, our_kernel
-    from topt_vllm.engines.process import EngineError
 
     origin = provenance()
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or write_checkpoint(args.shape, Path(folder))
         sizes = (args.batch, args.context, args.tokens, tuple(args.keep), our_kernel())
         benchmark = EngineBenchmark(model, *sizes, args.rounds, args.turns, args.engine)
-        try:
-            outcome = benchmark.run(lambda line: print(line, flush=True))
-        except (ValueError, EngineError) as error:
-            raise UserError(str(error)) from error
+        outcome = benchmark.run(lambda line: print(line, flush=True))
     _print(outcome)
     write_json(args.json, {**outcome, "provenance": origin})
     return 0

@@ -5,8 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import provenance, refuse_existing, write_json
+from topt_vllm.cli.bench_output import provenance, write_json
 
 _FORMATS = """Stores the K and V of a capture (`topt-vllm bench capture`) as fp8 and as posits of 8 bits, without
 scales, and prints relative errors: root mean squares over all layers, of K, of V and of the last token's dense
@@ -23,14 +22,10 @@ def add_mode(modes: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from topt_vllm.benchmarks.cache_file import CacheFileError, load
+    from topt_vllm.benchmarks.cache_file import load
     from topt_vllm.benchmarks.formats import format_errors
 
-    refuse_existing(args.json)
-    try:
-        captured = load(args.cache)
-    except CacheFileError as error:
-        raise UserError(str(error)) from error
+    captured = load(args.cache)
     origin = provenance()
     found = format_errors(captured)
     print(

@@ -1,6 +1,7 @@
 """What every mode of ``topt-vllm bench`` says about its numbers, and where it writes them."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,16 @@ def refuse_existing(path: Path | None) -> None:
     """
     if path and path.exists():
         raise UserError(f"{path} exists; name another file")
+
+
+def refuse_interpreter() -> None:
+    """Call it before what compiles is imported.
+
+    Raises:
+        UserError: Triton would interpret.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UserError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
 
 
 def provenance() -> dict[str, Any]:

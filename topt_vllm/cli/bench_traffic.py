@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import refuse_existing, write_json
+from topt_vllm.cli.bench_output import write_json
 
 _TRAFFIC = """Predicts from the bytes that a decode call moves how long it takes at the peak bandwidth of some
 GPUs, beside dense attention: 32 query heads, 8 KV heads, D=128, bf16. Nothing is measured, and no kernel attains
@@ -29,7 +29,6 @@ def add_mode(modes: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.traffic import predictions
 
-    refuse_existing(args.json)
     if not 0 < args.keep <= 1:
         raise UserError(f"--keep {args.keep}: a share lies above 0 and up to 1")
     records = predictions(args.batch, args.seq_lens, args.keep, args.block_size)

@@ -1,7 +1,9 @@
 """θ by layer and query head, as one colour per cell."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 from markupsafe import Markup
 
@@ -58,19 +60,23 @@ def _sparse(budget: Budget) -> dict[int, list[float]]:
 
 def _limits(table: ThresholdTable) -> tuple[float, float]:
     """Ends of the colours: the outermost fiftieth at each end would leave few colours to the rest."""
-    known = sorted(
-        theta for budget in table.budgets for heads in _sparse(budget).values() for theta in heads
-    ) or [0.0]
+    heads = chain.from_iterable(_sparse(budget).values() for budget in table.budgets)
+    known = sorted(chain.from_iterable(heads)) or [0.0]
     cut = len(known) // 50
     return known[cut], known[-1 - cut]
 
 
+def _spread(thetas: Iterable[float]) -> tuple[float, float, float]:
+    """The lowest, the middle one and the highest."""
+    ordered = sorted(thetas)
+    return ordered[0], ordered[len(ordered) // 2], ordered[-1]
+
+
 def _finding(budget: Budget) -> str:
-    known = sorted(theta for heads in _sparse(budget).values() for theta in heads)
+    name, known = numbers.budget(budget.key), list(chain.from_iterable(_sparse(budget).values()))
     if not known:
-        return f"All layers of budget {numbers.budget(budget.key)} are dense."
-    low, middle, high = map(numbers.plain, (known[0], known[len(known) // 2], known[-1]))
-    name = numbers.budget(budget.key)
+        return f"All layers of budget {name} are dense."
+    low, middle, high = map(numbers.plain, _spread(known))
     return f"θ of budget {name} is {low} to {high}; half of the heads have less than {middle}."
 
 
@@ -156,14 +162,6 @@ def _colour_bar(limits: tuple[float, float], top: float) -> list[Markup]:
 
 
 def _by_layer(budget: Budget) -> Table:
-    rows = []
-    for layer, heads in _sparse(budget).items():
-        ordered = sorted(heads)
-        middle = ordered[len(ordered) // 2]
-        rows.append((str(layer), *(numbers.plain(value) for value in (ordered[0], middle, ordered[-1]))))
-    return Table(
-        caption=f"Budget {numbers.budget(budget.key)} in numbers: θ over query heads",
-        head=("Layer", "Lowest", "Median", "Highest"),
-        rows=rows,
-        folded=True,
-    )
+    rows = [(str(layer), *map(numbers.plain, _spread(heads))) for layer, heads in _sparse(budget).items()]
+    caption = f"Budget {numbers.budget(budget.key)} in numbers: θ over query heads"
+    return Table(caption, ("Layer", "Lowest", "Median", "Highest"), rows, folded=True)

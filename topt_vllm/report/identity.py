@@ -1,9 +1,11 @@
 """Who the table is for, where it comes from, and what each budget was measured to do."""
 
+from collections.abc import Callable
+
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
-from topt_vllm.report.parts import Section, Table
-from topt_vllm.table.schema import Budget, ThresholdTable
+from topt_vllm.report.parts import Columns, Section, Table
+from topt_vllm.table.schema import Budget, Quality, ThresholdTable
 
 
 def facts(table: ThresholdTable) -> list[tuple[str, str]]:
@@ -64,24 +66,7 @@ def quality(inputs: Inputs) -> Section:
         title="Quality by budget",
         intro=intro,
         finding=_finding(table.budget(None)),
-        tables=[
-            Table(
-                caption="Budgets of the table; the last one is the default",
-                head=(
-                    "Budget",
-                    "Loss",
-                    "V rows read",
-                    "KL, nats",
-                    "Same next token",
-                    "Dropped mass",
-                    "kept/k p5",
-                    "p50",
-                    "p95",
-                    "Dense layers",
-                ),
-                rows=[_row(budget) for budget in table.budgets],
-            )
-        ],
+        tables=[Table.of("Budgets of the table; the last one is the default", table.budgets, _COLUMNS)],
     )
 
 
@@ -97,20 +82,19 @@ def _finding(budget: Budget) -> str:
     return f"The default budget {numbers.budget(budget.key)} {', '.join(parts)} on held-back text."
 
 
-def _row(budget: Budget) -> tuple[str, ...]:
-    dense = ", ".join(map(str, budget.dense_layers)) or "none"
-    found = budget.quality
-    if found is None:
-        return (numbers.budget(budget.key), "not measured", *[numbers.NOTHING] * 7, dense)
-    kept = found.kept_over_k
-    spread = [numbers.plain(value) for value in ((kept.p5, kept.p50, kept.p95) if kept else (None,) * 3)]
-    return (
-        numbers.budget(budget.key),
-        numbers.rise(found.loss_pct),
-        numbers.share(found.v_rows_read),
-        numbers.plain(found.kl, 4),
-        numbers.share(found.agreement),
-        numbers.share(found.dropped_mass),
-        *spread,
-        dense,
-    )
+def _measured(cell: Callable[[Quality], str], otherwise: str = numbers.NOTHING) -> Callable[[Budget], str]:
+    return lambda budget: cell(budget.quality) if budget.quality is not None else otherwise
+
+
+_COLUMNS: Columns = (
+    ("Budget", lambda budget: numbers.budget(budget.key)),
+    ("Loss", _measured(lambda found: numbers.rise(found.loss_pct), "not measured")),
+    ("V rows read", _measured(lambda found: numbers.share(found.v_rows_read))),
+    ("KL, nats", _measured(lambda found: numbers.plain(found.kl, 4))),
+    ("Same next token", _measured(lambda found: numbers.share(found.agreement))),
+    ("Dropped mass", _measured(lambda found: numbers.share(found.dropped_mass))),
+    ("kept/k p5", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p5", None)))),
+    ("p50", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p50", None)))),
+    ("p95", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p95", None)))),
+    ("Dense layers", lambda budget: ", ".join(map(str, budget.dense_layers)) or "none"),
+)

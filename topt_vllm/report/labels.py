@@ -41,10 +41,7 @@ def place(
     parts = []
     for x, y, label in points:
         width = _CHARACTER * len(label)
-        best, _ = min(
-            ((box, sum(map(box.overlap, boxes)) + _outside(box, frame)) for box in _offers(x, y, width)),
-            key=lambda offer: offer[1],
-        )
+        best = min(_offers(x, y, width), key=lambda box: sum(map(box.overlap, boxes)) + _outside(box, frame))
         boxes.append(best)
         parts.append(text(best.left, best.bottom - 2.5, label, class_="label"))
     return parts

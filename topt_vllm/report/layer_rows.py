@@ -1,6 +1,7 @@
 """V rows read, layer by layer."""
 
 import math
+from functools import partial
 
 from topt_vllm.report import numbers
 from topt_vllm.report.axes import LEFT, RIGHT, TOP, Axes
@@ -15,28 +16,24 @@ _FLOOR = 0.1
 
 def rows_by_layer(inputs: Inputs) -> Section:
     """The default budget's curve, and the others' folded."""
-    section = Section(
+    section = partial(
+        Section,
         key="layers",
         title="V rows read by layer",
         intro="Measured on the held-back text. The axis is logarithmic, the dashed line is all layers' share. "
         "Layers with a sliding window read all of it.",
-        missing="This table doesn't say which layers read how much. Calibrate again with this release:",
-        command="topt-vllm calibrate --model MODEL_FOLDER --dataset TEXT.txt",
     )
     curves = {budget.key: budget for budget in inputs.table.budgets if _shares(budget)}
     if not curves:
-        return section
+        return section(
+            missing="This table doesn't say which layers read how much. Calibrate again with this release:",
+            command="topt-vllm calibrate --model MODEL_FOLDER --dataset TEXT.txt",
+        )
     least = min(min(_shares(budget)) for budget in curves.values())
     low = 10 ** math.floor(math.log10(min(10.0, max(_FLOOR, least))))
     default = curves.pop(inputs.table.budget(None).key, None) or curves.popitem()[1]
-    return Section(
-        key=section.key,
-        title=section.title,
-        intro=section.intro,
-        finding=_finding(default),
-        figures=[_figure(default, low)],
-        more=[_figure(budget, low) for budget in curves.values()],
-    )
+    more = [_figure(budget, low) for budget in curves.values()]
+    return section(finding=_finding(default), figures=[_figure(default, low)], more=more)
 
 
 def _shares(budget: Budget) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.loss_plot import LINEAR, Point, Series, draw
-from topt_vllm.report.parts import Figure, Key, Section, Table
+from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Evaluated
 from topt_vllm.report.svg import marker, picture
 from topt_vllm.table.schema import ThresholdTable
@@ -18,7 +18,6 @@ _COMMAND = (
 
 def losses(inputs: Inputs) -> Section:
     """A panel for the table, and one for each text and context."""
-    own = _own(inputs.table)
     records, rules = inputs.texts, _rules(inputs.texts)
     panels = list(dict.fromkeys((record.text, record.context) for record in records))
     groups = {panel: [r for r in records if (r.text, r.context) == panel] for panel in panels}
@@ -35,9 +34,9 @@ def losses(inputs: Inputs) -> Section:
         f"one standard error. Both axes are logarithmic, that of losses only above {LINEAR:g}\u00a0%.",
         finding=" ".join(f"{_title(panel)}: {_middle(sentences)}" for panel, sentences in said.items())
         or None,
-        legend=_legend(rules) if records else [],
-        figures=[*([own] if own else []), *figures],
-        tables=[_table(records)] if records else [],
+        legend=_legend(rules),
+        figures=[*_own(inputs.table), *figures],
+        tables=[Table.of("Every measurement in numbers", records, _COLUMNS, folded=True)] if records else [],
         missing=None
         if records
         else "Not compared with other rules yet. With --evaluation E.json, written by:",
@@ -58,34 +57,25 @@ def _rules(records: Sequence[Evaluated]) -> dict[str, int]:
 
 
 def _legend(rules: dict[str, int]) -> list[Key]:
-    def symbol(style: int) -> Key:
-        drawn = marker(8, 8, style, f"dot s{style % 6}")
-        return Key(picture(16, "", [drawn], width=16), names[style])
-
-    names = {style: name for name, style in rules.items()}
-    return [symbol(style) for style in names] if len(names) > 1 else []
+    if len(rules) == 1:
+        return []
+    symbols = {name: marker(8, 8, style, f"dot s{style % 6}") for name, style in rules.items()}
+    return [Key(picture(16, "", [drawn], width=16), name) for name, drawn in symbols.items()]
 
 
-def _own(table: ThresholdTable) -> Figure | None:
-    """The budgets as the calibrator measured them."""
-    constant: list[Point] = []
-    named: list[Point] = []
-    for budget in table.budgets:
-        if budget.quality is not None and budget.quality.loss_pct is not None:
-            point = Point(
-                100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, numbers.budget(budget.key)
-            )
-            (constant if budget.k is not None else named).append(point)
-    if not constant and not named:
-        return None
-    said = "; ".join(
-        f"{p.label} {numbers.rise(p.loss)} at {numbers.share(p.rows / 100)}" for p in [*constant, *named]
-    )
-    return Figure(
-        draw([Series(0, [*constant, *named], joined=False)], f"Plot of the table's budgets. {said}."),
-        "The table's budgets, held-back text",
-        "Measured by the calibrator, without standard errors.",
-    )
+def _own(table: ThresholdTable) -> list[Figure]:
+    """The budgets as the calibrator measured them, if it did: those with a k, then those with a name."""
+    points = [
+        Point(100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, numbers.budget(budget.key))
+        for budget in sorted(table.budgets, key=lambda budget: budget.k is None)
+        if budget.quality is not None and budget.quality.loss_pct is not None
+    ]
+    if not points:
+        return []
+    said = "; ".join(f"{p.label} {numbers.rise(p.loss)} at {numbers.share(p.rows / 100)}" for p in points)
+    drawn = draw([Series(0, points, joined=False)], f"Plot of the table's budgets. {said}.")
+    caption = "Measured by the calibrator, without standard errors."
+    return [Figure(drawn, "The table's budgets, held-back text", caption)]
 
 
 def _series(records: Sequence[Evaluated], rules: dict[str, int]) -> list[Series]:
@@ -141,26 +131,12 @@ def _middle(sentences: Sequence[str]) -> str:
     return sentences[len(sentences) // 2]
 
 
-def _table(records: Sequence[Evaluated]) -> Table:
-    head = (
-        "Text, context",
-        "Rule",
-        "At",
-        "V rows read",
-        "Loss ± standard error",
-        "KL, nats",
-        "Same next token",
-    )
-    rows = [
-        (
-            f"{record.text}, {numbers.tokens(record.context)}",
-            record.rule,
-            record.aim,
-            numbers.share(record.v_rows_read),
-            numbers.rise(record.loss_pct, record.error),
-            numbers.plain(record.kl, 4),
-            numbers.share(record.agreement),
-        )
-        for record in records
-    ]
-    return Table("Every measurement in numbers", head, rows, folded=True)
+_COLUMNS: Columns = (
+    ("Text, context", lambda r: f"{r.text}, {numbers.tokens(r.context)}"),
+    ("Rule", lambda r: r.rule),
+    ("At", lambda r: r.aim),
+    ("V rows read", lambda r: numbers.share(r.v_rows_read)),
+    ("Loss ± standard error", lambda r: numbers.rise(r.loss_pct, r.error)),
+    ("KL, nats", lambda r: numbers.plain(r.kl, 4)),
+    ("Same next token", lambda r: numbers.share(r.agreement)),
+)

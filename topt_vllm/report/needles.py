@@ -1,11 +1,13 @@
 """Hidden facts by depth and length: ours beside dense attention. The grids are HTML tables, which all can read."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
 
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
-from topt_vllm.report.parts import Mark, Section, Table
+from topt_vllm.report.parts import Columns, Mark, Section, Table
 from topt_vllm.report.records import Evaluated, NeedleCell
 
 _INTRO = (
@@ -20,25 +22,15 @@ _COMMAND = (
 
 def needles(inputs: Inputs) -> Section:
     """Dense attention's grid, ours, and a line for every rule."""
-    records = inputs.needles
+    records, section = inputs.needles, partial(Section, "needles", "Facts hidden in long prompts", _INTRO)
     if not records:
-        return Section(
-            key="needles",
-            title="Facts hidden in long prompts",
-            intro=_INTRO,
-            missing="Not measured yet. With --evaluation E.json, written by:",
-            command=_COMMAND.format(shlex.quote(str(inputs.table.budget(None).key))),
-        )
+        command = _COMMAND.format(shlex.quote(str(inputs.table.budget(None).key)))
+        return section(missing="Not measured yet. With --evaluation E.json, written by:", command=command)
     shown = _shown(records)
     dense = _grid("Dense attention", records[0].cells or [], dense=True)
     grids = [dense, *(_grid(f"{r.rule}, {r.aim}", r.cells or [], dense=False) for r in shown)]
-    return Section(
-        key="needles",
-        title="Facts hidden in long prompts",
-        intro=_INTRO,
-        finding=_finding(shown[-1]),
-        tables=[*grids, _summary(records)],
-    )
+    rules = Table.of("Every rule", records, _COLUMNS, folded=True)
+    return section(finding=_finding(shown[-1]), tables=[*grids, rules])
 
 
 def _shown(records: Sequence[Evaluated]) -> list[Evaluated]:
@@ -78,19 +70,17 @@ def _mark(cell: NeedleCell | None, dense: bool) -> str:
     return Mark(f"{sign}\u00a0{margin:+.1f}".replace("-", "−"), kind)
 
 
-def _summary(records: Sequence[Evaluated]) -> Table:
-    rows = []
-    for record in records:
-        cells = record.cells or []
-        shares = [
-            numbers.share(sum(found) / len(cells), 0)
-            for found in (
-                [cell.retrieved for cell in cells],
-                [cell.retrieved_dense for cell in cells],
-                [cell.exact for cell in cells],
-                [cell.exact_dense for cell in cells],
-            )
-        ]
-        rows.append((record.rule, record.aim, numbers.share(record.v_rows_read), *shares))
-    head = ("Rule", "At", "V rows read", "Retrieved", "Dense", "Exact", "Dense")
-    return Table("Every rule", head, rows, folded=True)
+def _hits(kind: str) -> Callable[[Evaluated], str]:
+    """The share of a record's cells in which this is so."""
+    return lambda record: numbers.share(fmean(getattr(cell, kind) for cell in record.cells or ()), 0)
+
+
+_COLUMNS: Columns = (
+    ("Rule", lambda record: record.rule),
+    ("At", lambda record: record.aim),
+    ("V rows read", lambda record: numbers.share(record.v_rows_read)),
+    ("Retrieved", _hits("retrieved")),
+    ("Dense", _hits("retrieved_dense")),
+    ("Exact", _hits("exact")),
+    ("Dense", _hits("exact_dense")),
+)

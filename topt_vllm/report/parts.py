@@ -1,9 +1,13 @@
 """What a section of the page consists of. Texts are plain: the template escapes them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
+
+# Each one's name, and its cell in the row of a record.
+Columns = Sequence[tuple[str, Callable[[Any], str]]]
 
 
 class Mark(str):
@@ -36,6 +40,12 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     folded: bool = False
+
+    @classmethod
+    def of(cls, caption: str, records: Iterable[Any], columns: Columns, folded: bool = False) -> "Table":
+        """One row for each record."""
+        rows = [[cell(record) for _, cell in columns] for record in records]
+        return cls(caption, [name for name, _ in columns], rows, folded)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,6 @@ class Section:
     legend: Sequence[Key] = ()
     figures: Sequence[Figure] = ()
     more: Sequence[Figure] = ()
-    tables: Sequence[Table] = field(default_factory=list)
+    tables: Sequence[Table] = ()
     missing: str | None = None
     command: str | None = None

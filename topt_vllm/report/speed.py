@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
-from topt_vllm.report.parts import Figure, Key, Section, Table
+from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Decoded, Served
 from topt_vllm.report.svg import WIDTH, Scale, picture, tag, text
 
@@ -24,6 +24,7 @@ def speed(inputs: Inputs) -> Section:
     cases, engines = inputs.decoded, inputs.served
     absent = [name for name, found in (("decode", cases), ("serve", engines)) if not found]
     split = [case for case in cases if case.ratio_platform is not None and case.ratio_keep_all != 1]
+    tables = Table.of("Decode calls", cases, _CALLS), Table.of("The whole engine, medians", engines, _ENGINES)
     findings = [*([_engines_said(engines)] if engines else []), *([_calls_said(split)] if split else [])]
     return Section(
         key="speed",
@@ -34,7 +35,7 @@ def speed(inputs: Inputs) -> Section:
         finding=" ".join(findings) or None,
         legend=_legend() if split else [],
         figures=[_bars(split)] if split else [],
-        tables=[*([_calls(cases)] if cases else []), *([_engines(engines)] if engines else [])],
+        tables=[table for table in tables if table.rows],
         missing=f"No {' and no '.join(_NAMES[name] for name in absent)} yet. With --bench FILE.json, written by:"
         if absent
         else None,
@@ -118,31 +119,9 @@ def _bar(axis: Scale, case: Decoded, top: float) -> list[Markup]:
     return parts
 
 
-def _calls(cases: Sequence[Decoded]) -> Table:
-    head = (
-        "Batch × context",
-        "V rows read",
-        "ms (p20 to p80)",
-        "vLLM's, ms",
-        "Times as fast",
-        "From kernel",
-        "From skipping",
-        "Shape",
-    )
-    rows = [
-        (
-            _name(case),
-            numbers.share(case.v_rows_read),
-            f"{numbers.plain(case.ms, 3)} ({numbers.plain(case.ms_p20, 3)} to {numbers.plain(case.ms_p80, 3)})",
-            numbers.plain(case.ms_platform, 3),
-            numbers.times(case.ratio_platform),
-            numbers.times(_kernel(case)),
-            numbers.times(case.ratio_keep_all),
-            _shape(case),
-        )
-        for case in cases
-    ]
-    return Table("Decode calls", head, rows)
+def _ms(case: Decoded) -> str:
+    low, high = numbers.plain(case.ms_p20, 3), numbers.plain(case.ms_p80, 3)
+    return f"{numbers.plain(case.ms, 3)} ({low} to {high})"
 
 
 def _shape(case: Decoded) -> str:
@@ -152,32 +131,29 @@ def _shape(case: Decoded) -> str:
     return f"{cache}{layers}, {case.heads}/{case.kv_heads} heads of {case.head_dim}, {case.cache_dtype}, {device}"
 
 
-def _engines(engines: Sequence[Served]) -> Table:
-    head = (
-        "Load",
-        "Settings",
-        "Tokens/s",
-        "vLLM's",
-        "Times as fast",
-        "ms between tokens",
-        "vLLM's",
-        "ms to the first",
-        "vLLM's",
-    )
-    rows = []
-    for served in engines:
-        ours, stock, load = served.toptheta, served.platform, served.settings
-        rows.append(
-            (
-                f"{load.concurrency} × {numbers.tokens(load.prompt_tokens)} + {load.max_tokens} tokens",
-                json.dumps(load.toptheta, ensure_ascii=False),
-                numbers.plain(ours.decode_tokens_per_second, 1),
-                numbers.plain(stock.decode_tokens_per_second, 1),
-                numbers.times(served.ratio_decode),
-                numbers.plain(ours.itl_ms_median, 1),
-                numbers.plain(stock.itl_ms_median, 1),
-                numbers.plain(ours.ttft_ms_median, 0),
-                numbers.plain(stock.ttft_ms_median, 0),
-            )
-        )
-    return Table("The whole engine, medians", head, rows)
+def _load(served: Served) -> str:
+    load = served.settings
+    return f"{load.concurrency} × {numbers.tokens(load.prompt_tokens)} + {load.max_tokens} tokens"
+
+
+_CALLS: Columns = (
+    ("Batch × context", _name),
+    ("V rows read", lambda case: numbers.share(case.v_rows_read)),
+    ("ms (p20 to p80)", _ms),
+    ("vLLM's, ms", lambda case: numbers.plain(case.ms_platform, 3)),
+    ("Times as fast", lambda case: numbers.times(case.ratio_platform)),
+    ("From kernel", lambda case: numbers.times(_kernel(case))),
+    ("From skipping", lambda case: numbers.times(case.ratio_keep_all)),
+    ("Shape", _shape),
+)
+_ENGINES: Columns = (
+    ("Load", _load),
+    ("Settings", lambda served: json.dumps(served.settings.toptheta, ensure_ascii=False)),
+    ("Tokens/s", lambda served: numbers.plain(served.toptheta.decode_tokens_per_second, 1)),
+    ("vLLM's", lambda served: numbers.plain(served.platform.decode_tokens_per_second, 1)),
+    ("Times as fast", lambda served: numbers.times(served.ratio_decode)),
+    ("ms between tokens", lambda served: numbers.plain(served.toptheta.itl_ms_median, 1)),
+    ("vLLM's", lambda served: numbers.plain(served.platform.itl_ms_median, 1)),
+    ("ms to the first", lambda served: numbers.plain(served.toptheta.ttft_ms_median, 0)),
+    ("vLLM's", lambda served: numbers.plain(served.platform.ttft_ms_median, 0)),
+)

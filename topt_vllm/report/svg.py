@@ -42,16 +42,9 @@ def picture(height: float, label: str, body: Iterable[Markup], width: float = WI
     return tag("svg", drawn, viewBox=size, role="img", aria_label=label)
 
 
-def text(x: float, y: float, content: str, anchor: str = "start", class_: str | None = None) -> Markup:
-    """A line of text; ``anchor`` is start, middle or end."""
-    return tag(
-        "text",
-        content,
-        x=float(x),
-        y=float(y),
-        text_anchor=None if anchor == "start" else anchor,
-        class_=class_,
-    )
+def text(x: float, y: float, content: str, anchor: str | None = None, class_: str | None = None) -> Markup:
+    """A line of text; ``anchor`` is middle or end, or None for its start."""
+    return tag("text", content, x=float(x), y=float(y), text_anchor=anchor, class_=class_)
 
 
 @dataclass(frozen=True)

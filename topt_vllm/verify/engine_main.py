@@ -36,10 +36,8 @@ def main() -> None:
 
 def answers(llm: Any, prompts: list[list[int]], max_tokens: int) -> dict[str, Any]:
     """Greedy answers to all prompts in one batch."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    sampling = {"max_tokens": max_tokens, "logprobs": 2, "ignore_eos": True}
+    outputs = _generate(llm, prompts, [sampling] * len(prompts))
     return describe([output.outputs[0] for output in outputs])
 
 
@@ -73,24 +71,13 @@ def decoded(
     Raises:
         RuntimeError: The engine decoded other tokens.
     """
-    from vllm import SamplingParams
-
     starts = range(first, len(tokens), rows)
     parts = [tokens[start : start + rows] for start in starts]
-    sampling = [
-        SamplingParams(
-            temperature=0.0,
-            max_tokens=len(part),
-            logprobs=0,
-            ignore_eos=True,
-            detokenize=False,
-            **force(part),
-        )
-        for part in parts
-    ]
-    prompts = [{"prompt_token_ids": tokens[:start]} for start in starts]
+    alike = {"logprobs": 0, "ignore_eos": True, "detokenize": False}
+    sampling = [{"max_tokens": len(part), **alike, **force(part)} for part in parts]
+    outputs = _generate(llm, [tokens[:start] for start in starts], sampling)
     found: list[float] = []
-    for part, output in zip(parts, llm.generate(prompts, sampling, use_tqdm=False), strict=True):
+    for part, output in zip(parts, outputs, strict=True):
         completion = output.outputs[0]
         if list(completion.token_ids) != part:
             raise RuntimeError("the engine decoded other tokens than those of the text")
@@ -100,12 +87,17 @@ def decoded(
 
 def prefilled(llm: Any, tokens: list[int], first: int, rows: int) -> list[float]:
     """The same by prefilling the whole text, which vLLM's own kernel does."""
+    sampling = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+    steps = _generate(llm, [tokens], [sampling])[0].prompt_logprobs[first:]
+    return [step[token].logprob for step, token in zip(steps, tokens[first:], strict=True)]
+
+
+def _generate(llm: Any, prompts: list[list[int]], sampling: list[dict[str, Any]]) -> list[Any]:
+    """vLLM's outputs to prompts in one batch, each with the most likely tokens and arguments of its own."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    output = llm.generate([{"prompt_token_ids": tokens}], sampling, use_tqdm=False)[0]
-    steps = output.prompt_logprobs[first:]
-    return [step[token].logprob for step, token in zip(steps, tokens[first:], strict=True)]
+    given = [{"prompt_token_ids": ids} for ids in prompts]
+    return llm.generate(given, [SamplingParams(temperature=0.0, **each) for each in sampling], use_tqdm=False)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""``topt-vllm bench serve``: the whole engine behind the OpenAI API, under the same long prompts."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from topt_vllm.cli import UserError
+from topt_vllm.cli.bench_output import provenance, write_json
+
+_SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
+prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
+
+
+def add_mode(modes: Any) -> None:
+    """Adds the mode and its options."""
+    parser = modes.add_parser("serve", help="the whole engine", description=_SERVE)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or hub id")
+    add("--dataset", type=Path, nargs="+", required=True, metavar="TEXT", help="text files for the prompts")
+    add("--concurrency", type=int, default=8, help="requests sent at once (default %(default)s)")
+    add("--prompt-tokens", type=int, default=7000, help="of each prompt (default %(default)s)")
+    add("--max-tokens", type=int, default=128, help="of each answer (default %(default)s)")
+    add("--rounds", type=int, default=1, help="how often both are served (default %(default)s)")
+    add("--toptheta", type=json.loads, default={}, metavar="JSON", help="settings, as in --additional-config")
+    add("--json", type=Path, metavar="FILE", help="write the result; the file must not exist")
+    parser.set_defaults(bench=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from topt_vllm.benchmarks.serve import ServeBenchmark
+
+    missing = [path for path in args.dataset if not path.is_file()]
+    if missing:
+        raise UserError(f"--dataset {missing[0]} is no file")
+    origin = provenance()
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in args.dataset)
+    sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
+    benchmark = ServeBenchmark(args.model, text, *sizes, args.toptheta)
+    outcome = benchmark.run(lambda line: print(line, flush=True))
+    print("            tokens/s   ms between tokens   ms to first token   (medians)")
+    for name in ("platform", "toptheta"):
+        row = outcome[name]
+        numbers = row["decode_tokens_per_second"], row["itl_ms_median"], row["ttft_ms_median"]
+        print("{:10s} {:9.1f} {:19.1f} {:19.0f}".format(name, *numbers))
+    print(f"decode throughput, toptheta / platform: {outcome['ratio_decode']:.2f}")
+    write_json(args.json, {**outcome, "provenance": origin})
+    return 0
