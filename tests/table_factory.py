@@ -1,8 +1,10 @@
 """A small valid threshold table, and the tiny model that it would belong to."""
 
+from pathlib import Path
 from typing import Any
 
-from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.table.file import dump
+from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import (
     SCHEMA_VERSION,
     Budget,
@@ -60,6 +62,19 @@ def make_table(
         lengths=lengths,
         budgets=[_budget(identity, k, lengths, list(dense_layers)) for k in ks],
     )
+
+
+def save_flat_table(config: Any, path: Path, theta: float) -> Path:
+    """One θ (scaled logits) for all heads of a model's layers that attend, at contexts of 64 to 4096 tokens."""
+    identity = identify(config, "tiny")
+    table = make_table(identity, ks=(64,), lengths=[64, 4096], dense_layers=())
+    heads = identity.num_query_heads
+    flat = {"law": [[theta, 0.0]] * heads, "theta": [[theta] * 2] * heads}
+    budget = table.budgets[0]
+    layers = [layer.model_copy(update=flat) for layer in budget.layers]
+    changed = table.model_copy(update={"budgets": [budget.model_copy(update={"layers": layers})]})
+    dump(changed, path, force=True)
+    return path
 
 
 def _budget(identity: ModelIdentity, k: int, lengths: list[int], dense_layers: list[int]) -> Budget:

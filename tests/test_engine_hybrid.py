@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hybrid_model import FULL_LAYERS, save_hybrid, save_table
+from hybrid_model import FULL_LAYERS, config, save_hybrid
 from scenario_runs import STOCK, Scenarios, run, sparse_rows, toptheta
+from table_factory import save_flat_table
 
 from topt_vllm.verify.near_ties import compare
 
@@ -60,7 +61,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = save_hybrid(tmp_path_factory.mktemp("hybrid"))
     thetas = {"keeps": -1e4, "skips": 0.5}
     tables: dict[str, Path] = {
-        name: save_table(folder / f"{name}.yaml", theta) for name, theta in thetas.items()
+        name: save_flat_table(config(), folder / f"{name}.yaml", theta) for name, theta in thetas.items()
     }
 
     def of(name: str) -> dict[str, Any]:
