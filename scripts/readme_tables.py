@@ -44,7 +44,6 @@ ASKED: dict[str, dict[str, Any]] = {
     "attention that is not causal": {"use_non_causal": True},
     "full attention among multimodal tokens": {"use_mm_prefix": True},
     "fp8 scales per head": {"use_per_head_quant_scales": True},
-    "KV connectors": {"use_kv_connector": True},
     "decode context parallelism": {"use_dcp": True},
     "prefill context parallelism": {"use_pcp": True},
     "batch invariance": {"use_batch_invariant": True},

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from topt_vllm.verify.engine_main import describe
 
 Counts = dict[str, float]
@@ -135,6 +137,39 @@ def embeddings(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
     """Vectors of a pooling model."""
     outputs = llm.embed([{"prompt_token_ids": ids} for ids in prompts], use_tqdm=False)
     return {"vectors": [output.outputs.embedding for output in outputs]}
+
+
+def poison(llm: Any) -> dict[str, Any]:
+    """Fills the cache's memory with bytes that are NaN as 16 and 32-bit numbers; nothing may have been cached."""
+    for storage in cache_memory(llm):
+        torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
+    return {}
+
+
+def cache_size(llm: Any) -> dict[str, Any]:
+    """Slots of a block, by cache group, and bytes of a block of all groups together."""
+    config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    size = sum(storage.nbytes() for storage in cache_memory(llm))
+    slots = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+    return {"slots": slots, "bytes": size / config.num_blocks}
+
+
+def cache_memory(llm: Any) -> list[Any]:
+    """The storages of all cache layers; the engine's core must be in this process."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    caches = [cache for layer in layers for cache in flat(getattr(layer, "kv_cache", None))]
+    return list(
+        {storage.data_ptr(): storage for storage in map(torch.Tensor.untyped_storage, caches)}.values()
+    )
+
+
+def flat(cache: Any) -> list[Any]:
+    """The tensors of an attention layer's cache, or of a state-space layer's."""
+    return (
+        [part for each in cache for part in flat(each)]
+        if isinstance(cache, list | tuple)
+        else ([cache] if isinstance(cache, torch.Tensor) and cache.numel() else [])
+    )
 
 
 class Requests:

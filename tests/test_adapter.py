@@ -24,7 +24,8 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import layer_name, make_rig
+from adapter_engine import make_rig
+from adapter_rig import layer_name
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat

@@ -21,7 +21,8 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import layer_name, make_rig
+from adapter_engine import make_rig
+from adapter_rig import layer_name
 from device import synchronize
 
 from topt_vllm.attention.common import Stat

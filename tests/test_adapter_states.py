@@ -23,9 +23,11 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import layer_name, make_rig
+from adapter_engine import make_rig
+from adapter_rig import layer_name
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
+from topt_vllm.backend import connectors
 from topt_vllm.backend.states import LayerStates, StatesLayer, ValueSums, register
 
 __all__ = ["make_rig", "vllm_config"]
@@ -125,6 +127,8 @@ def test_models_with_windows_keep_sums_beside_full_attention(make_rig: Any, host
     rig = make_rig(host, layers=3, windows=(64, None, 64))
     assert rig.builders[1] not in (rig.builders[0], rig.builders[2])
     assert KVCacheLayout[rig.config.cache_config.kv_cache_layout].is_block_outermost
+    # On GPUs vLLM fills new blocks then; on CPUs it doesn't reach those of windows, and the host does.
+    assert rig.plan.needs_kv_cache_zeroing
     assert list(states_layers(rig.config)) == [f"{layer_name(1)}.toptheta_value_sums"]
     (group,) = [group for group in rig.plan.kv_cache_groups if layer_name(1) in group.layer_names]
     assert set(group.layer_names) == {layer_name(1), *states_layers(rig.config)}
@@ -161,6 +165,32 @@ def test_states_are_those_of_layers_that_may_skip_rows(make_rig: Any, host: Host
     assert rig.states(0).value_sums is not None
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_states_move_with_connectors_that_move_layers(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, host: Host
+):
+    """vLLM does it for attention layers: waits before one attends, and saves what it has written."""
+    rig = make_rig(host)
+    name, sums = f"{layer_name(0)}.toptheta_value_sums", rig.states().value_sums
+    told: list[Any] = []
+
+    def saved(name: str, kv_layer: torch.Tensor, metadata: Any) -> None:
+        told.append((name, metadata))
+        assert kv_layer is sums.kv_cache
+        torch.testing.assert_close(*rig.sums(0, 70), **SAME_SUMS)
+
+    def waited(name: str) -> None:
+        told.append(name)
+        assert sums.numbers().isnan().all()
+
+    connector = SimpleNamespace(wait_for_layer_load=waited, save_kv_layer=saved)
+    monkeypatch.setattr(connectors, "_moving", lambda: connector)
+    context = SimpleNamespace(attn_metadata={name: "metadata"})
+    monkeypatch.setattr(connectors, "get_forward_context", lambda: context)
+    rig.prefill([70])
+    assert told == [name, (name, "metadata")]
+
+
 @pytest.mark.parametrize("host", EVERY_HOST)
 def test_weights_that_are_loaded_again_change_nothing(make_rig: Any, host: Host):
     rig = make_rig(host, layers=2)
@@ -185,7 +215,7 @@ def test_what_sums_cost_is_in_vllm_s_budget_and_in_the_log(
     sums = NUM_KV_HEADS * BLOCK_SIZE // STATE_ROWS * HEAD_DIM * 4
     content = 2 * NUM_KV_HEADS * BLOCK_SIZE * 2 * HEAD_DIM * 2
     assert rig.plan.kv_cache_tensors[0].size == (content + sums) * rig.plan.num_blocks
-    assert f"TOPTHETA: of the cache of 2 layers, {sums / (content + sums):.1%} for V sums" in caplog.text
+    assert f"TOPTHETA: of the layers' cache: V sums {sums / (content + sums):.1%}\n" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         make_rig(host, settings={"compensation": "none"})
@@ -202,5 +232,8 @@ def test_attention_layers_are_charged_for_nothing_but_k_and_v(host: Host):
         head_size_v=256,
         get_kv_cache_spec=lambda config: replace(spec, block_size=config.cache_config.block_size),
     )
-    config = SimpleNamespace(cache_config=SimpleNamespace(block_size=64))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=64),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
     assert ValueSums("sums", layer, config).get_kv_cache_spec(config).page_size_bytes == 2 * 256 * 4

@@ -252,7 +252,7 @@ def test_a_capture_that_makes_no_sense_is_refused_before_the_weights(
     extra: list[str],
     message: str,
 ):
-    monkeypatch.setattr("topt_vllm.benchmarks.capture.load_model", pytest.fail)
+    monkeypatch.setattr("topt_vllm.benchmarks.capture.load_causal_lm", pytest.fail)
     assert message in refused(capsys, capture_command(folder, "new.safetensors", *extra))
     assert not (folder / "new.safetensors").exists()
 

@@ -1,5 +1,6 @@
 """The calibrator: scores as the operator sees them, thresholds from known scores, and whole runs on tiny models."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -11,17 +12,23 @@ from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Policy, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row, scaled_scores
-from topt_vllm.calibration import capture
-from topt_vllm.calibration import scores as scores_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
-from topt_vllm.calibration.capture import captured
+from topt_vllm.calibration.collect import _TopKeys
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
-from topt_vllm.calibration.predictions import Losses
-from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.scores import LayerCall, attend, top_k
+from topt_vllm.calibration.quality import quality
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
-from topt_vllm.calibration.texts import cut_sequences
+from topt_vllm.replay import capture
+from topt_vllm.replay import scores as scores_module
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.capture import captured
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.predictions import Losses
+from topt_vllm.replay.rule import attend
+from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.texts import cut_sequences
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.file import dumps
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import Budget, LayerThresholds, ThresholdTable
@@ -78,7 +85,7 @@ def test_attention_in_chunks_is_the_operators(softcap):
 @pytest.mark.usefixtures("small_chunks")
 def test_top_k_attention_is_the_operators_with_theta_at_the_kth_score():
     call = random_call()
-    out = attend(call, top_k(6))
+    out = attend(call, _TopKeys(6))
     for row in (2, 5, 6, 33, 69):
         key, value = call.key[:, : row + 1], call.value[:, : row + 1]
         scores = scaled_scores(call.query[:, row], key, 0.7)
@@ -212,11 +219,12 @@ def test_quality_is_what_the_operator_counts():
     call = random_call()
     rows = torch.tensor([30, 45, 69])
     thetas = Thetas(torch.tensor([16, 70]), torch.tensor([[1.0, 2.0]] * 4), torch.zeros(4, 2))
-    tally = ThresholdTally(identity, {2: [10] * 4}, {2: thetas}, rows, window=0)
-    for part in call.chunks(rows):
-        scores = call.scores(rows[part])
-        tally.select(2, scores, torch.softmax(scores, dim=-1), rows[part], part)
-    result = tally.quality(70, 3, Losses(0.0, 0.0, 1.0))
+    rules = {2: TopTheta({2: thetas})}
+    read = RuleAttention(Subject(identity, 0, 257), rules, rows + 1, {2: [10] * 4})
+    for row in rows.tolist():
+        seen = {"query": call.query[:, row : row + 1], "key": call.key[:, : row + 1], "first": row}
+        read.attend(dataclasses.replace(call, layer=2, value=call.value[:, : row + 1], **seen))
+    result = quality(read, 70, 3, Losses(0.0, 0.0, 1.0))
 
     (statistics,) = new_statistics()
     for row in rows.tolist():
@@ -231,8 +239,8 @@ def test_quality_is_what_the_operator_counts():
             statistics=statistics,
         )
     contexts, layers = 31 + 46 + 70, identity.num_layers
-    read = statistics[Stat.V_ROWS_READ].item() + (layers - 1) * 2 * contexts
-    assert result.v_rows_read == pytest.approx(read / (layers * 2 * contexts), abs=1e-4)
+    expected = statistics[Stat.V_ROWS_READ].item() + (layers - 1) * 2 * contexts
+    assert result.v_rows_read == pytest.approx(expected / (layers * 2 * contexts), abs=1e-4)
     assert result.dropped_mass == pytest.approx(statistics[Stat.DROPPED_MASS].item() / 12, abs=1e-4)
     assert result.kept_over_k.p5 <= result.kept_over_k.p50 <= result.kept_over_k.p95
 
@@ -240,13 +248,14 @@ def test_quality_is_what_the_operator_counts():
 def test_windowed_layers_count_their_window():
     identity = identify(Gemma3TextConfig(**SMALL, **GEMMA), "tiny")
     rows = torch.tensor([19, 99])
-    tally = ThresholdTally(
-        identity, {1: [4] * 4}, {1: Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))}, rows, 32
-    )
-    scores = torch.full((4, 2, 100), -1.0)
-    tally.select(1, scores, torch.softmax(scores, dim=-1), rows, slice(0, 2))
+    thetas = Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))
+    read = RuleAttention(Subject(identity, 32, 257), {1: TopTheta({1: thetas})}, rows + 1, {1: [4] * 4})
+    for row in rows.tolist():
+        # Every score is −1.
+        key = torch.full((2, row + 1, 1), -1.0)
+        read.attend(LayerCall(1, torch.ones(4, 1, 1), key, key, 1.0, first=row))
     # Two windowed layers read 20 and 32 rows; the full one keeps only the recent token of 20 and 100.
-    assert tally.rows_read() == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
+    assert read.counts.shares()["v_rows_read"] == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -275,7 +284,7 @@ def test_model_whose_layers_are_not_what_its_configuration_says(tmp_path):
     with (
         torch.inference_mode(),
         captured(model, claimed, lambda call: None),
-        pytest.raises(CalibrationError, match="layer 0 attends with sliding_window=32"),
+        pytest.raises(ReplayError, match="layer 0 attends with sliding_window=32"),
     ):
         model(torch.zeros(1, 90, dtype=torch.long), use_cache=False)
 
@@ -311,7 +320,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def run(folder: Path, **changes: object) -> ThresholdTable:
     options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 32), "device": "cpu"} | changes
     return calibrate(
-        prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options))
+        prepare(
+            CalibrationOptions(
+                str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **options
+            )
+        )
     )
 
 

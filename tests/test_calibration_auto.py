@@ -13,16 +13,17 @@ from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.calibration.allocation import Point, Step, greedy_path, hull
 from topt_vllm.calibration.calibrate import calibrate, prepare
-from topt_vllm.calibration.capture import captured
-from topt_vllm.calibration.model import Subject
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.plan import ladder
-from topt_vllm.calibration.predictions import Losses
-from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.replay import Replay
-from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
 from topt_vllm.cli.main import main
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.capture import captured
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.predictions import Losses
+from topt_vllm.replay.replay import Replay
+from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.file import dump, load
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import ThresholdTable
@@ -48,7 +49,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def run(folder: Path, **changes: object) -> ThresholdTable:
     options = {"num_samples": 3, "max_seq_length": 600, "ks": (16, 64), "device": "cpu", "budget": "auto"}
     plan = CalibrationOptions(
-        str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **options | changes
+        str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **options | changes
     )
     return calibrate(prepare(plan))
 
@@ -153,13 +154,12 @@ def test_replay_of_everything_is_dense_attention(folders, name):
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens()[-50:])).item()
     assert replay.dense_nll == pytest.approx(expected, abs=1e-5)
     for layers in ([], [1]):
-        thetas = {layer: thresholds(-1e30) for layer in layers}
-        tally = ThresholdTally(subject_of(model).identity, {}, thetas, replay.rows, 32)
-        losses = replay.run(tally)
+        read = attention(subject_of(model), {layer: thresholds(-1e30) for layer in layers}, replay)
+        losses = replay.compare(read).losses()
         assert abs(losses.kl) < 1e-6
         assert abs(losses.nll) < 1e-6
         assert losses.agreement == 1.0
-        assert tally.rows_read() == 1.0
+        assert read.counts.shares()["v_rows_read"] == 1.0
 
 
 def test_replay_decodes_as_the_operator_would(folders):
@@ -168,7 +168,7 @@ def test_replay_decodes_as_the_operator_would(folders):
     loud(model)
     subject = subject_of(model)
     replay = Replay(model, subject, tokens(), 1)
-    found = replay.run(ThresholdTally(subject.identity, {}, {2: thresholds(8.0)}, replay.rows, 0))
+    found = replay.compare(attention(subject, {2: thresholds(8.0)}, replay)).losses()
 
     calls: list[LayerCall] = []
     with torch.inference_mode(), captured(model.base_model, subject.identity, calls.append):
@@ -200,7 +200,7 @@ def test_sparse_rows_change_what_later_rows_see(folders):
     def losses(sequence: list[int], count: int) -> Losses:
         replay = Replay(model, subject, sequence, count)
         thetas = {layer: thresholds(8.0) for layer in (0, 1, 2)}
-        return replay.run(ThresholdTally(subject.identity, {}, thetas, replay.rows, 0))
+        return replay.compare(attention(subject, thetas, replay)).losses()
 
     both, first, alone = losses(tokens(), 2), losses(tokens()[:-1], 1), losses(tokens(), 1)
     # The first of two rows is the only row of the shorter sequence; the second is not what it is after dense rows.
@@ -226,8 +226,11 @@ def thresholds(theta: float) -> Thetas:
 
 def subject_of(model: transformers.PreTrainedModel) -> Subject:
     identity = identify(model.config, "tiny")
-    full = [layer for layer in range(3) if layer not in identity.sliding_window_layers]
-    return Subject(identity, full, [], [256], 32 if identity.sliding_window_layers else 0, 257)
+    return Subject(identity, 32 if identity.sliding_window_layers else 0, 257)
+
+
+def attention(subject: Subject, thetas: dict[int, Thetas], replay: Replay) -> RuleAttention:
+    return RuleAttention(subject, dict.fromkeys(thetas, TopTheta(thetas)), replay.rows + 1)
 
 
 @pytest.mark.slow

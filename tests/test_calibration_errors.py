@@ -16,6 +16,7 @@ from transformers import LlamaConfig, T5Config
 from topt_vllm.calibration import collect as collect_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.file import dumps
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 def options(folder: Path, **changes: object) -> CalibrationOptions:
     given = {"num_samples": 2, "max_seq_length": 600, "ks": (16,), "device": "cpu"} | changes
-    return CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)
+    return CalibrationOptions(str(folder), (str(folder / "text.txt"),), output=folder / "out.yaml", **given)
 
 
 def test_tokenizer_of_another_model(folder):
@@ -44,14 +45,14 @@ def test_tokenizer_of_another_model(folder):
 
 
 def test_text_that_is_too_short(folder):
-    with pytest.raises(CalibrationError, match=r"the text has 3300 tokens.*Add text, or lower --num-samples"):
+    with pytest.raises(ReplayError, match=r"the text has 3300 tokens.*Add text, or lower --num-samples"):
         prepare(options(folder, num_samples=5))
 
 
 def test_encoder_decoder(tmp_path):
     T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=257).save_pretrained(tmp_path)
     save_text(tmp_path / "text.txt", 3300)
-    with pytest.raises(CalibrationError, match="encoder-decoder"):
+    with pytest.raises(ReplayError, match="encoder-decoder"):
         prepare(options(tmp_path))
 
 
@@ -60,9 +61,7 @@ def test_weights_that_make_dense_attention_fail(folder):
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = math.nan
     model.save_pretrained(folder)
-    with pytest.raises(
-        CalibrationError, match="dense attention predicts the held-back text with a loss of nan"
-    ):
+    with pytest.raises(ReplayError, match="dense attention predicts the held-back text with a loss of nan"):
         calibrate(prepare(options(folder)))
 
 
@@ -106,7 +105,8 @@ def save_and_wait(self, name, result):
         time.sleep(600)
 partial.Partial.save = save_and_wait
 given = dict(num_samples=2, max_seq_length=600, ks=(16,), device="cpu", budget="auto", target_rows=(30.0,))
-calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), folder / "out.yaml", **given)))
+given["output"] = folder / "out.yaml"
+calibrate(prepare(CalibrationOptions(str(folder), (str(folder / "text.txt"),), **given)))
 """
 
 

@@ -110,8 +110,8 @@ def test_k_is_still_taken_for_budget_and_said_once(value, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         found = [TopThetaConfig.from_additional_config({"toptheta": section}) for _ in range(3)]
     assert found == 3 * [TopThetaConfig(budget=value, sink_tokens=4)]
-    (message,) = caplog.messages
-    assert f"write {json.dumps({'toptheta': {'budget': value}})}" in message
+    (record,) = set(caplog.records)
+    assert f"write {json.dumps({'toptheta': {'budget': value}})}" in record.getMessage()
     assert section == {"k": value, "sink_tokens": 4}
 
 

@@ -19,7 +19,7 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import make_rig
+from adapter_engine import make_rig
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from topt_vllm.attention.common import Stat
@@ -89,7 +89,7 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
         with caplog.at_level(logging.INFO):
             rig = make_rig(CPU, settings={"k_screen": screen})
         blocks[screen] = block = rig.plan.kv_cache_tensors[0].size // rig.plan.num_blocks
-        shares = f"{sums / block:.1%} for V sums"
+        shares = f"V sums {sums / block:.1%}"
         if screen == "int8":
             codes = rig.states().key_screen.codes()
             assert codes.shape[:2] == (rig.plan.num_blocks, NUM_KV_HEADS)
@@ -97,8 +97,8 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
             assert (
                 codes[0].numel() <= block - content - sums < codes[0].numel() + NUM_KV_HEADS * BLOCK_SIZE * 2
             )
-            shares += f" and {(block - content - sums) / block:.1%} for copies of K"
-        assert f"TOPTHETA: of the cache of 1 layers, {shares}\n" in caplog.text
+            shares += f", copies of K {(block - content - sums) / block:.1%}"
+        assert f"TOPTHETA: of the layers' cache: {shares}\n" in caplog.text
     assert blocks["off"] == content + sums
     assert 1.2 * content < blocks["int8"] - sums < 1.35 * content
 

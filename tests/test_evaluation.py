@@ -13,13 +13,7 @@ from table_factory import make_table
 from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma3TextConfig, LlamaConfig
 
-from topt_vllm.calibration import predictions
-from topt_vllm.calibration.dense_pass import DensePass
-from topt_vllm.calibration.model import load_causal_lm
-from topt_vllm.calibration.predictions import Comparison
-from topt_vllm.calibration.replay import Replay
 from topt_vllm.cli.main import main
-from topt_vllm.evaluation.attention import Counts, RuleAttention
 from topt_vllm.evaluation.needles import answer, hide
 from topt_vllm.evaluation.options import RULES, EvaluationOptions
 from topt_vllm.evaluation.plan import Plan, prepare
@@ -27,6 +21,12 @@ from topt_vllm.evaluation.records import quality, spread
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
+from topt_vllm.replay import predictions
+from topt_vllm.replay.attention import Counts, RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.model import load_causal_lm
+from topt_vllm.replay.predictions import Comparison
+from topt_vllm.replay.replay import Replay
 from topt_vllm.table.file import dump, load
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import TextSource
@@ -62,18 +62,18 @@ def plan(folder) -> Plan:
 
 @pytest.fixture(scope="module")
 def model(plan):
-    return load_causal_lm(plan.loading)
+    return load_causal_lm(plan.options.model, "cpu", "float32")
 
 
 @pytest.fixture
 def no_weights(monkeypatch):
     """The test fails when it loads any."""
 
-    def fail(options):
+    def fail(*_):
         pytest.fail("weights loaded")
 
     # In this order: importing the second after patching the first would give it the wrong one for good.
-    for module in ("topt_vllm.evaluation.run", "topt_vllm.calibration.model"):
+    for module in ("topt_vllm.evaluation.run", "topt_vllm.replay.model"):
         monkeypatch.setattr(f"{module}.load_causal_lm", fail)
 
 
@@ -119,7 +119,7 @@ def test_the_sample_counts_as_the_run_does(plan, model):
     replay = Replay(model, plan.subject, tokens, 40)
     (found,) = sample(model, plan.subject, tokens, [replay.rows])
     dense = frozenset(plan.subject.full_layers) - {last}
-    used = RuleAttention(plan.subject.identity, {last: TopK(9)}, replay.rows + 1, plan.subject.window)
+    used = RuleAttention(plan.subject, {last: TopK(9)}, replay.rows + 1)
     replay.compare(used)
     assert found.v_rows_read(TopK(9), dense) == pytest.approx(used.counts.shares()["v_rows_read"], abs=1e-9)
 
@@ -128,7 +128,7 @@ def test_comparison_is_the_models_own_loss(plan, model, monkeypatch):
     monkeypatch.setattr(predictions, "_LOGITS", 257 * 7)
     tokens = plan.texts[0].sequences[0]
     replay = Replay(model, plan.subject, tokens, 40)
-    found = replay.compare(RuleAttention(plan.subject.identity, {}, replay.rows + 1, plan.subject.window))
+    found = replay.compare(RuleAttention(plan.subject, {}, replay.rows + 1))
     given = torch.tensor([tokens])
     with torch.inference_mode():
         logits = model(given, use_cache=False).logits[0].float()
@@ -207,13 +207,11 @@ def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
     """Dense answers against one pass over prompt, question and answer; a rule before leaves no trace."""
     tokenizer = byte_tokenizer()
     (needle,) = hide(tokenizer, plan.texts[0].sequences[0], (260,), (0.5,))
-    prompt, head = DensePass(model, plan.subject, needle.prompt), predictions.Head(model)
+    prompt = DensePass(model, plan.subject, needle.prompt)
     rules = dict.fromkeys(plan.subject.full_layers, TopK(3))
-    right, wrong = (
-        RuleAttention(plan.subject.identity, rules, needle.contexts, plan.subject.window) for _ in range(2)
-    )
-    sparse = answer(prompt, head, needle, right, wrong)
-    dense = answer(prompt, head, needle, None, None)
+    right, wrong = (RuleAttention(plan.subject, rules, needle.contexts) for _ in range(2))
+    sparse = answer(prompt, needle, right, wrong)
+    dense = answer(prompt, needle, None, None)
     for tokens, likelihood in zip(needle.answers, dense.likelihoods, strict=True):
         given = torch.tensor([needle.prompt + needle.question + tokens])
         with torch.inference_mode():

@@ -8,8 +8,8 @@ from topt_vllm.attention.common import Thetas
 from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.records import by_head
 from topt_vllm.evaluation.rules.adaptive import STEP_ROWS, TopThetaAdapt
-from topt_vllm.evaluation.rules.base import Rows
-from topt_vllm.evaluation.rules.toptheta import TopTheta
+from topt_vllm.replay.rule import Rows
+from topt_vllm.replay.top_theta import TopTheta
 
 HEADS, CONTEXT = 2, 200
 

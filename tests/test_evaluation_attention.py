@@ -7,17 +7,18 @@ from tiny_models import SMALL, save_model
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration import capture, scores
-from topt_vllm.calibration.dense_pass import DensePass
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.calibration.replay import Replay, replayed_rows
-from topt_vllm.evaluation.attention import RuleAttention
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
-from topt_vllm.evaluation.rules.toptheta import TopTheta
+from topt_vllm.replay import capture, scores
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.replay import Replay, replayed_rows
+from topt_vllm.replay.rule import attend
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.identity import identify
 
 N, ROWS, WINDOW = 90, 50, 32
@@ -51,8 +52,7 @@ def model(request, tmp_path_factory):
 
 def subject_of(model) -> Subject:
     identity = identify(model.config, "tiny")
-    full = [layer for layer in range(3) if layer not in identity.sliding_window_layers]
-    return Subject(identity, full, [], [64], WINDOW if identity.sliding_window_layers else 0, 257)
+    return Subject(identity, WINDOW if identity.sliding_window_layers else 0, 257)
 
 
 def thetas(layers: list[int]) -> TopTheta:
@@ -62,7 +62,7 @@ def thetas(layers: list[int]) -> TopTheta:
 
 def attention(subject: Subject, rule, contexts: torch.Tensor, **more) -> RuleAttention:
     rules = dict.fromkeys(subject.full_layers, rule)
-    return RuleAttention(subject.identity, rules, contexts, subject.window, **more)
+    return RuleAttention(subject, rules, contexts, **more)
 
 
 def decoded(model, rule, first: int, steps: list[int]) -> tuple[torch.Tensor, list[RuleAttention]]:
@@ -101,7 +101,7 @@ class Stepper:
             layer, query[0], key[0], value[0], scaling, softcap or 0.0, None, n - 1, WINDOW if windowed else 0
         )
         if windowed:
-            return scores.attend(call, None).transpose(0, 1)[None], None
+            return attend(call, None).transpose(0, 1)[None], None
         used = attention(self.subject, self.rule, torch.tensor([n]))
         return used.attend(call).transpose(0, 1)[None], None
 
@@ -111,7 +111,7 @@ class Stepper:
 )
 def test_rows_at_once_are_decoding_one_token_at_a_time(model, make):
     """Each decoded row sees dense K and V of the prompt, and those that sparse rows before it made."""
-    from topt_vllm.calibration.capture import selected
+    from topt_vllm.replay.capture import selected
 
     subject, first = subject_of(model), N - 12
     rule = make(subject.full_layers)
@@ -156,7 +156,7 @@ def test_every_layer_is_counted(model):
     subject = subject_of(model)
     contexts = torch.arange(N - ROWS + 1, N + 1)
     last = subject.full_layers[-1]
-    used = RuleAttention(subject.identity, {last: TopK(1)}, contexts, WINDOW, {last: [2, 1, 1, 1]})
+    used = RuleAttention(subject, {last: TopK(1)}, contexts, {last: [2, 1, 1, 1]})
     DensePass(model, subject, TOKENS.tolist()).decode(TOKENS[None, N - ROWS :], N - ROWS, used)
     counts, context = used.counts, int(contexts.sum())
     windowed = len(subject.identity.sliding_window_layers) * int(contexts.clamp(max=WINDOW).sum())
@@ -169,7 +169,7 @@ def test_every_layer_is_counted(model):
     assert counts.elements_kept == 2 * others + 4 * ROWS
     assert counts.shares()["v_rows_read"] == counts.v_rows_read / counts.v_rows
     # One key of the two that head 0 was asked for, and of the one of the others.
-    kept = torch.cat(used.kept_over_k).sort().values
+    kept = torch.cat(used.kept_over_k[last], dim=1).flatten().sort().values
     assert kept.tolist() == [0.5] * ROWS + [1.0] * 3 * ROWS
 
 
@@ -177,13 +177,13 @@ def test_a_rule_for_a_layer_that_cannot_have_one(model):
     subject = subject_of(model)
     wrong = (subject.identity.sliding_window_layers or [3])[0]
     with pytest.raises(ValueError, match=rf"\[{wrong}\], which can't have one"):
-        RuleAttention(subject.identity, {wrong: TopK(1)}, torch.tensor([9]), WINDOW)
+        RuleAttention(subject, {wrong: TopK(1)}, torch.tensor([9]))
 
 
 def test_a_window_that_the_configuration_does_not_name(tmp_path):
     folder = save_model(tmp_path, CONFIGS["gemma3, windows"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
-    subject = Subject(claimed, [0, 1, 2], [], [64], 0, 257)
-    with pytest.raises(CalibrationError, match="layer 0 attends with sliding_window=32"):
+    subject = Subject(claimed, 0, 257)
+    with pytest.raises(ReplayError, match="layer 0 attends with sliding_window=32"):
         DensePass(model, subject, TOKENS.tolist())

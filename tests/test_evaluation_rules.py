@@ -8,12 +8,13 @@ from table_factory import make_table
 
 from topt_vllm.attention.common import Policy, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row
-from topt_vllm.evaluation.rules.base import Rows, attend
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
-from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, between_budgets, ladder
+from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean, between_budgets, ladder
+from topt_vllm.replay.rule import Rows, attend_rows
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import ThresholdTable
 
 
@@ -218,7 +219,7 @@ def test_attention_under_toptheta_is_the_operators(compensation):
     rows, query, key, value = random_rows()
     theta = torch.tensor([2.0, 3.0, 4.0, 50.0])
     rule = TopTheta if compensation == "vmean" else TopThetaNoMean
-    found = attend(
+    found = attend_rows(
         rule(thetas(*theta.tolist())), rows_at(rows, 64), value[:, :64], value[:, :64].mean(1)[:, None]
     )
     (statistics,) = new_statistics()
@@ -246,7 +247,7 @@ def rows_at(rows: Rows, n: int) -> Rows:
 )
 def test_attention_under_a_rule_is_its_definition(rule):
     rows, _, _, value = random_rows()
-    found = attend(rule, rows, value, torch.full((2, 1, 6), math.nan))
+    found = attend_rows(rule, rows, value, torch.full((2, 1, 6), math.nan))
     used = rule.keep(rows)
     probabilities = torch.softmax(rows.scores, dim=-1) * used
     dropped = 1 - probabilities.sum(dim=-1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from topt_vllm.evaluation.rules import sift
-from topt_vllm.evaluation.rules.base import Rows
 from topt_vllm.evaluation.rules.sift import Quantile, Sift, SiftContext, SiftStep
+from topt_vllm.replay.rule import Rows
 
 RULES = [Sift, SiftStep, SiftContext]
 

@@ -26,7 +26,8 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import Step, make_rig
+from adapter_engine import make_rig
+from adapter_rig import Step
 from device import interpreter_only, synchronize
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl

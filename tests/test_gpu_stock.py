@@ -19,7 +19,7 @@ from adapter_cases import (
     Table,
     vllm_config,
 )
-from adapter_rig import make_rig
+from adapter_engine import make_rig
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 

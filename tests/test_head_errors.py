@@ -6,7 +6,7 @@ import torch
 from topt_vllm.attention.common import Policy, Thetas
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors
-from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall
 
 HEADS, KV_HEADS, DIM, LENGTH = 6, 2, 8, 50
 THETAS = (2.0, 0.5, -1.0, -1e30)

@@ -149,8 +149,8 @@ def test_real_caches(name: str, request: pytest.FixtureRequest, unseen_play: Pat
     """Every full-attention layer of a real model over a real text: the same kept set."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from topt_vllm.calibration.capture import captured
-    from topt_vllm.calibration.scores import LayerCall
+    from topt_vllm.replay.capture import captured
+    from topt_vllm.replay.scores import LayerCall
     from topt_vllm.table.identity import identify
 
     folder = request.getfixturevalue(name)

@@ -206,10 +206,41 @@ def test_a_budget_that_the_table_lacks_is_refused(start: Any, table: ThresholdTa
 
 
 def test_vllm_options_that_would_break_the_sums_are_refused(start: Any):
-    with pytest.raises(ConfigError, match="KV connector"):
-        start({"thresholds": "none"}, kv_transfer_config=SimpleNamespace(is_kv_transfer_instance=True))
     with pytest.raises(ConfigError, match="kv-sharing-fast-prefill"):
         start({"thresholds": "none"}, fast_prefill=True)
+
+
+def transfer(name: str, **options: Any) -> Any:
+    """vLLM's configuration of a KV connector."""
+    return SimpleNamespace(is_kv_transfer_instance=True, kv_connector=name, **options)
+
+
+def test_connectors_that_are_not_known_to_carry_sums_are_refused(start: Any):
+    dense = {"thresholds": "none"}
+    with pytest.raises(ConfigError, match=r"KV connector LMCacheConnectorV1 .*Allowed: .*NixlConnector"):
+        start(dense, kv_transfer_config=transfer("LMCacheConnectorV1"))
+    with pytest.raises(ConfigError, match="its code is not vLLM's"):
+        start(dense, kv_transfer_config=transfer("NixlConnector", kv_connector_module_path="mine"))
+    start(dense, kv_transfer_config=transfer("NixlConnector"))
+    start(dense | {"compensation": "none"}, kv_transfer_config=transfer("LMCacheConnectorV1"))
+    unused = SimpleNamespace(is_kv_transfer_instance=False, kv_connector=None)
+    start(dense, kv_transfer_config=unused)
+
+
+def test_what_a_connector_consists_of_is_looked_at(start: Any):
+    def of(*names: str) -> Any:
+        parts = [{"kv_connector": name} for name in names]
+        return transfer("MultiConnector", kv_connector_extra_config={"connectors": parts})
+
+    start({"thresholds": "none"}, kv_transfer_config=of("NixlConnector", "OffloadingConnector"))
+    with pytest.raises(ConfigError, match="KV connector P2pNcclConnector"):
+        start({"thresholds": "none"}, kv_transfer_config=of("NixlConnector", "P2pNcclConnector"))
+    shared = {"spec_name": "SharedStorageOffloadingSpec"}
+    with pytest.raises(ConfigError, match="spec_name CPUOffloadingSpec"):
+        start(
+            {"thresholds": "none"},
+            kv_transfer_config=transfer("OffloadingConnector", kv_connector_extra_config=shared),
+        )
 
 
 def test_a_named_implementation_runs_or_fails(start: Any, monkeypatch: pytest.MonkeyPatch):

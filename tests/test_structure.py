@@ -54,12 +54,20 @@ def imports(folder: str) -> dict[Path, set[str]]:
                 "topt_vllm.cli",
                 "topt_vllm.engines",
                 "topt_vllm.evaluation",
+                "topt_vllm.replay",
                 "topt_vllm.report",
                 "topt_vllm.verify",
             ),
         ),
-        ("calibration", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.evaluation")),
-        ("evaluation", ("vllm", "topt_vllm.backend", "topt_vllm.cli", "topt_vllm.benchmarks")),
+        (
+            "replay",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "calibration", "cli", "evaluation"))),
+        ),
+        ("calibration", ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "cli", "evaluation")))),
+        (
+            "evaluation",
+            ("vllm", *(f"topt_vllm.{part}" for part in ("backend", "benchmarks", "calibration", "cli"))),
+        ),
         (
             "backend",
             (
@@ -103,6 +111,20 @@ def test_a_part_does_not_import_what_lies_above_or_beside_it(folder: str, forbid
             name for name in names if any(name == bad or name.startswith(f"{bad}.") for bad in forbidden)
         ]
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+
+
+def test_the_adapter_s_mixins_know_no_host_and_hosts_not_each_other():
+    """vLLM's builds have one of them; which, is chosen in one place when vLLM looks the name up."""
+    hosts = "topt_vllm.backend.hosts"
+    apart = {"cpu": ("gpu", "flash", "triton", "stock"), "cpu_platform": ("gpu", "flash", "triton", "stock")}
+    apart |= dict.fromkeys(("gpu", "flash", "triton", "stock"), ("cpu", "cpu_platform"))
+    for path, names in imports("backend").items():
+        if path.parent.name == "hosts":
+            wrong = [f"{hosts}.{other}" for other in apart.get(path.stem, ())]
+        else:
+            wrong = [] if path.stem == "choice" else [hosts]
+        found = [name for name in names if any(name == bad or name.startswith(f"{bad}.") for bad in wrong)]
+        assert not found, f"{path.relative_to(PACKAGE)} imports {found}"
 
 
 def test_only_the_adapter_and_what_starts_engines_know_vllm():

@@ -40,7 +40,7 @@ def save_model(folder: Path, config: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "q_proj" in name or "k_proj" in name:
+            if any(part in name for part in ("q_proj", "k_proj", "c_attn")):
                 parameter.mul_(20)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -139,6 +139,17 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
     ("distributed/parallel_state.py", ""): {"get_tensor_model_parallel_rank": ""},
+    ("distributed/kv_transfer/kv_transfer_state.py", ""): {
+        "get_kv_transfer_group": "",
+        "has_kv_transfer_group": "",
+        "is_v1_kv_transfer_group": "connector",
+    },
+    ("distributed/kv_transfer/kv_connector/v1/base.py", "KVConnectorBase_V1"): {
+        "has_connector_metadata": "self",
+        "save_kv_layer": "self layer_name kv_layer attn_metadata **kwargs",
+        "wait_for_layer_load": "self layer_name",
+    },
+    ("forward_context.py", ""): {"get_forward_context": ""},
     ("v1/worker/worker_base.py", "WorkerBase"): {
         "execute_model": "self scheduler_output",
         "init_device": "self",
@@ -190,8 +201,10 @@ NAMES: dict[tuple[str, str], str] = {
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill",
-    ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance",
-    ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm "
+    ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance kv_connector "
+    "kv_connector_extra_config kv_connector_module_path",
+    ("forward_context.py", "ForwardContext"): "attn_metadata",
+    ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm runner_type "
     "logits_processors logprobs_mode",
     ("sampling_params.py", "SamplingParams"): "extra_args logprobs prompt_logprobs trace_decode_token_ids",
     ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size use_ubatching worker_cls",

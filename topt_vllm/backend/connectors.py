@@ -26,6 +26,9 @@ CARRYING = (
     "OffloadingConnector",
     "SimpleCPUOffloadConnector",
 )
+# They copy one page from each address where some layer's begins. Where groups of layers lie over each other, beside
+# windows and state-space layers, a layer's page may begin where the shorter one of states does (0.31 to 0.33).
+_BY_ADDRESS = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 # Of OffloadingConnector: the tier in the host's memory. The keys of shared stores don't tell states apart.
 _OFFLOADING_SPEC = "CPUOffloadingSpec"
 
@@ -37,22 +40,49 @@ def refuse_connector(transfer: Any) -> None:
         transfer: vLLM's ``KVTransferConfig``.
 
     Raises:
-        ConfigError: A connector isn't known to carry V sums; the message says which are.
+        ConfigError: A connector isn't known to carry what lies beside the cache; the message says which are.
     """
     for connector in _each(vars(transfer)):
         reason = _reason_against(connector)
         if reason is not None:
-            raise ConfigError(
-                f"TOPTHETA doesn't work with the KV connector {connector['kv_connector']} (--kv-transfer-config): "
-                f"{reason}, and skipped rows of V are made up for by sums of V that lie beside the cache. Allowed: "
-                f"{', '.join(CARRYING)}, and MultiConnector of these. Name one of them, set "
-                "toptheta.compensation to none, or choose another backend."
+            raise _refusal(connector, f"{reason}, and V sums and copies of K lie beside the cache", CARRYING)
+
+
+def refuse_beside_other_layers(vllm_config: Any) -> None:
+    """Checks it once more for models that cache anything but full attention, which is known when they are loaded.
+
+    Args:
+        vllm_config: vLLM's ``VllmConfig``.
+
+    Raises:
+        ConfigError: A connector would lose a part of some layers.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or not transfer.is_kv_transfer_instance:
+        return
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:  # all layers are in one group
+        return
+    for connector in _each(vars(transfer)):
+        if connector["kv_connector"] in _BY_ADDRESS:
+            raise _refusal(
+                connector,
+                "beside sliding windows or state-space layers it would copy some blocks in part, with windows "
+                "unless --disable-hybrid-kv-cache-manager is given",
+                [name for name in CARRYING if name not in _BY_ADDRESS],
             )
+
+
+def _refusal(connector: Mapping[str, Any], reason: str, allowed: Iterable[str]) -> ConfigError:
+    return ConfigError(
+        f"TOPTHETA doesn't work with the KV connector {connector.get('kv_connector')} (--kv-transfer-config): "
+        f"{reason}. Allowed: {', '.join(allowed)}, and MultiConnector of these. Name one of them, set "
+        "toptheta.compensation to none and toptheta.k_screen to off, or choose another backend."
+    )
 
 
 def _each(connector: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """A connector, or those that it consists of."""
-    if connector["kv_connector"] != "MultiConnector" or connector.get("kv_connector_module_path"):
+    if connector.get("kv_connector") != "MultiConnector" or connector.get("kv_connector_module_path"):
         return [connector]
     parts = connector.get("kv_connector_extra_config", {}).get("connectors", [])
     return [part for child in parts for part in _each(child)]
@@ -61,7 +91,7 @@ def _each(connector: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
 def _reason_against(connector: Mapping[str, Any]) -> str | None:
     if connector.get("kv_connector_module_path"):  # it wins over the name
         return "its code is not vLLM's, so it isn't known to carry every cache layer"
-    if connector["kv_connector"] not in CARRYING:
+    if connector.get("kv_connector") not in CARRYING:
         return "it isn't known to carry every cache layer of a block"
     extra = connector.get("kv_connector_extra_config") or {}
     if connector["kv_connector"] == "OffloadingConnector" and (

@@ -194,7 +194,8 @@ def _promised_keys(
 
 def _refuse(vllm_config: "VllmConfig", config: TopThetaConfig) -> None:
     transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.is_kv_transfer_instance and config.compensation == "vmean":
+    states = config.compensation == "vmean" or config.screen is not None
+    if transfer is not None and transfer.is_kv_transfer_instance and states:
         from topt_vllm.backend.connectors import refuse_connector
 
         refuse_connector(transfer)

@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuant
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
+from topt_vllm.backend import connectors
 from topt_vllm.backend.layers import thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
 
@@ -113,7 +114,10 @@ class StatesLayer(AttentionLayerBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         # Asked when all models are loaded: a draft model may have windows where the model has none.
-        return PackedStatesBackend if has_other_layers(self._vllm_config) else StatesBackend
+        if not has_other_layers(self._vllm_config):
+            return StatesBackend
+        connectors.refuse_beside_other_layers(self._vllm_config)
+        return PackedStatesBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
         return self.beside(self._attention.get_kv_cache_spec(vllm_config))
@@ -252,8 +256,8 @@ def describe(spec: Any, states: Sequence[LayerStates]) -> str:
         if layers
     }
     whole = len(states) * spec.page_size_bytes + sum(sizes.values())
-    shares = " and ".join(f"{size / whole:.1%} for {kind}" for kind, size in sizes.items())
-    return f"of the cache of {len(states)} layers, {shares}" if shares else ""
+    shares = ", ".join(f"{kind} {size / whole:.1%}" for kind, size in sizes.items())
+    return f"of the layers' cache: {shares}" if shares else ""
 
 
 def has_other_layers(vllm_config: VllmConfig) -> bool:

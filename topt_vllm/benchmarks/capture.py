@@ -1,16 +1,15 @@
 """Runs a model once over a text and keeps what its attention layers saw, for replays of real caches."""
 
-from pathlib import Path
-
 import torch
 from transformers import AutoConfig
 
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
-from topt_vllm.calibration.capture import captured
-from topt_vllm.calibration.model import examine, load_model, load_tokenizer
-from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
-from topt_vllm.calibration.scores import LayerCall
-from topt_vllm.calibration.texts import read_texts
+from topt_vllm.replay.capture import captured
+from topt_vllm.replay.causal_lm import CausalLM
+from topt_vllm.replay.model import examine, load_causal_lm, load_tokenizer
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.texts import read_texts
 
 
 def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | None = None) -> CapturedCache:
@@ -23,13 +22,12 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
         device: As for calibrating.
 
     Raises:
-        CalibrationError: The model or the text can't be read, isn't supported, or is too short.
+        ReplayError: The model or the text can't be read, isn't supported, or is too short.
     """
-    options = CalibrationOptions(model, dataset, Path(), ks=(1,), device=device)
-    subject = examine(options)
+    subject = examine(model, decoded=False)
     _check_context(model, seq_len)
     tokens, text = _tokens(model, dataset, seq_len)
-    weights = load_model(options)
+    weights = load_causal_lm(model, device, "auto")
     layers: dict[int, CapturedLayer] = {}
     scales: set[tuple[float, float]] = set()
 
@@ -39,9 +37,9 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
         scales.add((call.scale, call.softcap))
 
     with torch.inference_mode(), captured(weights, subject.identity, keep):
-        weights(input_ids=torch.tensor([tokens], device=weights.device), use_cache=False)
+        CausalLM(weights).hidden(torch.tensor([tokens], device=weights.device))
     if list(layers) != subject.full_layers or len(scales) != 1:
-        raise CalibrationError(
+        raise ReplayError(
             f"{model}: its full-attention layers are {subject.full_layers}, but layers {list(layers)} were seen, "
             f"with (scale, softcap) {sorted(scales)}; such models can't be captured"
         )
@@ -52,9 +50,9 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
 def _check_context(model: str, seq_len: int) -> None:
     limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
     if seq_len < 1:
-        raise CalibrationError(f"--seq-len is {seq_len}; it must be at least 1")
+        raise ReplayError(f"--seq-len is {seq_len}; it must be at least 1")
     if limit is not None and seq_len > limit:
-        raise CalibrationError(f"--seq-len is {seq_len}, but the model's context is {limit} tokens")
+        raise ReplayError(f"--seq-len is {seq_len}, but the model's context is {limit} tokens")
 
 
 def _tokens(model: str, dataset: tuple[str, ...], seq_len: int) -> tuple[list[int], str]:
@@ -62,7 +60,5 @@ def _tokens(model: str, dataset: tuple[str, ...], seq_len: int) -> tuple[list[in
     documents, sources = read_texts(dataset, seq_len)
     tokens = load_tokenizer(model)("".join(documents), verbose=False)["input_ids"]
     if len(tokens) < seq_len:
-        raise CalibrationError(
-            f"the text has {len(tokens)} tokens; --seq-len is {seq_len}. Add text or lower it"
-        )
+        raise ReplayError(f"the text has {len(tokens)} tokens; --seq-len is {seq_len}. Add text or lower it")
     return tokens[:seq_len], ", ".join(source.name for source in sources)

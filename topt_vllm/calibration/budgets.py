@@ -12,10 +12,12 @@ from topt_vllm.calibration.head_errors import HeadErrors
 from topt_vllm.calibration.maker import Maker
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan
-from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.replay import Replay
+from topt_vllm.calibration.quality import quality
 from topt_vllm.calibration.search import Measured, search
-from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, everything, sensitivity
+from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, sensitivity
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.replay import Replay
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import Budget, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
@@ -27,8 +29,8 @@ def measured(model: Any, plan: Plan, budgets: list[Budget], progress: Callable[[
     replay = _replay(model, plan, plan.sequences.held_back, MEASURED_ROWS)
     found = []
     for budget in budgets:
-        quality, _ = _measure(replay, plan, budget)
-        found.append(budget.model_copy(update={"quality": quality}))
+        worth, _ = _measure(replay, plan, budget)
+        found.append(budget.model_copy(update={"quality": worth}))
         progress()
     return found
 
@@ -63,16 +65,16 @@ def targeted(
 ) -> list[Budget]:
     """One budget for each target: search on the path, on the tuning sequences."""
     replays = [_replay(model, plan, tokens, MEASURED_ROWS) for tokens in plan.sequences.tuning]
-    rounding = _rounding(replays, plan, maker)
+    rounding = _rounding(replays, plan)
     known: dict[int, Measured] = {}
 
     def measure(place: int) -> Measured:
         budget = maker.allocated(path.ks(place), "tried")
         results = [_measure(replay, plan, budget) for replay in replays]
-        losses = [quality.loss_pct or 0.0 for quality, _ in results]
+        losses = [worth.loss_pct or 0.0 for worth, _ in results]
         divergences = [
-            100 * math.expm1((quality.kl or 0.0) - floor)
-            for (quality, _), floor in zip(results, rounding, strict=True)
+            100 * math.expm1((worth.kl or 0.0) - floor)
+            for (worth, _), floor in zip(results, rounding, strict=True)
         ]
         progress()
         # The divergence is what the loss would be on the model's own text: the promise holds on both.
@@ -90,14 +92,13 @@ def targeted(
     return budgets
 
 
-def _rounding(replays: list[Replay], plan: Plan, maker: Maker) -> list[float]:
+def _rounding(replays: list[Replay], plan: Plan) -> list[float]:
     """Divergences with every row kept (nats): layers are computed another way than in the dense pass, which a
     narrow dtype makes as much as a small target.
     """
-    thetas = maker.thetas()
-    kept = {layer: everything(thetas[layer][0]) for layer in plan.allocated_layers}
-    identity, window = plan.subject.identity, plan.subject.window
-    return [replay.run(ThresholdTally(identity, {}, kept, replay.rows, window)).kl for replay in replays]
+    everything = dict.fromkeys(plan.allocated_layers, TopTheta({}))
+    runs = [replay.compare(RuleAttention(plan.subject, everything, replay.rows + 1)) for replay in replays]
+    return [run.losses().kl for run in runs]
 
 
 def _mean(numbers: list[float]) -> float:
@@ -106,13 +107,17 @@ def _mean(numbers: list[float]) -> float:
 
 def _replay(model: Any, plan: Plan, tokens: list[int], rows: int) -> Replay:
     """Rows below the first calibrated length are dense, so there is nothing to measure."""
-    count = max(1, min(rows, len(tokens) - plan.subject.lengths[0]))
+    count = max(1, min(rows, len(tokens) - plan.lengths[0]))
     return Replay(model, plan.subject, tokens, count)
 
 
 def _measure(replay: Replay, plan: Plan, budget: Budget) -> tuple[Quality, float]:
     """Quality, and the exact share of V rows read."""
-    thetas = budget.thetas(plan.subject.lengths)
-    tally = ThresholdTally(plan.subject.identity, budget.ks(), thetas, replay.rows, plan.subject.window)
-    losses = replay.run(tally)
-    return tally.quality(replay.length + 1, len(replay.rows), losses), tally.rows_read()
+    thetas = budget.thetas(plan.lengths)
+    rules = dict.fromkeys(thetas, TopTheta(thetas))
+    attention = RuleAttention(plan.subject, rules, replay.rows + 1, budget.ks())
+    losses = replay.compare(attention).losses()
+    return (
+        quality(attention, replay.length + 1, len(replay.rows), losses),
+        attention.counts.shares()["v_rows_read"],
+    )

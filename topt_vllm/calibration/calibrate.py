@@ -12,11 +12,11 @@ from topt_vllm.calibration.allocation import greedy_path
 from topt_vllm.calibration.budgets import curves, measured, targeted
 from topt_vllm.calibration.collect import collect, collect_errors
 from topt_vllm.calibration.maker import Maker
-from topt_vllm.calibration.model import load_causal_lm
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
+from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.table.schema import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
@@ -30,7 +30,7 @@ def calibrate(plan: Plan) -> ThresholdTable:
         CalibrationError: The weights can't be loaded, the model's scores can't be used, or memory runs out.
     """
     partial = Partial(plan)
-    model = load_causal_lm(plan.options)
+    model = load_causal_lm(plan.options.model, plan.options.device, plan.options.dtype)
     try:
         budgets = _budgets(model, plan, partial)
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -48,7 +48,7 @@ def calibrate(plan: Plan) -> ThresholdTable:
 def _budgets(model: Any, plan: Plan, partial: Partial) -> list[Budget]:
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=options.num_samples * layers, desc="calibrating", unit="layer") as bar:
-        maker = Maker(plan, collect(model.base_model, plan, partial, bar.update))
+        maker = Maker(plan, collect(model, plan, partial, bar.update))
     budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
     if options.budget != "k":
         budgets += _measured_budgets(model, plan, maker, partial)
@@ -60,7 +60,7 @@ def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) ->
     """Those that follow from what skipping does: shares of probability, or allocations for targets."""
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=len(plan.error_sequences) * layers, desc="errors of heads", unit="layer") as bar:
-        errors = collect_errors(model.base_model, plan, partial, maker.thetas(), bar.update)
+        errors = collect_errors(model, plan, partial, maker.thetas(), bar.update)
     if options.budget == "mass":
         return [maker.mass(percent, errors) for percent in options.masses]
     with tqdm(total=len(plan.allocated_layers), desc="sensitivity of layers", unit="layer") as bar:
@@ -71,7 +71,7 @@ def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) ->
 
 def _out_of_memory(plan: Plan) -> str:
     return (
-        f"out of memory with sequences of {plan.subject.max_seq_length} tokens; lower --max-seq-length, use a "
+        f"out of memory with sequences of {plan.max_seq_length} tokens; lower --max-seq-length, use a "
         "narrower --dtype, or spread the model with --device auto. --resume keeps the sequences that were done"
     )
 
@@ -85,8 +85,8 @@ def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> Thresh
         calibration=Provenance(
             data=plan.sources,
             num_samples=options.num_samples,
-            tokens=options.num_samples * subject.max_seq_length,
-            max_seq_length=subject.max_seq_length,
+            tokens=options.num_samples * plan.max_seq_length,
+            max_seq_length=plan.max_seq_length,
             seed=options.seed,
             options={
                 "budget": options.budget,
@@ -99,7 +99,7 @@ def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> Thresh
             libraries={name: version(name) for name in ("torch", "transformers")},
             date=_today(),
         ),
-        lengths=subject.lengths,
+        lengths=plan.lengths,
         budgets=budgets,
     )
 

@@ -1,18 +1,21 @@
 """Passes over the calibration sequences: the scores that thresholds follow from, and what skipping by them does."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.capture import Observer, captured
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors, mean_errors, output_projection
 from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
-from topt_vllm.calibration.scores import LayerCall
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
+from topt_vllm.replay.capture import Observer, captured
+from topt_vllm.replay.causal_lm import CausalLM
+from topt_vllm.replay.rule import Rows, Rule
+from topt_vllm.replay.scores import LayerCall
 
 
 def collect(
@@ -21,19 +24,19 @@ def collect(
     """Statistics of every layer, for ``plan.ks``.
 
     Args:
-        model: The decoder.
+        model: A transformers causal language model.
         plan: The run.
         partial: Keeps each sequence's scores.
         progress: Called with the number of layers done.
     """
     subject = plan.subject
     moments = {
-        layer: KthScoreMoments(len(plan.ks), subject.identity.num_query_heads, subject.lengths)
+        layer: KthScoreMoments(len(plan.ks), subject.identity.num_query_heads, plan.lengths)
         for layer in subject.full_layers
     }
     generator = torch.Generator().manual_seed(plan.options.seed)
     for index, sequence in enumerate(plan.sequences.calibration):
-        sample = sample_rows(subject.lengths, generator)
+        sample = sample_rows(plan.lengths, generator)
         values = partial.load(f"sequence-{index:04}")
         if values is None:
             values = _scores(model, plan, sequence, sample, lambda: progress(1))
@@ -55,7 +58,7 @@ def collect_errors(
     """What each head's skipping does, by layer, at every budget of ``plan.ks``.
 
     Args:
-        model: The decoder.
+        model: A transformers causal language model.
         plan: The run.
         partial: Keeps each sequence's errors.
         thetas: By layer, a budget of ``plan.ks`` each.
@@ -114,12 +117,26 @@ def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None
         observe(call)
 
     options, subject = plan.options, plan.subject
-    top_k = options.ks[-1] if options.topk_at_calibration else None
+    sparse = set(subject.full_layers) - set(plan.dense_layers) if options.topk_at_calibration else set()
+    rules = dict.fromkeys(sparse, _TopKeys(options.ks[-1]))
     tokens = torch.tensor([sequence], device=model.device)
-    with torch.inference_mode(), captured(model, subject.identity, counted, top_k, subject.dense_layers):
-        model(input_ids=tokens, use_cache=False)
+    with torch.inference_mode(), captured(model, subject.identity, counted, rules):
+        CausalLM(model).hidden(tokens)
     if seen != subject.full_layers:
         raise CalibrationError(
             f"{options.model}: its configuration has the full-attention layers {subject.full_layers}, "
             f"but layers {seen} called the AttentionInterface; this architecture can't be calibrated"
         )
+
+
+@dataclass(frozen=True)
+class _TopKeys(Rule):
+    """About what thresholds will do: each query head uses its ``k`` best keys, and the mean of V for the others."""
+
+    k: int
+
+    compensate: ClassVar[bool] = True
+
+    def keep(self, rows: Rows) -> torch.Tensor:
+        least = rows.scores.topk(min(self.k, rows.scores.shape[-1]), dim=-1).values[..., -1:]
+        return (rows.scores >= least).logical_and_(rows.scores > -torch.inf)

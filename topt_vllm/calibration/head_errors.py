@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall
 
 # Names of the projection behind the heads in transformers' models.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -93,9 +94,12 @@ def output_projection(model: Any, layer: int, width: int) -> torch.Tensor | None
     for module in model.modules():
         if getattr(module, "layer_idx", None) == layer:
             for name in _PROJECTIONS:
-                weight = getattr(getattr(module, name, None), "weight", None)
-                if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.shape[1] == width:
-                    return weight.detach()
+                found = getattr(module, name, None)
+                weight = getattr(found, "weight", None)
+                # Packed weights of a compressed checkpoint can't be taken for what they stand for.
+                if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
+                    weight = weight.detach().T if isinstance(found, Conv1D) else weight.detach()
+                    return weight if weight.shape[1] == width else None
     return None
 
 

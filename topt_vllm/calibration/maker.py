@@ -30,7 +30,7 @@ class Maker:
         """The same k in every layer that isn't dense."""
         column = self.plan.ks.index(k)
         layers = [self._layer(layer, fits[column]) for layer, fits in self._fits.items()]
-        return Budget(k=k, dense_layers=self.plan.subject.dense_layers, quality=None, layers=layers)
+        return Budget(k=k, dense_layers=self.plan.dense_layers, quality=None, layers=layers)
 
     def mass(self, percent: float, errors: dict[int, HeadErrors]) -> Budget:
         """Every head skips about this share of its probability, by its own rule, at long contexts."""
@@ -39,9 +39,7 @@ class Maker:
             places = [_place_of(dropped, percent / 100) for dropped in errors[layer].dropped.tolist()]
             layers.append(self._layer(layer, _between(fits, places)))
         name = f"mass-{percent:g}%"
-        return Budget(
-            k=None, dense_layers=self.plan.subject.dense_layers, quality=None, layers=layers, name=name
-        )
+        return Budget(k=None, dense_layers=self.plan.dense_layers, quality=None, layers=layers, name=name)
 
     def allocated(self, ks: dict[Head, int], name: str) -> Budget:
         """Each head with its own k; those with the most keys where a layer is dense, which are not used."""
@@ -56,7 +54,7 @@ class Maker:
 
     def thetas(self) -> dict[int, list[Thetas]]:
         """Thresholds by layer at every k of the plan."""
-        lengths = self.plan.subject.lengths
+        lengths = self.plan.lengths
         return {
             layer: [thetas_of(self._layer(layer, fit), lengths) for fit in fits]
             for layer, fits in self._fits.items()

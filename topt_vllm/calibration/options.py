@@ -1,66 +1,105 @@
 """What a calibration run is asked to do, and what can be refused before a model is touched."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from topt_vllm.calibration.search import Target
+from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
 
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
 BUDGETS = ("k", "mass", "auto")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# Headings of the help.
+_BUDGETS, _THRESHOLDS, _RUN = "budgets", "thresholds", "run and output"
 
 
-class CalibrationError(ValueError):
+class CalibrationError(ReplayError):
     """A calibration that can't be run; the message says what to change."""
+
+
+def _percent(text: str) -> float:
+    """A number with or without a percent sign."""
+    return float(text.removesuffix("%"))
+
+
+def _ascending(values: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(values))
+
+
+def _descending(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(sorted(values, reverse=True))
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Options of ``topt-vllm calibrate``.
+    """Options of ``topt-vllm calibrate``, each with its help; percentages are out of 100."""
 
-    Attributes:
-        model: Folder or hub id.
-        dataset: Text files, JSONL files (key ``text``), or hub datasets as ``name[:config[:split]]``.
-        output: The table's path.
-        num_samples: Sequences that thresholds are taken from; one more is held back.
-        max_seq_length: Tokens of each sequence; None for the model's context, 8192 at most.
-        ks: Budgets, keys per query head, ascending.
-        budget: ``k``: those; ``mass``: ``masses`` instead; ``auto``: those and one for each target.
-        masses: Budgets as shares of probability that a query head may drop, percent.
-        max_loss: Targets of ``auto``: rise of perplexity, percent.
-        target_rows: Targets of ``auto``: V rows read, all layers counted, percent.
-        dense_layers: Layers to attend densely; None for layer 0 where it has thresholds.
-        sigma: Standard deviations added to θ: above 0 keeps fewer keys, below 0 more.
-        topk_at_calibration: Run the model with top-k attention, so that later layers see what sparse
-            earlier layers produce.
-        seed: Of the choice of query rows.
-        device: ``cpu``, ``cuda``, ``cuda:N``, ``auto`` to spread over all GPUs; None for a GPU where there is one.
-        dtype: Of the weights; ``auto`` for the checkpoint's own.
-        force: Whether an existing output may be replaced.
-        resume: Whether to go on where a killed run with the same options was.
-    """
-
-    model: str
-    dataset: tuple[str, ...]
-    output: Path
-    num_samples: int = 4
-    max_seq_length: int | None = None
-    ks: tuple[int, ...] = (64, 128, 256)
-    budget: Literal["k", "mass", "auto"] = "k"
-    masses: tuple[float, ...] = (5.0,)
-    max_loss: tuple[float, ...] = ()
-    target_rows: tuple[float, ...] = ()
-    dense_layers: tuple[int, ...] | None = None
-    sigma: float = 0.0
-    topk_at_calibration: bool = False
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
-    force: bool = False
-    resume: bool = False
+    model: str = option(REQUIRED, "folder or hub id of a decoder-only model")
+    dataset: tuple[str, ...] = option(
+        REQUIRED,
+        'text files, JSONL files (key "text"), or hub datasets as name[:config[:split]]',
+        metavar="TEXT",
+    )
+    num_samples: int = option(4, "sequences to calibrate on (default %(default)s)")
+    max_seq_length: int | None = option(
+        None, "tokens of a sequence (default: the model's context, at most 8192)"
+    )
+    budget: Literal["k", "mass", "auto"] = option(
+        "k",
+        "k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
+        "one for each target, with more keys for the heads that lose more (default %(default)s)",
+        group=_BUDGETS,
+        choices=BUDGETS,
+    )
+    ks: tuple[int, ...] = option(
+        (64, 128, 256),
+        "budgets: keys per query head (default 64 128 256)",
+        group=_BUDGETS,
+        flag="k",
+        convert=_ascending,
+    )
+    masses: tuple[float, ...] = option(
+        (5.0,),
+        "budgets of --budget mass (default 5%%)",
+        group=_BUDGETS,
+        flag="mass",
+        type=_percent,
+        convert=_descending,
+    )
+    max_loss: tuple[float, ...] = option(
+        (), "targets of --budget auto: rise of perplexity, as 1%%", group=_BUDGETS, type=_percent
+    )
+    target_rows: tuple[float, ...] = option(
+        (), "likewise: V rows read, all layers counted", group=_BUDGETS, type=_percent
+    )
+    # None: layer 0 where it has thresholds.
+    dense_layers: tuple[int, ...] | None = option(
+        None, "layers to attend densely (default 0)", group=_BUDGETS, nargs="*", metavar="LAYER"
+    )
+    sigma: float = option(0.0, "standard deviations added to θ (default %(default)s)", group=_THRESHOLDS)
+    topk_at_calibration: bool = option(
+        False,
+        "run the model with top-k attention (the largest --k), as sparse layers will feed later ones; slow",
+        group=_THRESHOLDS,
+    )
+    seed: int = option(0, "of the choice of query rows (default %(default)s)", group=_THRESHOLDS)
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
+    )
+    dtype: str = option("auto", "of the weights (default: the checkpoint's)", group=_RUN, choices=DTYPES)
+    output: Path = option(
+        REQUIRED,
+        "table to write (default: toptheta.yaml in the model's folder)",
+        group=_RUN,
+        required=False,
+        kw_only=True,
+    )
+    force: bool = option(False, "replace an existing table", group=_RUN)
+    resume: bool = option(False, "go on where a killed run with the same options was", group=_RUN)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

@@ -70,6 +70,7 @@ def _digest(plan: Plan) -> str:
         torch.__version__,
         sorted(options.items()),
         plan.subject,
+        (plan.lengths, plan.dense_layers),
         (plan.ks, ROWS_PER_LENGTH, ERROR_ROWS, SENSITIVITY_ROWS),
         [source.model_dump() for source in plan.sources],
         plan.sequences,

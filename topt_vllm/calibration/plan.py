@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
-from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
-from topt_vllm.calibration.texts import Sequences, cut_sequences, read_texts
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
+from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
+from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.table.file import refuse_overwrite
 from topt_vllm.table.schema import TextSource
 
@@ -21,20 +21,29 @@ class Plan:
 
     Attributes:
         options: As asked.
-        subject: The model and what follows from it.
+        subject: The model.
+        lengths: Calibrated context lengths (tokens); the last is the sequences' length.
+        dense_layers: Layers to attend densely, of all budgets that don't allocate.
         sequences: Tokens.
         sources: Where the tokens came from.
     """
 
     options: CalibrationOptions
     subject: Subject
+    lengths: list[int]
+    dense_layers: list[int]
     sequences: Sequences
     sources: list[TextSource]
 
     @property
+    def max_seq_length(self) -> int:
+        """Tokens of each sequence."""
+        return self.lengths[-1]
+
+    @property
     def ks(self) -> tuple[int, ...]:
         """Every k that thresholds are collected for, ascending: those asked for, and those that heads may get."""
-        offered = ladder(self.subject.max_seq_length) if self.options.budget != "k" else ()
+        offered = ladder(self.max_seq_length) if self.options.budget != "k" else ()
         return tuple(sorted({*self.options.ks, *offered}))
 
     @property
@@ -64,14 +73,36 @@ def prepare(options: CalibrationOptions) -> Plan:
     refuse_overwrite(options.output, options.force)
     _check_output_folder(options)
     check_device(options.device)
-    subject = examine(options)
+    subject = examine(options.model)
+    lengths = calibrated_lengths(subject.max_seq_length(options.max_seq_length), options.ks[-1])
+    dense, length = _dense_layers(options, subject.full_layers), lengths[-1]
     tuning = _TUNING_SEQUENCES if options.targets else 0
-    tokens = (options.num_samples + tuning + 1) * subject.max_seq_length
-    documents, sources = read_texts(options.dataset, tokens)
+    documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
     tokenizer = load_tokenizer(options.model)
-    sequences = cut_sequences(tokenizer, documents, options.num_samples, subject.max_seq_length, tuning)
+    sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
     _check_vocabulary(sequences, subject, options.model)
-    return Plan(options, subject, sequences, sources)
+    return Plan(options, subject, lengths, dense, sequences, sources)
+
+
+def _dense_layers(options: CalibrationOptions, full: list[int]) -> list[int]:
+    if options.dense_layers is None:
+        return [layer for layer in full if layer == 0]
+    unknown = sorted(set(options.dense_layers) - set(full))
+    if unknown:
+        raise CalibrationError(
+            f"--dense-layers {unknown} are not layers that get thresholds; those are {_ranges(full)}"
+        )
+    if len(set(options.dense_layers)) == len(full):
+        raise CalibrationError(
+            "--dense-layers names every layer that gets thresholds; nothing would be sparse"
+        )
+    return sorted(set(options.dense_layers))
+
+
+def _ranges(numbers: list[int]) -> str:
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _check_output_folder(options: CalibrationOptions) -> None:

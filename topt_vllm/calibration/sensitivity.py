@@ -9,13 +9,12 @@ The divergence from dense attention is what the text's own loss would rise by on
 the text, and on few rows it is far steadier than that loss.
 """
 
-import torch
-
 from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.head_errors import HeadErrors
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.quality import ThresholdTally
-from topt_vllm.calibration.replay import Replay
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.replay import Replay
+from topt_vllm.replay.top_theta import TopTheta
 
 SENSITIVITY_ROWS = 256
 # Of each layer: with every row kept, at the first k, and at the likely one.
@@ -24,7 +23,6 @@ _FIRST_K = 16
 _LOSS = 0.01
 # Divergences that tell something are this many times what rounding makes.
 _CLEAR = 4.0
-_BELOW_ANY_SCORE = -1e30
 
 
 def sensitivity(
@@ -47,7 +45,7 @@ def sensitivity(
     """
     # With every row kept, too, the layer is computed another way than in the dense pass: that is rounding. In
     # bfloat16 it makes more than this layer's share of the loss, and a difference of the two may be nothing.
-    floor = max(_divergence(replay, subject, layer, everything(thetas[0])), 0.0)
+    floor = max(_divergence(replay, subject, layer, None), 0.0)
     energies = errors.layer_energy.tolist()
 
     def factor(index: int) -> float:
@@ -63,12 +61,7 @@ def sensitivity(
     return found if likely == first else factor(likely)
 
 
-def _divergence(replay: Replay, subject: Subject, layer: int, thetas: Thetas) -> float:
-    return replay.run(ThresholdTally(subject.identity, {}, {layer: thetas}, replay.rows, subject.window)).kl
-
-
-def everything(thetas: Thetas) -> Thetas:
-    """Thresholds that keep every key, for the same heads and lengths."""
-    # Finite: θ between lengths is a weighted mean, which −inf makes NaN.
-    theta = torch.full_like(thetas.theta, _BELOW_ANY_SCORE)
-    return Thetas(thetas.lengths, theta, torch.zeros_like(thetas.law))
+def _divergence(replay: Replay, subject: Subject, layer: int, thetas: Thetas | None) -> float:
+    """Of one sparse layer; None keeps every key."""
+    rule = TopTheta({} if thetas is None else {layer: thetas})
+    return replay.compare(RuleAttention(subject, {layer: rule}, replay.rows + 1)).losses().kl

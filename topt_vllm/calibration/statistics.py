@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
-from topt_vllm.calibration.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import keys_asked
 
 DECIMALS = 4

@@ -1,12 +1,12 @@
 """``topt-vllm calibrate``: makes the threshold table of a model."""
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm.calibration.options import BUDGETS, DTYPES, CalibrationError, CalibrationOptions
+from topt_vllm.calibration.options import CalibrationOptions
 from topt_vllm.cli import UserError
+from topt_vllm.cli.options import add_options, read_options
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.command import default_output, serve_command
 
 if TYPE_CHECKING:
@@ -22,113 +22,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "calibrate", help="make the threshold table of a model", description=_DESCRIPTION
     )
-    add = parser.add_argument
-    add("--model", required=True, help="folder or hub id of a decoder-only model")
-    add(
-        "--dataset",
-        required=True,
-        nargs="+",
-        metavar="TEXT",
-        help='text files, JSONL files (key "text"), or hub datasets as name[:config[:split]]',
+    groups = add_options(parser, CalibrationOptions)
+    groups["run and output"].add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be run, load no weights"
     )
-    add("--num-samples", type=int, default=4, help="sequences to calibrate on (default %(default)s)")
-    add(
-        "--max-seq-length", type=int, help="tokens of a sequence (default: the model's context, at most 8192)"
-    )
-    _add_budgets(parser.add_argument_group("budgets").add_argument)
-    _add_thresholds(parser.add_argument_group("thresholds").add_argument)
-    _add_run(parser.add_argument_group("run and output").add_argument)
     return parser
-
-
-def _add_budgets(add: Callable[..., Any]) -> None:
-    add(
-        "--budget",
-        choices=BUDGETS,
-        default="k",
-        help="k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
-        "one for each target, with more keys for the heads that lose more (default %(default)s)",
-    )
-    add(
-        "--k",
-        type=int,
-        nargs="+",
-        default=[64, 128, 256],
-        help="budgets: keys per query head (default 64 128 256)",
-    )
-    add("--mass", type=_percent, nargs="+", default=[5.0], help="budgets of --budget mass (default 5%%)")
-    add(
-        "--max-loss",
-        type=_percent,
-        nargs="+",
-        default=[],
-        help="targets of --budget auto: rise of perplexity, as 1%%",
-    )
-    add(
-        "--target-rows",
-        type=_percent,
-        nargs="+",
-        default=[],
-        help="likewise: V rows read, all layers counted",
-    )
-    add("--dense-layers", type=int, nargs="*", metavar="LAYER", help="layers to attend densely (default 0)")
-
-
-def _add_thresholds(add: Callable[..., Any]) -> None:
-    add("--sigma", type=float, default=0.0, help="standard deviations added to θ (default %(default)s)")
-    add(
-        "--topk-at-calibration",
-        action="store_true",
-        help="run the model with top-k attention (the largest --k), as sparse layers will feed later ones; slow",
-    )
-    add("--seed", type=int, default=0, help="of the choice of query rows (default %(default)s)")
-
-
-def _add_run(add: Callable[..., Any]) -> None:
-    add("--device", help="cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)")
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
-    add("--output", type=Path, help="table to write (default: toptheta.yaml in the model's folder)")
-    add("--force", action="store_true", help="replace an existing table")
-    add("--resume", action="store_true", help="go on where a killed run with the same options was")
-    add("--dry-run", action="store_true", help="check everything, print what would be run, load no weights")
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the table and prints what it is worth."""
     try:
-        options = _options(args)
-        _run(options, args.dry_run)
-    except (CalibrationError, OSError) as error:
+        output = args.output or default_output(args.model)
+        _run(read_options(CalibrationOptions, args, output=output), args.dry_run)
+    except (ReplayError, OSError) as error:
         raise UserError(str(error)) from error
     return 0
-
-
-def _percent(text: str) -> float:
-    """A number with or without a percent sign."""
-    return float(text.removesuffix("%"))
-
-
-def _options(args: argparse.Namespace) -> CalibrationOptions:
-    return CalibrationOptions(
-        model=args.model,
-        dataset=tuple(args.dataset),
-        output=args.output or default_output(args.model),
-        num_samples=args.num_samples,
-        max_seq_length=args.max_seq_length,
-        ks=tuple(sorted(args.k)),
-        budget=args.budget,
-        masses=tuple(sorted(args.mass, reverse=True)),
-        max_loss=tuple(args.max_loss),
-        target_rows=tuple(args.target_rows),
-        dense_layers=None if args.dense_layers is None else tuple(args.dense_layers),
-        sigma=args.sigma,
-        topk_at_calibration=args.topk_at_calibration,
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
-        force=args.force,
-        resume=args.resume,
-    )
 
 
 def _run(options: CalibrationOptions, dry_run: bool) -> None:
@@ -176,11 +84,11 @@ def _resolved(plan: "Plan") -> str:
         "fingerprint": subject.identity.fingerprint,
         "layers": f"{len(subject.full_layers)} with thresholds of {subject.identity.num_layers}",
         "dataset": ", ".join(source.name for source in plan.sources),
-        "sequences": f"{options.num_samples} and 1 held back, of {subject.max_seq_length} tokens",
-        "lengths": ", ".join(map(str, subject.lengths)),
+        "sequences": f"{options.num_samples} and 1 held back, of {plan.max_seq_length} tokens",
+        "lengths": ", ".join(map(str, plan.lengths)),
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
-        "dense layers": ", ".join(map(str, subject.dense_layers)) or "none",
+        "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
         "sigma": options.sigma,
         "work": _work(plan),
         "attention": f"top {options.ks[-1]} keys" if options.topk_at_calibration else "dense",

@@ -5,14 +5,15 @@ from typing import Any
 
 import torch
 
-from topt_vllm.evaluation.attention import RuleAttention
 from topt_vllm.evaluation.options import ADAPTING, OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.rules.adaptive import TopThetaAdapt
-from topt_vllm.evaluation.rules.base import Rule
 from topt_vllm.evaluation.rules.families import families
-from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean
+from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean
 from topt_vllm.evaluation.tuning import Sample, sample, spread_rows, tune
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.rule import Rule
+from topt_vllm.replay.top_theta import TopTheta
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Job:
 
     def attention(self, plan: Plan, contexts: torch.Tensor) -> RuleAttention:
         """For one run of rows with these contexts, int64 [r]."""
-        return RuleAttention(plan.subject.identity, self.rules, contexts, plan.subject.window, self.ks)
+        return RuleAttention(plan.subject, self.rules, contexts, self.ks)
 
 
 def count_jobs(plan: Plan) -> int:

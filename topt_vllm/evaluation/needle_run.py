@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from topt_vllm.calibration.dense_pass import DensePass
-from topt_vllm.calibration.predictions import Comparison, Head, compared, joined
-from topt_vllm.evaluation.attention import Counts
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.needles import answer
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import quality
+from topt_vllm.replay.attention import Counts
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.predictions import Comparison, compared, joined
 
 NEEDLES = "needles"
 
@@ -32,17 +32,17 @@ def evaluate_needles(
     model: Any, plan: Plan, text: Text, jobs: dict[int, list[Job]], bar: Any
 ) -> Iterator[dict[str, Any]]:
     """Records of the needles: for each rule and target one over the whole grid."""
-    options, head = plan.options, Head(model)
+    options = plan.options
     grids = [_Grid() for _ in jobs[options.needles[0]]]
     prompted: list[int] = []
     for needle in plan.needles:
         bar.set_description(f"{NEEDLES}: {needle.length} tokens, depth {needle.depth:g}")
         if needle.prompt is not prompted:
             prompt, prompted = DensePass(model, plan.subject, needle.prompt), needle.prompt
-        dense = answer(prompt, head, needle, None, None)
+        dense = answer(prompt, needle, None, None)
         for grid, job in zip(grids, jobs[needle.length], strict=True):
             counted = job.attention(plan, needle.contexts)
-            ours = answer(prompt, head, needle, counted, job.attention(plan, needle.contexts))
+            ours = answer(prompt, needle, counted, job.attention(plan, needle.contexts))
             grid.parts.append(compared(dense.log_probabilities, ours.log_probabilities, needle.right))
             grid.counts.add(counted.counts)
             cell: dict[str, Any] = {"length": needle.length, "depth": needle.depth}

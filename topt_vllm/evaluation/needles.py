@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from topt_vllm.calibration.dense_pass import DensePass, SparseAttention
-from topt_vllm.calibration.predictions import Head
 from topt_vllm.evaluation.options import EvaluationError
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
 
 _WRONG = 5
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Quito", "Delhi", "Lima", "Prague", "Dakar", "Perth", "Kyoto")
@@ -132,21 +132,19 @@ def _hide_in_one_prompt(
 
 def answer(
     prompt: DensePass,
-    head: Head,
     needle: Needle,
-    right: SparseAttention | None,
-    wrong: SparseAttention | None,
+    right: RuleAttention | None,
+    wrong: RuleAttention | None,
 ) -> Answered:
     """Answers a needle.
 
     Args:
         prompt: The dense pass over its prompt.
-        head: The model's.
         needle: The needle.
         right: Attention while question and right answer are decoded; None for dense.
         wrong: The same, while the wrong answers are; apart, so that ``right`` counts each row once.
     """
-    device = torch.device(prompt.device)
+    device = prompt.model.device
     likelihoods, known = [], []
     for answers, attention in ((needle.answers[:1], right), (needle.answers[1:], wrong)):
         inputs = torch.tensor([needle.question + tokens[:-1] for tokens in answers], device=device)
@@ -154,7 +152,7 @@ def answer(
         last = slice(len(needle.question) - 1, None)
         for tokens, row, states in zip(answers, inputs, hidden, strict=True):
             with torch.inference_mode():
-                found = head.log_probabilities(row[None, last], states[None, last]).cpu()
+                found = prompt.model.log_probabilities(row[None, last], states[None, last]).cpu()
             likelihoods.append(found.gather(1, torch.tensor(tokens)[:, None]).sum().item())
             known.append(found)
     return Answered(known[0], likelihoods)

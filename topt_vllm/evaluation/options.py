@@ -1,9 +1,11 @@
 """What an evaluation is asked to do, and what can be refused before a model is touched."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from topt_vllm.calibration.options import DTYPES, CalibrationError
+from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.
@@ -12,58 +14,129 @@ SIFT = ("sift", "sift-step", "sift-context")
 ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 
+# Headings of the help.
+_RULES, _ROWS, _NEEDLES, _RUN = "rules and targets", "decoded rows", "hidden facts", "run and output"
 
-class EvaluationError(CalibrationError):
+
+class EvaluationError(ReplayError):
     """An evaluation that can't be run; the message says what to change."""
+
+
+def _set(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(sorted(set(values)))
+
+
+def _names(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _budgets(values: Iterable[str]) -> tuple[int | str, ...]:
+    return tuple(int(value) if value.isdecimal() else value for value in _names(values))
+
+
+def _layers(values: list[str]) -> tuple[int, ...]:
+    if values == ["none"]:
+        return ()
+    try:
+        return _set(map(int, values))
+    except ValueError as error:
+        raise EvaluationError(f"--dense-layers {' '.join(values)}: layer numbers, or none") from error
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Options of ``topt-vllm evaluate``.
+    """Options of ``topt-vllm evaluate``, each with its help; shares are out of 1."""
 
-    Attributes:
-        model: Folder or hub id.
-        dataset: Texts to evaluate on, each by itself: as in calibration.
-        rules: Names out of :data:`RULES`, :data:`SIFT`, and :data:`ADAPTING`.
-        rows: Targets, shares of V rows read; each rule is tuned to each of them.
-        ks: Budgets of the table, by k or name, to evaluate as they stand, with their own dense layers.
-        thresholds: The table's path; None to search for it as the server does.
-        dense_layers: Layers that are dense under every rule at every target; None for the budget's where they leave
-            half of the target to the rule, and none where they don't.
-        max_seq_length: Tokens of a sequence; None for the longest of ``lengths`` and ``needles``, or without any
-            the model's context, 8192 at most.
-        decode_rows: Rows that are decoded behind a dense prompt, for every rule and length.
-        lengths: Contexts at which they end (tokens); () for ``max_seq_length`` alone.
-        num_samples: Sequences of each text.
-        tune_on: Text that the rules' parameters are tuned on; None for the end of each text, which isn't evaluated.
-        needles: Lengths of needle prompts (tokens), none for no needles.
-        depths: Where needles are hidden, 0 for the start and 1 for the end.
-        needles_only: Whether the texts serve only to hide needles in.
-        device: As in calibration.
-        dtype: Of the weights; ``auto`` for the checkpoint's own.
-        json: Where records are written.
-        plot: Where the plot is written.
-    """
-
-    model: str
-    dataset: tuple[str, ...]
-    rules: tuple[str, ...] = RULES
-    rows: tuple[float, ...] = (0.05, 0.1, 0.2)
-    ks: tuple[int | str, ...] = ()
-    thresholds: str | None = None
-    dense_layers: tuple[int, ...] | None = None
-    max_seq_length: int | None = None
-    decode_rows: int = 1024
-    lengths: tuple[int, ...] = ()
-    num_samples: int = 1
-    tune_on: str | None = None
-    needles: tuple[int, ...] = ()
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    needles_only: bool = False
-    device: str | None = None
-    dtype: str = "float32"
-    json: Path | None = None
-    plot: Path | None = None
+    model: str = option(REQUIRED, "folder or hub id of a decoder-only model")
+    dataset: tuple[str, ...] = option(
+        REQUIRED, "texts, each evaluated by itself; as in calibrate", metavar="TEXT"
+    )
+    rules: tuple[str, ...] = option(
+        RULES,
+        f"out of {' '.join(RULES)} (default all of these), {' '.join(SIFT)}, and, for --budget, {ADAPTING}",
+        group=_RULES,
+        metavar="RULE",
+        convert=_names,
+    )
+    rows: tuple[float, ...] = option(
+        (0.05, 0.1, 0.2),
+        "shares of V rows to tune the rules to, all layers counted (default 0.05 0.1 0.2)",
+        group=_RULES,
+        nargs="*",
+        metavar="SHARE",
+        convert=_set,
+    )
+    # With their own dense layers.
+    ks: tuple[int | str, ...] = option(
+        (),
+        "also budgets of the table as they stand, by k or name (--k: its former name)",
+        group=_RULES,
+        flag="budget",
+        alias="k",
+        type=str,
+        metavar="BUDGET",
+        convert=_budgets,
+    )
+    thresholds: str | None = option(
+        None, "the model's table (default: where the server finds it)", group=_RULES, metavar="TABLE"
+    )
+    dense_layers: tuple[int, ...] | None = option(
+        None,
+        "dense under every rule: layers, or none (default: the table's where they leave half of the target "
+        "to the rule, else none)",
+        group=_RULES,
+        type=str,
+        metavar="LAYER",
+        convert=_layers,
+    )
+    tune_on: str | None = option(
+        None,
+        "text to tune on (default: the end of each text, which isn't evaluated)",
+        group=_RULES,
+        metavar="TEXT",
+    )
+    max_seq_length: int | None = option(
+        None,
+        "tokens of a sequence (default: the longest of --lengths and --needles, else the model's context, "
+        "at most 8192)",
+        group=_ROWS,
+    )
+    decode_rows: int = option(
+        1024,
+        "rows decoded under each rule; what lies before them is the dense prompt (default %(default)s)",
+        group=_ROWS,
+        metavar="ROWS",
+    )
+    lengths: tuple[int, ...] = option(
+        (),
+        "contexts at which the decoded rows end, a record for each (default: --max-seq-length alone)",
+        group=_ROWS,
+        metavar="TOKENS",
+        convert=_set,
+    )
+    num_samples: int = option(1, "sequences of each text (default %(default)s)", group=_ROWS)
+    needles: tuple[int, ...] = option(
+        (),
+        "hide facts in the first text, in prompts of these lengths",
+        group=_NEEDLES,
+        metavar="LENGTH",
+        convert=_set,
+    )
+    depths: tuple[float, ...] = option(
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        "where the facts of a prompt stand in it, 0 to 1 (default 0 0.25 0.5 0.75 1)",
+        group=_NEEDLES,
+        convert=_set,
+    )
+    needles_only: bool = option(False, "leave out what the texts themselves would lose", group=_NEEDLES)
+    device: str | None = option(
+        None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
+    )
+    dtype: str = option("float32", "of the weights (default %(default)s)", group=_RUN, choices=DTYPES)
+    json: Path | None = option(None, "write the records; the file must not exist", group=_RUN, metavar="FILE")
+    plot: Path | None = option(
+        None, "plot loss against rows (.png, .svg, .pdf); must not exist", group=_RUN, metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         def require(condition: bool, problem: str) -> None:
@@ -100,10 +173,10 @@ class EvaluationOptions:
             "--needles-only: name the lengths of the prompts with --needles",
         )
         require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
-        for option, path in (("--json", self.json), ("--plot", self.plot)):
+        for flag, path in (("--json", self.json), ("--plot", self.plot)):
             if path is not None:
-                require(not path.exists(), f"{option} {path} exists; name another file")
-                require(path.resolve().parent.is_dir(), f"{option} {path}: the folder does not exist")
+                require(not path.exists(), f"{flag} {path} exists; name another file")
+                require(path.resolve().parent.is_dir(), f"{flag} {path}: the folder does not exist")
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.calibration.model import Subject, check_device, examine, load_tokenizer
-from topt_vllm.calibration.options import CalibrationOptions
-from topt_vllm.calibration.texts import cut_sequences, read_texts
+import torch
+
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
+from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
+from topt_vllm.replay.texts import cut_sequences, read_texts
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 from topt_vllm.table.search import find_table
 
@@ -41,8 +42,8 @@ class Plan:
 
     Attributes:
         options: As asked.
-        loading: How the model is loaded.
-        subject: The model and what follows from it.
+        subject: The model.
+        max_seq_length: Tokens of a sequence.
         table: Its thresholds.
         path: Where the table lies.
         texts: What is evaluated on.
@@ -51,8 +52,8 @@ class Plan:
     """
 
     options: EvaluationOptions
-    loading: CalibrationOptions
     subject: Subject
+    max_seq_length: int
     table: ThresholdTable
     path: Path
     texts: list[Text]
@@ -64,7 +65,7 @@ class Plan:
         """Contexts at which the decoded rows of the texts end."""
         if self.options.needles_only:
             return ()
-        return self.options.lengths or (self.subject.max_seq_length,)
+        return self.options.lengths or (self.max_seq_length,)
 
     def count(self, length: int) -> int:
         """Rows decoded before a context of ``length``: none below the table's first length, where no θ is known."""
@@ -80,30 +81,21 @@ def prepare(options: EvaluationOptions) -> Plan:
     if options.plot:
         require_matplotlib()
     check_device(options.device)
+    subject = examine(options.model)
     longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
-    loading = CalibrationOptions(
-        model=options.model,
-        dataset=options.dataset,
-        output=Path(),
-        num_samples=options.num_samples,
-        max_seq_length=longest,
-        ks=(1,),
-        device=options.device,
-        dtype=options.dtype,
-    )
-    subject = examine(loading)
+    length = subject.max_seq_length(longest)
     table, path = _table(options, subject)
-    _check_lengths(options, subject, table)
+    _check_lengths(options, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
-    dense = {target: _dense_layers(options, subject, table, target) for target in options.rows}
+    dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
     tokenizer = load_tokenizer(options.model)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
     # Needles hide in the first text.
     names = options.dataset[:1] if options.needles_only else options.dataset
-    texts = [_text(options, tokenizer, name, subject.max_seq_length, calibrated) for name in names]
+    texts = [_text(options, tokenizer, name, length, calibrated) for name in names]
     needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
-    return Plan(options, loading, subject, table, path, texts, needles, dense)
+    return Plan(options, subject, length, table, path, texts, needles, dense)
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
@@ -130,38 +122,36 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
         )
 
 
-def _check_lengths(options: EvaluationOptions, subject: Subject, table: ThresholdTable) -> None:
-    if subject.max_seq_length < table.lengths[0] + 2:
+def _check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
+    if longest < table.lengths[0] + 2:
         raise EvaluationError(
-            f"--max-seq-length is {subject.max_seq_length}, but the table's first length is {table.lengths[0]}, "
+            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
             "below which every row is dense; evaluate on longer sequences"
         )
     for length in options.lengths:
-        if not table.lengths[0] + 2 <= length <= subject.max_seq_length:
+        if not table.lengths[0] + 2 <= length <= longest:
             raise EvaluationError(
                 f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
-                f"and at most as long as --max-seq-length, {subject.max_seq_length}"
+                f"and at most as long as --max-seq-length, {longest}"
             )
-    wrong = [length for length in options.needles if not table.lengths[0] < length <= subject.max_seq_length]
+    wrong = [length for length in options.needles if not table.lengths[0] < length <= longest]
     if wrong:
         raise EvaluationError(
             f"--needles {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
-            f"at most as long as --max-seq-length, {subject.max_seq_length}"
+            f"at most as long as --max-seq-length, {longest}"
         )
 
 
 def _dense_layers(
-    options: EvaluationOptions, subject: Subject, table: ThresholdTable, target: float
+    options: EvaluationOptions, subject: Subject, table: ThresholdTable, length: int, target: float
 ) -> frozenset[int]:
     """The layers that are dense under every rule at a target."""
-    identity = subject.identity
-    full, windowed = len(subject.full_layers), len(identity.sliding_window_layers)
-    longest = max(options.lengths, default=subject.max_seq_length)
-    context = longest - min(options.decode_rows, longest - table.lengths[0]) / 2
-    windows = windowed * min(subject.window, context)
+    longest = max(options.lengths, default=length)
+    contexts = torch.arange(max(longest - options.decode_rows, table.lengths[0]), longest)
+    seen = subject.keys_seen(contexts)
 
     def share(layers: frozenset[int]) -> float:
-        return (len(layers) * context + windows) / (full * context + windows)
+        return sum(seen[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(seen)
 
     if options.dense_layers is None:
         layers = frozenset(ladder(table)[-1].dense_layers)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from topt_vllm.calibration.predictions import Comparison
-from topt_vllm.calibration.scores import percentiles
-from topt_vllm.evaluation.attention import Counts
+from topt_vllm.replay.attention import Counts
+from topt_vllm.replay.predictions import Comparison
+from topt_vllm.replay.scores import percentiles
 
 _BINS = 8
 # Rows whose mean counts as one independent number for the standard error: neighbours are alike.

@@ -1,6 +1,6 @@
 """An evaluation run: rules tuned to their targets, then every text under every rule, then needles.
 
-Everything is decoded behind a dense prompt, as a server does; see :mod:`topt_vllm.calibration.replay`.
+Everything is decoded behind a dense prompt, as a server does; see :mod:`topt_vllm.replay.replay`.
 """
 
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from topt_vllm.calibration.dense_pass import DensePass
-from topt_vllm.calibration.model import load_causal_lm
-from topt_vllm.calibration.predictions import Comparison, joined
-from topt_vllm.calibration.replay import Replay, replayed_rows
-from topt_vllm.evaluation.attention import Counts, RuleAttention
 from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
 from topt_vllm.evaluation.needle_run import evaluate_needles
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_head, by_position, quality, spread
+from topt_vllm.replay.attention import Counts, RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.model import load_causal_lm
+from topt_vllm.replay.predictions import Comparison, joined
+from topt_vllm.replay.replay import Replay, replayed_rows
 
 
 @dataclass
@@ -28,25 +28,22 @@ class _Found:
     parts: list[Comparison] = field(default_factory=list)
     contexts: list[torch.Tensor] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
-    kept_over_k: list[torch.Tensor] = field(default_factory=list)
-    head_ratios: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    kept_over_k: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def add(self, compared: Comparison, contexts: torch.Tensor, attention: RuleAttention) -> None:
         self.parts.append(compared)
         self.contexts.append(contexts)
         self.counts.add(attention.counts)
-        self.kept_over_k += attention.kept_over_k
-        for layer, ratios in attention.head_ratios.items():
-            self.head_ratios.setdefault(layer, []).extend(ratios)
+        for layer, ratios in attention.kept_over_k.items():
+            self.kept_over_k.setdefault(layer, []).extend(ratios)
 
     def record(self) -> dict[str, Any]:
         whole, contexts = joined(self.parts), torch.cat(self.contexts)
         record = quality(whole, self.counts)
         if self.kept_over_k:
-            record["kept_over_k"] = spread(torch.cat(self.kept_over_k))
-            record["heads_kept_over_k"] = by_head(
-                [torch.cat(parts, dim=1) for parts in self.head_ratios.values()]
-            )
+            layers = [torch.cat(parts, dim=1) for parts in self.kept_over_k.values()]
+            record["kept_over_k"] = spread(torch.cat([ratios.flatten() for ratios in layers]))
+            record["heads_kept_over_k"] = by_head(layers)
         return {**record, "first_context": int(contexts.min()), "by_position": by_position(whole, contexts)}
 
 
@@ -54,10 +51,10 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     """Runs the plan, shows its progress on stderr, and gives each record as soon as it is known.
 
     Raises:
-        CalibrationError: The weights can't be loaded, or the model isn't one that can be evaluated.
+        ReplayError: The weights can't be loaded, or the model isn't one that can be evaluated.
     """
     options = plan.options
-    model = load_causal_lm(plan.loading)
+    model = load_causal_lm(options.model, options.device, options.dtype)
     runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
         for index, text in enumerate(plan.texts):

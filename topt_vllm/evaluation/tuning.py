@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from topt_vllm.calibration.capture import captured
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.scores import LayerCall, any_of_group, in_threads, true_per_row
-from topt_vllm.evaluation.attention import rows_of
-from topt_vllm.evaluation.rules.base import Rows, Rule
 from topt_vllm.evaluation.rules.families import Family
+from topt_vllm.replay.capture import captured
+from topt_vllm.replay.causal_lm import CausalLM
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.rule import Rows, Rule, rows_of
+from topt_vllm.replay.scores import LayerCall, any_of_group, in_threads, true_per_row
 
 SAMPLED_ROWS = 24
 _STEPS = 16
@@ -36,19 +36,17 @@ class Sample:
 
     def v_rows_read(self, rule: Rule, dense: frozenset[int]) -> float:
         """Share of V rows that the rule reads, all layers counted; layers in ``dense`` are read in full."""
-        identity = self.subject.identity
         contexts = next(iter(self.rows.values())).contexts
-        context = int(contexts.sum())
-        windowed = len(identity.sliding_window_layers) * int(contexts.clamp(max=self.subject.window).sum())
-        total = identity.num_kv_heads * (len(self.rows) * context + windowed)
-        read = identity.num_kv_heads * (len(dense) * context + windowed)
+        seen, heads = self.subject.keys_seen(contexts), self.subject.identity.num_kv_heads
 
         def count(rows: Rows) -> int:
             prepared = replace(rows, shared=rule.prepare(rows.shared))
             return int(true_per_row(any_of_group(rows.by_group(rule.keep(prepared)))).sum())
 
-        sparse = [rows for layer, rows in self.rows.items() if layer not in dense]
-        return (read + sum(in_threads(count, sparse, contexts.device))) / total
+        sparse = {layer: rows for layer, rows in self.rows.items() if layer not in dense}
+        read = heads * (sum(seen) - sum(seen[layer] for layer in sparse))
+        counted = in_threads(count, list(sparse.values()), contexts.device)
+        return (read + sum(counted)) / (heads * sum(seen))
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def sample(model: Any, subject: Subject, tokens: list[int], wanted: list[torch.T
         for into, rows in zip(taken, wanted, strict=True):
             into[call.layer] = rows_of(call, rows.to(call.query.device), key)
 
-    with torch.inference_mode(), captured(model.base_model, subject.identity, observe):
-        model.base_model(torch.tensor([tokens], device=model.device), use_cache=False)
+    with torch.inference_mode(), captured(model, subject.identity, observe):
+        CausalLM(model).hidden(torch.tensor([tokens], device=model.device))
     return [Sample(subject, rows) for rows in taken]
 
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from topt_vllm.adaptation import ThetaController
-from topt_vllm.evaluation.rules.base import Rows
-from topt_vllm.evaluation.rules.toptheta import TopTheta
+from topt_vllm.replay.rule import Rows
+from topt_vllm.replay.top_theta import TopTheta
 
 # Rows of a step: a server that decodes so many requests together.
 STEP_ROWS = 8

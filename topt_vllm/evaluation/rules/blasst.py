@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.replay.rule import Rows, Rule
 
 TILE_ROWS = 16
 TILE_KEYS = 128

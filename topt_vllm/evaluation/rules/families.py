@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from topt_vllm.evaluation.rules.base import Rule
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import PAGE, Quest
 from topt_vllm.evaluation.rules.sift import Sift, SiftContext, SiftStep
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
-from topt_vllm.evaluation.rules.toptheta import TopTheta, TopThetaNoMean, maker, position_range
+from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean, maker, position_range
+from topt_vllm.replay.rule import Rule
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import ThresholdTable
 
 _LEAST_TAU = 1e-12

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.replay.rule import Rows, Rule
 
 PAGE = 16
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from topt_vllm.attention.quantiles import quantile
-from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.replay.rule import Rows, Rule
 from topt_vllm.sift import STIFFNESS, fit
 
 WARMUP = 32

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.replay.rule import Rows, Rule
 
 
 @dataclass(frozen=True)

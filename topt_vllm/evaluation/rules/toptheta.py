@@ -10,15 +10,14 @@ A named budget's dense layers are part of its allocation: towards it their θ fa
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.calibration.scores import kept_by_theta
-from topt_vllm.evaluation.rules.base import Rows, Rule
+from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import Budget, LayerThresholds, ThresholdTable
 
 # How far beyond the ends a target is looked for, in logits of the mean θ.
@@ -26,27 +25,6 @@ _REACH = 32.0
 _LEAST_STEP = 1e-3
 # Lowers a θ below any score, and stays finite: θ between lengths is a weighted mean, which −inf makes NaN.
 _DENSE = 1e9
-
-
-@dataclass(frozen=True)
-class TopTheta(Rule):
-    """Ours, with the mean of V in place of what is dropped.
-
-    Attributes:
-        thetas: Thresholds by layer index; a layer without any keeps everything.
-    """
-
-    thetas: Mapping[int, Thetas]
-
-    union: ClassVar[bool] = True
-    compensate: ClassVar[bool] = True
-
-    def keep(self, rows: Rows) -> torch.Tensor:
-        keys = torch.arange(rows.scores.shape[-1], device=rows.scores.device)
-        if rows.layer not in self.thetas:
-            return (keys < rows.contexts[:, None]).expand(rows.scores.shape)
-        theta = self.thetas[rows.layer].to(rows.scores.device).at_each(rows.contexts)
-        return kept_by_theta(rows.scores, theta, rows.contexts - 1)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from topt_vllm.replay.causal_lm import CausalLM
 
 # Logits held at once, [rows, vocabulary]: 16 MiB in float32, which stays in a CPU's cache.
 _LOGITS = 1 << 22
@@ -74,49 +74,24 @@ def compared(dense: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) ->
     )
 
 
-class Head:
-    """The part of a model behind its decoder."""
-
-    def __init__(self, model: Any) -> None:
-        """
-        Args:
-            model: A transformers causal language model.
-        """
-        self._model = model
-
-    def log_probabilities(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [r, vocabulary]; through the model's own head, whatever it does to the logits.
-
-        Args:
-            inputs: int64 [1, r], tokens of the rows.
-            hidden: [1, r, hidden size], what the decoder made of them.
-        """
-        name = self._model.base_model_prefix
-        decoder = getattr(self._model, name)
-        setattr(self._model, name, _Given(hidden))
-        try:
-            logits = self._model(input_ids=inputs, use_cache=False).logits
-        finally:
-            setattr(self._model, name, decoder)
-        return torch.log_softmax(logits[0].float(), dim=-1)
-
-
 class Predictions:
     """The next tokens of some rows, and what dense attention makes of them."""
 
-    def __init__(self, model: Any, inputs: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor) -> None:
+    def __init__(
+        self, model: CausalLM, inputs: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor
+    ) -> None:
         """
         Args:
-            model: A transformers causal language model.
+            model: One that has made the hidden states.
             inputs: int64 [1, R], tokens of the rows.
             targets: int64 [R], the tokens after them.
             dense: [1, R, hidden size], the decoder's output under dense attention.
         """
-        self._head = Head(model)
+        self._model = model
         self._inputs = inputs
         self._targets = targets
         self._dense = dense
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = model.model.config.get_text_config().vocab_size
         self._step = max(1, _LOGITS // vocabulary)
         self._keeps = len(targets) * vocabulary <= _KEPT
         self._kept: dict[int, torch.Tensor] = {}
@@ -140,7 +115,7 @@ class Predictions:
         )
 
     def _log_probabilities(self, hidden: torch.Tensor, part: slice) -> torch.Tensor:
-        return self._head.log_probabilities(self._inputs[:, part], hidden[:, part])
+        return self._model.log_probabilities(self._inputs[:, part], hidden[:, part])
 
     def _dense_log_probabilities(self, part: slice) -> torch.Tensor:
         """Of the dense pass."""
@@ -154,14 +129,3 @@ class Predictions:
     def _parts(self) -> Iterator[slice]:
         for start in range(0, len(self._targets), self._step):
             yield slice(start, min(start + self._step, len(self._targets)))
-
-
-class _Given(torch.nn.Module):
-    """Stands in for a decoder whose output is known."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self._hidden = hidden
-
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self._hidden)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.schema import TextSource
 
 # Enough characters of a hub dataset for the tokens needed, whatever the tokenizer: dense scripts take fewer.
@@ -37,7 +37,7 @@ def read_texts(names: tuple[str, ...], tokens_needed: int) -> tuple[list[str], l
         tokens_needed: Bounds how much of a hub dataset is read; files are read whole.
 
     Raises:
-        CalibrationError: A file or dataset can't be read.
+        ReplayError: A file or dataset can't be read.
     """
     documents: list[str] = []
     sources: list[TextSource] = []
@@ -57,7 +57,7 @@ def _read_file(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: can't be read as UTF-8 text: {error}") from error
+        raise ReplayError(f"{path}: can't be read as UTF-8 text: {error}") from error
     if path.suffix != ".jsonl":
         return [content]
     return [
@@ -71,19 +71,19 @@ def _record_text(line: str, where: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{where}: not valid JSON: {error}") from error
+        raise ReplayError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise CalibrationError(f'{where}: an object with a string "text" was expected')
+        raise ReplayError(f'{where}: an object with a string "text" was expected')
     return record["text"]
 
 
 def _read_hub(name: str, characters: int) -> list[str]:
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith((".txt", ".jsonl")):
-        raise CalibrationError(f"--dataset {name}: no such file")
+        raise ReplayError(f"--dataset {name}: no such file")
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError(
+        raise ReplayError(
             f"--dataset {name}: no such file, and reading it from the hub needs `pip install datasets`"
         ) from error
     dataset, config, split = [*name.split(":"), None, None][:3]
@@ -95,7 +95,7 @@ def _read_hub(name: str, characters: int) -> list[str]:
             if characters <= 0:
                 break
     except Exception as error:  # the library raises errors of many kinds, from HTTP's to its own
-        raise CalibrationError(
+        raise ReplayError(
             f"--dataset {name}: no such file, and the hub says: {type(error).__name__}: {error}"
         ) from error
     return documents
@@ -104,7 +104,7 @@ def _read_hub(name: str, characters: int) -> list[str]:
 def _hub_records(library: Any, name: str | None, config: str | None, split: str | None) -> Iterator[str]:
     for record in library.load_dataset(name, config, split=split or "train", streaming=True):
         if not isinstance(record.get("text"), str):
-            raise CalibrationError(f'records have no string "text", only {", ".join(record)}')
+            raise ReplayError(f'records have no string "text", only {", ".join(record)}')
         yield record["text"]
 
 
@@ -125,7 +125,7 @@ def cut_sequences(
         tuning: Sequences that targets are tried on.
 
     Raises:
-        CalibrationError: The text is too short.
+        ReplayError: The text is too short.
     """
     prefix = _prefix(tokenizer)
     stream: list[int] = []
@@ -135,7 +135,7 @@ def cut_sequences(
     total = count + tuning
     needed = (total + 1) * body
     if len(stream) < needed:
-        raise CalibrationError(
+        raise ReplayError(
             f"the text has {len(stream)} tokens; {total} calibration sequences and one held back of {length} "
             f"tokens need {needed}. Add text, or lower --num-samples or --max-seq-length"
         )

@@ -6,25 +6,18 @@ to them.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from topt_vllm.calibration.capture import check_plain_causal, selected, visible_keys, whole_sequence
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.scores import LayerCall, attend
-
-
-class SparseAttention(Protocol):
-    """Attention of some layers; the others stay dense."""
-
-    @property
-    def layers(self) -> list[int]: ...
-
-    def attend(self, call: LayerCall) -> torch.Tensor:
-        """Output of the decoded rows, [H, r, Dv]."""
-        ...
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.capture import check_plain_causal, selected, visible_keys, whole_sequence
+from topt_vllm.replay.causal_lm import CausalLM, replaced
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.rule import attend
+from topt_vllm.replay.scores import LayerCall
 
 
 class DensePass:
@@ -32,7 +25,7 @@ class DensePass:
 
     Attributes:
         length: Rows of the pass (tokens).
-        device: Where tokens go.
+        model: The model, and what follows its decoder.
     """
 
     def __init__(
@@ -44,20 +37,27 @@ class DensePass:
             model: A transformers causal language model.
             subject: What is known about it.
             tokens: All of them are run.
-            spans: Rows of later :class:`~topt_vllm.calibration.replay.Replay` objects.
+            spans: Rows of later :class:`~topt_vllm.replay.replay.Replay` objects.
 
         Raises:
-            CalibrationError: A layer attends in a way that its configuration doesn't say.
+            ReplayError: A layer attends in a way that its configuration doesn't say.
         """
         self.length = len(tokens)
-        self._decoder = model.base_model
+        self.model = CausalLM(model)
         self._subject = subject
-        self.device = model.device
-        self._layers = _decoder_layers(self._decoder, subject.identity.num_layers)
+        self._layers = _decoder_layers(model, subject.identity.num_layers)
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
-        with torch.inference_mode(), self._recording(spans), selected(self._decoder, self._record):
-            hidden = self._decoder(input_ids=torch.tensor([tokens], device=self.device), use_cache=False)[0]
+        self._checked: dict[int, torch.Tensor | None] = {}
+        with torch.inference_mode(), self._recording(spans), selected(model, self._record):
+            hidden = self.model.hidden(torch.tensor([tokens], device=model.device))
+        del self._checked
+        without = sorted(set(range(subject.identity.num_layers)) - set(self._cache))
+        if without:
+            raise ReplayError(
+                f"layers {without} don't call the AttentionInterface, so that nothing can be decoded behind what "
+                "they have seen; such models are not supported"
+            )
         self._hidden = {span: hidden[:, span.start : span.stop].clone() for span in spans}
 
     def hidden(self, span: range) -> torch.Tensor:
@@ -68,7 +68,7 @@ class DensePass:
         self,
         inputs: torch.Tensor,
         first: int,
-        attention: SparseAttention | None = None,
+        attention: RuleAttention | None = None,
         span: range | None = None,
     ) -> torch.Tensor:
         """The decoder's output for tokens that follow the first ``first`` ones of the pass.
@@ -89,11 +89,10 @@ class DensePass:
             used = attention if module.layer_idx in sparse else None
             return self._attend(used, first, module, *tensors, **kwargs)
 
-        positions = torch.arange(first, first + inputs.shape[1], device=inputs.device)[None]
         known = min(sparse, default=self._subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
-        with torch.inference_mode(), skipping, selected(self._decoder, function):
-            return self._decoder(input_ids=inputs, position_ids=positions, use_cache=False)[0]
+        with torch.inference_mode(), skipping, selected(self.model.model, function):
+            return self.model.hidden(inputs, first)
 
     def _record(
         self,
@@ -107,11 +106,12 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._window(layer)
+        window = self._subject.window_of(layer)
         call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, window=window)
-        if layer not in self._subject.identity.sliding_window_layers:
-            seen = None if attention_mask is None else visible_keys(attention_mask)
-            check_plain_causal(module, call, seen, kwargs)
+        # Layers of a kind are given the same mask.
+        known = attention_mask is None or attention_mask is self._checked.get(window)
+        check_plain_causal(module, call, None if known else visible_keys(attention_mask), kwargs)
+        self._checked[window] = attention_mask
         self._cache[layer] = key[0].contiguous(), value[0].contiguous()
         if softcap:
             return attend(call, None).transpose(0, 1).unsqueeze(0), None
@@ -119,7 +119,7 @@ class DensePass:
 
     def _attend(
         self,
-        attention: SparseAttention | None,
+        attention: RuleAttention | None,
         first: int,
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -131,7 +131,7 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._window(layer)
+        window = self._subject.window_of(layer)
         # Keys that even the first row no longer sees are left out.
         start = max(0, first - window + 1) if window else 0
         before = [tensor[:, start:first] for tensor in self._cache[layer]]
@@ -148,9 +148,6 @@ class DensePass:
             else:
                 outputs.append(_dense(module, call, scaling, kwargs))
         return torch.stack(outputs), None
-
-    def _window(self, layer: int) -> int:
-        return self._subject.window if layer in self._subject.identity.sliding_window_layers else 0
 
     @contextmanager
     def _recording(self, spans: tuple[range, ...]) -> Iterator[None]:
@@ -178,9 +175,7 @@ class DensePass:
         """Within it, the first ``count`` decoder layers give what they gave in the dense pass."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers[:count]):
-                before = layer.__dict__.get("forward")
-                layer.forward = lambda *_, index=index, **__: self._outputs[span, index]
-                stack.callback(_restore_forward, layer, before)
+                stack.enter_context(replaced(layer, self._outputs[span, index]))
             yield
 
 
@@ -194,14 +189,11 @@ def _dense(
     return sdpa_attention_forward(module, *tensors, scaling=scaling, **{**kwargs, "is_causal": False})[0][0]
 
 
-def _decoder_layers(decoder: Any, count: int) -> list[torch.nn.Module]:
+def _decoder_layers(model: Any, count: int) -> list[torch.nn.Module]:
     """The decoder's layers; [] where they can't be told, so that runs start at the first."""
-    lists = [m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    return list(lists[0]) if len(lists) == 1 else []
-
-
-def _restore_forward(layer: torch.nn.Module, before: Any) -> None:
-    if before is None:
-        del layer.forward
-    else:
-        layer.forward = before
+    lists = (
+        m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count
+    )
+    # Experts of a layer may be as many.
+    layers = (m for m in lists if any(hasattr(part, "layer_idx") for part in m[0].modules()))
+    return list(next(layers, ()))

@@ -4,12 +4,13 @@ Shapes as in :mod:`topt_vllm.attention.common`; ``r`` query rows of one sequence
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from topt_vllm.calibration.scores import any_of_group, true_per_row
+from topt_vllm.replay.scores import LayerCall, any_of_group, for_each_part, true_per_row
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,57 @@ class Outcome:
     dropped: float
 
 
-def attend(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> Outcome:
+def attend(
+    call: LayerCall, rule: Rule | None, count: Callable[[Rows, Outcome], None] = lambda *_: None
+) -> torch.Tensor:
+    """Attention of every query row of a call, for what torch's fused kernel can't do: skipping, or a softcap.
+
+    Args:
+        call: The layer.
+        rule: Chooses the V rows; None for all.
+        count: Gets the rows part by part, in the order of the sequence only if the rule asks for it, and from
+            several threads.
+
+    Returns:
+        [H, n − first, Dv] in the query's dtype.
+    """
+    out = call.query.new_empty(*call.query.shape[:2], call.value.shape[2])
+    queries = torch.arange(call.first, call.key.shape[1], device=call.query.device)
+    shared = rule.prepare(call.key) if rule is not None else None
+
+    def compute(part: slice) -> None:
+        rows = rows_of(call, queries[part], shared)
+        value = call.values[:, : rows.scores.shape[-1]]
+        if rule is None:
+            weights = rows.by_group(torch.softmax(rows.scores, dim=-1))
+            found = _weighted(weights, value).flatten(0, 1)
+        else:
+            outcome = attend_rows(rule, rows, value, call.means[:, part])
+            count(rows, outcome)
+            found = outcome.out
+        out[:, part] = found.to(out.dtype)
+
+    if rule is not None and rule.in_order:
+        for part in call.chunks(queries):
+            compute(part)
+    else:
+        for_each_part(compute, call, queries)
+    return out
+
+
+def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
+    """Some query rows of a call: int64 [r], ascending indices in the sequence.
+
+    Args:
+        call: The layer.
+        rows: The rows.
+        shared: What the rule has prepared for the layer's keys.
+    """
+    query = call.query[:, rows - call.first].float()
+    return Rows(call.layer, call.scores(rows), rows + 1, query, call.key.shape[0], shared)
+
+
+def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> Outcome:
     """Attention of the rows under the rule.
 
     Args:
@@ -99,8 +150,13 @@ def attend(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> 
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
         weights /= mass
-    out = torch.bmm(weights.flatten(1, 2), value).unflatten(1, weights.shape[1:3])
+    out = _weighted(weights, value)
     dropped = 1.0 - mass
     if rule.compensate:
         out += dropped * means[:, None]
     return Outcome(out.flatten(0, 1), true_per_row(kept), int(true_per_row(read).sum()), float(dropped.sum()))
+
+
+def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Sums of V rows, float32 [Hkv, heads of a group, r, Dv]."""
+    return torch.bmm(weights.flatten(1, 2), value).unflatten(1, weights.shape[1:3])

@@ -6,9 +6,9 @@ from threading import Lock
 
 import torch
 
-from topt_vllm.calibration.scores import LayerCall, for_each_part
-from topt_vllm.evaluation.rules.base import Rows, Rule, attend
-from topt_vllm.table.identity import ModelIdentity
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.rule import Outcome, Rows, Rule, attend
+from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import keys_asked
 
 
@@ -49,48 +49,47 @@ class Counts:
 
 
 class RuleAttention:
-    """The attention of one run of a :class:`~topt_vllm.calibration.replay.Replay`.
+    """The attention of one run of a :class:`~topt_vllm.replay.replay.Replay`.
 
     Attributes:
         counts: Of the run, dense layers included.
-        kept_over_k: Keys that a head keeps over those that the budget asks for: float32, of each part of the rows.
-        head_ratios: The same by layer, [H, rows] of each part.
+        kept_over_k: Keys that a head keeps over those that the budget asks for, by layer: float32 [H, rows] of each
+            part of the rows.
     """
 
     def __init__(
         self,
-        identity: ModelIdentity,
+        subject: Subject,
         rules: Mapping[int, Rule],
         contexts: torch.Tensor,
-        window: int,
         ks: Mapping[int, list[int]] | None = None,
     ) -> None:
         """
         Args:
-            identity: Of the model.
+            subject: The model.
             rules: By layer, without sliding-window layers; a layer without one is dense.
             contexts: int64 [r], of the decoded rows.
-            window: Tokens that sliding-window layers attend to at most.
             ks: Keys that each query head should keep, by layer, where a budget says so.
 
         Raises:
             ValueError: A rule for a layer that the model doesn't have or that has a sliding window.
         """
-        windowed = set(identity.sliding_window_layers)
-        allowed = set(range(identity.num_layers)) - windowed
-        if not set(rules) <= allowed:
-            raise ValueError(f"rules for layers {sorted(set(rules) - allowed)}, which can't have one")
-        self.kept_over_k: list[torch.Tensor] = []
-        self.head_ratios: dict[int, list[torch.Tensor]] = {}
+        wrong = sorted(set(rules) - set(subject.full_layers))
+        if wrong:
+            raise ValueError(f"rules for layers {wrong}, which can't have one")
+        self.kept_over_k: dict[int, list[torch.Tensor]] = {}
         self._rules = rules
         self._ks = ks or {}
         self._lock = Lock()
-        full, heads = int(contexts.sum()), identity.num_query_heads
-        dense = (len(allowed) - len(rules)) * full + len(windowed) * int(contexts.clamp(max=window).sum())
-        total = dense + len(rules) * full
+        self._seen = subject.keys_seen(contexts)
+        self._read = dict.fromkeys(rules, 0)
+        self._kv_heads = subject.identity.num_kv_heads
+        kv_heads, heads = self._kv_heads, subject.identity.num_query_heads
+        total = sum(self._seen)
+        dense = total - sum(self._seen[layer] for layer in rules)
         self.counts = Counts(
-            v_rows=identity.num_kv_heads * total,
-            v_rows_read=identity.num_kv_heads * dense,
+            v_rows=kv_heads * total,
+            v_rows_read=kv_heads * dense,
             elements=heads * total,
             elements_kept=heads * dense,
             sparse=heads * len(rules) * len(contexts),
@@ -103,41 +102,22 @@ class RuleAttention:
 
     def attend(self, call: LayerCall) -> torch.Tensor:
         """Output of the decoded rows, [H, r, Dv]."""
-        rule = self._rules[call.layer]
-        decoded = torch.arange(call.first, call.key.shape[1], device=call.query.device)
-        out = call.query.new_empty(*call.query.shape[:2], call.value.shape[-1])
-        shared = rule.prepare(call.key)
 
-        def compute(part: slice) -> None:
-            rows = rows_of(call, decoded[part], shared)
-            found = attend(rule, rows, call.values[:, : rows.scores.shape[-1]], call.means[:, part])
-            out[:, part] = found.out.to(out.dtype)
+        def count(rows: Rows, found: Outcome) -> None:
             with self._lock:
-                self.counts.elements_kept += int(found.kept.sum())
+                self._read[call.layer] += found.read
                 self.counts.v_rows_read += found.read
+                self.counts.elements_kept += int(found.kept.sum())
                 self.counts.dropped += found.dropped
                 if call.layer in self._ks:
                     asked = keys_asked(torch.tensor(self._ks[call.layer])[:, None], rows.contexts.cpu())
-                    ratios = found.kept.cpu() / asked
-                    self.kept_over_k.append(ratios.flatten())
-                    self.head_ratios.setdefault(call.layer, []).append(ratios)
+                    self.kept_over_k.setdefault(call.layer, []).append(found.kept.cpu() / asked)
 
-        if rule.in_order:
-            for part in call.chunks(decoded):
-                compute(part)
-        else:
-            for_each_part(compute, call, decoded)
-        return out
+        return attend(call, self._rules[call.layer], count)
 
-
-def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
-    """Some query rows of a call: int64 [r], ascending indices in the sequence.
-
-    Args:
-        call: The layer.
-        rows: The rows.
-        shared: What the rule has prepared for the layer's keys.
-    """
-    contexts = rows + 1
-    query = call.query[:, rows - call.first].float()
-    return Rows(call.layer, call.scores(rows), contexts, query, call.key.shape[0], shared)
+    def layer_rows_read(self) -> list[float]:
+        """Share of V rows read by every layer of the model, in order."""
+        return [
+            self._read[layer] / (self._kv_heads * seen) if layer in self._read else 1.0
+            for layer, seen in enumerate(self._seen)
+        ]

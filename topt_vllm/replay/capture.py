@@ -1,10 +1,10 @@
 """Looks into a transformers model's attention layers through transformers' AttentionInterface.
 
 The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only a
-softcap, which SDPA drops, and top-k attention, if asked for, are computed here.
+softcap, which SDPA drops, and attention under a rule, if asked for, are computed here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.calibration.scores import LayerCall, attend, top_k
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.rule import Rule, attend
+from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.identity import ModelIdentity
 
 NAME = "toptheta_capture"
@@ -29,19 +30,12 @@ Observer = Callable[[LayerCall], None]
 
 
 class _Capture:
-    """The attention function of one run.
+    """The attention function of one run."""
 
-    Attributes:
-        top_k: Keys each query head keeps in the sparse layers; None for dense attention.
-    """
-
-    def __init__(
-        self, identity: ModelIdentity, observe: Observer, top_k: int | None, dense: list[int]
-    ) -> None:
+    def __init__(self, identity: ModelIdentity, observe: Observer, rules: Mapping[int, Rule]) -> None:
         self._identity = identity
         self._observe = observe
-        self._top_k = top_k
-        self._dense = dense
+        self._rules = rules
         self._windowed = set(identity.sliding_window_layers)
 
     def __call__(
@@ -62,10 +56,9 @@ class _Capture:
         if not windowed:
             check_plain_causal(module, call, call.mask, kwargs)
             self._observe(call)
-        k = None if windowed or call.layer in self._dense else self._top_k
-        if softcap or k is not None:
-            select = None if k is None else top_k(k)
-            return attend(call, select).transpose(0, 1).unsqueeze(0), None
+        rule = self._rules.get(call.layer)
+        if softcap or rule is not None:
+            return attend(call, rule).transpose(0, 1).unsqueeze(0), None
         return whole_sequence(module, query, key, value, attention_mask, scaling=scaling, **kwargs), None
 
     def _check_heads(self, call: LayerCall) -> None:
@@ -73,7 +66,7 @@ class _Capture:
         found = (call.query.shape[0], call.key.shape[0], call.query.shape[2])
         # Gemma 4 and others give the two kinds of layer different heads; only calibrated ones must agree.
         if found != expected and call.layer not in self._windowed:
-            raise CalibrationError(
+            raise ReplayError(
                 f"layer {call.layer} has {found[0]} query heads, {found[1]} KV heads and head_dim {found[2]}, "
                 f"but the configuration says {expected[0]}, {expected[1]} and {expected[2]}; "
                 "such models are not supported"
@@ -82,11 +75,7 @@ class _Capture:
 
 @contextmanager
 def captured(
-    model: Any,
-    identity: ModelIdentity,
-    observe: Observer,
-    top_k: int | None = None,
-    dense: list[int] | None = None,
+    model: Any, identity: ModelIdentity, observe: Observer, rules: Mapping[int, Rule] | None = None
 ) -> Iterator[None]:
     """Within it, every full-attention layer of ``model`` is shown to ``observe`` before its output is computed.
 
@@ -94,10 +83,9 @@ def captured(
         model: A transformers model; run it with a batch of one sequence and no cache.
         identity: Of the model; its sliding-window layers are passed through unseen.
         observe: Gets each layer's call, in order.
-        top_k: Attend with each head's top k keys and V-mean compensation; None for dense attention.
-        dense: Layers that stay dense under ``top_k``.
+        rules: Attention of some layers; the others are dense.
     """
-    with selected(model, _Capture(identity, observe, top_k, dense or [])):
+    with selected(model, _Capture(identity, observe, rules or {})):
         yield
 
 
@@ -158,19 +146,38 @@ def whole_sequence(
 def check_plain_causal(
     module: torch.nn.Module, call: LayerCall, mask: torch.Tensor | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raises CalibrationError where a row of a whole pass sees anything but all keys up to its own."""
+    """Raises ReplayError where a row of a whole pass sees other keys than all up to its own, or its window.
+
+    Args:
+        module: The layer's attention.
+        call: What it was called with.
+        mask: bool [n, n]; None where the module says that it is causal.
+        kwargs: Further arguments of the attention function.
+    """
     refused = [name for name in REFUSED if kwargs.get(name) is not None]
-    n = call.query.shape[1]
     asked = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if asked is None else asked):
         refused.append("is_causal=False")
     window = kwargs.get("sliding_window")
-    if window is not None and window < n:
+    if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")
-    if mask is not None and not torch.equal(mask, torch.ones_like(mask).tril()):
-        refused.append("a mask that isn't causal")
+    if mask is not None and not _sees_window(mask, call.window):
+        refused.append("a mask that isn't its window's" if call.window else "a mask that isn't causal")
     if refused:
-        raise CalibrationError(
-            f"layer {call.layer} attends with {', '.join(refused)}, "
-            "but its configuration says full causal attention; such models are not supported"
+        kind = f"attention in a window of {call.window}" if call.window else "full causal attention"
+        raise ReplayError(
+            f"layer {call.layer} attends with {', '.join(refused)}, but its configuration says {kind}; "
+            "such models are not supported"
         )
+
+
+def _sees_window(mask: torch.Tensor, window: int) -> bool:
+    """Whether each row of bool [n, n] sees its last ``window`` keys, or all for 0; part by part: n is large."""
+    keys = torch.arange(mask.shape[1], device=mask.device)
+    for rows in keys.split(_MASKED_ROWS):
+        expected = keys <= rows[:, None]
+        if window:
+            expected &= keys > rows[:, None] - window
+        if not torch.equal(mask[rows[0] : rows[-1] + 1], expected):
+            return False
+    return True

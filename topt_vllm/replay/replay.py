@@ -4,29 +4,15 @@ The dense pass is made once; each run repeats only the last rows, from the first
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from topt_vllm.calibration.dense_pass import DensePass, SparseAttention
-from topt_vllm.calibration.model import Subject
-from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.calibration.predictions import Comparison, Losses, Predictions
-from topt_vllm.calibration.scores import LayerCall, attend
-
-
-class Selector(Protocol):
-    """Chooses V rows in some layers; :class:`~topt_vllm.calibration.quality.ThresholdTally` is one.
-
-    The softmax runs over all keys, and the mean of V stands in for what isn't chosen.
-    """
-
-    @property
-    def layers(self) -> list[int]: ...
-
-    def select(
-        self, layer: int, scores: torch.Tensor, probabilities: torch.Tensor, rows: torch.Tensor, part: slice
-    ) -> torch.Tensor: ...
+from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.dense_pass import DensePass
+from topt_vllm.replay.model import Subject
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.predictions import Comparison, Predictions
 
 
 class Replay:
@@ -57,7 +43,7 @@ class Replay:
                 None to make one.
 
         Raises:
-            CalibrationError: The model has no next-token scores at these rows.
+            ReplayError: The model has no next-token scores at these rows.
         """
         span = replayed_rows(len(sequence), count)
         self._span = span
@@ -68,10 +54,10 @@ class Replay:
         self._inputs = tokens[:, span.start : span.stop]
         with torch.inference_mode():
             self._predictions = Predictions(
-                model, self._inputs, tokens[0, span.start + 1 :], self._dense.hidden(span)
+                self._dense.model, self._inputs, tokens[0, span.start + 1 :], self._dense.hidden(span)
             )
         if not math.isfinite(self.dense_nll):
-            raise CalibrationError(
+            raise ReplayError(
                 f"dense attention predicts the held-back text with a loss of {self.dense_nll}; "
                 "the weights are broken or --dtype is too narrow for this model"
             )
@@ -81,12 +67,8 @@ class Replay:
         """Mean negative log likelihood under dense attention (nats)."""
         return self._predictions.dense_nll
 
-    def run(self, selector: Selector) -> Losses:
-        """Runs the last rows with the selector's layers sparse."""
-        return self.compare(_Selecting(selector)).losses()
-
-    def compare(self, attention: SparseAttention) -> Comparison:
-        """Runs the last rows with any other attention in some layers."""
+    def compare(self, attention: RuleAttention) -> Comparison:
+        """Runs the last rows with rules in some layers."""
         with torch.inference_mode():
             return self._predictions.compare(
                 self._dense.decode(self._inputs, self.first, attention, self._span)
@@ -96,14 +78,3 @@ class Replay:
 def replayed_rows(length: int, count: int) -> range:
     """Rows that a :class:`Replay` of ``length`` tokens runs again."""
     return range(length - 1 - count, length - 1)
-
-
-class _Selecting:
-    """A selector's attention."""
-
-    def __init__(self, selector: Selector) -> None:
-        self._selector = selector
-        self.layers = selector.layers
-
-    def attend(self, call: LayerCall) -> torch.Tensor:
-        return attend(call, lambda *chunk: self._selector.select(call.layer, *chunk))

@@ -1,4 +1,4 @@
-"""Scores of chosen query rows of one layer, and attention computed from them chunk by chunk.
+"""Scores of chosen query rows of one layer, chunk by chunk.
 
 Shapes as in :mod:`topt_vllm.attention.common`; here ``n`` is the length of the whole sequence. The queries are
 those of its last rows, all n in a whole forward pass; row i of the sequence sees the keys 0..i.
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +17,6 @@ Result = TypeVar("Result")
 
 # Scores held at once, [H, rows, n]: 4 MiB in fp32, so that what is made of them stays in a CPU's cache.
 _CHUNK_ELEMENTS = 1 << 20
-
-# Chooses the V rows that query heads use: from scores and their softmax [H, r, m], the rows' indices in the
-# sequence (int64 [r]) and their place among all rows that are attended, it makes bool [H, r, m], or [Hkv, r, m]
-# where the heads of a group use the same.
-Select = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,52 +110,6 @@ class LayerCall:
             yield slice(start, min(start + step, len(rows)))
 
 
-def top_k(k: int) -> Select:
-    """Each query head uses its k keys of the highest score."""
-
-    def select(scores: torch.Tensor, _: torch.Tensor, rows: torch.Tensor, part: slice) -> torch.Tensor:
-        if scores.shape[-1] <= k:
-            return torch.ones_like(scores, dtype=torch.bool)
-        return scores >= scores.topk(k, dim=-1).values[..., -1:]
-
-    return select
-
-
-def attend(call: LayerCall, select: Select | None) -> torch.Tensor:
-    """Attention of every query row, for what torch's fused kernel can't do: softcap, or skipping with V-mean
-    compensation.
-
-    Args:
-        call: The layer.
-        select: Chooses the V rows; None for all.
-
-    Returns:
-        [H, n − first, Dv] in the query's dtype.
-    """
-    num_heads, count, _ = call.query.shape
-    num_kv_heads, _, value_dim = call.value.shape
-    out = call.query.new_empty(num_heads, count, value_dim)
-    rows = torch.arange(call.first, call.first + count, device=call.query.device)
-    lock = Lock()
-
-    def compute(part: slice) -> None:
-        scores = call.scores(rows[part])
-        weights = torch.softmax(scores, dim=-1).view(num_kv_heads, -1, *scores.shape[1:])
-        if select is not None:
-            with lock:
-                used = select(scores, weights.view(scores.shape), rows[part], part)
-            weights.mul_(used.view(num_kv_heads, -1, *scores.shape[1:]))
-        result = torch.bmm(weights.flatten(1, 2), call.values[:, : scores.shape[-1]])
-        result = result.view(*weights.shape[:3], value_dim)
-        if select is not None:
-            dropped = 1.0 - weights.sum(dim=-1, keepdim=True)
-            result += dropped * call.means[:, None, part]
-        out[:, part] = result.flatten(0, 1).to(out.dtype)
-
-    for_each_part(compute, call, rows)
-    return out
-
-
 def for_each_part(compute: Callable[[slice], None], call: LayerCall, rows: torch.Tensor) -> None:
     """Calls ``compute`` for parts of ``rows``; on CPUs in a thread per core.
 
@@ -191,20 +139,6 @@ def in_threads(
             return list(pool.map(run, items))
     finally:
         torch.set_num_threads(threads)
-
-
-def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
-    """What each head keeps: keys whose score reaches θ, and the row's newest one; bool [H, r, m].
-
-    Args:
-        scores: float32 [H, r, m], −inf where a row doesn't see a key.
-        theta: float32 [H, r], −inf where a row keeps everything that it sees.
-        newest: int64 [r], index of each row's newest key.
-    """
-    # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
-    kept = scores >= theta[..., None].clamp(min=torch.finfo(scores.dtype).min)
-    kept[:, torch.arange(len(newest), device=kept.device), newest] = True
-    return kept
 
 
 def percentiles(values: torch.Tensor) -> tuple[float, float, float]:

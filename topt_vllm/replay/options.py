@@ -1,0 +1,39 @@
+"""What calibration and evaluation are asked alike, and how an option is stated."""
+
+from dataclasses import MISSING, field
+from typing import Any
+
+# The default of an option that has to be given.
+REQUIRED = MISSING
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ReplayError(ValueError):
+    """A model, a text or an option that can't be used; the message says what to change."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    flag: str | None = None,
+    alias: str | None = None,
+    kw_only: bool = False,
+    **more: Any,
+) -> Any:
+    """A field of a dataclass that is set on the command line; :mod:`topt_vllm.cli.options` makes the argument.
+
+    Args:
+        default: What is taken without it; ``REQUIRED`` where it is required.
+        help: For people; ``%(default)s`` stands for the default.
+        group: Heading under which the help lists it.
+        flag: Its name, without leading dashes; None for the field's own.
+        alias: Another name for it.
+        kw_only: Whether Python callers have to name it.
+        more: Further arguments of argparse's ``add_argument``, where the field's type doesn't say them, and
+            ``convert``, from what was parsed to the field's value.
+    """
+    stated = {"help": help, "group": group, "flag": flag, "alias": alias, "more": more}
+    return field(default=default, metadata=stated, kw_only=kw_only)

@@ -1,0 +1,49 @@
+"""Top-Theta as a rule: keys whose score reaches a calibrated threshold (arXiv 2502.08363).
+
+It is the operator's with its default policy: group union, one recent token, no sinks, no minimum length. The
+unfinished block that the server keeps dense is left out, for its size is the server's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from topt_vllm.attention.common import Thetas
+from topt_vllm.replay.rule import Rows, Rule
+
+
+@dataclass(frozen=True)
+class TopTheta(Rule):
+    """Keys that reach θ; the mean of V stands in for what is dropped.
+
+    Attributes:
+        thetas: Thresholds by layer index; a layer without any keeps everything.
+    """
+
+    thetas: Mapping[int, Thetas]
+
+    union: ClassVar[bool] = True
+    compensate: ClassVar[bool] = True
+
+    def keep(self, rows: Rows) -> torch.Tensor:
+        keys = torch.arange(rows.scores.shape[-1], device=rows.scores.device)
+        if rows.layer not in self.thetas:
+            return (keys < rows.contexts[:, None]).expand(rows.scores.shape)
+        theta = self.thetas[rows.layer].to(rows.scores.device).at_each(rows.contexts)
+        return kept_by_theta(rows.scores, theta, rows.contexts - 1)
+
+
+def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
+    """What each head keeps: keys whose score reaches θ, and the row's newest one; bool [H, r, m].
+
+    Args:
+        scores: float32 [H, r, m], −inf where a row doesn't see a key.
+        theta: float32 [H, r], −inf where a row keeps everything that it sees.
+        newest: int64 [r], index of each row's newest key.
+    """
+    # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
+    kept = scores >= theta[..., None].clamp(min=torch.finfo(scores.dtype).min)
+    kept[:, torch.arange(len(newest), device=kept.device), newest] = True
+    return kept
