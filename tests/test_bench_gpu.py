@@ -197,7 +197,7 @@ def test_flashinfer_is_planned_once_and_run_often(monkeypatch: pytest.MonkeyPatc
 
 def test_blocks_on_a_gpu_are_those_of_the_backend():
     backend = pytest.importorskip("topt_vllm.backend.hosts.gpu")
-    assert bench_decode._BLOCK_SIZE["cuda"] == backend._PREFERRED_BLOCK_SIZE
+    assert bench_decode._BLOCK_SIZE["cuda"] == backend.PREFERRED_BLOCK_SIZE
 
 
 def test_caches_are_made_cold_by_reading(monkeypatch: pytest.MonkeyPatch):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from topt_vllm.attention import api
 from topt_vllm.attention.common import Selection, Stat, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.devices import CPU, Device
@@ -41,14 +40,14 @@ class ThetaSet:
 
 @dataclass(frozen=True)
 class _Column:
-    """One of our variants and what it counted."""
+    """One of our variants on its cases, its largest error and what it counted by layer."""
 
     variant: Variant
+    layers: Sequence[Inputs]
     target: ThetaSet
     k_screen: str
     error: float
     counts: torch.Tensor
-    bytes_moved: int
 
 
 def compare(
@@ -84,34 +83,36 @@ def compare(
     for rival in rivals:
         _check(rival, dense)
     keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), selection))
-    _check(keep_all, dense)
+    dense_error = _check(keep_all, dense)
     screened = {name: [with_screen(module, inputs, name) for inputs in layers] for name in k_screens}
     columns: list[_Column] = []
     for target in targets:
+        counts = count(module, layers, target.thetas, selection)
         if target.dense:
-            columns.append(_column(module, keep_all, layers, target, "off", dense, selection))
+            columns.append(_Column(keep_all, layers, target, "off", dense_error, counts))
             continue
         expected = [
             expect(inputs, theta, selection) for inputs, theta in zip(layers, target.thetas, strict=True)
         ]
-        kept = _kept(count(module, layers, target.thetas, selection))
+        kept = _kept(counts)
         for name in k_screens:
             label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
             title = f"{label}, k_screen {name}"
             variant = device.ready(our_kernel(title, module, screened[name], target.thetas, selection))
-            columns.append(_column(module, variant, screened[name], target, name, expected, selection))
-            found = _kept(count(module, screened[name], target.thetas, selection))
-            if not torch.equal(found, kept):
+            error = _check(variant, expected)
+            counts = count(module, screened[name], target.thetas, selection)
+            columns.append(_Column(variant, screened[name], target, name, error, counts))
+            if not torch.equal(_kept(counts), kept):
                 raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
     stream = device.stream(module, layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
     take_turns([*rivals, keep_all, *ours], seconds, stream, device.measure)
-    bandwidth = stream.outs[0].nbytes / stream.median / 1e6
-    return [_record(layers, column, rivals, left_out, keep_all, bandwidth) for column in columns]
+    shared = _shared(rivals, left_out, keep_all, stream)
+    return [_record(column, shared, selection) for column in columns]
 
 
-def _kept(counts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.stack(counts)[:, _KEPT]
+def _kept(counts: torch.Tensor) -> torch.Tensor:
+    return counts[:, _KEPT]
 
 
 def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
@@ -140,21 +141,6 @@ def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
     return largest
 
 
-def _column(
-    module: api.Implementation,
-    variant: Variant,
-    layers: Sequence[Inputs],
-    target: ThetaSet,
-    k_screen: str,
-    expected: Sequence[Expectation],
-    selection: Selection,
-) -> _Column:
-    error = _check(variant, expected)
-    counts = torch.stack(count(module, layers, target.thetas, selection)).sum(dim=0)
-    compensated = selection.compensation == "vmean" and not target.dense
-    return _Column(variant, target, k_screen, error, counts, _bytes_moved(layers, counts, compensated))
-
-
 def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bool) -> int:
     """Rows of K and V that were read in full, a V sum each, and the low-bit copies of finished blocks (bytes)."""
     shape = layers[0].shape
@@ -169,18 +155,29 @@ def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bo
     return moved
 
 
-def _record(
-    layers: Sequence[Inputs],
-    column: _Column,
-    rivals: Sequence[Variant],
-    left_out: dict[str, str],
-    keep_all: Variant,
-    bandwidth: float,
+def _shared(
+    rivals: Sequence[Variant], left_out: dict[str, str], keep_all: Variant, stream: Variant
 ) -> dict[str, Any]:
+    """What is the same in all records: what ours are compared with."""
     stock = min(rivals, key=lambda rival: rival.median, default=None)
-    shape, variant, counts = layers[0].shape, column.variant, column.counts
-    ms, moved = variant.median, column.bytes_moved
     return {
+        "platform": stock.name if stock else None,
+        "rivals": {rival.name: rival.median for rival in rivals},
+        "left_out": left_out,
+        "ms_platform": stock.median if stock else None,
+        "ms_platform_p20": stock.quantile(0.2) if stock else None,
+        "ms_platform_p80": stock.quantile(0.8) if stock else None,
+        "ms_keep_all": keep_all.median,
+        "streaming_gbps": stream.outs[0].nbytes / stream.median / 1e6,
+    }
+
+
+def _record(column: _Column, shared: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """What a column was and took, beside what all share."""
+    shape, variant, counts = column.layers[0].shape, column.variant, column.counts.sum(dim=0)
+    compensated = selection.compensation == "vmean" and not column.target.dense
+    ms, moved = variant.median, _bytes_moved(column.layers, counts, compensated)
+    return shared | {
         "batch": shape.batch,
         "seq_len": shape.longest,
         "lengths": describe_lengths(shape.lengths),
@@ -190,7 +187,7 @@ def _record(
         "block_size": shape.block_size,
         "dtype": str(shape.dtype).removeprefix("torch."),
         "cache_dtype": str(shape.cache or shape.dtype).removeprefix("torch."),
-        "layers": len(layers),
+        "layers": len(column.layers),
         "k": column.target.k,
         "keep_target": column.target.keep,
         "k_screen": column.k_screen,
@@ -199,19 +196,11 @@ def _record(
         "ms": ms,
         "ms_p20": variant.quantile(0.2),
         "ms_p80": variant.quantile(0.8),
-        "platform": stock.name if stock else None,
-        "rivals": {rival.name: rival.median for rival in rivals},
-        "left_out": left_out,
-        "ms_platform": stock.median if stock else None,
-        "ms_platform_p20": stock.quantile(0.2) if stock else None,
-        "ms_platform_p80": stock.quantile(0.8) if stock else None,
-        "ratio_platform": stock.median / ms if stock else None,
-        "ms_keep_all": keep_all.median,
-        "ratio_keep_all": keep_all.median / ms,
+        "ratio_platform": shared["ms_platform"] / ms if shared["platform"] else None,
+        "ratio_keep_all": shared["ms_keep_all"] / ms,
         "bytes_moved": moved,
         "gbps": moved / ms / 1e6,
-        "streaming_gbps": bandwidth,
-        "bandwidth_share": moved / ms / 1e6 / bandwidth,
+        "bandwidth_share": moved / ms / 1e6 / shared["streaming_gbps"],
         "max_error": column.error,
         "rounds": len(variant.seconds),
     }

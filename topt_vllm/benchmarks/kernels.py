@@ -47,14 +47,14 @@ def count(
     layers: Sequence[Inputs],
     thetas: Sequence[Thetas | None],
     selection: Selection,
-) -> list[torch.Tensor]:
-    """Statistics of one call, one tensor [7] per layer, indexed by :class:`~topt_vllm.attention.common.Stat`."""
+) -> torch.Tensor:
+    """Statistics of one call, [layers, 7], indexed by :class:`~topt_vllm.attention.common.Stat`."""
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
         statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
         implementation.decode(*inputs.arguments(theta, selection, out, statistics))
         found.append(statistics.sum(dim=0))
-    return found
+    return torch.stack(found)
 
 
 def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: str) -> Inputs:
