@@ -218,7 +218,7 @@ def layouts_asked_for(states: dict[str, StatesLayer]) -> Iterable[KVCacheLayout]
         ("llama-8b", 64, 1 / 64),
         ("gemma3-1b", 64, 1 / 64),
         ("qwen3-next", 576, 1 / 64),
-        # 0.31 doesn't ask the states for the block size of a hybrid model.
+        # With --block-size 16 or 32.
         ("qwen3-next", 544, 1 / 32),
     ],
 )
@@ -311,7 +311,7 @@ def test_blocks_are_as_large_beside_states_as_without(host: Any, states: Any):
 
 @pytest.mark.parametrize("states", [StatesBackend, PackedStatesBackend])
 def test_any_block_size_will_do_once_it_is_chosen(states: Any):
-    """A user's, or that of a hybrid model in 0.31, whose worker asks without a spec."""
+    """A user's, or that of a hybrid model; the worker of 0.31 asks without a spec."""
     config = VllmConfig()
     for size, by_user in ((544, False), (16, True)):
         config.cache_config.block_size, config.cache_config.user_specified_block_size = size, by_user
