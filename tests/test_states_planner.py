@@ -11,7 +11,7 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms.interface import Platform
@@ -218,7 +218,7 @@ def layouts_asked_for(states: dict[str, StatesLayer]) -> Iterable[KVCacheLayout]
         ("llama-8b", 64, 1 / 64),
         ("gemma3-1b", 64, 1 / 64),
         ("qwen3-next", 576, 1 / 64),
-        # 0.31 doesn't ask the states for the block size of a hybrid model.
+        # With --block-size 16 or 32.
         ("qwen3-next", 544, 1 / 32),
     ],
 )
@@ -300,10 +300,23 @@ def test_new_blocks_are_filled_with_zeros_beside_other_kinds(model: str):
 def test_blocks_are_as_large_beside_states_as_without(host: Any, states: Any):
     """vLLM takes its own default, 16, as soon as there are several backends that can do with it."""
 
+    config = VllmConfig()
+    config.cache_config.block_size = default = 16  # as platforms of GPUs leave it until then
+
     def preferred(*backends: Any) -> int:
-        return Platform._preferred_block_size_for_backends(list(backends), 16, VllmConfig())
+        return Platform._preferred_block_size_for_backends(list(backends), default, config)
 
     assert preferred(host) == preferred(host, states) == 64
+
+
+@pytest.mark.parametrize("states", [StatesBackend, PackedStatesBackend])
+def test_any_block_size_will_do_once_it_is_chosen(states: Any):
+    """A user's, or that of a hybrid model; the worker of 0.31 asks without a spec."""
+    config = VllmConfig()
+    for size, by_user in ((544, False), (16, True)):
+        config.cache_config.block_size, config.cache_config.user_specified_block_size = size, by_user
+        with set_current_vllm_config(config):
+            assert states.supports_block_size(size)
 
 
 @pytest.mark.parametrize("layout", BLOCK_COMPACT, ids=by_name)

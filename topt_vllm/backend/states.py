@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config_or_none, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -72,7 +72,16 @@ class StatesBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Any; and while vLLM chooses one, such as holds whole states: smaller blocks have more V sums."""
-        return [MultipleOf(PREFERRED_BLOCK_SIZE if kv_cache_spec is None else 1)]
+        return [MultipleOf(PREFERRED_BLOCK_SIZE if kv_cache_spec is None and _is_choosing() else 1)]
+
+
+def _is_choosing() -> bool:
+    """Whether vLLM has yet to choose a block size; 0.31 asks backends without a spec after that too."""
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return False
+    cache = config.cache_config
+    return not cache.user_specified_block_size and cache.block_size == cache.DEFAULT_BLOCK_SIZE
 
 
 class PackedStatesBackend(StatesBackend):
