@@ -18,7 +18,7 @@ from topt_vllm.backend.startup import Resolved
 from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
     AdaptingThresholds,
-    FixedThresholds,
+    LayerThresholds,
     SiftingThresholds,
     Thresholds,
 )
@@ -116,10 +116,8 @@ def bind_layers(
             group,
             resolved.config.selection,
             own,
-            block_size,
             statistics,
             states_of(name, layer, vllm_config),
-            resolved.config.screen,
         )
     return BoundLayers(group, model, drafts)
 
@@ -161,7 +159,7 @@ def _thresholds(
     ]
     if keys:
         return AdaptingThresholds(thetas, keys, resolved.dense_up_to, max_rows)
-    return FixedThresholds(thetas)
+    return Thresholds([LayerThresholds(each) for each in thetas])
 
 
 def count_platform_layers(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from topt_vllm.attention.common import KeyScreen, PagedCache, ScreenFormat, Selection
+from topt_vllm.attention.common import KeyScreen, PagedCache, Selection
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.states import LayerStates
 from topt_vllm.backend.thresholds import LayerThresholds
@@ -20,20 +20,16 @@ class TopThetaLayer:
         group: What the layers of a metadata builder share, the operator among it.
         selection: Selection and compensation.
         thresholds: Of this rank's query heads.
-        block_size: Slots of a block, as the metadata builder counts them.
         statistics: Accumulators on the cache's device, float64 [slots, 7].
         states: What the layer has beside its cache.
-        screen: Format of the K screen; None for none.
         cache: Views of vLLM's tensors; made when they are first seen.
     """
 
     group: LayerGroup
     selection: Selection
     thresholds: LayerThresholds
-    block_size: int
     statistics: torch.Tensor
     states: LayerStates
-    screen: ScreenFormat | None = None
     cache: PagedCache | None = None
     _source: weakref.ref[torch.Tensor] | None = None
 
@@ -50,9 +46,9 @@ class TopThetaLayer:
             RuntimeError: The cache isn't what the metadata builder was told.
         """
         if self.cache is None or self._source is None or self._source() is not kv_cache:
-            if kv_cache.shape[2] != self.block_size:
+            if kv_cache.shape[2] != self.group.block_size:
                 raise RuntimeError(
-                    f"cache blocks have {kv_cache.shape[2]} slots, {self.block_size} expected; this is a bug"
+                    f"cache blocks have {kv_cache.shape[2]} slots, {self.group.block_size} expected; this is a bug"
                 )
             # A view remembers the tensor that it was taken of, which would keep vLLM's alive.
             self.cache = self._with_states(views(kv_cache.detach()))
@@ -65,8 +61,8 @@ class TopThetaLayer:
         sums, screens = self.states.value_sums, self.states.key_screen
         if sums is not None and self.selection.compensation == "vmean":
             cache = replace(cache, value_sums=sums.numbers())
-        if screens is not None and self.screen is not None:
-            cache = replace(cache, key_screen=KeyScreen(self.screen, screens.codes()))
+        if screens is not None:
+            cache = replace(cache, key_screen=KeyScreen(screens.format, screens.codes()))
         return cache
 
     def _drop(self, _: weakref.ref[torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ wants them of every cache layer, and nothing ever attends to it.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,7 +173,10 @@ class KeyScreens(StatesLayer):
         attention: vLLM's Attention layer.
         vllm_config: Of the engine.
         implementation: The operator.
-        screen: Format of the copies.
+        format: Of the copies.
+
+    Attributes:
+        format: The same.
     """
 
     def __init__(
@@ -181,15 +185,15 @@ class KeyScreens(StatesLayer):
         attention: Any,
         vllm_config: VllmConfig,
         implementation: Implementation,
-        screen: ScreenFormat,
+        format: ScreenFormat,
     ) -> None:
         super().__init__(name, attention, vllm_config)
         self._implementation = implementation
-        self._screen = screen
+        self.format = format
 
     def state(self, block_size: int) -> tuple[int, int]:
         head_dim = self._attention.head_size
-        return block_size, self._implementation.screen_bytes(self._screen, head_dim, block_size)
+        return block_size, self._implementation.screen_bytes(self.format, head_dim, block_size)
 
     def codes(self) -> torch.Tensor:
         """uint8 [B, Hkv, bytes], a view of the cache."""
@@ -208,9 +212,9 @@ class LayerStates:
     value_sums: ValueSums | None = None
     key_screen: KeyScreens | None = None
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, StatesLayer]:
-        """Those that are there, by their names in vLLM."""
+        """Those that are there, by their names in vLLM; asked in every layer of every step."""
         return {each.name: each for each in (self.value_sums, self.key_screen) if each is not None}
 
 
@@ -241,8 +245,9 @@ def states_for(name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfi
     if config.compensation == "vmean":
         states.append(ValueSums(name + _VALUE_SUMS, layer, vllm_config))
     if config.screen is not None:
-        names = name + _KEY_SCREEN, layer
-        states.append(KeyScreens(*names, vllm_config, resolved.implementation, config.screen))
+        states.append(
+            KeyScreens(name + _KEY_SCREEN, layer, vllm_config, resolved.implementation, config.screen)
+        )
     return {each.name: each for each in states}
 
 

@@ -6,7 +6,7 @@ device, and nothing that a step needs is read back.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -52,13 +52,15 @@ class LayerThresholds:
         """Sees the decode rows of a step once they have attended; arguments as the operator's."""
 
 
-class Thresholds(Protocol):
-    """Those of a builder's layers that decode with the operator, and what changes them."""
+class Thresholds:
+    """Those of a builder's layers that decode with the operator, as they are.
 
-    @property
-    def layers(self) -> Sequence[LayerThresholds]:
-        """Those of each layer, in order."""
-        ...
+    Attributes:
+        layers: Those of each layer, in order.
+    """
+
+    def __init__(self, layers: Sequence[LayerThresholds]) -> None:
+        self.layers = layers
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> Any:
         """Brings thresholds up to date for a step.
@@ -71,35 +73,13 @@ class Thresholds(Protocol):
         Returns:
             What the step's metadata carries to the layers.
         """
-        ...
 
     def rows_before_known(self, step: Any, dense_up_to: int) -> int:
         """Rows of a step with longer contexts than that, which are dense for want of thresholds."""
-        ...
-
-    def forget(self) -> None:
-        """Forgets the rows that the layers saw since the last step, for they were none: a graph was captured."""
-        ...
-
-
-class FixedThresholds:
-    """As calibrated.
-
-    Args:
-        thetas: Of each layer, on the cache's device; None for θ = −inf.
-    """
-
-    def __init__(self, thetas: Sequence[Thetas | None]) -> None:
-        self.layers = [LayerThresholds(each) for each in thetas]
-
-    def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> None:
-        return None
-
-    def rows_before_known(self, step: Any, dense_up_to: int) -> int:
         return 0
 
     def forget(self) -> None:
-        pass
+        """Forgets the rows that the layers saw since the last step, for they were none: a graph was captured."""
 
 
 class _AdaptingLayer(LayerThresholds):
@@ -111,7 +91,7 @@ class _AdaptingLayer(LayerThresholds):
         return self._counters[:rows]
 
 
-class AdaptingThresholds:
+class AdaptingThresholds(Thresholds):
     """Offsets that hold what each head keeps at what its budget promises (:mod:`topt_vllm.adaptation`).
 
     Args:
@@ -135,9 +115,9 @@ class AdaptingThresholds:
         self._rows = 0
         self._contexts: torch.Tensor | None = None
         moving = iter(zip(self._controller.of_layers(), self._reached, strict=True))
-        self.layers: list[LayerThresholds] = [
-            LayerThresholds(None) if each is None else _AdaptingLayer(*next(moving)) for each in thetas
-        ]
+        super().__init__(
+            [LayerThresholds(None) if each is None else _AdaptingLayer(*next(moving)) for each in thetas]
+        )
 
     @property
     def offset(self) -> torch.Tensor:
@@ -151,9 +131,6 @@ class AdaptingThresholds:
         self._reached[:, : self._rows].zero_()
         self._rows = int(starts[-1])
         self._contexts = None if lengths is None else lengths.to(self._reached.device, non_blocking=True)
-
-    def rows_before_known(self, step: Any, dense_up_to: int) -> int:
-        return 0
 
     def forget(self) -> None:
         self._contexts = None
@@ -187,7 +164,7 @@ class _SiftingLayer(LayerThresholds):
             )
 
 
-class SiftingThresholds:
+class SiftingThresholds(Thresholds):
     """Those that each request finds in its first decoded rows (:mod:`topt_vllm.sift`).
 
     Args:
@@ -203,9 +180,9 @@ class SiftingThresholds:
         self._requests = SiftRequests(settings)
         requests.watch(self._requests)
         self._device = device
-        self.layers = [
-            _SiftingLayer(num_heads, settings, device) if each else LayerThresholds(None) for each in sparse
-        ]
+        super().__init__(
+            [_SiftingLayer(num_heads, settings, device) if each else LayerThresholds(None) for each in sparse]
+        )
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> SiftStep | None:
         """The step's rows by request; None where their lengths aren't known, so that all of them are dense."""
@@ -216,6 +193,3 @@ class SiftingThresholds:
 
     def rows_before_known(self, step: SiftStep | None, dense_up_to: int) -> int:
         return 0 if step is None else int((step.warm_contexts > dense_up_to).sum())
-
-    def forget(self) -> None:
-        pass

@@ -9,11 +9,8 @@ from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cache_file import CapturedCache
 from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.schema import ThresholdTable
-
-
-class ReplayError(ValueError):
-    """A replay that can't be run; the message says what to change."""
 
 
 def bench_replay(
