@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from topt_vllm.attention.common import Compensation, GroupKeep, ScreenFormat, Selection
+from topt_vllm.attention.common import Compensation, GroupKeep, Selection
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")

@@ -11,11 +11,11 @@ from topt_vllm.attention.common import (
     DecodeBatch,
     PagedCache,
     RowThetas,
-    ScreenFormat,
     Selection,
     Stat,
     Thetas,
 )
+from topt_vllm.attention.screen import ScreenFormat
 
 IMPLEMENTATIONS = {
     "reference": "topt_vllm.attention.reference",
@@ -61,10 +61,10 @@ class Implementation(Protocol):
         """Brings what is stored beside K and V up to date after the rows of a batch were written to them.
 
         Sequence s had its rows at positions [seq_lens[s] − rows, seq_lens[s]) written, decoded ones or a prompt's.
-        Every state of ``value_sums`` and every block of ``key_screen`` whose last row is among them is written,
-        from V, K and the state before it. Bits don't depend on how rows were cut into batches. Rewritten rows,
-        drafts that were rejected say, need nothing but another call. Call it before :func:`decode`: behind the
-        first of several query rows, one may need what that finishes.
+        Every state of ``value_sums`` whose last row is among them is written, from V and the state before it,
+        and each row's codes of ``key_screen``, from K. Bits don't depend on how rows were cut into batches.
+        Rewritten rows, drafts that were rejected say, need nothing but another call. Call it before
+        :func:`decode`: behind the first of several query rows, one may need what that finishes.
 
         Args:
             cache: The layer's cache.
@@ -75,11 +75,15 @@ class Implementation(Protocol):
         ...
 
     def new_statistics(self, device: torch.device | str) -> torch.Tensor:
-        """Zeroed accumulators of one layer, float64 [slots, 7]; their sum over slots counts."""
+        """Zeroed accumulators of one layer, float64 [slots, 8]; their sum over slots counts."""
         ...
 
     def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
-        """Bytes of ``KeyScreen.codes`` for one KV head of one block; where ``capabilities.screens`` has formats."""
+        """Bytes of ``KeyScreen.codes`` for one KV head of one block; 0 where they aren't stored.
+
+        Raises:
+            ValueError: It has no such screen, or not for such heads or blocks.
+        """
         ...
 
     def allocate(
@@ -153,7 +157,7 @@ def require(
         ),
         (
             screen is not None and screen not in offered.screens,
-            f"has no K screen {screen!r}; of those here, cpu has one, 'int8'",
+            f"has no K screen {screen!r}; it has: {', '.join(offered.screens) or 'none'}",
         ),
         (graphs and not offered.graphs, "can't run inside CUDA graphs; triton can"),
     ]
@@ -181,14 +185,14 @@ def decode(
     Args:
         implementation: From :func:`load_implementation`.
         query: [R, H, D].
-        cache: K, V and V sums of the layer, which ``finish`` of the implementation has brought up to date.
+        cache: Of the layer; ``finish`` of the implementation has brought what lies beside K and V up to date.
         batch: Rows, context lengths and block table.
         thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
         selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, Dv] to write into; allocated when None.
-        statistics: float64 [slots, 7], accumulators to add to (:class:`~topt_vllm.attention.common.Stat`); what
+        statistics: float64 [slots, 8], accumulators to add to (:class:`~topt_vllm.attention.common.Stat`); what
             counts is their sum over slots.
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
             that are dense for their length add nothing. Not with thresholds by row.
@@ -261,3 +265,13 @@ def _check(
         raise ValueError(
             "vmean needs value_sums [B, Hkv, P / T, Dv]; give the cache some, or set the compensation to none"
         )
+    if cache.key_screen is not None:
+        for name, part in (
+            ("mean", cache.key_screen.transform.mean),
+            ("scale", cache.key_screen.transform.scale),
+        ):
+            if part.shape != (num_kv_heads, key_dim) or part.dtype != torch.float32:
+                raise ValueError(
+                    f"key_screen: {name} {tuple(part.shape)} of {part.dtype} must be float32 [Hkv={num_kv_heads}, "
+                    f"D={key_dim}]"
+                )

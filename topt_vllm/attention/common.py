@@ -6,19 +6,21 @@ the context length of one row.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal, get_args
 
 import torch
 
+from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
+
 GroupKeep = Literal["head", "union"]
 Compensation = Literal["none", "vmean"]
-ScreenFormat = Literal["int8"]
 
 
 class Stat(IntEnum):
-    """Index of each accumulator in a slot of statistics [7]. Every decoded row adds to all of them."""
+    """Index of each accumulator in a slot of statistics [8]. Every decoded row adds to all of them."""
 
     ROWS = 0  # query rows decoded
     ELEMENTS = 1  # (query head, key) pairs in context: sum of n * H
@@ -27,10 +29,11 @@ class Stat(IntEnum):
     V_ROWS_READ = 4  # pairs whose V row some head of the group keeps
     DROPPED_MASS = 5  # probability that was not multiplied with V, summed over query heads
     K_ROWS_READ = 6  # (KV head, key) pairs whose K was read in full: all of them without a K screen
+    CANDIDATES = 7  # (KV head, key) pairs that a K screen let through; all of them without one
 
 
 def new_statistics(device: torch.device | str = "cpu", slots: int = 1) -> torch.Tensor:
-    """Zeroed accumulators float64 [slots, 7], indexed by :class:`Stat`; what counts is their sum over slots."""
+    """Zeroed accumulators float64 [slots, 8], indexed by :class:`Stat`; what counts is their sum over slots."""
     return torch.zeros(slots, len(Stat), dtype=torch.float64, device=device)
 
 
@@ -41,13 +44,14 @@ class Capabilities:
     Attributes:
         sinks: Takes logits of attention sinks.
         narrow_values: Takes heads of V that are smaller than those of K.
-        screens: Formats of the K screens that it has.
+        screens: Formats of the K screens that it has, each with the share of candidates up to which it is faster than
+            reading K in full: in layers that let more through it is left out.
         graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
     """
 
     sinks: bool = False
     narrow_values: bool = False
-    screens: tuple[ScreenFormat, ...] = ()
+    screens: Mapping[ScreenFormat, float] = field(default_factory=dict)
     graphs: bool = False
 
 
@@ -153,15 +157,28 @@ def choose_rows_per_state(block_size: int) -> int:
 
 @dataclass(frozen=True)
 class KeyScreen:
-    """Low-bit copies of the finished blocks of K: keys that can't reach θ are dropped without reading their K.
+    """A low-bit copy of K: keys that can't reach θ are dropped without reading their K (``screen.py``).
 
     Attributes:
-        format: Of the copies, one of those that the implementation has.
+        format: Of the copy, one of those that the implementation has.
+        transform: Calibrated for this layer.
         codes: uint8 [B, Hkv, bytes], contiguous in a block; the bytes are the implementation's ``screen_bytes``.
+            Rows count once ``finish`` has seen them; until then their codes may be anything, and aren't used.
+        margin: Standard deviations of plane one's error that a score may lie below θ; None for a hard bound, which
+            misses nothing.
     """
 
     format: ScreenFormat
+    transform: ScreenTransform
     codes: torch.Tensor
+    margin: float | None = 2.5
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(ScreenFormat):
+            allowed = ", ".join(get_args(ScreenFormat))
+            raise ValueError(f"format is {self.format!r}; it must be one of {allowed}")
+        if self.margin is not None and not 0.0 <= self.margin < math.inf:
+            raise ValueError(f"margin is {self.margin}; it must be a number of at least 0, or None")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,12 @@ For one query row of one head, with scaled (and softcapped) scores s_j over its 
 3. p_j = exp(s_j − max s) / Σ exp(s − max s) over **all** keys, dropped ones too, and over the head's sink, if any;
 4. out = Σ_kept p_j v_j + c, where c is 0 (``none``) or (Σ_dropped p) · mean(v_0 .. v_{n−1}) (``vmean``).
 
+With a K screen, where every head of a group has a θ above −inf and n > min_seq_len, s_j is what plane one of K's
+copy says (:mod:`topt_vllm.attention.screen`), unless that plus the margin reaches θ for some head of the group, or
+the key is kept whatever its score: then it is a candidate, and s_j is its exact score (``int4``) or what both
+planes say (``int4+4``). Only candidates can be kept. Where an implementation decodes several rows of a sequence at
+once, it may take the candidates of each for all of them.
+
 A score equal to θ is kept. θ = −inf keeps everything and gives dense attention. A NaN score is never kept by its
 own rule, and makes the row NaN through the denominator, as dense attention would.
 Source: Top-Theta attention, arXiv 2502.08363, section 3 (thresholds) and its exact-denominator compensation.
@@ -21,6 +27,7 @@ from topt_vllm.attention import posit
 from topt_vllm.attention.common import (
     Capabilities,
     DecodeBatch,
+    KeyScreen,
     PagedCache,
     RowThetas,
     Selection,
@@ -28,8 +35,9 @@ from topt_vllm.attention.common import (
     Thetas,
 )
 from topt_vllm.attention.common import new_statistics as new_statistics
+from topt_vllm.attention.screen import ScreenFormat, refined_scores, screen_scores
 
-capabilities = Capabilities(sinks=True, narrow_values=True)
+capabilities = Capabilities(sinks=True, narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0})
 
 
 def prepare(device_type: str) -> None:
@@ -40,34 +48,77 @@ def scaled_scores(query: torch.Tensor, key: torch.Tensor, scale: float, softcap:
     """Scores of one row: query [H, D] against key [Hkv, n, D], float32 [H, n]."""
     num_kv_heads, _, head_dim = key.shape
     grouped = query.float().view(num_kv_heads, -1, head_dim)
-    scores = (grouped @ key.float().transpose(1, 2)).flatten(0, 1) * scale
+    return softcapped((grouped @ key.float().transpose(1, 2)).flatten(0, 1) * scale, softcap)
+
+
+def softcapped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scaled scores under a logits softcap, 0 for none."""
     return softcap * torch.tanh(scores / softcap) if softcap > 0 else scores
 
 
-def select(
-    scores: torch.Tensor, theta: torch.Tensor | None, selection: Selection, dense_from: int
-) -> torch.Tensor:
+def forced(n: int, selection: Selection, dense_from: int, device: torch.device) -> torch.Tensor:
+    """Keys that are kept whatever their score: bool [n]; those from ``dense_from`` on are."""
+    keys = torch.arange(n, device=device)
+    first = min(n - selection.recent_tokens, dense_from)
+    return (keys < selection.sink_tokens) | (keys >= first) | (n <= selection.min_seq_len)
+
+
+def select(scores: torch.Tensor, theta: torch.Tensor | None, always: torch.Tensor) -> torch.Tensor:
     """Each head's own rule.
 
     Args:
         scores: float32 [H, n].
         theta: float32 [H], or None for θ = −inf.
-        selection: What is kept whatever its score.
-        dense_from: Keys from here on are kept.
+        always: bool [n], keys that are kept whatever their score.
 
     Returns:
         bool [H, n].
     """
-    n = scores.shape[1]
-    if theta is None or n <= selection.min_seq_len:
+    if theta is None:
         return torch.ones_like(scores, dtype=torch.bool)
-    keep = scores >= theta[:, None]
     # A NaN score is not >= −inf, but dense attention would read the row.
-    keep |= torch.isneginf(theta)[:, None]
-    keep[:, : selection.sink_tokens] = True
-    keep[:, max(0, n - selection.recent_tokens) :] = True
-    keep[:, dense_from:] = True
-    return keep
+    return (scores >= theta[:, None]) | torch.isneginf(theta)[:, None] | always
+
+
+def screened(
+    scores: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    screen: KeyScreen,
+    theta: torch.Tensor,
+    always: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One row's scores as a K screen lets them be seen.
+
+    Args:
+        scores: float32 [H, n], exact.
+        query: [H, D].
+        key: [Hkv, n, D].
+        screen: Of the layer.
+        theta: float32 [H].
+        always: bool [n], keys that are kept whatever their score.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+
+    Returns:
+        Scores float32 [H, n], candidates bool [Hkv, n], and keys whose K is read bool [Hkv, n].
+    """
+    num_kv_heads, n, _ = key.shape
+    group = query.shape[0] // num_kv_heads
+    keys, queries = screen.transform.encode(key), screen.transform.queries(query)
+    seen, upper = (softcapped(part, softcap) for part in screen_scores(queries, keys, screen.margin, scale))
+    # Keys that can't be told, whose upper end is NaN, are candidates.
+    candidates = ~(upper < theta[:, None]).view(num_kv_heads, group, n).all(dim=1) | always
+    unscreened = torch.isneginf(theta).view(num_kv_heads, group).any(dim=1) | always.all()
+    candidates |= unscreened[:, None]
+    exact = candidates
+    if screen.format == "int4+4":
+        exact = unscreened[:, None].expand(-1, n)
+        refined = softcapped(refined_scores(queries, keys, scale), softcap)
+        seen = torch.where(candidates.repeat_interleave(group, dim=0), refined, seen)
+    return torch.where(exact.repeat_interleave(group, dim=0), scores, seen), candidates, exact
 
 
 def attend_row(
@@ -82,6 +133,7 @@ def attend_row(
     statistics: torch.Tensor | None = None,
     reached: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    key_screen: KeyScreen | None = None,
 ) -> torch.Tensor:
     """One query row over plain tensors.
 
@@ -94,9 +146,10 @@ def attend_row(
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         dense_from: Keys from here on are kept; None where there are no V sums.
-        statistics: Accumulators [7] to add to, indexed by :class:`Stat`.
+        statistics: Accumulators [8] to add to, indexed by :class:`Stat`.
         reached: int64 [H], counters of keys with s_j >= θ(n) to add to; none where θ is −inf.
         sinks: float32 [H], logits of attention sinks; None for none.
+        key_screen: Of the layer; its codes are made of ``key`` here. None for none.
 
     Returns:
         float32 [H, Dv].
@@ -104,7 +157,13 @@ def attend_row(
     num_kv_heads, n, _ = key.shape
     group = query.shape[0] // num_kv_heads
     scores = scaled_scores(query, key, scale, softcap)
-    kept = select(scores, theta, selection, n if dense_from is None else dense_from)
+    always = forced(n, selection, n if dense_from is None else dense_from, key.device)
+    candidates = exact = torch.ones(num_kv_heads, n, dtype=torch.bool, device=key.device)
+    if key_screen is not None and theta is not None:
+        scores, candidates, exact = screened(scores, query, key, key_screen, theta, always, scale, softcap)
+    kept = select(scores, theta, always)
+    # A margin of 0 or so lets rounding tell a survivor from a candidate.
+    kept &= candidates.repeat_interleave(group, dim=0)
     read = kept.view(num_kv_heads, group, n).any(dim=1)
     used = read.repeat_interleave(group, dim=0) if selection.group_keep == "union" else kept
 
@@ -126,9 +185,11 @@ def attend_row(
         statistics[Stat.V_ROWS] += read.numel()
         statistics[Stat.V_ROWS_READ] += read.sum()
         statistics[Stat.DROPPED_MASS] += dropped.sum()
-        statistics[Stat.K_ROWS_READ] += read.numel()
+        statistics[Stat.K_ROWS_READ] += exact.sum()
+        statistics[Stat.CANDIDATES] += candidates.sum()
     if reached is not None and theta is not None and n > selection.min_seq_len:
-        reached += ((scores >= theta[:, None]) & ~torch.isneginf(theta)[:, None]).sum(dim=-1)
+        met = (scores >= theta[:, None]) & ~torch.isneginf(theta)[:, None]
+        reached += (met & candidates.repeat_interleave(group, dim=0)).sum(dim=-1)
     return out
 
 
@@ -169,11 +230,14 @@ def decode(
                 statistics=None if statistics is None else statistics[0],
                 reached=None if reached is None else reached[row],
                 sinks=sinks,
+                key_screen=cache.key_screen,
             ).to(out.dtype)
 
 
 def finish(cache: PagedCache, batch: DecodeBatch) -> None:
     """Writes the V sums that end in rows of a batch; :class:`topt_vllm.attention.api.Implementation` has the rule.
+
+    No K screen: its codes are made where they are read.
 
     One row after the other is added to a state's own sum, and that to the state before it. So the bits of a state
     are the same however the rows were cut into batches.
@@ -189,6 +253,11 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
     for begin, length, sequence in sorted(written):
         for state in range(begin // state_rows, length // state_rows):
             _write_state(cache, batch.block_table[sequence], state, state_rows)
+
+
+def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
+    """None: codes are made of K whenever they are needed."""
+    return 0
 
 
 def _write_state(cache: PagedCache, table: torch.Tensor, state: int, state_rows: int) -> None:

@@ -25,7 +25,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuantMode
 
 from topt_vllm.attention.api import Implementation
-from topt_vllm.attention.common import ScreenFormat, choose_rows_per_state
+from topt_vllm.attention.common import choose_rows_per_state
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.backend import connectors
 from topt_vllm.backend.layers import thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve

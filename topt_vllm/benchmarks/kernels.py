@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import KeyScreen, ScreenFormat, Selection, Thetas
+from topt_vllm.attention.common import KeyScreen, Selection, Thetas
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.timing import Call, Variant
 

@@ -7,7 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.table.schema import Budget, LayerThresholds, Quality, ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import (
+    Budget,
+    KeyStatistics,
+    LayerThresholds,
+    Quality,
+    ThresholdTable,
+    ThresholdTableError,
+)
 
 # Lengths are int32 and thresholds float32 where they are used.
 _MAX_LENGTH = 2**31 - 1
@@ -56,6 +63,8 @@ def _problems(table: ThresholdTable) -> _Problems:
     expected = sorted(set(range(model.num_layers)) - set(windowed))
     for b, budget in enumerate(table.budgets):
         yield from _budget(budget, f"budgets[{b}]", expected, model.num_query_heads, len(lengths))
+    if table.key_statistics is not None:
+        yield from _keys(table.key_statistics, expected, model.num_kv_heads, model.head_dim)
 
 
 def _ascending(numbers: list[int]) -> bool:
@@ -100,9 +109,26 @@ def _budget(budget: Budget, key: str, expected: list[int], num_heads: int, num_l
 def _quality(quality: Quality, key: str) -> _Problems:
     numbers = [value for _, value in quality if isinstance(value, float)]
     numbers += [value for _, value in quality.kept_over_k or ()]
-    numbers += quality.layer_rows_read or []
+    numbers += (quality.layer_rows_read or []) + (quality.layer_candidates or [])
     if not all(map(math.isfinite, numbers)):
         yield key, f"must be finite, got {clipped(numbers)}"
+
+
+def _keys(statistics: KeyStatistics, expected: list[int], num_kv_heads: int, head_dim: int) -> _Problems:
+    found = [entry.layer for entry in statistics.layers]
+    if found != expected:
+        problem = f"layers {clipped(expected)} expected in this order, got {clipped(found)}"
+        yield "key_statistics.layers", problem
+    for position, entry in enumerate(statistics.layers):
+        for name, rows in (("mean", entry.mean), ("scale", entry.scale)):
+            key = f"key_statistics.layers[{position}].{name}"
+            if [len(row) for row in rows] != [head_dim] * num_kv_heads:
+                problem = f"{num_kv_heads} KV heads of {head_dim} numbers expected, got {clipped(rows)}"
+                yield key, problem
+            least = 0.0 if name == "scale" else -_MAX_THETA
+            if not all(least < number < _MAX_THETA for row in rows for number in row):
+                problem = "must be finite" + (" and above 0" if name == "scale" else "")
+                yield key, f"{problem}, got {clipped(rows)}"
 
 
 def _layer(entry: LayerThresholds, key: str, num_heads: int, num_lengths: int) -> _Problems:

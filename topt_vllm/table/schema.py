@@ -6,6 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.attention.screen import ScreenTransform, rotation_signs
 from topt_vllm.table.identity import ModelIdentity
 
 SCHEMA_VERSION = 1
@@ -90,6 +91,8 @@ class Quality(_Strict):
         kl: Mean divergence of the next token's distribution from dense attention's, nats.
         agreement: Share of rows whose most likely next token is dense attention's.
         layer_rows_read: Share of V rows read, layer by layer, windowed ones included.
+        layer_candidates: Share of keys that a K screen of 4 bits would let through at its default margin, layer by
+            layer; 1 where there is none.
     """
 
     kept_over_k: Spread | None
@@ -101,6 +104,7 @@ class Quality(_Strict):
     kl: float | None = None
     agreement: float | None = None
     layer_rows_read: Items[float] | None = None
+    layer_candidates: Items[float] | None = None
 
     def sentence(self) -> str:
         """What was measured, for a log line."""
@@ -168,6 +172,40 @@ class Budget(_Strict):
         }
 
 
+class LayerKeys(_Strict):
+    """Of the keys of one layer, behind the position embedding.
+
+    Attributes:
+        layer: Index in the model.
+        mean: Per KV head, of each channel.
+        scale: Per KV head, what each channel is divided by before it is rotated; above 0.
+    """
+
+    layer: int
+    mean: Items[Items[float]]
+    scale: Items[Items[float]]
+
+
+class KeyStatistics(_Strict):
+    """What a K screen needs to know of the keys (:mod:`topt_vllm.attention.screen`).
+
+    Attributes:
+        seed: Of the rotation's signs.
+        layers: One entry for every layer without a sliding window, in order.
+    """
+
+    seed: int
+    layers: Items[LayerKeys]
+
+    def transforms(self) -> dict[int, ScreenTransform]:
+        """By layer index, over all KV heads."""
+        found = {}
+        for entry in self.layers:
+            mean, scale = (torch.tensor(part, dtype=torch.float32) for part in (entry.mean, entry.scale))
+            found[entry.layer] = ScreenTransform(mean, scale, rotation_signs(self.seed, mean.shape[1]))
+        return found
+
+
 class ThresholdTable(_Strict):
     """A whole table; docs/table.md has the format.
 
@@ -178,6 +216,7 @@ class ThresholdTable(_Strict):
         calibration: How it came about.
         lengths: Context lengths at which θ is given, ascending.
         budgets: Those with a k, in ascending order, then those with a name.
+        key_statistics: For K screens; tables written before lack them.
     """
 
     schema_version: int
@@ -186,6 +225,7 @@ class ThresholdTable(_Strict):
     calibration: Provenance
     lengths: Items[int] = Field(min_length=1)
     budgets: Items[Budget] = Field(min_length=1)
+    key_statistics: KeyStatistics | None = None
 
     def budget(self, key: int | str | None) -> Budget:
         """The budget with this k or name; without one, the last: the calibrator's choice, or the largest k.

@@ -11,14 +11,14 @@ from topt_vllm.attention.common import (
     DecodeBatch,
     PagedCache,
     RowThetas,
-    ScreenFormat,
     Selection,
     Thetas,
 )
 from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.cpu import jit
+from topt_vllm.attention.screen import ScreenFormat
 
-capabilities = Capabilities(screens=("int8",))
+capabilities = Capabilities(screens={"int4+4": 0.5})
 
 _FOLDER = Path(__file__).parent / "csrc"
 
