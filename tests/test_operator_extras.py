@@ -94,7 +94,7 @@ def test_what_each_does_beyond_the_others(impl: str):
 
 @pytest.mark.parametrize("shape", [(7,), (2, 6)])
 def test_statistics_of_another_shape_are_refused(shape: tuple[int, ...]):
-    with pytest.raises(ValueError, match=r"statistics \(.*\) must be \[slots, 7\]"):
+    with pytest.raises(ValueError, match=r"statistics \(.*\) must be \[slots, 8\]"):
         decode(random_case([(1, 40)]), "cpu", statistics=torch.zeros(shape, dtype=torch.float64))
 
 

@@ -44,7 +44,7 @@ class Capabilities:
     Attributes:
         sinks: Takes logits of attention sinks.
         narrow_values: Takes heads of V that are smaller than those of K.
-        screens: Formats of the K screens that it has, each with the share of candidates up to which it is faster than
+        screens: Formats of the K screens that it has, each with the share of candidates up to which it beats
             reading K in full: in layers that let more through it is left out.
         graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
     """
