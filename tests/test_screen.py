@@ -104,7 +104,9 @@ def test_rows_that_cannot_be_stored_have_no_score(value: float) -> None:
     keys = transform.encode(key)
     assert keys.step.isnan().nonzero().tolist() == [[0, 7]]
     scores, upper = screen_scores(transform.queries(query), keys, 2.5, 1.0)
-    assert scores[:3, 7].isnan().all() and upper[:3, 7].isnan().all() and not scores[3:].isnan().any()
+    assert scores[:3, 7].isnan().all()
+    assert upper[:3, 7].isnan().all()
+    assert not scores[3:].isnan().any()
 
 
 def run(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
