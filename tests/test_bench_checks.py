@@ -1,6 +1,5 @@
 """What the decode benchmark checks before it times anything, on small synthetic caches."""
 
-import itertools
 import json
 import shlex
 from collections.abc import Callable
@@ -18,11 +17,16 @@ from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
+from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
 from topt_vllm.cli.main import main
 
 
+SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)
+TRANSFORM = plain_transform(SHAPE)
+
+
 def small_case() -> Inputs:
-    return make_inputs(Shape((300, 300), 4, 2, 32, 64, torch.bfloat16))
+    return make_inputs(SHAPE)
 
 
 def ragged_case(**changes: Any) -> Inputs:
@@ -48,7 +52,6 @@ def test_a_ragged_batch_has_the_blocks_that_its_lengths_need():
     assert table.shape == (4, 11)
     used = torch.cat([row[:count] for row, count in zip(table, shape.sequence_blocks, strict=True)])
     assert sorted(used.tolist()) == list(range(18))
-    assert torch.equal(inputs.finished_blocks, torch.cat([table[0, :10], table[2, :1], table[3, :4]]).long())
     assert [row.shape for row in inputs.scores(torch.float32)] == [(4, n) for n in shape.lengths]
 
 
@@ -71,7 +74,7 @@ def bench_decode(options: str, folder: Path) -> list[dict[str, Any]]:
     return json.loads(report.read_text())
 
 
-@pytest.mark.parametrize("options", ["", "--k-screen off int8", "--compensation none", "--group-keep head"])
+@pytest.mark.parametrize("options", ["", "--k-screen off int4+4", "--compensation none", "--group-keep head"])
 def test_ragged_batches_are_checked_and_timed(tmp_path: Path, options: str):
     shape = "--ragged 1x700+3x130 2x64 --heads 4 --kv-heads 2 --head-dim 32 --block-size 64"
     records = bench_decode(f"{shape} --keep 1.0 0.2 {options}", tmp_path)
@@ -100,10 +103,11 @@ def test_ragged_batches_that_mean_nothing_are_refused(
 
 def test_synthetic_cases_take_screens(tmp_path: Path):
     shape = "--batch 2 --seq-lens 400 --heads 4 --kv-heads 2 --head-dim 64"
-    records = bench_decode(f"{shape} --keep 1.0 0.1 --k-screen off int8", tmp_path)
+    records = bench_decode(f"{shape} --keep 1.0 0.1 --k-screen off int4+4", tmp_path)
     found = [(r["keep_target"], r["k_screen"]) for r in records]
-    assert found == [(1.0, "off"), (0.1, "off"), (0.1, "int8")]
-    assert records[1]["v_rows_read"] == records[2]["v_rows_read"]
+    assert found == [(1.0, "off"), (0.1, "off"), (0.1, "int4+4")]
+    assert records[2]["v_rows_read"] == pytest.approx(records[1]["v_rows_read"], rel=0.1)
+    assert records[2]["loss"] == pytest.approx(records[1]["loss"], rel=0.1)
 
 
 @pytest.mark.parametrize("group_keep", ["head", "union"])
@@ -149,16 +153,16 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     )
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
     with pytest.raises(RuntimeError, match=r"error 0\.5.* against float64.*not timed"):
-        compare([inputs], [ThetaSet(1.0, [None])], ["off"], Selection(), 0)
+        compare([inputs], [ThetaSet(1.0, [None])], NO_SCREEN, [TRANSFORM], Selection(), 0)
 
 
-def test_a_screen_that_keeps_other_keys_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+def test_a_screen_that_is_not_the_reference_operators_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     inputs, selection = small_case(), Selection()
-    counts = itertools.count()
-    monkeypatch.setattr(comparison, "_kept", lambda _: torch.tensor(next(counts)))
+    monkeypatch.setattr(comparison, "specified", lambda inputs, *_: torch.zeros(inputs.query.shape))
     monkeypatch.setattr(comparison, "take_turns", pytest.fail)
-    with pytest.raises(RuntimeError, match="k_screen int8: keeps other keys"):
-        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])], ["int8"], selection, 0)
+    target = ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])
+    with pytest.raises(RuntimeError, match=r"k_screen int4\+4: error .* not timed"):
+        compare([inputs], [target], Screens(["int4+4"]), [TRANSFORM], selection, 0)
 
 
 def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -166,4 +170,5 @@ def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.
     real = comparison.expect
     monkeypatch.setattr(comparison, "expect", lambda *given: replace(real(*given), ties=100))
     with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
-        compare([inputs], [ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])], ["off"], selection, 0)
+        target = ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])
+        compare([inputs], [target], NO_SCREEN, [TRANSFORM], selection, 0)

@@ -70,7 +70,7 @@ def test_decode_calls_on_fp8_caches_pass_the_check(dtype: torch.dtype):
 
 
 def test_options_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["bench", "decode", "--cache-dtype", "fp8_e4m3", "--k-screen", "int8"]
+    arguments = ["bench", "decode", "--cache-dtype", "fp8_e4m3", "--k-screen", "int4+4"]
     assert main(arguments) == 2
     assert "as large as a K in fp8_e4m3" in capsys.readouterr().err
     assert main(["bench", "formats", "--cache", str(tmp_path / "none")]) == 2

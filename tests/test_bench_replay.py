@@ -19,7 +19,7 @@ from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.replay import layer_inputs
 from topt_vllm.cli.main import main
 from topt_vllm.table.file import dump
-from topt_vllm.table.schema import Budget, LayerThresholds
+from topt_vllm.table.schema import Budget, KeyStatistics, LayerKeys, LayerThresholds
 
 SEQ_LEN = 700
 FIELDS = {
@@ -33,7 +33,7 @@ FIELDS = {
         "bandwidth_share",
         "max_error",
     ),
-    *("k_screen", "k_rows_read"),
+    *("k_screen", "k_rows_read", "candidates", "loss"),
 }
 
 
@@ -66,8 +66,16 @@ def table(folder: Path, captured: CapturedCache) -> Path:
     def refitted(budget: Budget) -> Budget:
         return budget.model_copy(update={"layers": [fitted(entry, budget.k) for entry in budget.layers]})
 
+    keys = [
+        LayerKeys(
+            layer=index, mean=layer.key.float().mean(dim=1).tolist(), scale=[[1.0] * 32] * len(layer.key)
+        )
+        for index, layer in captured.layers.items()
+    ]
     path = folder / "table.yaml"
-    dump(made.model_copy(update={"budgets": [refitted(budget) for budget in made.budgets]}), path)
+    budgets = [refitted(budget) for budget in made.budgets]
+    statistics = KeyStatistics(seed=0, layers=keys)
+    dump(made.model_copy(update={"budgets": budgets, "key_statistics": statistics}), path)
     return path
 
 
@@ -140,15 +148,15 @@ def test_replay_reports_every_budget_and_screen(
     folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ):
     report = folder / "report.json"
-    arguments = ("--k", "16", "32", "--k-screen", "off", "int8", "--json", str(report))
+    arguments = ("--k", "16", "32", "--k-screen", "off", "int4+4", "--json", str(report))
     assert main(replay_command(folder, table, *arguments)) == 0
     records = json.loads(report.read_text())
     assert [(r["k"], r["k_screen"]) for r in records] == [
         (None, "off"),
         (16, "off"),
-        (16, "int8"),
+        (16, "int4+4"),
         (32, "off"),
-        (32, "int8"),
+        (32, "int4+4"),
     ]
     for record in records:
         assert set(record) >= FIELDS
@@ -157,8 +165,12 @@ def test_replay_reports_every_budget_and_screen(
         assert record["rounds"] >= 7
     dense, off, screened = records[:3]
     assert (dense["v_rows_read"], dense["k_rows_read"], off["k_rows_read"]) == (1.0, 1.0, 1.0)
-    assert off["v_rows_read"] == screened["v_rows_read"] < 0.3
-    assert screened["k_rows_read"] < 1.0
+    assert screened["v_rows_read"] == pytest.approx(off["v_rows_read"], rel=0.1)
+    assert off["v_rows_read"] < 0.3
+    assert (screened["k_rows_read"], off["candidates"]) == (0.0, 1.0)
+    assert off["v_rows_read"] < screened["candidates"] < 1.0
+    assert screened["bytes_moved"] < off["bytes_moved"]
+    assert screened["loss"] == pytest.approx(off["loss"], rel=0.1)
     assert dense["ratio_keep_all"] == 1.0
     out = capsys.readouterr().out
     assert f"{SEQ_LEN} tokens of text.txt" in out
@@ -185,7 +197,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 REFUSED_REPLAYS = {
     "another length": (["--seq-lens", "800"], "--seq-lens describes a synthetic cache"),
     "a share": (["--keep", "0.1"], "--keep describes a synthetic cache"),
-    "no such screen": (["--k-screen", "off", "int3"], "--k-screen int3; allowed: off, int8"),
+    "no such screen": (["--k-screen", "off", "int3"], "--k-screen int3; allowed: off, int4, int4+4"),
     "no such budget": (["--budget", "17"], "budget is 17, but the table has budgets 16, 32"),
     "a dense layer": (
         ["--layers", "0", "1"],

@@ -119,13 +119,6 @@ class Inputs:
     softcap: float = 0.0
 
     @property
-    def finished_blocks(self) -> torch.Tensor:
-        """Physical numbers of the blocks that are full, int64 [any]."""
-        full = [length // self.shape.block_size for length in self.shape.lengths]
-        rows = zip(self.batch.block_table, full, strict=True)
-        return torch.cat([row[:count] for row, count in rows]).long()
-
-    @property
     def written(self) -> DecodeBatch:
         """All rows of the contexts, as a prompt writes them."""
         starts = torch.nn.functional.pad(self.batch.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
@@ -197,6 +190,22 @@ def paged_inputs(
     inputs = Inputs(shape, query, memory, cache, shape.decode_batch(table), scale, softcap)
     api.load_implementation("reference", "cpu")[1].finish(cache, inputs.written)
     return inputs
+
+
+def placed_inputs(
+    shape: Shape,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> Inputs:
+    """As :meth:`topt_vllm.benchmarks.devices.Cpu.placed`."""
+    rows = torch.cat([key.transpose(2, 3).reshape(value.shape), value], dim=2)
+    memory = torch.empty(shape.total_blocks, *rows.shape[1:], dtype=key.dtype)
+    memory[table.long()] = rows.expand(shape.batch, *rows.shape)
+    return paged_inputs(shape, query, memory, table, scale, softcap)
 
 
 def make_inputs(shape: Shape, seed: int = 0) -> Inputs:

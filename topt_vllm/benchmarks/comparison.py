@@ -1,21 +1,20 @@
 """Checks, then times ours against the platform's kernel on the same cache in the same process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from topt_vllm.attention.common import Selection, Stat, Thetas
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.devices import CPU, Device
-from topt_vllm.benchmarks.kernels import count, our_kernel, with_screen
+from topt_vllm.benchmarks.kernels import count, our_kernel
 from topt_vllm.benchmarks.lengths import describe_lengths
 from topt_vllm.benchmarks.oracle import Expectation, expect
+from topt_vllm.benchmarks.screens import OFF, Screens, bytes_read, specified, with_screen
 from topt_vllm.benchmarks.timing import Variant, take_turns
-
-# What a K screen may not change.
-_KEPT = [Stat.KEPT_ELEMENTS, Stat.V_ROWS_READ]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ThetaSet:
 
 @dataclass(frozen=True)
 class _Column:
-    """One of our variants on its cases, its largest error and what it counted by layer."""
+    """One of our variants on its cases, its largest error, what it counted by layer, and what skipping costs."""
 
     variant: Variant
     layers: Sequence[Inputs]
@@ -48,12 +47,14 @@ class _Column:
     k_screen: str
     error: float
     counts: torch.Tensor
+    loss: float
 
 
 def compare(
     layers: Sequence[Inputs],
     targets: Sequence[ThetaSet],
-    k_screens: Sequence[str],
+    screens: Screens,
+    transforms: Sequence[ScreenTransform],
     selection: Selection,
     seconds: float,
     device: Device = CPU,
@@ -65,7 +66,8 @@ def compare(
     Args:
         layers: The cases, all of one shape.
         targets: Thresholds.
-        k_screens: Values of ``k_screen`` for the targets that are not dense.
+        screens: For the targets that are not dense.
+        transforms: Of the K screens, one per layer.
         selection: Selection and compensation.
         seconds: Time for the turns.
         device: Where the layers lie, and how to time there.
@@ -74,7 +76,8 @@ def compare(
         One record per target and screen.
 
     Raises:
-        RuntimeError: A kernel is wrong, or a K screen changes what is kept; nothing is timed then.
+        RuntimeError: A kernel is wrong; nothing is timed then.
+        ValueError: There is no such K screen.
     """
     module = device.implementation(layers[0])
     dense = [expect(inputs, None, selection) for inputs in layers]
@@ -84,26 +87,32 @@ def compare(
         _check(rival, dense)
     keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), selection))
     dense_error = _check(keep_all, dense)
-    screened = {name: [with_screen(module, inputs, name) for inputs in layers] for name in k_screens}
+    screened = {
+        name: [
+            with_screen(module, inputs, name, transform, screens.margin)
+            for inputs, transform in zip(layers, transforms, strict=True)
+        ]
+        for name in screens.names
+    }
     columns: list[_Column] = []
     for target in targets:
         counts = count(module, layers, target.thetas, selection)
         if target.dense:
-            columns.append(_Column(keep_all, layers, target, "off", dense_error, counts))
+            columns.append(_Column(keep_all, layers, target, OFF, dense_error, counts, 0.0))
             continue
         expected = [
             expect(inputs, theta, selection) for inputs, theta in zip(layers, target.thetas, strict=True)
         ]
-        kept = _kept(counts)
-        for name in k_screens:
+        for name in screens.names:
             label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
             title = f"{label}, k_screen {name}"
             variant = device.ready(our_kernel(title, module, screened[name], target.thetas, selection))
-            error = _check(variant, expected)
+            error = _check(
+                variant, expected if name == OFF else _screened(expected, screened[name], target, selection)
+            )
             counts = count(module, screened[name], target.thetas, selection)
-            columns.append(_Column(variant, screened[name], target, name, error, counts))
-            if not torch.equal(_kept(counts), kept):
-                raise RuntimeError(f"{variant.name}: keeps other keys than without a screen; not timed")
+            loss = _loss(variant, dense)
+            columns.append(_Column(variant, screened[name], target, name, error, counts, loss))
     stream = device.stream(module, layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
     take_turns([*rivals, keep_all, *ours], seconds, stream, device.measure)
@@ -111,8 +120,23 @@ def compare(
     return [_record(column, shared, selection) for column in columns]
 
 
-def _kept(counts: torch.Tensor) -> torch.Tensor:
-    return counts[:, _KEPT]
+def _screened(
+    expected: Sequence[Expectation], layers: Sequence[Inputs], target: ThetaSet, selection: Selection
+) -> list[Expectation]:
+    """The expectations of a K screen, which says for itself what is kept: the reference operator's output."""
+    return [
+        replace(entry, exact=specified(inputs, theta, selection).double())
+        for entry, inputs, theta in zip(expected, layers, target.thetas, strict=True)
+    ]
+
+
+def _loss(variant: Variant, dense: Sequence[Expectation]) -> float:
+    """Relative L2 error of the heads' outputs against dense attention, mean over layers."""
+    errors = [
+        float((out.double() - entry.exact).norm() / entry.exact.norm())
+        for out, entry in zip(variant.outs, dense, strict=True)
+    ]
+    return sum(errors) / len(errors)
 
 
 def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
@@ -142,17 +166,14 @@ def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
 
 
 def _bytes_moved(layers: Sequence[Inputs], counts: torch.Tensor, compensated: bool) -> int:
-    """Rows of K and V that were read in full, a V sum each, and the low-bit copies of finished blocks (bytes)."""
+    """Rows of K and V that were read in full, a V sum each, and what a K screen reads (bytes)."""
     shape = layers[0].shape
     row = shape.head_dim * layers[0].cache.key.element_size()
     moved = int(counts[Stat.K_ROWS_READ] + counts[Stat.V_ROWS_READ]) * row
-    for inputs in layers:
-        if compensated:
-            reading = sum(n > shape.state_rows for n in shape.lengths)
-            moved += reading * shape.kv_heads * shape.head_dim * 4
-        if inputs.cache.key_screen is not None:
-            moved += inputs.finished_blocks.numel() * inputs.cache.key_screen.codes[0].numel()
-    return moved
+    if compensated:
+        reading = sum(n > shape.state_rows for n in shape.lengths)
+        moved += len(layers) * reading * shape.kv_heads * shape.head_dim * 4
+    return moved + bytes_read(layers[0], counts)
 
 
 def _shared(
@@ -193,6 +214,8 @@ def _record(column: _Column, shared: dict[str, Any], selection: Selection) -> di
         "k_screen": column.k_screen,
         "v_rows_read": float(counts[Stat.V_ROWS_READ] / counts[Stat.V_ROWS]),
         "k_rows_read": float(counts[Stat.K_ROWS_READ] / counts[Stat.V_ROWS]),
+        "candidates": float(counts[Stat.CANDIDATES] / counts[Stat.V_ROWS]),
+        "loss": column.loss,
         "ms": ms,
         "ms_p20": variant.quantile(0.2),
         "ms_p80": variant.quantile(0.8),

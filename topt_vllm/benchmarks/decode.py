@@ -7,6 +7,7 @@ from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cases import Shape, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import CPU, Device
+from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
 
 
 def bench_case(
@@ -14,7 +15,7 @@ def bench_case(
     keeps: Sequence[float],
     selection: Selection,
     seconds: float = 2.0,
-    k_screens: Sequence[str] = ("off",),
+    screens: Screens = NO_SCREEN,
     device: Device = CPU,
 ) -> list[dict[str, Any]]:
     """Checks, then times one shape at every share of V rows.
@@ -24,16 +25,16 @@ def bench_case(
         keeps: Target shares of V rows.
         selection: Selection and compensation.
         seconds: Time for the turns of this shape.
-        k_screens: Values of ``k_screen``.
+        screens: K screens to measure.
         device: Where to measure.
 
     Returns:
         One record per share and screen; every row kept has none to try.
 
     Raises:
-        ValueError: As :func:`topt_vllm.benchmarks.cases.thetas_for`.
+        ValueError: As :func:`topt_vllm.benchmarks.cases.thetas_for`; no such K screen.
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
     inputs = device.inputs(shape)
     targets = [ThetaSet(keep, [thetas_for(inputs, keep, selection)]) for keep in keeps]
-    return compare([inputs], targets, k_screens, selection, seconds, device)
+    return compare([inputs], targets, screens, [plain_transform(shape)], selection, seconds, device)

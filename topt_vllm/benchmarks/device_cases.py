@@ -1,4 +1,7 @@
-"""Synthetic decode batches on a GPU's cache layout."""
+"""Decode batches on a GPU's cache layout, ``memory`` [B, P, Hkv, 2D]: a slot's K, then its V.
+
+V sums are written by the kernel that writes them when serving.
+"""
 
 import torch
 
@@ -11,9 +14,7 @@ _BLOCKS_AT_ONCE = 256
 
 
 def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
-    """As :func:`topt_vllm.benchmarks.cases.make_inputs`, but ``memory`` is [B, P, Hkv, 2D]: a slot's K, then its V.
-
-    The V sums are written by the kernel that writes them when serving.
+    """As :func:`topt_vllm.benchmarks.cases.make_inputs`.
 
     Args:
         shape: Dimensions.
@@ -26,11 +27,32 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     memory = torch.empty(sizes, dtype=shape.dtype, device=device)
     for part in memory.split(_BLOCKS_AT_ONCE):
         part.copy_(torch.randn(part.shape, generator=generator, device=device))
-    key, value = memory.transpose(1, 2).split(shape.head_dim, dim=3)
     table = shape.block_table(torch.randperm(total, generator=generator, device=device))
     query = torch.randn(shape.batch, shape.heads, shape.head_dim, generator=generator, device=device)
-    cache = PagedCache(key, value, torch.zeros(shape.sums_shape, device=device))
-    scale = shape.head_dim**-0.5
-    inputs = Inputs(shape, query.to(shape.dtype), memory, cache, shape.decode_batch(table), scale)
+    return _inputs(shape, query.to(shape.dtype), memory, table, shape.head_dim**-0.5, 0.0)
+
+
+def placed_device_inputs(
+    shape: Shape,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> Inputs:
+    """As :meth:`topt_vllm.benchmarks.devices.Cpu.placed`."""
+    rows = torch.cat([key, value], dim=3).transpose(1, 2)
+    memory = torch.empty(shape.total_blocks, *rows.shape[1:], dtype=key.dtype, device=key.device)
+    memory[table.long()] = rows.expand(shape.batch, *rows.shape)
+    return _inputs(shape, query, memory, table, scale, softcap)
+
+
+def _inputs(
+    shape: Shape, query: torch.Tensor, memory: torch.Tensor, table: torch.Tensor, scale: float, softcap: float
+) -> Inputs:
+    key, value = memory.transpose(1, 2).split(shape.head_dim, dim=3)
+    cache = PagedCache(key, value, torch.zeros(shape.sums_shape, device=memory.device))
+    inputs = Inputs(shape, query, memory, cache, shape.decode_batch(table), scale, softcap)
     launcher.finish(cache, inputs.written)
     return inputs

@@ -1,15 +1,13 @@
 """The two kernels that are compared, each as one call over every layer of a case."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import KeyScreen, Selection, Thetas
-from topt_vllm.attention.screen import ScreenFormat
+from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.timing import Call, Variant
 
@@ -49,30 +47,13 @@ def count(
     thetas: Sequence[Thetas | None],
     selection: Selection,
 ) -> torch.Tensor:
-    """Statistics of one call, [layers, 7], indexed by :class:`~topt_vllm.attention.common.Stat`."""
+    """Statistics of one call, [layers, 8], indexed by :class:`~topt_vllm.attention.common.Stat`."""
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
         statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
         implementation.decode(*inputs.arguments(theta, selection, out, statistics))
         found.append(statistics.sum(dim=0))
     return torch.stack(found)
-
-
-def with_screen(implementation: api.Implementation, inputs: Inputs, k_screen: str) -> Inputs:
-    """The case with a low-bit copy of its finished blocks' K.
-
-    Raises:
-        ValueError: The implementation has no such K screen.
-    """
-    if k_screen == "off":
-        return inputs
-    shape, name = inputs.shape, cast(ScreenFormat, k_screen)
-    api.require(implementation, screen=name)
-    size = implementation.screen_bytes(name, shape.head_dim, shape.block_size)
-    codes = torch.zeros(shape.total_blocks, shape.kv_heads, size, dtype=torch.uint8)
-    cache = replace(inputs.cache, key_screen=KeyScreen(name, codes))
-    implementation.finish(cache, inputs.written)
-    return replace(inputs, cache=cache)
 
 
 def over_layers(

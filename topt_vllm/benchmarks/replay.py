@@ -7,8 +7,10 @@ import torch
 
 from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cache_file import CapturedCache
-from topt_vllm.benchmarks.cases import Inputs, Shape, paged_inputs
+from topt_vllm.benchmarks.cases import Inputs, Shape
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
+from topt_vllm.benchmarks.devices import CPU, Device
+from topt_vllm.benchmarks.screens import NO_SCREEN, OFF, Screens, plain_transform
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.schema import ThresholdTable
 
@@ -20,9 +22,10 @@ def bench_replay(
     batch: int,
     selection: Selection,
     seconds: float,
-    k_screens: Sequence[str] = ("off",),
+    screens: Screens = NO_SCREEN,
     only_layers: Sequence[int] | None = None,
     block_size: int = 128,
+    device: Device = CPU,
 ) -> Iterator[dict[str, Any]]:
     """Checks, then times the last token's attention over the table's sparse layers; a call is all of them in order.
 
@@ -33,19 +36,26 @@ def bench_replay(
         batch: Sequences: copies of the captured one in blocks of their own.
         selection: Selection and compensation.
         seconds: Time for the turns of each set of layers.
-        k_screens: Values of ``k_screen``.
+        screens: K screens to measure.
         only_layers: Layers to run; None for every sparse one.
         block_size: Tokens of a block.
+        device: Where to measure.
 
     Returns:
         An iterator that runs them. One record per budget and screen; the first of each set of layers has every row
         kept.
 
     Raises:
-        ReplayError: No layer is left, or one that was named is not sparse.
+        ReplayError: No layer is left, one that was named is not sparse, or the table doesn't know the keys that a K
+            screen is to copy.
         ThresholdTableError: The table has no such budget.
         RuntimeError: As :func:`topt_vllm.benchmarks.comparison.compare`.
     """
+    if table.key_statistics is None and any(name != OFF for name in screens.names):
+        raise ReplayError(
+            "--k-screen: the table has no key_statistics; add them with `topt-vllm calibrate --k-screen-only`"
+        )
+    known = table.key_statistics.transforms() if table.key_statistics is not None else {}
     # Budgets may differ in their dense layers; only calls over the same layers can be compared.
     by_layers: dict[tuple[int, ...], list[int | str]] = {}
     for k in ks:
@@ -54,11 +64,13 @@ def bench_replay(
     def run() -> Iterator[dict[str, Any]]:
         identity = {"model": captured.identity.id, "fingerprint": captured.identity.fingerprint}
         for indices, budgets in by_layers.items():
-            layers = [layer_inputs(captured, index, batch, block_size) for index in indices]
+            layers = [layer_inputs(captured, index, batch, block_size, device) for index in indices]
+            transforms = [known.get(index) or plain_transform(layers[0].shape) for index in indices]
             targets = [ThetaSet(1.0, [None] * len(layers))]
             targets += [_target(captured, table, k, indices) for k in budgets]
             yield from (
-                record | identity for record in compare(layers, targets, k_screens, selection, seconds)
+                record | identity
+                for record in compare(layers, targets, screens, transforms, selection, seconds, device)
             )
 
     return run()
@@ -87,20 +99,18 @@ def _layers(
     return tuple(sparse if only is None else sorted(set(only)))
 
 
-def layer_inputs(captured: CapturedCache, index: int, batch: int, block_size: int) -> Inputs:
-    """One layer's cache as vLLM's CPU build would hold it, in randomly scattered blocks."""
+def layer_inputs(
+    captured: CapturedCache, index: int, batch: int, block_size: int, device: Device = CPU
+) -> Inputs:
+    """One layer's cache as vLLM would hold it on the device, in randomly scattered blocks."""
     layer = captured.layers[index]
     kv_heads, n, dim = layer.key.shape
     shape = Shape((n,) * batch, layer.query.shape[0], kv_heads, dim, block_size, layer.key.dtype)
-    total = shape.total_blocks
     generator = torch.Generator().manual_seed(index)
-    table = shape.block_table(torch.randperm(total, generator=generator))
+    table = shape.block_table(torch.randperm(shape.total_blocks, generator=generator))
     # Slots behind the context hold zeros: the platform's kernel multiplies them by zero weights.
     padded = torch.zeros(2, kv_heads, shape.blocks * block_size, dim, dtype=layer.key.dtype)
     padded[0, :, :n], padded[1, :, :n] = layer.key, layer.value
     key, value = padded.unflatten(2, (shape.blocks, block_size)).transpose(1, 2)
-    rows = torch.cat([key.transpose(2, 3).reshape(value.shape), value], dim=2)
-    memory = torch.empty(total, kv_heads, 2 * block_size, dim, dtype=layer.key.dtype)
-    memory[table.long()] = rows.expand(batch, *rows.shape)
     query = layer.query.expand(batch, -1, -1).contiguous()
-    return paged_inputs(shape, query, memory, table, captured.scale, captured.softcap)
+    return device.placed(shape, query, key, value, table, captured.scale, captured.softcap)

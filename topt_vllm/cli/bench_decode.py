@@ -13,11 +13,14 @@ from topt_vllm.cli.bench_output import provenance, write_json
 if TYPE_CHECKING:
     from topt_vllm.attention.common import Selection
     from topt_vllm.benchmarks.devices import Device
+    from topt_vllm.benchmarks.screens import Screens
 
 _DECODE = """Times one decode call of our kernel and of the platform's dense kernel in turns, on the same cache in
 the same process, after checking both against a float64 oracle. Synthetic survivors are scattered at random, which
 is hostile to gathering: those of real models cluster. With --cache the call goes over the sparse layers of a real
 model's cache, made by `topt-vllm bench capture`, with the thresholds of a table.
+With --k-screen a variant is checked against the reference operator with that screen; `loss` is the relative error
+of the heads' outputs against dense attention.
 With --device cuda the rivals are vLLM's FlashAttention, FlashInfer and Triton kernels (the best one is the
 platform), calls are captured in CUDA graphs, and the L2 cache is cold."""
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -46,6 +49,12 @@ def add_mode(modes: Any) -> None:
     add("--batch", type=int, nargs="+", help="sequences (default 1 8)")
     add("--block-size", type=int, help="tokens of a KV block (default 128; 64 with --device cuda)")
     add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
+    add(
+        "--k-screen-margin",
+        type=_margin,
+        metavar="MARGIN",
+        help="as in the settings: standard deviations or hard (default 2.5)",
+    )
     add("--group-keep", choices=("head", "union"), default="union", help="default %(default)s")
     add("--compensation", choices=("none", "vmean"), default="vmean", help="default %(default)s")
     add("--seconds", type=float, default=3.0, help="time for each shape (default %(default)s)")
@@ -115,6 +124,10 @@ def _lengths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _margin(text: str) -> float | str:
+    return text if text == "hard" else float(text)
+
+
 def _budget(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -129,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     selection = Selection(group_keep=args.group_keep, compensation=args.compensation)
     device = _device(args)
-    cases = _replays(args, selection) if args.cache else _synthetic(args, selection, device)
+    cases = _replays(args, selection, device) if args.cache else _synthetic(args, selection, device)
     origin = provenance()
     print(_HEADER)
     records = []
@@ -147,18 +160,12 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _device(args: argparse.Namespace) -> "Device":
-    """Where to measure; a GPU reads synthetic caches and has no K screen."""
+    """Where to measure."""
     from topt_vllm.benchmarks.devices import CPU
 
     if args.device == "cpu":
         return CPU
-    if args.cache:
-        raise UserError("--cache is replayed on the CPU's cache layout; leave it out, or use --device cpu")
-    if args.k_screen != ["off"]:
-        raise UserError(
-            "--k-screen: the triton kernel has no K screen; with --device cuda only off is allowed"
-        )
-    if args.cache_dtype != "auto":
+    if args.cache_dtype not in (None, "auto"):
         raise UserError("--cache-dtype: with --device cuda, only auto is measured")
     if args.dtype == "float32":
         raise UserError(
@@ -176,6 +183,10 @@ def _check(args: argparse.Namespace) -> None:
     from topt_vllm.config import TopThetaConfig
 
     allowed = get_args(get_type_hints(TopThetaConfig)["k_screen"])
+    if args.k_screen_margin is not None and args.k_screen == ["off"]:
+        raise UserError("--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out")
+    if isinstance(args.k_screen_margin, float) and not 0 <= args.k_screen_margin < 100:
+        raise UserError(f"--k-screen-margin {args.k_screen_margin}: at least 0 and below 100, or hard")
     unknown = [name for name in args.k_screen if name not in allowed]
     if unknown:
         raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
@@ -201,12 +212,19 @@ def _check(args: argparse.Namespace) -> None:
             setattr(args, name, default)
     if args.cache_dtype != "auto" and args.k_screen != ["off"]:
         raise UserError(
-            f"--k-screen: an 8-bit copy of K is as large as a K in {args.cache_dtype}; only off is allowed"
+            f"--k-screen: a copy of K in 8 bits is as large as a K in {args.cache_dtype}; only off is allowed"
         )
     if args.heads % args.kv_heads:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
     if not all(0 < keep <= 1 for keep in args.keep):
         raise UserError(f"--keep {args.keep}: shares lie above 0 and up to 1")
+
+
+def _screens(args: argparse.Namespace) -> "Screens":
+    from topt_vllm.benchmarks.screens import Screens
+
+    margin = 2.5 if args.k_screen_margin is None else args.k_screen_margin
+    return Screens(args.k_screen, None if margin == "hard" else margin)
 
 
 def _synthetic(
@@ -222,10 +240,10 @@ def _synthetic(
     dims = (args.heads, args.kv_heads, args.head_dim, args.block_size)
     for lengths in args.ragged or grid:
         shape = Shape(lengths, *dims, getattr(torch, args.dtype), cache)
-        yield from bench_case(shape, args.keep, selection, args.seconds, args.k_screen, device)
+        yield from bench_case(shape, args.keep, selection, args.seconds, _screens(args), device)
 
 
-def _replays(args: argparse.Namespace, selection: "Selection") -> Iterable[dict[str, Any]]:
+def _replays(args: argparse.Namespace, selection: "Selection", device: "Device") -> Iterable[dict[str, Any]]:
     from topt_vllm.benchmarks.cache_file import load
     from topt_vllm.benchmarks.replay import bench_replay
     from topt_vllm.config import TopThetaConfig
@@ -238,15 +256,15 @@ def _replays(args: argparse.Namespace, selection: "Selection") -> Iterable[dict[
         raise UserError("a replay needs thresholds; name a table with --thresholds instead of none")
     table, path = found
     ks = args.budget or [table.budget(None).key]
-    how = (selection, args.seconds, args.k_screen, args.layers, args.block_size)
+    how = (selection, args.seconds, _screens(args), args.layers, args.block_size, device)
     cases = [bench_replay(captured, table, ks, batch, *how) for batch in args.batch]
     print(f"{captured.identity.id}, {captured.seq_len} tokens of {captured.text}, table {path}")
     return chain.from_iterable(cases)
 
 
 _HEADER = (
-    "   B       n    keep  screen  K rows  V rows     ms (p20-p80)            platform ms (p20-p80)     × platform"
-    "  × keep all      MB   GB/s  share  max error"
+    "   B       n    keep  screen   cand.  K rows  V rows     ms (p20-p80)            platform ms (p20-p80)"
+    "     × platform  × keep all      MB   GB/s  share  max error    loss"
 )
 
 
@@ -270,7 +288,9 @@ def _line(r: dict[str, Any]) -> str:
         ratio = f"{r['ratio_platform']:.2f}"
     keep = f"k={r['k']}" if r["k"] else f"{r['keep_target']:.2f}"
     return (
-        f"{r['batch']:4d} {r['seq_len']:7d} {keep:>7} {r['k_screen']:>7} {r['k_rows_read']:7.2%}"
-        f" {r['v_rows_read']:7.2%} {ours:>25} {stock:>28} {ratio:>10} {r['ratio_keep_all']:11.2f}"
+        f"{r['batch']:4d} {r['seq_len']:7d} {keep:>7} {r['k_screen']:>7} {r['candidates']:7.2%}"
+        f" {r['k_rows_read']:7.2%} {r['v_rows_read']:7.2%} {ours:>25} {stock:>28} {ratio:>10}"
+        f" {r['ratio_keep_all']:11.2f}"
         f" {r['bytes_moved'] / 1e6:7.1f} {r['gbps']:6.1f} {r['bandwidth_share']:6.1%} {r['max_error']:10.2e}"
+        f" {r['loss']:7.4f}"
     )

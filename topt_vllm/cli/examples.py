@@ -16,7 +16,7 @@ EXAMPLES = {
     "bench": (
         "decode --batch 1 8 --seq-lens 2048 8192 --keep 1.0 0.1 --json decode.json",
         "capture --model MODEL --dataset play.txt --seq-len 8192 --output cache.safetensors",
-        "decode --cache cache.safetensors --budget 64 128 --k-screen off int8",
+        "decode --cache cache.safetensors --budget 64 128 --k-screen off int4+4",
         "decode --ragged 1x32768+7x2048 --keep 1.0 0.1",
         "engine --shape smollm2-135m --batch 4 --context 2048 --keep 1.0 0.1",
         "serve --model MODEL --dataset play.txt --toptheta '{\"budget\": 128}' --json serve.json",
