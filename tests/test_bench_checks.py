@@ -20,7 +20,6 @@ from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
 from topt_vllm.cli.main import main
 
-
 SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)
 TRANSFORM = plain_transform(SHAPE)
 
@@ -169,6 +168,6 @@ def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.
     inputs, selection = small_case(), Selection()
     real = comparison.expect
     monkeypatch.setattr(comparison, "expect", lambda *given: replace(real(*given), ties=100))
+    target = ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])
     with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
-        target = ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])
         compare([inputs], [target], NO_SCREEN, [TRANSFORM], selection, 0)
