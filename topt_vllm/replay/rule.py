@@ -24,6 +24,9 @@ class Rows:
         query: float32 [H, r, D].
         num_kv_heads: Hkv.
         shared: What :meth:`Rule.prepare` made of the layer's keys.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        candidates: bool [Hkv, r, m], keys that a K screen lets through; None where there is none.
     """
 
     layer: int
@@ -32,6 +35,9 @@ class Rows:
     query: torch.Tensor
     num_kv_heads: int
     shared: Any = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    candidates: torch.Tensor | None = None
 
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view [Hkv, heads of a group, …] of a tensor [H, …]."""
@@ -130,7 +136,8 @@ def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
         shared: What the rule has prepared for the layer's keys.
     """
     query = call.query[:, rows - call.first].float()
-    return Rows(call.layer, call.scores(rows), rows + 1, query, call.key.shape[0], shared)
+    heads = call.key.shape[0]
+    return Rows(call.layer, call.scores(rows), rows + 1, query, heads, shared, call.scale, call.softcap)
 
 
 def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> Outcome:
