@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.calibration.collect import late_rows, observed
 from topt_vllm.calibration.statistics import DECIMALS

@@ -61,8 +61,8 @@ def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
     path = options.output
     if not path.is_file():
         raise CalibrationError(
-            f"--k-screen-only adds to a table, and {path} is none. Name it with --output, or calibrate one, K screens "
-            f"included:\n    {_full_command(options)}"
+            f"--k-screen-only adds to a table, and {path} is none. Name it with --output, or calibrate one, K "
+            f"screens included:\n    {_full_command(options)}"
         )
     try:
         table = load(path)

@@ -12,7 +12,7 @@ from topt_vllm.attention.screen import (
     refined_scores,
     screen_scores,
 )
-from topt_vllm.replay.rule import Rows
+from topt_vllm.replay.rule import Rows, visible
 from topt_vllm.replay.scores import any_of_group
 
 
@@ -59,15 +59,14 @@ class ScreenedKeys:
 
 
 def candidates(rows: Rows, upper: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """Keys that some head of a group can't be told to miss; bool [Hkv, r, m], of the keys that a row sees.
+    """Keys in context that, by plane one, may reach θ of some head of a group: bool [Hkv, r, m].
 
     Args:
         rows: The rows.
         upper: float32 [H, r, m], what scores hardly exceed; NaN where that isn't known.
         theta: float32 [H, r].
     """
-    keys = torch.arange(upper.shape[-1], device=upper.device)
-    return any_of_group(rows.by_group(~(upper < theta[..., None]))) & (keys < rows.contexts[:, None])
+    return any_of_group(rows.by_group(~(upper < theta[..., None]))) & visible(rows)
 
 
 def _by_row(scores: torch.Tensor, rows: Rows) -> torch.Tensor:
