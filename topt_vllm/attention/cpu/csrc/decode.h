@@ -65,8 +65,8 @@ struct Scratch {
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * kLanes * p.head_dim;
-    return (total + 16 * 64 + 4095) / 4096 * 4096;
+    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 16 * (vectors + 4) + 4 * p.head_dim;
+    return (total + 20 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
@@ -89,7 +89,11 @@ struct Scratch {
     carve(screen.codes, vectors * p.head_dim);
     carve(screen.fine, vectors * p.head_dim);
     carve(screen.of, vectors);
-    carve(screen.lanes, kLanes * p.head_dim);
+    carve(screen.fine_bias, vectors + 4);
+    carve(screen.fine_half, vectors + 4);
+    carve(screen.fine_factor, vectors + 4);
+    carve(screen.offset, vectors + 4);
+    carve(screen.rotated, p.head_dim);
     screen.dim = p.head_dim;
   }
 };
@@ -219,12 +223,12 @@ class Decoder {
         forced_from = std::min(forced_from, s.rules[m].high);
         float* wide = s.query + m * p.head_dim;
         load_row(p.query, item.row + row, head, p.head_dim, wide);
-        for (int d = 0; d < p.head_dim && queries.pairs; ++d) s.pairs[m * p.head_dim + d] = wide[d];
+        for (int d = 0; d < p.head_dim && queries.pairs && !screened; ++d) s.pairs[m * p.head_dim + d] = wide[d];
       }
     }
     s.screen.count = queries.count;
-    for (int m = 0; m < queries.count && screened; m += kLanes) {
-      encode_queries(p, item.kv_head, s.query, s.rules, m, s.screen);
+    for (int m = 0; m < queries.count && screened; ++m) {
+      encode_query(p, item.kv_head, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, m, s.screen);
     }
   }
 

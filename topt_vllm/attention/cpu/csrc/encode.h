@@ -45,12 +45,14 @@ void encode_group(const Problem& p, const T* key, int kv_head, const ScreenBlock
     const Vec16 k = load16(key + d * p.key_dim_stride) * Vec16(p.key_scale);
     store16(z + d * kLanes, (k - Vec16(mean[d])) * Vec16(factor[d]));
   }
-  rotate(z, p.head_dim);
+  rotate_rows(z, p.head_dim);
 
   const ScreenGroup group = block.group(index);
   alignas(64) float largest[kLanes], step[kLanes], inverse[kLanes], norm[kLanes];
   c10::Half steps[kLanes];
-  store16(largest, largest16(z, p.head_dim));
+  Vec16 above(0.0f);
+  for (int d = 0; d < p.head_dim; ++d) above = max_or_nan16(above, abs16(load16(z + d * kLanes)));
+  store16(largest, above);
   uint32_t sound = 0;  // lanes whose step is a number above 0
   for (int lane = 0; lane < kLanes; ++lane) {
     steps[lane] = round_up(largest[lane] / 8.0f);

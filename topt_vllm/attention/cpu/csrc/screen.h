@@ -15,86 +15,84 @@ constexpr float kNoise = 0.2887f, kBoundSlack = 1.01f, kOffsetSlack = 1e-4f;
 
 // One query vector in numbers: scores are made of integer sums over codes.
 struct ScreenQuery {
-  int32_t bias;         // what codes stored as code + 8 add to a sum
-  float half;           // for code + 1/2
-  float factor;         // of a sum times a row's step, in scaled logits
-  float offset;         // scale q·mean
-  float by_step;        // of the margin
-  float by_error;       // of a hard one
-  float limit;          // theta, taken back through the softcap
-  int32_t fine_bias;    // the same of both planes' codes, stored as code + 128, and of the query in 16 bits
-  float fine_half, fine_factor;
+  float bias;      // what a sum over codes stored as code + 8 lacks, for those that stand for code + 1/2
+  float factor;    // of a sum times a row's step, in scaled logits
+  float offset;    // scale q·mean
+  float by_step;   // of the margin
+  float by_error;  // of a hard one
+  float limit;     // theta, taken back through the softcap
 };
 
 // The query vectors of a work item.
 struct ScreenQueries {
   int8_t* codes;   // [M, D]
-  int16_t* fine;   // [M, D], the query in 16 bits: finer than what K's 8 bits leave
   ScreenQuery* of; // [M]
-  float* lanes;    // [D, 16], scratch memory
+  // The same for both planes, whose codes are stored as code + 128, and for the query in 16 bits: finer than what K's 8
+  // bits leave. Of four vectors at a time, so [M up to a multiple of 4].
+  int16_t* fine;  // [M, D]
+  int32_t* fine_bias;
+  float *fine_half, *fine_factor, *offset;
+  float* rotated;  // [D], scratch memory
   int count, dim;
 };
 
-// Encodes up to 16 vectors of one KV head from `first` on; `wide` is float32 [M, D], `rules` [M] have theta.
-inline void encode_queries(const Problem& p, int kv_head, const float* wide, const KeepRule* rules, int first,
-                           const ScreenQueries& q) {
-  const int dim = q.dim, count = std::min(kLanes, q.count - first);
+// Encodes vector m of one KV head; `wide` is float32 [D], theta in scaled (and softcapped) logits.
+inline void encode_query(const Problem& p, int kv_head, const float* wide, float theta, int m, const ScreenQueries& q) {
+  const int dim = q.dim;
   const float *mean = p.screen.mean + kv_head * dim, *scale = p.screen.scale + kv_head * dim;
-  const Vec16 normalise(1.0f / static_cast<float>(hadamard_block(dim)));
-  Vec16 offset(0.0f), squares(0.0f), unseen(0.0f);
-  for (int d = 0; d < dim; ++d) {
-    float* lane = q.lanes + d * kLanes;
-    for (int m = 0; m < kLanes; ++m) lane[m] = m < count ? wide[(first + m) * dim + d] : 0.0f;
-    offset = fma16(load16(lane), Vec16(mean[d]), offset);
-    store16(lane, load16(lane) * Vec16(scale[d]) * Vec16(p.screen.signs[d]));
+  const float normalise = 1.0f / static_cast<float>(hadamard_block(dim));
+  Vec16 offset(0.0f), above(0.0f), squares(0.0f), unseen(0.0f);
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 query = load16(wide + d);
+    offset = fma16(query, load16(mean + d), offset);
+    store16(q.rotated + d, query * load16(scale + d) * load16(p.screen.signs + d));
   }
-  rotate(q.lanes, dim);
-  alignas(64) float largest[kLanes], inverse[kLanes], fine_inverse[kLanes], step[kLanes], fine_step[kLanes];
-  store16(largest, largest16(q.lanes, dim) * normalise);
-  for (int m = 0; m < kLanes; ++m) {
-    // Of what isn't finite no score is either.
-    const bool sound = std::isfinite(largest[m]) && largest[m] > 0;
-    const float whole = std::isfinite(largest[m]) ? largest[m] : std::numeric_limits<float>::quiet_NaN();
-    inverse[m] = sound ? 127.0f / largest[m] : 0.0f, fine_inverse[m] = sound ? 32767.0f / largest[m] : 0.0f;
-    step[m] = whole / 127.0f, fine_step[m] = whole / 32767.0f;
-    if (!std::isfinite(inverse[m])) inverse[m] = fine_inverse[m] = 0.0f;
-  }
-  int32_t sum[kLanes] = {}, fine_sum[kLanes] = {};
-  for (int d = 0; d < dim; ++d) {
-    const Vec16 rotated = load16(q.lanes + d * kLanes) * normalise;
-    const auto rounded = [&](const float* inverses) {
-      return Vec16::of([&](int i) { return (rotated[i] * load16(inverses)[i]).round(); });
-    };
-    const Vec16 code = rounded(inverse), fine = rounded(fine_inverse);
+  rotate_vector(q.rotated, dim);
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 rotated = load16(q.rotated + d) * Vec16(normalise);
+    store16(q.rotated + d, rotated);
+    above = max_or_nan16(above, abs16(rotated));
     squares = fma16(rotated, rotated, squares);
-    const Vec16 left = rotated - code * load16(step);
+  }
+  // Of a query that isn't finite no score is either.
+  const float length = std::sqrt(sum16(squares)), largest = max_lane16(above);
+  const float whole = std::isfinite(length) ? largest : std::numeric_limits<float>::quiet_NaN();
+  const bool sound = whole > 0 && std::isfinite(32767.0f / whole);
+  const float step = whole / 127.0f, inverse = sound ? 127.0f / whole : 0.0f;
+  const float fine_step = whole / 32767.0f, fine_inverse = sound ? 32767.0f / whole : 0.0f;
+  int32_t sum = 0, fine_sum = 0;
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 rotated = load16(q.rotated + d);
+    const auto rounded = [&](float inverse) {
+      return Vec16::of([&](int i) { return (rotated[i] * Vec(inverse)).round(); });
+    };
+    const Vec16 code = rounded(inverse), left = rotated - code * Vec16(step);
     unseen = fma16(left, left, unseen);
-    alignas(64) float codes[kLanes], fines[kLanes];
-    store16(codes, code), store16(fines, fine);
-    for (int m = 0; m < count; ++m) {
-      const int code8 = inverse[m] > 0 ? static_cast<int>(codes[m]) : 0;
-      const int code16 = inverse[m] > 0 ? static_cast<int>(fines[m]) : 0;
-      q.codes[(first + m) * dim + d] = static_cast<int8_t>(code8);
-      q.fine[(first + m) * dim + d] = static_cast<int16_t>(code16);
-      sum[m] += code8, fine_sum[m] += code16;
+    alignas(64) float codes[kLanes], fine[kLanes];
+    store16(codes, code), store16(fine, rounded(fine_inverse));
+    int8_t* to = q.codes + static_cast<int64_t>(m) * dim + d;
+    int16_t* fine_to = q.fine + static_cast<int64_t>(m) * dim;
+    for (int i = 0; i < kLanes && sound; ++i) sum += to[i] = static_cast<int8_t>(static_cast<int32_t>(codes[i]));
+    for (int half = 0; half < kLanes; half += kWordBytes) {
+      int16_t* part = fine_to + fine_place(d + half, dim);
+      for (int i = 0; i < kWordBytes && sound; ++i) {
+        fine_sum += part[i] = static_cast<int16_t>(static_cast<int32_t>(fine[half + i]));
+      }
+      if (!sound) std::fill_n(part, kWordBytes, 0);
     }
+    if (!sound) std::fill_n(to, kLanes, 0);
   }
-  alignas(64) float norm[kLanes], rest[kLanes], offsets[kLanes];
-  store16(norm, squares), store16(rest, unseen), store16(offsets, offset);
-  for (int m = 0; m < count; ++m) {
-    ScreenQuery& of = q.of[first + m];
-    of.bias = -8 * sum[m], of.half = 0.5f * static_cast<float>(sum[m]);
-    of.factor = p.scale * step[m], of.offset = p.scale * offsets[m];
-    of.fine_bias = -128 * fine_sum[m], of.fine_half = 0.5f * static_cast<float>(fine_sum[m]);
-    of.fine_factor = p.scale * fine_step[m] / 16.0f;
-    const float length = std::sqrt(norm[m]);
-    of.by_step = p.scale * (p.screen.hard ? kBoundSlack * 8.0f * std::sqrt(static_cast<float>(dim) * rest[m])
-                                          : p.screen.margin * kNoise * length);
-    of.by_error = p.scale * kBoundSlack * length;
-    // A softcap rises with its argument, so theta is taken back through it once instead of capping every upper end.
-    const float theta = rules[first + m].theta, cap = p.softcap;
-    of.limit = cap > 0 ? theta >= cap ? kInfinity : theta <= -cap ? -kInfinity : cap * std::atanh(theta / cap) : theta;
-  }
+  ScreenQuery& of = q.of[m];
+  of.bias = static_cast<float>(-8 * sum) + 0.5f * static_cast<float>(sum);
+  of.factor = p.scale * step, of.offset = p.scale * sum16(offset);
+  const float rest = kBoundSlack * 8.0f * std::sqrt(static_cast<float>(dim) * sum16(unseen));
+  of.by_step = p.scale * (p.screen.hard ? rest : p.screen.margin * kNoise * length);
+  of.by_error = p.scale * kBoundSlack * length;
+  // A softcap rises with its argument, so theta is taken back through it once instead of capping every upper end.
+  const float cap = p.softcap;
+  of.limit = cap > 0 ? theta >= cap ? kInfinity : theta <= -cap ? -kInfinity : cap * std::atanh(theta / cap) : theta;
+  q.fine_bias[m] = -128 * fine_sum, q.fine_half[m] = 0.5f * static_cast<float>(fine_sum);
+  q.fine_factor[m] = p.scale * fine_step / 16.0f, q.offset[m] = of.offset;
 }
 
 // Scores of MT vectors from `first` on for the 16 rows of a group; returns the lanes that may reach theta.
@@ -108,7 +106,7 @@ inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
     const ScreenQuery& of = q.of[first + m];
-    const Vec16 sum = to_float(sums[m]) + Vec16(static_cast<float>(of.bias) + of.half);
+    const Vec16 sum = to_float(sums[m]) + Vec16(of.bias);
     const Vec16 score = fma16(step, sum * Vec16(of.factor), Vec16(of.offset));
     Vec16 upper = fma16(step, Vec16(of.by_step), score);
     if (hard) {
@@ -136,15 +134,16 @@ inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, b
 inline void refine_row(const ScreenQueries& q, const ScreenGroup& group, int row, const uint8_t* plane_two,
                        float softcap, float* scores, int64_t score_stride) {
   const float step = group.steps[row];
-  in_register_tiles<4>(q.count, [&](auto vectors, int first) {
+  in_register_tiles<4>(q.count, [&](auto vectors, int m) {
     int32_t sums[4];
-    dot_row<vectors()>(group.codes + row * kWordBytes, plane_two, q.fine + static_cast<int64_t>(first) * q.dim, q.dim,
-                       sums);
-    for (int m = 0; m < vectors(); ++m) {
-      const ScreenQuery& of = q.of[first + m];
-      const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[m]) + static_cast<uint32_t>(of.fine_bias));
-      const float score = step * ((static_cast<float>(sum) + of.fine_half) * of.fine_factor) + of.offset;
-      scores[(first + m) * score_stride] = softcap > 0 ? softcap * std::tanh(score / softcap) : score;
+    float fine[4];
+    dot_row<vectors()>(group.codes + row * kWordBytes, plane_two, q.fine + static_cast<int64_t>(m) * q.dim, q.dim, sums);
+    for (int i = 0; i < 4; ++i) {
+      const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(q.fine_bias[m + i]));
+      fine[i] = (static_cast<float>(sum) + q.fine_half[m + i]) * q.fine_factor[m + i] * step + q.offset[m + i];
+    }
+    for (int i = 0; i < vectors(); ++i) {
+      scores[(m + i) * score_stride] = softcap > 0 ? softcap * std::tanh(fine[i] / softcap) : fine[i];
     }
   });
 }

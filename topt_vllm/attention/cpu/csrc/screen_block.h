@@ -49,38 +49,48 @@ inline ScreenBlock screen_block(const Problem& p, int sequence, int kv_head, int
 // Channels that are rotated together: the largest power of two that divides the head dimension.
 inline int hadamard_block(int head_dim) { return head_dim & -head_dim; }
 
-// Butterflies over neighbours at distance 1, 2, 4, ... of 16 vectors at once, one in each lane: z [D, 16].
-inline void rotate(float* z, int head_dim) {
-  const auto butterfly = [](Vec16& low, Vec16& high) {
-    const Vec16 sum = low + high;
-    high = low - high;
-    low = sum;
-  };
-  const int block = hadamard_block(head_dim);
-  int distance = 1;
-  // Two distances at a time, which halves the loads and stores.
+inline void butterfly(Vec16& low, Vec16& high) {
+  const Vec16 sum = low + high;
+  high = low - high;
+  low = sum;
+}
+
+// Butterflies over neighbours at the distances from `distance` on, of D times 16 floats side by side; `block` and
+// `distance` count those. Two distances at a time, which halves the loads and stores.
+inline void rotate_from(float* z, int count, int block, int distance) {
   for (; 2 * distance < block; distance *= 4) {
-    for (int first = 0; first < head_dim; first += 4 * distance) {
-      for (int d = first; d < first + distance; ++d) {
+    for (int first = 0; first < count; first += 4 * distance) {
+      for (int i = first; i < first + distance; ++i) {
         float* at[4];
         Vec16 v[4];
-        for (int i = 0; i < 4; ++i) v[i] = load16(at[i] = z + (d + i * distance) * kLanes);
+        for (int j = 0; j < 4; ++j) v[j] = load16(at[j] = z + (i + j * distance) * kLanes);
         butterfly(v[0], v[1]), butterfly(v[2], v[3]);
         butterfly(v[0], v[2]), butterfly(v[1], v[3]);
-        for (int i = 0; i < 4; ++i) store16(at[i], v[i]);
+        for (int j = 0; j < 4; ++j) store16(at[j], v[j]);
       }
     }
   }
-  for (; distance < block; distance *= 2) {
-    for (int first = 0; first < head_dim; first += 2 * distance) {
-      for (int d = first; d < first + distance; ++d) {
-        float *at = z + d * kLanes, *other = at + distance * kLanes;
-        Vec16 low = load16(at), high = load16(other);
-        butterfly(low, high);
-        store16(at, low), store16(other, high);
-      }
+  for (int first = 0; first < count && distance < block; first += 2 * distance) {
+    for (int i = first; i < first + distance; ++i) {
+      float *at = z + i * kLanes, *other = at + distance * kLanes;
+      Vec16 low = load16(at), high = load16(other);
+      butterfly(low, high);
+      store16(at, low), store16(other, high);
     }
   }
+}
+
+// Rotates 16 rows at once, one in each lane: z [D, 16].
+inline void rotate_rows(float* z, int head_dim) { rotate_from(z, head_dim, hadamard_block(head_dim), 1); }
+
+// Rotates one vector, x [D].
+inline void rotate_vector(float* x, int head_dim) {
+  for (int d = 0; d < head_dim; d += kLanes) {
+    Vec16 v = load16(x + d);
+    v = butterflies16<1>(v), v = butterflies16<2>(v), v = butterflies16<4>(v), v = butterflies16<8>(v);
+    store16(x + d, v);
+  }
+  rotate_from(x, head_dim / kLanes, hadamard_block(head_dim) / kLanes, 1);
 }
 
 // Larger of the two; NaN where either is.
@@ -90,13 +100,6 @@ inline Vec16 max_or_nan16(const Vec16& a, const Vec16& b) {
 
 inline Vec16 abs16(const Vec16& v) {
   return Vec16::of([&](int i) { return v[i].abs(); });
-}
-
-// max |z| of each lane.
-inline Vec16 largest16(const float* z, int head_dim) {
-  Vec16 largest(0.0f);
-  for (int d = 0; d < head_dim; ++d) largest = max_or_nan16(largest, abs16(load16(z + d * kLanes)));
-  return largest;
 }
 
 }  // namespace topt
