@@ -36,7 +36,8 @@ def with_candidates(
         lengths: Of the table.
         progress: Called after each layer.
     """
-    rows = late_rows(len(tokens), seed=0)
+    # Rows below the first length are dense.
+    rows = late_rows(len(tokens), seed=0, least=lengths[0] - 1)
     thetas = [budget.thetas(lengths) for budget in budgets]
     shares = [[1.0] * subject.identity.num_layers for _ in budgets]
     pairs = subject.identity.num_kv_heads * int((rows + 1).sum())

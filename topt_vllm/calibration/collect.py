@@ -102,9 +102,9 @@ def collect_errors(
     return {layer: mean_errors(parts) for layer, parts in found.items()}
 
 
-def late_rows(length: int, seed: int) -> torch.Tensor:
-    """Query rows of the last quarter: budgets are made for long contexts."""
-    first = length * 3 // 4
+def late_rows(length: int, seed: int, least: int = 0) -> torch.Tensor:
+    """Query rows of the last quarter, for budgets are made for long contexts; none before ``least``."""
+    first = max(length * 3 // 4, least)
     generator = torch.Generator().manual_seed(seed)
     return (torch.randperm(length - first, generator=generator)[:ERROR_ROWS] + first).sort().values
 

@@ -46,7 +46,7 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
     subject = examine(options.model)
     table = _table(options, subject)
     length = subject.max_seq_length(options.max_seq_length)
-    if length <= table.lengths[0]:
+    if length < table.lengths[0]:
         raise CalibrationError(
             f"--max-seq-length is {length}, but {options.output} has thresholds from {table.lengths[0]} tokens on; "
             "use longer sequences"

@@ -4,9 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
@@ -18,6 +17,7 @@ OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 # The rule that K screens are evaluated with.
 SCREENED = "toptheta"
 NO_SCREEN = "off"
+SCREENS = (NO_SCREEN, "int4", "int4+4")
 
 # Headings of the help.
 _RULES, _ROWS, _NEEDLES, _RUN = "rules and targets", "decoded rows", "hidden facts", "run and output"
@@ -92,7 +92,7 @@ class EvaluationOptions:
         f"K screens of the rule {SCREENED}, a record for each (default {NO_SCREEN})",
         group=_RULES,
         flag="k-screen",
-        choices=(NO_SCREEN, *get_args(ScreenFormat)),
+        choices=SCREENS,
         convert=_names,
     )
     # None: a hard bound.
