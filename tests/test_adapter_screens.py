@@ -14,25 +14,37 @@ from adapter_cases import (
     BLOCK_SIZE,
     CLOSE,
     CPU,
+    FLASH,
     HEAD_DIM,
     NUM_KV_HEADS,
     STATE_ROWS,
+    TRITON,
     BatchSpec,
+    Host,
     Table,
     vllm_config,
 )
 from adapter_engine import make_rig
+from adapter_rig import Rig, Step
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import Stat
 from topt_vllm.attention.screen import rotation_signs
 from topt_vllm.backend.warm_up import WarmUp
 
-pytestmark = pytest.mark.skipif(CPU.backend is None, reason="vLLM's build here has no CPU kernels")
+ON_CPUS = pytest.mark.skipif(CPU.backend is None, reason="vLLM's build here has no CPU kernels")
 
 __all__ = ["make_rig", "vllm_config"]
 
-SCREENS = [("reference", "int4"), ("reference", "int4+4")]
+ON_GPUS = [pytest.mark.gpu, pytest.mark.slow]
+SCREENS = [
+    pytest.param(CPU, "reference", "int4", marks=ON_CPUS),
+    pytest.param(CPU, "reference", "int4+4", marks=ON_CPUS),
+    pytest.param(CPU, "cpu", "int4+4", marks=ON_CPUS),
+    pytest.param(FLASH, "triton", "int4", marks=ON_GPUS),
+    pytest.param(TRITON, "triton", "int4", marks=ON_GPUS),
+]
+STORED = SCREENS[2:]
 THETA = Table(theta=2.0)
 DECODE = BatchSpec("decode", [420, 300], [1, 1])
 
@@ -41,19 +53,17 @@ def settings_of(implementation: str, screen: str, **others: Any) -> dict[str, An
     return {"implementation": implementation, "k_screen": screen} | others
 
 
-@pytest.mark.parametrize(("implementation", "screen"), SCREENS)
+@pytest.mark.parametrize(("host", "implementation", "screen"), SCREENS)
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_screened_step_reads_less_of_k_and_keeps_the_rows(
-    make_rig: Any, implementation: str, screen: str, compensation: str
+    make_rig: Any, host: Host, implementation: str, screen: str, compensation: str
 ):
     counts = []
     for each in ("off", screen):
         torch.manual_seed(5)
-        rig = make_rig(CPU, THETA, settings=settings_of(implementation, each, compensation=compensation))
+        rig = make_rig(host, THETA, settings=settings_of(implementation, each, compensation=compensation))
         rig.write_contexts(DECODE)
-        step = rig.step(DECODE)
-        expected = rig.sparse(step, rig.thetas(), rig.selection)
-        torch.testing.assert_close(step.output.float(), expected, **CLOSE)
+        assert_as_the_reference(rig, rig.step(DECODE))
         counts.append(rig.statistics())
     plain, screened = counts
     rows = plain[Stat.V_ROWS]
@@ -63,6 +73,31 @@ def test_a_screened_step_reads_less_of_k_and_keeps_the_rows(
     assert abs(screened[Stat.V_ROWS_READ] - plain[Stat.V_ROWS_READ]) < 0.01 * rows
 
 
+def assert_as_the_reference(rig: Rig, step: Step) -> None:
+    """That decode rows are the reference operator's, which works codes and sums out anew from K and V."""
+    found = step.output[: step.metadata.num_decode_rows].float()
+    torch.testing.assert_close(found, rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
+
+
+@pytest.mark.parametrize(("host", "implementation", "screen"), STORED)
+def test_codes_follow_the_cache(make_rig: Any, host: Host, implementation: str, screen: str):
+    """Chunks of a prompt, blocks that are used again, drafts that are rejected, and blocks of another's prefix."""
+    torch.manual_seed(12)
+    settings = settings_of(implementation, screen, compensation="none")
+    rig = make_rig(host, THETA, drafts=4, settings=settings)
+    for _ in range(2):
+        rig.step(BatchSpec("chunk", [130], [130]), rows=[0])
+        rig.step(BatchSpec("the rest", [210], [80]), rows=[0])
+        assert_as_the_reference(rig, rig.step(BatchSpec("drafts", [215], [5]), rows=[0]))
+        # The first of them was accepted.
+        assert_as_the_reference(rig, rig.step(BatchSpec("others", [216], [5]), rows=[0]))
+    rig.tables[0][1, :2] = rig.tables[0][0, :2]
+    rig.step(BatchSpec("after a hit", [2 * BLOCK_SIZE + 70], [70]), rows=[1])
+    assert_as_the_reference(rig, rig.step(BatchSpec("decode", [217, 2 * BLOCK_SIZE + 71], [1, 1])))
+    assert 0 < rig.statistics()[Stat.CANDIDATES] < 0.6 * rig.statistics()[Stat.V_ROWS]
+
+
+@ON_CPUS
 def test_the_operator_is_given_format_margin_and_transform_once(make_rig: Any):
     settings = settings_of("reference", "int4+4", k_screen_margin="hard")
     rig = make_rig(CPU, layers=2, settings=settings)
@@ -76,6 +111,7 @@ def test_the_operator_is_given_format_margin_and_transform_once(make_rig: Any):
     assert rig.bound().cache.key_screen is screen
 
 
+@ON_CPUS
 @pytest.mark.parametrize(("rank", "heads"), [((0, 2), [0]), ((1, 2), [1]), ((1, 4), [0]), ((2, 4), [1])])
 def test_a_rank_has_the_transform_of_its_kv_heads(
     make_rig: Any, monkeypatch: pytest.MonkeyPatch, rank: tuple[int, int], heads: list[int]
@@ -96,6 +132,7 @@ def with_means(means: torch.Tensor, head_dim: int) -> Any:
     return ScreenTransform(means, torch.ones_like(means), rotation_signs(0, head_dim))
 
 
+@ON_CPUS
 def test_layers_that_do_not_gain_have_none(make_rig: Any):
     """Dense layers, windows, and those in which most keys would pass."""
     table = Table(theta=2.0, dense_layers=(0,), candidates=[0.0, 0.9, 0.4])
@@ -107,12 +144,14 @@ def test_layers_that_do_not_gain_have_none(make_rig: Any):
     assert all(rig.states(index).key_screen is None for index in range(3))
 
 
+@ON_CPUS
 def test_codes_that_are_not_stored_take_nothing_of_the_cache(make_rig: Any):
     rig = make_rig(CPU, settings=settings_of("reference", "int4"))
     assert rig.states().key_screen is None
     assert rig.bound().key_screen.codes.numel() == 0
 
 
+@ON_CPUS
 def test_a_screen_alone_is_finished_too(make_rig: Any, monkeypatch: pytest.MonkeyPatch):
     """In every forward that wrote rows: prompts in chunks, mixed steps and decoding."""
     finished: list[tuple[bool, list[int]]] = []
@@ -130,6 +169,7 @@ def test_a_screen_alone_is_finished_too(make_rig: Any, monkeypatch: pytest.Monke
     assert finished == [(True, [130]), (True, [131, 40]), (True, [132, 41])]
 
 
+@ON_CPUS
 def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
     make_rig: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,6 +188,7 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
     assert "K screen int4+4 with margin 2.5" in caplog.text
 
 
+@ON_CPUS
 def test_each_kind_of_layer_is_warmed_up(make_rig: Any):
     """Screened or not, kernels differ; layers of a kind don't."""
     rig = make_rig(CPU, layers=2, settings=settings_of("reference", "int4"))

@@ -77,7 +77,9 @@ def decoded(case: Case, sequence: int, n: int) -> EncodedKeys:
     """What the CPU kernel has stored of a context, rows [Hkv, n]; csrc/screen_block.h has the layout."""
     assert case.cache.key_screen is not None
     _, _, size, dim = case.cache.key.shape
-    memory = case.cache.key_screen.codes[case.batch.block_table[sequence, : -(-n // size)].long()].transpose(0, 1)
+    memory = case.cache.key_screen.codes[case.batch.block_table[sequence, : -(-n // size)].long()].transpose(
+        0, 1
+    )
     groups, rest = memory.split([size // 16 * (8 * dim + 64), size * dim // 2], dim=2)
     groups = groups.unflatten(2, (size // 16, 8 * dim + 64))
     words = groups[..., : 8 * dim].unflatten(3, (dim // 16, 16, 8)).transpose(3, 4).flatten(1, 3)
@@ -131,7 +133,9 @@ def test_codes_do_not_depend_on_how_rows_came(chunk: int) -> None:
     at_once = with_screen(random_case([(1, 100)]), "cpu", "int4+4")
     assert at_once.cache.key_screen is not None
     codes = torch.randint_like(at_once.cache.key_screen.codes, 256)
-    made = replace(at_once.cache, key_screen=replace(at_once.cache.key_screen, codes=codes), key=at_once.cache.key)
+    made = replace(
+        at_once.cache, key_screen=replace(at_once.cache.key_screen, codes=codes), key=at_once.cache.key
+    )
     batch, table = at_once.batch, at_once.batch.block_table
     for begin in range(0, 100, chunk):
         end = min(100, begin + chunk)
@@ -162,7 +166,9 @@ def test_rows_outside_a_batch_keep_their_codes() -> None:
 @pytest.mark.parametrize("margin", [None, 0.0, 1.0, 2.5], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 80, 128, 192])
 def test_head_dims_and_margins(impl: str, head_dim: int, margin: float | None) -> None:
-    case = random_case([(1, 700), (1, 128), (1, 15)], 4, 2, head_dim, 64, query_dtype=torch.float32, keep=0.03)
+    case = random_case(
+        [(1, 700), (1, 128), (1, 15)], 4, 2, head_dim, 64, query_dtype=torch.float32, keep=0.03
+    )
     assert check(impl, screened(impl, case, margin))[Stat.K_ROWS_READ] == 2 * 15
 
 
