@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from topt_vllm.replay.scores import LayerCall, any_of_group, for_each_part, true_per_row
+from topt_vllm.replay.scores import (
+    LayerCall,
+    any_of_group,
+    for_each_part,
+    probabilities,
+    true_per_row,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Rows:
         query: float32 [H, r, D].
         num_kv_heads: Hkv.
         shared: What :meth:`Rule.prepare` made of the layer's keys.
+        sinks: [H], scores of the heads' attention sinks; None without.
     """
 
     layer: int
@@ -32,6 +39,12 @@ class Rows:
     query: torch.Tensor
     num_kv_heads: int
     shared: Any = None
+    sinks: torch.Tensor | None = None
+
+    def log_denominator(self) -> torch.Tensor:
+        """Of the softmax, sinks included: float32 [H, r, 1]."""
+        keys = self.scores.logsumexp(dim=-1, keepdim=True)
+        return keys if self.sinks is None else torch.logaddexp(keys, self.sinks.float()[:, None, None])
 
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view [Hkv, heads of a group, …] of a tensor [H, …]."""
@@ -43,7 +56,7 @@ class Rule(ABC):
 
     Attributes:
         union: Each head uses every row that some head of its group keeps.
-        renormalise: The softmax runs over the used keys only, not over all.
+        renormalise: The softmax runs over the used keys only, and the head's sink, not over all.
         compensate: The dropped probability times the mean of V is added.
         in_order: What a row keeps depends on the rows before it, which have to come first.
     """
@@ -74,7 +87,7 @@ class Outcome:
         out: float32 [H, r, Dv].
         kept: int32 [H, r], keys that the head's own rule keeps.
         read: (KV head, key) pairs whose V row is read: some head of the group keeps it.
-        dropped: Probability not multiplied with V, summed over heads and rows.
+        dropped: Probability of keys that isn't multiplied with V, summed over heads and rows.
     """
 
     out: torch.Tensor
@@ -86,7 +99,7 @@ class Outcome:
 def attend(
     call: LayerCall, rule: Rule | None, count: Callable[[Rows, Outcome], None] = lambda *_: None
 ) -> torch.Tensor:
-    """Attention of every query row of a call, for what torch's fused kernel can't do: skipping, or a softcap.
+    """Attention of every query row of a call, for what torch's fused kernel can't do: skipping, softcap, sinks.
 
     Args:
         call: The layer.
@@ -105,7 +118,7 @@ def attend(
         rows = rows_of(call, queries[part], shared)
         value = call.values[:, : rows.scores.shape[-1]]
         if rule is None:
-            weights = rows.by_group(torch.softmax(rows.scores, dim=-1))
+            weights = rows.by_group(probabilities(rows.scores, rows.sinks))
             found = _weighted(weights, value).flatten(0, 1)
         else:
             outcome = attend_rows(rule, rows, value, call.means[:, part])
@@ -130,7 +143,7 @@ def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
         shared: What the rule has prepared for the layer's keys.
     """
     query = call.query[:, rows - call.first].float()
-    return Rows(call.layer, call.scores(rows), rows + 1, query, call.key.shape[0], shared)
+    return Rows(call.layer, call.scores(rows), rows + 1, query, call.key.shape[0], shared, call.sinks)
 
 
 def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> Outcome:
@@ -146,12 +159,14 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
     grouped = rows.by_group(kept)
     read = any_of_group(grouped)
     used = read[:, None] if rule.union else grouped
-    weights = rows.by_group(torch.softmax(rows.scores, dim=-1)).mul_(used)
+    weights = rows.by_group(probabilities(rows.scores, rows.sinks))
+    seen = 1.0 if rows.sinks is None else weights.sum(dim=-1, keepdim=True)
+    weights.mul_(used)
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
-        weights /= mass
+        weights /= mass + (1.0 - seen)
     out = _weighted(weights, value)
-    dropped = 1.0 - mass
+    dropped = seen - mass
     if rule.compensate:
         out += dropped * means[:, None]
     return Outcome(out.flatten(0, 1), true_per_row(kept), int(true_per_row(read).sum()), float(dropped.sum()))
