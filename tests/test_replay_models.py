@@ -6,22 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from model_families import FAMILIES, REFUSED
 from tiny_models import SMALL, save_model, save_text
-from transformers import (
-    CohereConfig,
-    DeepseekV3Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    GraniteConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MixtralConfig,
-    OPTConfig,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-)
+from transformers import DiffLlamaConfig, LlamaConfig
 
 from topt_vllm.calibration.head_errors import output_projection
 from topt_vllm.cli.main import main
@@ -30,63 +17,26 @@ from topt_vllm.replay.model import examine, load_causal_lm
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.replay import Replay
 from topt_vllm.replay.top_theta import TopTheta
+from topt_vllm.table.file import load as load_table
 
 TOKENS = torch.randint(0, 256, (121,), generator=torch.Generator().manual_seed(0))
 ROWS = 40
-PLAIN = {name: value for name, value in SMALL.items() if name != "head_dim"}
-WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-GPT2 = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=2048, vocab_size=257)
-# The output of its decoder is projected once more.
-OPT = OPTConfig(
-    hidden_size=32,
-    ffn_dim=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    vocab_size=257,
-    max_position_embeddings=2048,
-    word_embed_proj_dim=16,
-)
-MIXTRAL = MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True)
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen3 moe": Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4),
-    "mixtral": MIXTRAL,
-    "deepseek": DeepseekV3Config(
-        **PLAIN | {"num_key_value_heads": 4},
-        **EXPERTS,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-        head_dim=4,
-    ),
-    "gpt2": GPT2,
-    "opt": OPT,
-    "gpt-neox": GPTNeoXConfig(**SMALL),
-    "gemma2": Gemma2Config(
-        **SMALL, **WINDOWS, attn_logit_softcapping=2.0, query_pre_attn_scalar=16, final_logit_softcapping=3.0
-    ),
-    "gemma3": Gemma3TextConfig(**SMALL, **WINDOWS, final_logit_softcapping=3.0),
-    "granite": GraniteConfig(**PLAIN, logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.3),
-    "cohere": CohereConfig(**PLAIN, logit_scale=0.25),
-}
+
+each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 
 
 def load(folder: Path, config: transformers.PretrainedConfig):
     return load_causal_lm(str(save_model(folder, config)), "cpu", "float32")
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_a_replay_that_skips_nothing_has_the_models_own_losses(tmp_path, config):
+@each_family
+def test_a_replay_that_skips_nothing_has_the_models_own_losses(tmp_path, family):
     """Dense, and with the first or the last layer attended by a rule that keeps everything."""
-    model, subject = load(tmp_path, config), examine(str(tmp_path))
+    model, subject = load(tmp_path, family.config), examine(str(tmp_path))
+    assert subject.full_layers == list(family.full)
+    assert subject.identity.attention_free_layers == list(family.free)
     replay = Replay(model, subject, TOKENS.tolist(), ROWS)
-    # Where there is a softcap SDPA would drop it.
+    # Where there are softcaps or sinks SDPA would drop them.
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         logits = model(TOKENS[None, :-1], use_cache=False).logits[0, -ROWS:]
@@ -102,52 +52,79 @@ def test_a_replay_that_skips_nothing_has_the_models_own_losses(tmp_path, config)
 
 def test_a_pass_makes_one_row_of_logits(tmp_path):
     """Those of a long sequence are large, and only some rows' are asked for."""
-    model = load(tmp_path, CONFIGS["llama"])
+    model = load(tmp_path, FAMILIES["llama"].config)
     seen = []
     model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     Replay(model, examine(str(tmp_path)), TOKENS.tolist(), ROWS)
     assert seen == [1, ROWS]
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            Llama4TextConfig(
-                **SMALL, attention_chunk_size=64, num_local_experts=2, moe_layers=[], no_rope_layers=[1, 0, 1]
-            ),
-            "layer 0 attends with a mask that isn't its window's",
-        ),
-        (
-            Qwen3NextConfig(
-                **SMALL,
-                **EXPERTS,
-                num_experts=4,
-                shared_expert_intermediate_size=16,
-                linear_num_key_heads=2,
-                linear_num_value_heads=4,
-                linear_key_head_dim=8,
-                linear_value_head_dim=8,
-                layer_types=["linear_attention", "full_attention", "full_attention"],
-            ),
-            r"layers \[0\] don't call the AttentionInterface",
-        ),
-    ],
-    ids=["chunks", "state"],
-)
-def test_layers_that_cannot_be_decoded_behind_a_dense_pass_are_named(tmp_path, config, message):
-    """By the configuration, and where it says nothing, by what the pass has seen."""
-    model = load(tmp_path, config)
-    with pytest.raises(ReplayError, match=f"layers of the kind {config.layer_types[0]}"):
-        examine(str(tmp_path))
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_calibrated_is_refused_by_its_configuration(tmp_path, config, message):
+    config.save_pretrained(tmp_path)
     with pytest.raises(ReplayError, match=message):
+        examine(str(tmp_path))
+
+
+def test_what_the_configuration_does_not_say_is_seen_by_the_dense_pass(tmp_path):
+    """Layers that attend in chunks, or twice for each token."""
+    model = load(tmp_path, REFUSED["llama4"][0])
+    with pytest.raises(ReplayError, match="layer 0 attends with a mask that isn't its window's"):
         Replay(model, examine(str(tmp_path), decoded=False), TOKENS.tolist(), ROWS)
+    model = load(tmp_path / "twice", DiffLlamaConfig(**SMALL))
+    with pytest.raises(ReplayError, match="layer 0 attends more than once for each token"):
+        Replay(model, examine(str(tmp_path / "twice")), TOKENS.tolist(), ROWS)
+
+
+def test_v_rows_are_counted_by_each_layers_own_heads(tmp_path):
+    """Gemma 4's windowed layers have more KV heads than its full ones, and layers without attention have none."""
+    contexts = torch.tensor([100, 200])
+    FAMILIES["gemma4"].config.save_pretrained(tmp_path)
+    assert examine(str(tmp_path)).v_rows(contexts) == [2 * 64, 300, 300]
+    FAMILIES["nemotron-h"].config.save_pretrained(tmp_path)
+    assert examine(str(tmp_path)).v_rows(contexts) == [0, 0, 2 * 300, 0]
+
+
+def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, capsys):
+    """transformers would stop and ask."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "unheard-of", "auto_map": {"AutoConfig": "own.OwnConfig"}}),
+        encoding="utf-8",
+    )
+    (tmp_path / "own.py").write_text("raise RuntimeError('run')", encoding="utf-8")
+    with pytest.raises(ReplayError, match="it comes with code of its own; add --trust-remote-code"):
+        examine(str(tmp_path))
+    with pytest.raises(RuntimeError, match="run"):
+        examine(str(tmp_path), trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[] if family.quick else pytest.mark.slow)
+        for name, family in FAMILIES.items()
+    ],
+)
+def test_calibrate_and_evaluate(tmp_path, family):
+    """Through the command line: a table of the expected layers, with which rows are skipped."""
+    save_text(save_model(tmp_path, family.config) / "text.txt", 1300)
+    model = ["--model", str(tmp_path), "--dataset", str(tmp_path / "text.txt"), "--device", "cpu"]
+    sizes = ["--num-samples", "1", "--max-seq-length", "300", "--k", "16", "--dense-layers"]
+    assert main(["calibrate", *model, *sizes]) == 0
+    (budget,) = load_table(tmp_path / "toptheta.yaml").budgets
+    assert [entry.layer for entry in budget.layers] == list(family.full)
+    out = tmp_path / "out.json"
+    asked = ["--rules", "toptheta", "--rows", "--budget", "16", "--max-seq-length", "300"]
+    assert main(["evaluate", *model, *asked, "--decode-rows", "40", "--json", str(out)]) == 0
+    (record,) = json.loads(out.read_text())
+    assert 0 < record["v_rows_read"] < 1
+    assert record["dropped_mass"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [GPT2, OPT, MIXTRAL], ids=["gpt2", "opt", "mixtral"])
-def test_calibrate_and_evaluate(tmp_path, config):
-    save_text(save_model(tmp_path, config) / "text.txt", 3700)
+@pytest.mark.parametrize("name", ["gpt2", "opt", "mixtral", "qwen3-next", "gpt-oss"])
+def test_calibrate_for_targets_and_evaluate_needles(tmp_path, name):
+    save_text(save_model(tmp_path, FAMILIES[name].config) / "text.txt", 3700)
     model = ["--model", str(tmp_path), "--dataset", str(tmp_path / "text.txt"), "--device", "cpu"]
     budgets = ["--budget", "auto", "--k", "16", "--target-rows", "40"]
     assert main(["calibrate", *model, "--num-samples", "2", "--max-seq-length", "600", *budgets]) == 0
@@ -159,7 +136,7 @@ def test_calibrate_and_evaluate(tmp_path, config):
 
 def test_output_projection_of_gpt2_is_turned(tmp_path):
     """Its Conv1D multiplies from the other side."""
-    model = load(tmp_path, GPT2)
+    model = load(tmp_path, FAMILIES["gpt2"].config)
     projection, heads = output_projection(model, 1, 32), torch.randn(5, 32)
     found = model.transformer.h[1].attn.c_proj
     torch.testing.assert_close(heads @ projection.T + found.bias, found(heads))

@@ -42,6 +42,8 @@ def save_model(folder: Path, config: Any) -> Path:
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("q_proj", "k_proj", "c_attn")):
                 parameter.mul_(20)
+            elif "sinks" in name:
+                parameter.normal_(std=3)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -32,7 +32,8 @@ def calibrate(plan: Plan) -> ThresholdTable:
         CalibrationError: The weights can't be loaded, the model's scores can't be used, or memory runs out.
     """
     partial = Partial(plan)
-    model = load_causal_lm(plan.options.model, plan.options.device, plan.options.dtype)
+    options = plan.options
+    model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
     try:
         budgets, statistics = _budgets(model, plan, partial)
     except (torch.OutOfMemoryError, MemoryError) as error:

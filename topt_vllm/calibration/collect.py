@@ -80,7 +80,6 @@ def collect_errors(
         progress: Called with the number of layers done.
     """
     subject = plan.subject
-    width = subject.identity.num_query_heads * subject.identity.head_dim
     found: dict[int, list[HeadErrors]] = {layer: [] for layer in subject.full_layers}
     for index, sequence in enumerate(plan.error_sequences):
         stored = partial.load(f"errors-{index:04}")
@@ -89,6 +88,7 @@ def collect_errors(
             stored = {}
 
             def observe(call: LayerCall, rows: torch.Tensor = rows, into: dict = stored) -> None:
+                width = call.query.shape[0] * call.value.shape[2]
                 weight = output_projection(model, call.layer, width)
                 into[call.layer] = vars(head_errors(call, rows, thetas[call.layer], weight))
                 progress(1)

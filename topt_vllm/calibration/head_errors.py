@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall, probabilities
 
 # Names of the projection behind the heads in transformers' models.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -67,7 +67,7 @@ def head_errors(
         bucket = _buckets(scores, rows[part], thetas)
         shared = bucket.unflatten(0, (num_kv_heads, -1)).amin(dim=1)
         shared = shared.repeat_interleave(num_heads // num_kv_heads, dim=0)
-        weights = torch.softmax(scores, dim=-1)
+        weights = probabilities(scores, call.sinks)
         own, mass = _errors(weights, bucket, call.value, means[:, part], count)
         union, _ = _errors(weights, shared, call.value, means[:, part], count)
         dropped += mass.sum(dim=2).T.double().cpu()

@@ -105,6 +105,7 @@ class CalibrationOptions:
         None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
     )
     dtype: str = option("auto", "of the weights (default: the checkpoint's)", group=_RUN, choices=DTYPES)
+    trust_remote_code: bool = option(False, "run code that comes with the model", group=_RUN)
     output: Path = option(
         REQUIRED,
         "table to write (default: toptheta.yaml in the model's folder)",

@@ -73,12 +73,12 @@ def prepare(options: CalibrationOptions) -> Plan:
     refuse_overwrite(options.output, options.force)
     _check_output_folder(options)
     check_device(options.device)
-    subject = examine(options.model)
+    subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     lengths = calibrated_lengths(subject.max_seq_length(options.max_seq_length), options.ks[-1])
     dense, length = _dense_layers(options, subject.full_layers), lengths[-1]
     tuning = _TUNING_SEQUENCES if options.targets else 0
     documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
     check_vocabulary(sequences, subject, options.model)
     return Plan(options, subject, lengths, dense, sequences, sources)

@@ -13,13 +13,11 @@ def describe(table: ThresholdTable) -> str:
 def _heading(table: ThresholdTable) -> list[str]:
     model, origin = table.model, table.calibration
     revision = f" at {model.revision}" if model.revision else ""
-    windowed = len(model.sliding_window_layers)
     texts = ", ".join(source.name for source in origin.data)
     return [
         f"model        {model.id}{revision} ({model.architecture})",
-        f"             {model.num_layers} layers"
-        + (f", {windowed} of them without thresholds (sliding window)" if windowed else "")
-        + f"; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}",
+        f"             {model.layers_text()}"
+        f"; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, head_dim {model.head_dim}",
         f"             {model.fingerprint}",
         f"calibrated   {origin.date} by {table.producer.name} {table.producer.version} on {texts}",
         f"             {origin.num_samples} × {origin.max_seq_length} tokens, seed {origin.seed}",

@@ -10,8 +10,8 @@ from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import key_reads, quality
 from topt_vllm.replay.attention import Counts
-from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.predictions import Comparison, compared, joined
+from topt_vllm.replay.whole_pass import dense_pass
 
 NEEDLES = "needles"
 
@@ -39,7 +39,7 @@ def evaluate_needles(
     for needle in plan.needles:
         bar.set_description(f"{NEEDLES}: {needle.length} tokens, depth {needle.depth:g}")
         if needle.prompt is not prompted:
-            prompt, prompted = DensePass(model, plan.subject, needle.prompt), needle.prompt
+            prompt, prompted = dense_pass(model, plan.subject, needle.prompt), needle.prompt
         dense = answer(prompt, needle, None, None)
         for grid, job in zip(grids, jobs[needle.length], strict=True):
             counted = job.attention(plan, needle.contexts)

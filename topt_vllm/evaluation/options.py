@@ -159,6 +159,7 @@ class EvaluationOptions:
         None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
     )
     dtype: str = option("float32", "of the weights (default %(default)s)", group=_RUN, choices=DTYPES)
+    trust_remote_code: bool = option(False, "run code that comes with the model", group=_RUN)
     json: Path | None = option(None, "write the records; the file must not exist", group=_RUN, metavar="FILE")
     plot: Path | None = option(
         None, "plot loss against rows (.png, .svg, .pdf); must not exist", group=_RUN, metavar="FILE"

@@ -82,7 +82,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     if options.plot:
         require_matplotlib()
     check_device(options.device)
-    subject = examine(options.model)
+    subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
     length = subject.max_seq_length(longest)
     table, path = _table(options, subject)
@@ -91,7 +91,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     for k in options.ks:
         _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
     # Needles hide in the first text.
     names = options.dataset[:1] if options.needles_only else options.dataset
@@ -158,10 +158,10 @@ def _dense_layers(
     """The layers that are dense under every rule at a target."""
     longest = max(options.lengths, default=length)
     contexts = torch.arange(max(longest - options.decode_rows, table.lengths[0]), longest)
-    seen = subject.keys_seen(contexts)
+    rows = subject.v_rows(contexts)
 
     def share(layers: frozenset[int]) -> float:
-        return sum(seen[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(seen)
+        return sum(rows[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(rows)
 
     if options.dense_layers is None:
         layers = frozenset(ladder(table)[-1].dense_layers)

@@ -16,10 +16,10 @@ from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
 from topt_vllm.replay.attention import Counts, RuleAttention
-from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.replay.predictions import Comparison, joined
 from topt_vllm.replay.replay import Replay, replayed_rows
+from topt_vllm.replay.whole_pass import dense_pass
 
 
 @dataclass
@@ -55,7 +55,7 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
         ReplayError: The weights can't be loaded, or the model isn't one that can be evaluated.
     """
     options = plan.options
-    model = load_causal_lm(options.model, options.device, options.dtype)
+    model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
     runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
         for index, text in enumerate(plan.texts):
@@ -77,7 +77,7 @@ def _text(
     longest = max(plan.lengths)
     for number, tokens in enumerate(text.sequences, 1):
         bar.set_description(f"{text.name}: dense")
-        dense = DensePass(model, plan.subject, tokens[: longest - 1], spans)
+        dense = dense_pass(model, plan.subject, tokens[: longest - 1], spans)
         for length in plan.lengths:
             replay = Replay(model, plan.subject, tokens[:length], plan.count(length), dense)
             contexts = replay.rows + 1

@@ -37,16 +37,16 @@ class Sample:
     def v_rows_read(self, rule: Rule, dense: frozenset[int]) -> float:
         """Share of V rows that the rule reads, all layers counted; layers in ``dense`` are read in full."""
         contexts = next(iter(self.rows.values())).contexts
-        seen, heads = self.subject.keys_seen(contexts), self.subject.identity.num_kv_heads
+        in_context = self.subject.v_rows(contexts)
 
         def count(rows: Rows) -> int:
             prepared = replace(rows, shared=rule.prepare(rows.shared))
             return int(true_per_row(any_of_group(rows.by_group(rule.keep(prepared)))).sum())
 
         sparse = {layer: rows for layer, rows in self.rows.items() if layer not in dense}
-        read = heads * (sum(seen) - sum(seen[layer] for layer in sparse))
+        read = sum(in_context) - sum(in_context[layer] for layer in sparse)
         counted = in_threads(count, list(sparse.values()), contexts.device)
-        return (read + sum(counted)) / (heads * sum(seen))
+        return (read + sum(counted)) / sum(in_context)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ def _nothing() -> torch.Tensor:
 class Counts:
     """What was read by the decoded rows.
 
-    All layers count: dense ones read everything, those with a sliding window read their window and have no more.
+    All layers with attention count: dense ones read everything, those with a sliding window read their window and
+    have no more.
 
     Attributes:
         v_rows: (KV head, key) pairs in context.
@@ -92,12 +93,12 @@ class RuleAttention:
         """
         Args:
             subject: The model.
-            rules: By layer, without sliding-window layers; a layer without one is dense.
+            rules: By layer with full attention; a layer without one is dense.
             contexts: int64 [r], of the decoded rows.
             ks: Keys that each query head should keep, by layer, where a budget says so.
 
         Raises:
-            ValueError: A rule for a layer that the model doesn't have or that has a sliding window.
+            ValueError: A rule for a layer that the model doesn't have or that hasn't full attention.
         """
         wrong = sorted(set(rules) - set(subject.full_layers))
         if wrong:
@@ -106,22 +107,20 @@ class RuleAttention:
         self._rules = rules
         self._ks = ks or {}
         self._lock = Lock()
-        self._seen = subject.keys_seen(contexts)
+        self._v_rows = subject.v_rows(contexts)
         self._read = dict.fromkeys(rules, 0)
-        self._kv_heads = subject.identity.num_kv_heads
-        kv_heads, heads = self._kv_heads, subject.identity.num_query_heads
-        total = sum(self._seen)
-        dense = total - sum(self._seen[layer] for layer in rules)
-        layer_rows = kv_heads * torch.tensor(self._seen)
+        heads, seen = subject.identity.num_query_heads, subject.keys_seen(contexts)
+        dense = sum(self._v_rows) - sum(self._v_rows[layer] for layer in rules)
+        layer_rows = torch.tensor(self._v_rows)
         candidates = layer_rows.clone()
         candidates[list(rules)] = 0
         self.counts = Counts(
-            v_rows=kv_heads * total,
-            v_rows_read=kv_heads * dense,
-            elements=heads * total,
-            elements_kept=heads * dense,
+            v_rows=sum(self._v_rows),
+            v_rows_read=dense,
+            elements=heads * sum(seen),
+            elements_kept=heads * (sum(seen) - sum(seen[layer] for layer in rules)),
             sparse=heads * len(rules) * len(contexts),
-            k_rows_read=kv_heads * dense,
+            k_rows_read=dense,
             layer_rows=layer_rows,
             layer_candidates=candidates,
         )
@@ -149,8 +148,8 @@ class RuleAttention:
         return attend(call, self._rules[call.layer], count)
 
     def layer_rows_read(self) -> list[float]:
-        """Share of V rows read by every layer of the model, in order."""
+        """Share of V rows read by every layer of the model, in order; 1 where it has none."""
         return [
-            self._read[layer] / (self._kv_heads * seen) if layer in self._read else 1.0
-            for layer, seen in enumerate(self._seen)
+            self._read[layer] / rows if layer in self._read else 1.0
+            for layer, rows in enumerate(self._v_rows)
         ]

@@ -1,7 +1,7 @@
 """Looks into a transformers model's attention layers through transformers' AttentionInterface.
 
-The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only a
-softcap, which SDPA drops, and attention under a rule, if asked for, are computed here.
+The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only softcaps
+and attention sinks, which SDPA drops, and attention under a rule, if asked for, are computed here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from topt_vllm.table.identity import ModelIdentity
 NAME = "toptheta_capture"
 
 # Arguments that change the scores or the softmax in ways that a threshold on q·k knows nothing of.
-REFUSED = ("position_bias", "s_aux", "sinks")
+REFUSED = ("position_bias",)
 
 # Query rows that a layer whose rows see few keys attends for at once.
 _MASKED_ROWS = 1024
@@ -50,16 +50,17 @@ class _Capture:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         mask = None if attention_mask is None else visible_keys(attention_mask)
-        call = LayerCall.of(module.layer_idx, query[0], key[0], value[0], scaling, softcap, mask=mask)
+        place = {"mask": mask, "sinks": kwargs.get("s_aux")}
+        call = LayerCall.of(module.layer_idx, query[0], key[0], value[0], scaling, softcap, **place)
         self._check_heads(call)
         windowed = call.layer in self._windowed
         if not windowed:
             check_plain_causal(module, call, call.mask, kwargs)
             self._observe(call)
         rule = self._rules.get(call.layer)
-        if softcap or rule is not None:
+        if rule is not None:
             return attend(call, rule).transpose(0, 1).unsqueeze(0), None
-        return whole_sequence(module, query, key, value, attention_mask, scaling=scaling, **kwargs), None
+        return whole_sequence(module, call, attention_mask, scaling, kwargs), None
 
     def _check_heads(self, call: LayerCall) -> None:
         expected = (self._identity.num_query_heads, self._identity.num_kv_heads, self._identity.head_dim)
@@ -81,7 +82,7 @@ def captured(
 
     Args:
         model: A transformers model; run it with a batch of one sequence and no cache.
-        identity: Of the model; its sliding-window layers are passed through unseen.
+        identity: Of the model; its layers with a sliding window are passed through unseen.
         observe: Gets each layer's call, in order.
         rules: Attention of some layers; the others are dense.
     """
@@ -119,17 +120,27 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
 
 def whole_sequence(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    call: LayerCall,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """transformers' own attention of a whole sequence, [1, n, H, Dv].
+    """Dense attention of a whole sequence, [1, n, H, Dv]: transformers' own, wherever it computes what is asked.
 
     Under a mask, rows are attended part by part, each with the keys that it sees: in a layer with a sliding window
     those are few, and all n × n pairs would cost many times as much.
+
+    Args:
+        module: The layer's attention.
+        call: What it was called with, and
+        attention_mask: as it was given the mask,
+        scaling: the factor of q·k,
+        kwargs: and further arguments.
     """
+    if not call.plain:
+        return attend(call, None).transpose(0, 1).unsqueeze(0)
+    query, key, value = call.query[None], call.key[None], call.value[None]
+    kwargs = {**kwargs, "scaling": scaling}
     if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
     seen = visible_keys(attention_mask)

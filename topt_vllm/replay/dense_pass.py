@@ -45,14 +45,16 @@ class DensePass:
         self.length = len(tokens)
         self.model = CausalLM(model)
         self._subject = subject
-        self._layers = _decoder_layers(model, subject.identity.num_layers)
+        # Where layers attend to K and V of earlier ones, all have to run.
+        self._layers = [] if subject.shares_kv else _decoder_layers(model, subject.identity.num_layers)
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}
+        self._seen: set[int] = set()
         with torch.inference_mode(), self._recording(spans), selected(model, self._record):
             hidden = self.model.hidden(torch.tensor([tokens], device=model.device))
         del self._checked
-        without = sorted(set(range(subject.identity.num_layers)) - set(self._cache))
+        without = sorted(set(subject.attention_layers) - self._seen)
         if without:
             raise ReplayError(
                 f"layers {without} don't call the AttentionInterface, so that nothing can be decoded behind what "
@@ -107,15 +109,33 @@ class DensePass:
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
         window = self._subject.window_of(layer)
-        call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, window=window)
+        place = {"window": window, "sinks": kwargs.get("s_aux")}
+        call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, **place)
         # Layers of a kind are given the same mask.
         known = attention_mask is None or attention_mask is self._checked.get(window)
         check_plain_causal(module, call, None if known else visible_keys(attention_mask), kwargs)
+        self._check_call(call)
         self._checked[window] = attention_mask
-        self._cache[layer] = key[0].contiguous(), value[0].contiguous()
-        if softcap:
-            return attend(call, None).transpose(0, 1).unsqueeze(0), None
-        return whole_sequence(module, query, key, value, attention_mask, scaling=scaling, **kwargs), None
+        self._seen.add(layer)
+        self._keep(call)
+        return whole_sequence(module, call, attention_mask, scaling, kwargs), None
+
+    def _check_call(self, call: LayerCall) -> None:
+        """What later runs take for granted: one call, and the heads by which V rows are counted."""
+        if call.layer in self._seen:
+            raise ReplayError(
+                f"layer {call.layer} attends more than once for each token; such models are not supported"
+            )
+        expected = self._subject.kv_heads_of(call.layer)
+        if call.key.shape[0] != expected:
+            raise ReplayError(
+                f"layer {call.layer} has {call.key.shape[0]} KV heads, but its configuration says {expected}; such "
+                "models are not supported"
+            )
+
+    def _keep(self, call: LayerCall) -> None:
+        """Keeps what later runs need of a layer."""
+        self._cache[call.layer] = call.key.contiguous(), call.value.contiguous()
 
     def _attend(
         self,
@@ -139,11 +159,11 @@ class DensePass:
         for index in range(query.shape[0]):
             seen_key = torch.cat([before[0], key[index]], dim=1)
             seen_value = torch.cat([before[1], value[index]], dim=1)
-            place = {"first": first - start, "window": window}
+            place = {"first": first - start, "window": window, "sinks": kwargs.get("s_aux")}
             call = LayerCall.of(layer, query[index], seen_key, seen_value, scaling, softcap, **place)
             if attention is not None:
                 outputs.append(attention.attend(call).transpose(0, 1))
-            elif softcap:
+            elif not call.plain:
                 outputs.append(attend(call, None).transpose(0, 1))
             else:
                 outputs.append(_dense(module, call, scaling, kwargs))
@@ -156,6 +176,8 @@ class DensePass:
         def keep(index: int) -> Callable[..., None]:
             def hook(_: torch.nn.Module, __: Any, output: Any) -> None:
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
+                if hidden.shape[:2] != (1, self.length):  # no rows of the sequence alone
+                    return
                 for span in spans:
                     part = hidden[:, span.start : span.stop].clone()
                     self._outputs[span, index] = (
@@ -175,6 +197,8 @@ class DensePass:
         """Within it, the first ``count`` decoder layers give what they gave in the dense pass."""
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers[:count]):
+                if (span, index) not in self._outputs:
+                    break
                 stack.enter_context(replaced(layer, self._outputs[span, index]))
             yield
 

@@ -14,6 +14,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from topt_vllm.replay.capture import can_be_captured
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.layers import STATEFUL, layer_heads, layer_kinds, layer_value
 
 _DEFAULT_MAX_SEQ_LENGTH = 8192
 
@@ -27,28 +28,48 @@ class Subject:
         window: Tokens that the layers with a sliding window attend to at most; 0 where they keep no KV cache.
         vocabulary: Number of tokens.
         context: Tokens of the longest sequence; None where the configuration doesn't say.
+        kv_heads: KV heads by layer; () where all layers have the identity's.
+        stateful: Whether some layers hand on more from row to row than K and V, as state-space layers do.
+        shares_kv: Whether some layers attend to the K and V of earlier ones.
     """
 
     identity: ModelIdentity
     window: int
     vocabulary: int
     context: int | None = None
+    kv_heads: tuple[int, ...] = ()
+    stateful: bool = False
+    shares_kv: bool = False
 
     @property
     def full_layers(self) -> list[int]:
-        """Layers that get thresholds: those without a sliding window."""
-        windowed = self.identity.sliding_window_layers
-        return [layer for layer in range(self.identity.num_layers) if layer not in windowed]
+        """Layers that get thresholds: those with full attention."""
+        return self.identity.full_layers
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Those with full attention or a window."""
+        free = self.identity.attention_free_layers
+        return [layer for layer in range(self.identity.num_layers) if layer not in free]
 
     def window_of(self, layer: int) -> int:
         """Keys that a row of the layer sees at most; 0 for all."""
         return self.window if layer in self.identity.sliding_window_layers else 0
 
+    def kv_heads_of(self, layer: int) -> int:
+        """KV heads of a layer that has attention."""
+        return self.kv_heads[layer] if self.kv_heads else self.identity.num_kv_heads
+
     def keys_seen(self, contexts: torch.Tensor) -> list[int]:
         """By layer, keys that rows with these contexts see together; int64 [r]."""
         full, windowed = int(contexts.sum()), int(contexts.clamp(max=self.window).sum())
-        kinds = self.identity.sliding_window_layers
-        return [windowed if layer in kinds else full for layer in range(self.identity.num_layers)]
+        known = dict.fromkeys(self.identity.sliding_window_layers, windowed)
+        known |= dict.fromkeys(self.identity.attention_free_layers, 0)
+        return [known.get(layer, full) for layer in range(self.identity.num_layers)]
+
+    def v_rows(self, contexts: torch.Tensor) -> list[int]:
+        """By layer, (KV head, key) pairs that these rows see; int64 [r]."""
+        return [keys * self.kv_heads_of(layer) for layer, keys in enumerate(self.keys_seen(contexts))]
 
     def max_seq_length(self, asked: int | None) -> int:
         """Tokens of a sequence: what is asked for, or the model's context, 8192 at most.
@@ -76,58 +97,82 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def examine(model: str, decoded: bool = True) -> Subject:
+def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -> Subject:
     """Checks from its configuration alone whether a model can be replayed.
 
     Args:
         model: Folder or hub id.
-        decoded: Whether rows will be decoded behind a dense prompt, for which its K and V have to be enough.
+        decoded: Whether rows will be decoded behind a dense prompt.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
         ReplayError: The model can't be read or isn't supported.
     """
-    config = _read(transformers.AutoConfig, model)
+    config = _read(transformers.AutoConfig, model, trust_remote_code=trust_remote_code)
     try:
         identity = identify(config, Path(model.rstrip("/")).name, getattr(config, "_commit_hash", None))
     except ValueError as error:
         raise ReplayError(str(error)) from error
-    _require_attention_interface(config, model)
-    _require_dequantiser(config, model)
     text = config.get_text_config()
-    others = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if decoded and others:
+    kinds = layer_kinds(text)
+    if decoded and "chunked_attention" in kinds:
         raise ReplayError(
-            f"{model}: nothing can be decoded behind a dense prompt in layers of the kind "
-            f"{', '.join(sorted(others))}; this architecture can't be calibrated"
+            f"{model}: layers of the kind chunked_attention attend within chunks of the context, which Top-Theta "
+            "doesn't support; this architecture can't be calibrated"
         )
-    sizes = (getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    subject = Subject(
+    if not identity.full_layers:
+        raise ReplayError(f"{model}: every layer has a sliding window; there is nothing to calibrate")
+    skeleton = _skeleton(config, model, trust_remote_code)
+    _check_architecture(skeleton, identity, model)
+    _require_dequantiser(config, model)
+    return Subject(
         identity=identity,
-        window=next((size for size in sizes if size), 0),
+        window=_window(text, identity.sliding_window_layers),
         vocabulary=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None),
+        kv_heads=_kv_heads(skeleton, text, identity),
+        stateful=bool(STATEFUL & set(kinds)),
+        shares_kv=bool(getattr(text, "num_kv_shared_layers", 0)),
     )
-    if not subject.full_layers:
-        raise ReplayError(f"{model}: every layer has a sliding window; there is nothing to calibrate")
-    return subject
 
 
-def load_tokenizer(model: str) -> Any:
+def _window(config: Any, layers: list[int]) -> int:
+    """Of the layers with a window, which is the same for all; 0 where there are none."""
+    names = ("sliding_window", "attention_chunk_size")
+    sizes = (layer_value(config, layer, name) for layer in layers[:1] for name in names)
+    return next((size for size in sizes if size), 0)
+
+
+def _kv_heads(skeleton: Any, config: Any, identity: ModelIdentity) -> tuple[int, ...]:
+    """By layer; () where all that attend have the same."""
+    windowed = identity.sliding_window_layers
+    found = [identity.num_kv_heads] * identity.num_layers
+    for layer in windowed:
+        found[layer] = layer_heads(config, layer).kv
+    # MiMo V2 has twice as many in its windowed layers, and its configuration doesn't say so.
+    for part in _attention(skeleton):
+        if part.layer_idx in windowed and (groups := getattr(part, "num_key_value_groups", None)):
+            found[part.layer_idx] = layer_heads(config, part.layer_idx).query // groups
+    return tuple(found) if set(found) != {identity.num_kv_heads} else ()
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer.
 
     Raises:
         ReplayError: There is none.
     """
-    return _read(transformers.AutoTokenizer, model)
+    return _read(transformers.AutoTokenizer, model, trust_remote_code=trust_remote_code)
 
 
-def load_causal_lm(model: str, device: str | None, dtype: str) -> Any:
+def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
     """The model with its weights.
 
     Args:
         model: Folder or hub id.
         device: ``cpu``, ``cuda``, ``cuda:N``, ``auto`` to spread over all GPUs; None for a GPU where there is one.
         dtype: Out of :data:`~topt_vllm.replay.options.DTYPES`.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
         ReplayError: The weights or the device can't be used.
@@ -137,7 +182,8 @@ def load_causal_lm(model: str, device: str | None, dtype: str) -> Any:
     # device_map needs accelerate; one device does without.
     spread = {"device_map": "auto"} if device == "auto" else {}
     reader = transformers.AutoModelForCausalLM
-    loaded, found = _read(reader, model, dtype=kind, output_loading_info=True, **spread)
+    more = {"trust_remote_code": trust_remote_code, "output_loading_info": True, **spread}
+    loaded, found = _read(reader, model, dtype=kind, **more)
     if found["missing_keys"]:
         # transformers makes up what a checkpoint lacks, or what is compressed in a way that it doesn't know.
         raise ReplayError(f"--model {model}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
@@ -160,6 +206,8 @@ def _read(loader: Any, model: str, **arguments: Any) -> Any:
         return loader.from_pretrained(model, **arguments)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own; add --trust-remote-code to run that"
         raise ReplayError(f"--model {model}: {reason}") from error
 
 
@@ -172,16 +220,48 @@ def _require_dequantiser(config: Any, model: str) -> None:
         raise ReplayError(f"{model}: its weights are compressed, and can't be read here: {reason}") from error
 
 
-def _require_attention_interface(config: Any, model: str) -> None:
+def _skeleton(config: Any, model: str, trust_remote_code: bool) -> Any:
+    """The model without weights.
+
+    Raises:
+        ReplayError: It isn't a causal language model.
+    """
     try:
         with _quiet(), torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(config)
-            supported = can_be_captured(skeleton)
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    # Code of any architecture runs here, and what it can't make of a configuration raises anything.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if config.get_text_config() is not config and isinstance(error, ValueError):
+            reason = (
+                f"{type(config).__name__} has a text model inside, and transformers doesn't load it by itself. "
+                "Save the text model as a checkpoint of its own and calibrate that"
+            )
         raise ReplayError(f"{model}: not a causal language model for transformers: {reason}") from error
-    if not supported:
+
+
+def _check_architecture(skeleton: Any, identity: ModelIdentity, model: str) -> None:
+    """Raises ReplayError where the model isn't a decoder whose layers can be looked into one by one."""
+    name = type(skeleton).__name__
+    if not can_be_captured(skeleton):
         raise ReplayError(
-            f"{model}: transformers' {type(skeleton).__name__} does not call its AttentionInterface, "
+            f"{model}: transformers' {name} does not call its AttentionInterface, "
             "through which the calibrator sees the scores; this architecture can't be calibrated"
         )
+    causal = {part.layer_idx: part.is_causal for part in _attention(skeleton) if hasattr(part, "is_causal")}
+    if not all(causal.values()):
+        raise ReplayError(
+            f"{model}: {name} is an encoder: its tokens attend to those behind them too. Top-Theta thresholds need "
+            "a decoder-only model"
+        )
+    without = sorted(set(identity.full_layers) - set(causal))
+    if causal and without:
+        raise ReplayError(
+            f"{model}: transformers' {name} has no attention module of its own in layer {without[0]}, as where "
+            "layers share one or attend to images; this architecture can't be calibrated"
+        )
+
+
+def _attention(model: Any) -> Iterator[Any]:
+    """Modules of the decoder that know which layer they belong to, attention among them."""
+    return (part for part in model.get_decoder().modules() if getattr(part, "layer_idx", None) is not None)

@@ -1,6 +1,7 @@
 """What skipping costs: the last rows of a sequence run again with sparse layers, after a dense prefill.
 
-The dense pass is made once; each run repeats only the last rows, from the first sparse layer on.
+The dense pass is made once; each run repeats only the last rows, from the first sparse layer on. Models with a
+state are run as a whole each time.
 """
 
 import math
@@ -13,6 +14,7 @@ from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.predictions import Comparison, Predictions
+from topt_vllm.replay.whole_pass import dense_pass
 
 
 class Replay:
@@ -47,7 +49,7 @@ class Replay:
         """
         span = replayed_rows(len(sequence), count)
         self._span = span
-        self._dense = dense or DensePass(model, subject, sequence[:-1], (span,))
+        self._dense = dense or dense_pass(model, subject, sequence[:-1], (span,))
         self.length, self.first = span.stop, span.start
         self.rows = torch.arange(span.start, span.stop)
         tokens = torch.tensor([sequence], device=model.device)

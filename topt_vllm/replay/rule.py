@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from topt_vllm.replay.scores import LayerCall, any_of_group, for_each_part, true_per_row
+from topt_vllm.replay.scores import (
+    LayerCall,
+    any_of_group,
+    for_each_part,
+    probabilities,
+    true_per_row,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Rows:
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         candidates: bool [Hkv, r, m], keys that a K screen lets through; None where there is none.
+        sinks: [H], scores of the heads' attention sinks; None without.
     """
 
     layer: int
@@ -38,11 +45,17 @@ class Rows:
     scale: float = 1.0
     softcap: float = 0.0
     candidates: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def pairs(self) -> int:
         """(KV head, key) pairs in context."""
         return self.num_kv_heads * int(self.contexts.sum())
+
+    def log_denominator(self) -> torch.Tensor:
+        """Of the softmax, sinks included: float32 [H, r, 1]."""
+        keys = self.scores.logsumexp(dim=-1, keepdim=True)
+        return keys if self.sinks is None else torch.logaddexp(keys, self.sinks.float()[:, None, None])
 
     def by_group(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view [Hkv, heads of a group, …] of a tensor [H, …]."""
@@ -54,7 +67,7 @@ class Rule(ABC):
 
     Attributes:
         union: Each head uses every row that some head of its group keeps.
-        renormalise: The softmax runs over the used keys only, not over all.
+        renormalise: The softmax runs over the used keys only, and the head's sink, not over all.
         compensate: The dropped probability times the mean of V is added.
         in_order: What a row keeps depends on the rows before it, which have to come first.
     """
@@ -93,7 +106,7 @@ class Outcome:
         out: float32 [H, r, Dv].
         kept: int32 [H, r], keys that the head's own rule keeps.
         read: (KV head, key) pairs whose V row is read: some head of the group keeps it.
-        dropped: Probability not multiplied with V, summed over heads and rows.
+        dropped: Probability of keys that isn't multiplied with V, summed over heads and rows.
         candidates: (KV head, key) pairs that a K screen lets through; all of them without one.
         k_rows: K that is read, in rows of it.
     """
@@ -109,7 +122,7 @@ class Outcome:
 def attend(
     call: LayerCall, rule: Rule | None, count: Callable[[Rows, Outcome], None] = lambda *_: None
 ) -> torch.Tensor:
-    """Attention of every query row of a call, for what torch's fused kernel can't do: skipping, or a softcap.
+    """Attention of every query row of a call, for what torch's fused kernel can't do: skipping, softcap, sinks.
 
     Args:
         call: The layer.
@@ -128,7 +141,7 @@ def attend(
         rows = rows_of(call, queries[part], shared)
         value = call.values[:, : rows.scores.shape[-1]]
         if rule is None:
-            weights = rows.by_group(torch.softmax(rows.scores, dim=-1))
+            weights = rows.by_group(probabilities(rows.scores, rows.sinks))
             found = _weighted(weights, value).flatten(0, 1)
         else:
             outcome = attend_rows(rule, rows, value, call.means[:, part])
@@ -154,7 +167,17 @@ def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
     """
     query = call.query[:, rows - call.first].float()
     heads = call.key.shape[0]
-    return Rows(call.layer, call.scores(rows), rows + 1, query, heads, shared, call.scale, call.softcap)
+    return Rows(
+        call.layer,
+        call.scores(rows),
+        rows + 1,
+        query,
+        heads,
+        shared,
+        call.scale,
+        call.softcap,
+        sinks=call.sinks,
+    )
 
 
 def visible(rows: Rows) -> torch.Tensor:
@@ -176,12 +199,14 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
     grouped = rows.by_group(kept)
     read = any_of_group(grouped)
     used = read[:, None] if rule.union else grouped
-    weights = rows.by_group(torch.softmax(rows.scores, dim=-1)).mul_(used)
+    weights = rows.by_group(probabilities(rows.scores, rows.sinks))
+    seen = 1.0 if rows.sinks is None else weights.sum(dim=-1, keepdim=True)
+    weights.mul_(used)
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
-        weights /= mass
+        weights /= mass + (1.0 - seen)
     out = _weighted(weights, value)
-    dropped = 1.0 - mass
+    dropped = seen - mass
     if rule.compensate:
         out += dropped * means[:, None]
     return Outcome(

@@ -33,6 +33,7 @@ class LayerCall:
         mask: bool [n, n], true where a row sees a key; None for plain causal attention.
         first: Index in the sequence of the first query row.
         window: Keys that a row sees at most, counted back from its own; 0 for all.
+        sinks: [H], the score of each head's attention sink, which takes probability and has no value; None without.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerCall:
     mask: torch.Tensor | None = None
     first: int = 0
     window: int = 0
+    sinks: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -59,6 +61,11 @@ class LayerCall:
         """From what transformers gives an attention function, tensors of one sequence; ``place`` as above."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return cls(layer, query, key, value, scale, softcap or 0.0, **place)
+
+    @property
+    def plain(self) -> bool:
+        """Whether torch's own attention can compute it, which knows no softcaps and no sinks."""
+        return not self.softcap and self.sinks is None
 
     def visible(self, rows: torch.Tensor) -> torch.Tensor:
         """Which keys the rows see: bool [rows, m], m being one more than the last row's index."""
@@ -108,6 +115,20 @@ class LayerCall:
         step = max(1, _CHUNK_ELEMENTS // (self.query.shape[0] * self.key.shape[1]))
         for start in range(0, len(rows), step):
             yield slice(start, min(start + step, len(rows)))
+
+
+def probabilities(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Of the keys, float32 [H, r, m]; beside a sink they sum to less than 1.
+
+    Args:
+        scores: float32 [H, r, m].
+        sinks: [H], scores of the heads' attention sinks; None without.
+    """
+    weights = torch.softmax(scores, dim=-1)
+    if sinks is None:
+        return weights
+    keys = scores.logsumexp(dim=-1, keepdim=True)
+    return weights.mul_(torch.sigmoid(keys - sinks.float()[:, None, None]))
 
 
 def for_each_part(compute: Callable[[slice], None], call: LayerCall, rows: torch.Tensor) -> None:

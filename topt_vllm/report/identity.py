@@ -11,7 +11,6 @@ from topt_vllm.table.schema import Budget, Quality, ThresholdTable
 def facts(table: ThresholdTable) -> list[tuple[str, str]]:
     """Names and values for the head of the page."""
     model, origin = table.model, table.calibration
-    windowed = len(model.sliding_window_layers)
     versions = [f"{table.producer.name} {table.producer.version}"]
     versions += [f"{name} {version}" for name, version in origin.libraries.items()]
     return [
@@ -21,9 +20,8 @@ def facts(table: ThresholdTable) -> list[tuple[str, str]]:
         ),
         (
             "Shape",
-            f"{model.num_layers} layers"
-            + (f", {windowed} of them without thresholds (sliding window)" if windowed else "")
-            + f"; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, head size {model.head_dim}",
+            f"{model.layers_text()}; {model.num_query_heads} query heads, {model.num_kv_heads} KV heads, "
+            f"head size {model.head_dim}",
         ),
         ("Fingerprint", model.fingerprint),
         ("Calibrated", f"{origin.date} by {', '.join(versions)}"),

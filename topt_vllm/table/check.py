@@ -52,15 +52,19 @@ def _problems(table: ThresholdTable) -> _Problems:
         yield "lengths", f"must be at most {_MAX_LENGTH}, got {lengths[-1]}"
     if model.num_layers > _MAX_LAYERS:
         yield "model.num_layers", f"must be at most {_MAX_LAYERS}, got {model.num_layers}"
-    windowed = model.sliding_window_layers
-    if not _ascending(windowed) or not set(windowed) <= set(range(model.num_layers)):
-        problem = f"must be ascending and among {model.num_layers} layers, got {clipped(windowed)}"
-        yield "model.sliding_window_layers", problem
+    for name in ("sliding_window_layers", "attention_free_layers"):
+        layers = getattr(model, name)
+        if not _ascending(layers) or not set(layers) <= set(range(model.num_layers)):
+            problem = f"must be ascending and among {model.num_layers} layers, got {clipped(layers)}"
+            yield f"model.{name}", problem
+    both = sorted({*model.sliding_window_layers} & {*model.attention_free_layers})
+    if both:
+        yield "model.attention_free_layers", f"layers {clipped(both)} have a sliding window, so they attend"
     for name, value in table.calibration.options.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"calibration.options.{name[:80]}", f"must be finite, got {value}"
     yield from _names(table)
-    expected = sorted(set(range(model.num_layers)) - set(windowed))
+    expected = model.full_layers
     for b, budget in enumerate(table.budgets):
         yield from _budget(budget, f"budgets[{b}]", expected, model.num_query_heads, len(lengths))
     if table.key_statistics is not None:

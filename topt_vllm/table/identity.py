@@ -6,6 +6,16 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from topt_vllm.table.layers import (
+    ATTENTION_FREE,
+    FULL,
+    WINDOWED,
+    Heads,
+    layer_heads,
+    layer_kinds,
+    layer_value,
+)
+
 # Everything in a Hugging Face configuration that changes the scores of a layer. Absent keys count as None,
 # so that a default written out and a default left out differ only where transformers itself differs.
 _FINGERPRINT_KEYS = (
@@ -30,10 +40,12 @@ class ModelIdentity(BaseModel):
         revision: Hub revision where known; not compared.
         architecture: Such as ``LlamaForCausalLM``.
         num_layers: Decoder layers.
-        num_query_heads: Query heads of a layer, over all tensor-parallel ranks.
-        num_kv_heads: KV heads of a layer, over all tensor-parallel ranks.
-        head_dim: Dimension of a head.
-        sliding_window_layers: Layers with a sliding window. They carry no thresholds.
+        num_query_heads: Query heads of a layer with full attention, over all tensor-parallel ranks.
+        num_kv_heads: KV heads of such a layer, over all tensor-parallel ranks.
+        head_dim: Dimension of its queries and keys.
+        sliding_window_layers: Layers with a window shorter than the model's context. They carry no thresholds.
+        attention_free_layers: Layers without attention: linear attention, state spaces, convolutions, or an MLP
+            alone. Neither do they. Models without such layers leave it out.
         fingerprint: ``sha256:`` and the digest of the attention-relevant configuration.
     """
 
@@ -47,7 +59,23 @@ class ModelIdentity(BaseModel):
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
     sliding_window_layers: Annotated[list[int], Field(fail_fast=True)]
+    attention_free_layers: Annotated[list[int], Field(fail_fast=True)] = []
     fingerprint: str = Field(pattern=r"^sha256:[0-9a-f]{64}$")
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Layers that get thresholds, ascending."""
+        without = {*self.sliding_window_layers, *self.attention_free_layers}
+        return [layer for layer in range(self.num_layers) if layer not in without]
+
+    def layers_text(self) -> str:
+        """How many layers there are, and how many of them have no thresholds, for people."""
+        kinds = {"sliding window": self.sliding_window_layers, "no attention": self.attention_free_layers}
+        counts = {kind: len(layers) for kind, layers in kinds.items() if layers}
+        if not counts:
+            return f"{self.num_layers} layers"
+        reason = ", ".join(f"{count} {kind}" if len(counts) > 1 else kind for kind, count in counts.items())
+        return f"{self.num_layers} layers, {sum(counts.values())} of them without thresholds ({reason})"
 
     def difference(self, other: "ModelIdentity") -> str | None:
         """The first compared attribute in which two models differ, as text with both values; None if none."""
@@ -57,6 +85,7 @@ class ModelIdentity(BaseModel):
             "num_kv_heads",
             "head_dim",
             "sliding_window_layers",
+            "attention_free_layers",
             "fingerprint",
         ):
             if getattr(self, name) != getattr(other, name):
@@ -73,48 +102,82 @@ def identify(config: Any, model_id: str, revision: str | None = None) -> ModelId
         revision: Hub revision, where known.
 
     Raises:
-        ValueError: Not a decoder-only model with uniform attention heads.
+        ValueError: Not a decoder-only model with the same attention heads in all layers with full attention.
     """
     top = config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(top, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{model_id} is an encoder-decoder model; Top-Theta thresholds need a decoder-only one"
-        )
-    num_heads = getattr(config, "num_attention_heads", None)
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if not isinstance(num_heads, int) or not isinstance(num_layers, int):
-        raise ValueError(
-            f"{model_id} ({type(config).__name__}) has no single num_attention_heads and num_hidden_layers; "
-            "only models whose layers all have the same attention heads are supported"
-        )
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None:
-        windowed = [i for i, kind in enumerate(layer_types) if kind != "full_attention"]
-    else:
-        windowed = list(range(num_layers)) if _model_wide_window(config) else []
+    _require_decoder(top, config, model_id)
+    try:
+        kinds = layer_kinds(config)
+        heads = _common_heads(config, kinds)
+    except ValueError as error:
+        raise ValueError(f"{model_id} ({type(config).__name__}): {error}") from error
     architectures = getattr(top, "architectures", None) or [type(top).__name__]
+    free = [layer for layer, kind in enumerate(kinds) if kind in ATTENTION_FREE]
     return ModelIdentity(
         id=model_id,
         revision=revision,
         architecture=architectures[0],
-        num_layers=num_layers,
-        num_query_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        sliding_window_layers=windowed,
+        num_layers=len(kinds),
+        num_query_heads=heads.query,
+        num_kv_heads=heads.kv,
+        head_dim=heads.dim,
+        sliding_window_layers=[layer for layer, kind in enumerate(kinds) if kind in WINDOWED],
+        # Left out, not empty, in the tables of models that have none.
+        **({"attention_free_layers": free} if free else {}),
         fingerprint=_fingerprint(config),
     )
 
 
-def _model_wide_window(config: Any) -> bool:
-    window = getattr(config, "sliding_window", None)
-    return window is not None and getattr(config, "use_sliding_window", True)
+def _require_decoder(top: Any, config: Any, model_id: str) -> None:
+    """Raises ValueError where nothing is decoded from K and V of the model's own heads."""
+    if getattr(top, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{model_id} is an encoder-decoder model; Top-Theta thresholds need a decoder-only one"
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"{model_id} has multi-head latent attention: all heads read one compressed row for each token, so "
+            "that there are no V rows of a head's own to skip. Top-Theta doesn't support it"
+        )
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise ValueError(
+            f"{model_id} ({type(config).__name__}) has no single num_hidden_layers; only models with one stack of "
+            "decoder layers are supported"
+        )
+    if layer_value(config, 0, "num_attention_heads") is None:
+        raise ValueError(
+            f"{model_id} ({type(config).__name__}) has no attention heads; Top-Theta skips V rows of attention, "
+            "and state-space models have none"
+        )
+
+
+def _common_heads(config: Any, kinds: list[str]) -> Heads:
+    """Of the layers with full attention, or of all with a window where there are none.
+
+    Raises:
+        ValueError: There is no attention, or they differ.
+    """
+    wanted = FULL if FULL & set(kinds) else WINDOWED
+    heads = {layer: layer_heads(config, layer) for layer, kind in enumerate(kinds) if kind in wanted}
+    if not heads:
+        raise ValueError("no layer has attention; Top-Theta skips V rows of attention")
+    first = next(iter(heads))
+    for layer, found in heads.items():
+        if found != heads[first]:
+            raise ValueError(
+                f"layer {first} has {heads[first]}, layer {layer} has {found}; thresholds need the same heads in "
+                "all layers with full attention"
+            )
+    return heads[first]
 
 
 def _fingerprint(config: Any) -> str:
-    facts: dict[str, Any] = {key: getattr(config, key, None) for key in _FINGERPRINT_KEYS}
+    own = set(getattr(config, "per_layer_attributes", None) or ())
+    facts: dict[str, Any] = {key: getattr(config, key, None) for key in _FINGERPRINT_KEYS if key not in own}
     facts["rope"] = _plain(getattr(config, "rope_parameters", None) or {})
+    if own:
+        facts["heads"] = [layer_heads(config, layer) for layer in range(config.num_hidden_layers)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"sha256:{digest}"
 

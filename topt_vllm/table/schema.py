@@ -90,7 +90,7 @@ class Quality(_Strict):
         loss_pct: By how much perplexity rose against dense attention, percent.
         kl: Mean divergence of the next token's distribution from dense attention's, nats.
         agreement: Share of rows whose most likely next token is dense attention's.
-        layer_rows_read: Share of V rows read, layer by layer, windowed ones included.
+        layer_rows_read: Share of V rows read, layer by layer, windowed ones included; 1 where a layer has none.
         layer_candidates: Share of keys that a K screen of 4 bits would let through at its default margin, layer by
             layer; 1 where there is none.
     """
@@ -139,7 +139,7 @@ class Budget(_Strict):
         k: Keys that a query head should keep; None where that differs between layers or follows from a target.
         dense_layers: Layers to attend densely.
         quality: Measured on held-back text; None when no text was held back.
-        layers: One entry for every layer without a sliding window, in order.
+        layers: One entry for every layer with full attention, in order.
         name: What it aims at, such as ``loss-1%``; a budget has a name or a k.
     """
 
@@ -191,7 +191,7 @@ class KeyStatistics(_Strict):
 
     Attributes:
         seed: Of the rotation's signs.
-        layers: One entry for every layer without a sliding window, in order.
+        layers: One entry for every layer with full attention, in order.
     """
 
     seed: int

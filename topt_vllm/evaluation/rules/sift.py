@@ -71,7 +71,7 @@ class Sift(Rule):
         if not rows.shared:
             rows.shared.append(_Sequence(int(rows.contexts[0])))
         (sequence,) = rows.shared
-        levels = rows.scores if self.by_score else rows.scores.log_softmax(dim=-1)
+        levels = rows.scores if self.by_score else rows.scores - rows.log_denominator()
         kept = [self._keep_row(sequence, levels[:, row], n) for row, n in enumerate(rows.contexts.tolist())]
         return torch.stack(kept, dim=1)
 

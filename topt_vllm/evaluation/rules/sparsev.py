@@ -25,5 +25,5 @@ class SparseV(Rule):
 
     def keep(self, rows: Rows) -> torch.Tensor:
         # p ≥ τ as a bound on the score spares a second softmax.
-        least = rows.scores.logsumexp(dim=-1, keepdim=True) + math.log(self.tau)
+        least = rows.log_denominator() + math.log(self.tau)
         return (rows.scores >= least).logical_and_(rows.scores > -math.inf)

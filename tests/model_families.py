@@ -1,0 +1,257 @@
+"""Tiny configurations of the families of models that people serve, and of what can't be calibrated."""
+
+from dataclasses import dataclass
+
+import transformers
+from tiny_models import SMALL
+from transformers import PretrainedConfig
+
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+
+PLAIN = {name: value for name, value in SMALL.items() if name != "head_dim"}
+# All heads have a K and V of their own.
+MULTI_HEAD = {name: value for name, value in PLAIN.items() if name != "num_key_value_heads"}
+WINDOWS = {"sliding_window": 32, "layer_types": [SLIDING, FULL, SLIDING]}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": [LINEAR, FULL, FULL],
+}
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+GEMMA4 = {
+    **SMALL,
+    "sliding_window": 32,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 257,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model that can be calibrated.
+
+    Attributes:
+        config: Its configuration.
+        full: Layers that get thresholds.
+        free: Layers without attention.
+        quick: Whether its round trip through the command line belongs to the fast loop.
+    """
+
+    config: PretrainedConfig
+    full: tuple[int, ...] = (0, 1, 2)
+    free: tuple[int, ...] = ()
+    quick: bool = False
+
+
+FAMILIES = {
+    "llama": Family(transformers.LlamaConfig(**SMALL)),
+    "mixtral": Family(
+        transformers.MixtralConfig(
+            **SMALL, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True
+        )
+    ),
+    "qwen3": Family(transformers.Qwen3Config(**SMALL)),
+    "qwen3 moe": Family(transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4)),
+    "qwen3-next": Family(
+        transformers.Qwen3NextConfig(
+            **SMALL, **EXPERTS, **DELTA_NET, num_experts=4, shared_expert_intermediate_size=16
+        ),
+        full=(1, 2),
+        free=(0,),
+        quick=True,
+    ),
+    "qwen3.5": Family(transformers.Qwen3_5TextConfig(**SMALL, **DELTA_NET), full=(1, 2), free=(0,)),
+    "gpt-oss": Family(
+        transformers.GptOssConfig(
+            **SMALL | {"num_hidden_layers": 2},
+            sliding_window=32,
+            layer_types=[SLIDING, FULL],
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        full=(1,),
+        quick=True,
+    ),
+    "gpt2": Family(transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=2048, vocab_size=257)),
+    # The output of its decoder is projected once more.
+    "opt": Family(
+        transformers.OPTConfig(
+            hidden_size=32,
+            ffn_dim=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            vocab_size=257,
+            max_position_embeddings=2048,
+            word_embed_proj_dim=16,
+        )
+    ),
+    "gpt-neox": Family(transformers.GPTNeoXConfig(**MULTI_HEAD)),
+    "gemma2": Family(
+        transformers.Gemma2Config(
+            **SMALL,
+            **WINDOWS,
+            attn_logit_softcapping=2.0,
+            query_pre_attn_scalar=16,
+            final_logit_softcapping=3.0,
+        ),
+        full=(1,),
+    ),
+    "gemma3": Family(
+        transformers.Gemma3TextConfig(**SMALL, **WINDOWS, final_logit_softcapping=3.0), full=(1,)
+    ),
+    # Layers attend to the K and V of earlier ones.
+    "gemma3n": Family(
+        transformers.Gemma3nTextConfig(
+            **SMALL | {"num_hidden_layers": 4},
+            sliding_window=32,
+            layer_types=[SLIDING, FULL] * 2,
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=4,
+            vocab_size_per_layer_input=257,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+        full=(1, 3),
+    ),
+    # Full layers have larger heads, and fewer of K and V.
+    "gemma4": Family(
+        transformers.Gemma4TextConfig(
+            **GEMMA4,
+            layer_types=[SLIDING, FULL, FULL],
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            final_logit_softcapping=3.0,
+        ),
+        full=(1, 2),
+        quick=True,
+    ),
+    "gemma4, shared K and V": Family(
+        transformers.Gemma4TextConfig(
+            **GEMMA4 | {"num_hidden_layers": 4}, layer_types=[SLIDING, FULL] * 2, num_kv_shared_layers=2
+        ),
+        full=(1, 3),
+    ),
+    "phi-3": Family(transformers.Phi3Config(**PLAIN, sliding_window=4096, pad_token_id=0)),
+    "granite": Family(
+        transformers.GraniteConfig(
+            **PLAIN, logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.3
+        )
+    ),
+    "granite hybrid": Family(
+        transformers.GraniteMoeHybridConfig(
+            **PLAIN,
+            **MAMBA,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            shared_intermediate_size=16,
+            layer_types=[LINEAR, FULL, LINEAR],
+        ),
+        full=(1,),
+        free=(0, 2),
+    ),
+    "falcon-h1": Family(transformers.FalconH1Config(**SMALL, **MAMBA, mamba_d_ssm=64)),
+    "nemotron-h": Family(
+        transformers.NemotronHConfig(
+            **SMALL,
+            **EXPERTS,
+            layers_block_type=["mamba", "moe", "attention", "mlp"],
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            ssm_state_size=8,
+            n_groups=1,
+            chunk_size=16,
+            n_routed_experts=4,
+            moe_shared_expert_intermediate_size=16,
+        ),
+        full=(2,),
+        free=(0, 1, 3),
+    ),
+    "jamba": Family(
+        transformers.JambaConfig(
+            **PLAIN,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=2,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+        full=(1,),
+        free=(0, 2),
+    ),
+    "olmo2": Family(transformers.Olmo2Config(**PLAIN)),
+    "olmo3": Family(transformers.Olmo3Config(**PLAIN, **WINDOWS), full=(1,)),
+    "cohere": Family(transformers.CohereConfig(**PLAIN, logit_scale=0.25)),
+    "cohere2": Family(transformers.Cohere2Config(**SMALL, **WINDOWS, logit_scale=0.25), full=(1,)),
+    "exaone4": Family(transformers.Exaone4Config(**SMALL, **WINDOWS), full=(1,)),
+    "starcoder2": Family(transformers.Starcoder2Config(**PLAIN)),
+    "nemotron": Family(transformers.NemotronConfig(**SMALL)),
+    "smollm3": Family(transformers.SmolLM3Config(**SMALL, pad_token_id=0)),
+    "glm4": Family(transformers.Glm4Config(**SMALL, pad_token_id=0)),
+    "lfm2": Family(
+        transformers.Lfm2Config(**PLAIN, layer_types=["conv", FULL, FULL]), full=(1, 2), free=(0,)
+    ),
+    # V is smaller than K; layers with a window have more heads of both, and sinks.
+    "mimo v2": Family(
+        transformers.MiMoV2FlashConfig(**SMALL, **EXPERTS, **WINDOWS, v_head_dim=6, n_routed_experts=4),
+        full=(1,),
+    ),
+}
+
+# What can't be calibrated, and what the message says.
+REFUSED = {
+    "deepseek-v3": (
+        transformers.DeepseekV3Config(**PLAIN | {"num_key_value_heads": 4}, kv_lora_rank=8),
+        "has multi-head latent attention",
+    ),
+    "t5": (
+        transformers.T5Config(d_model=32, d_ff=32, num_layers=1, num_heads=2),
+        "is an encoder-decoder model",
+    ),
+    "bert": (transformers.BertConfig(**MULTI_HEAD), "BertLMHeadModel is an encoder"),
+    "mamba": (
+        transformers.MambaConfig(hidden_size=32, num_hidden_layers=2),
+        "has no attention heads; .* state-space models have none",
+    ),
+    "granite, mamba layers alone": (
+        transformers.GraniteMoeHybridConfig(**PLAIN, layer_types=[LINEAR] * 3),
+        "no layer has attention",
+    ),
+    "qwen2-vl": (transformers.Qwen2VLConfig(), "Qwen2VLConfig has a text model inside"),
+    "bloom": (
+        transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2),
+        "does not call its AttentionInterface",
+    ),
+    "mistral": (
+        transformers.MistralConfig(**SMALL, sliding_window=8),
+        "every layer has a sliding window; there is nothing to calibrate",
+    ),
+    "llama4": (
+        transformers.Llama4TextConfig(
+            **SMALL, attention_chunk_size=64, num_local_experts=2, moe_layers=[], no_rope_layers=[1, 0, 1]
+        ),
+        "layers of the kind chunked_attention attend within chunks",
+    ),
+    "zamba2": (
+        transformers.Zamba2Config(
+            **MULTI_HEAD,
+            layers_block_type=["mamba", "hybrid", "mamba"],
+            num_mem_blocks=1,
+            mamba_d_state=8,
+            n_mamba_heads=8,
+            mamba_headdim=8,
+            mamba_ngroups=1,
+        ),
+        "has no attention module of its own in layer 1",
+    ),
+}
