@@ -291,8 +291,9 @@ class Decoder {
       const char* ahead = later_codes(item, block + distance, end, after);
       for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
         const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
-        uint32_t marks = screen_group(s.screen, codes.group(word), p.screen.hard, p.softcap, scores + at, tile_tokens(p),
-                                      ahead ? ahead + word * ScreenBlock::group_bytes(p.head_dim) : nullptr);
+        const char* next = ahead ? ahead + word * ScreenBlock::group_bytes(p.head_dim) : nullptr;
+        const auto screen = p.screen.hard ? screen_group<true> : screen_group<false>;
+        uint32_t marks = screen(s.screen, codes.group(word), p.softcap, scores + at, tile_tokens(p), next);
         marks |= below(forced_below - start) | ~below(forced_from - start);
         marks &= below(item.context - start);
         candidates[at / kLanes] = marks;

@@ -141,6 +141,17 @@ inline int fine_place(int d, int dim) {
 // Always writes four sums; those behind MT are anything.
 #if defined(__AVX2__)
 
+using Sums4 = __m128i;
+
+// (sum + bias + half) factor step + offset of four sums, into `out`; sum + bias modulo 2^32.
+inline void finish_sums(Sums4 sums, const int32_t* bias, const float* half, const float* factor, float step,
+                        const float* offset, float* out) {
+  const __m128i whole = _mm_add_epi32(sums, _mm_load_si128(reinterpret_cast<const __m128i*>(bias)));
+  const __m128 sum = _mm_add_ps(_mm_cvtepi32_ps(whole), _mm_load_ps(half));
+  const __m128 scaled = _mm_mul_ps(_mm_mul_ps(sum, _mm_load_ps(factor)), _mm_set1_ps(step));
+  _mm_storeu_ps(out, _mm_add_ps(scaled, _mm_load_ps(offset)));
+}
+
 // 8-bit codes of nibbles of both planes, as they lie.
 inline __m128i lower_codes(__m128i one, __m128i two) {
   const __m128i lower = _mm_set1_epi8(0x0f);
@@ -192,7 +203,7 @@ inline void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* que
 #endif
 
 template <int MT>
-inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, int32_t (&sums)[4]) {
+inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
   int d = 0;
 #if TOPT_AVX512 && defined(__AVX512VNNI__)
   __m512i wide[MT];
@@ -224,14 +235,25 @@ inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query
   }
   const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[MT > 1 ? 1 : 0]),
                                         _mm256_hadd_epi32(sum[MT > 2 ? 2 : 0], sum[MT > 3 ? 3 : 0]));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums),
-                   _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+  sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
 #else
 
+struct Sums4 {
+  uint32_t sum[4];
+};
+
+inline void finish_sums(const Sums4& sums, const int32_t* bias, const float* half, const float* factor, float step,
+                        const float* offset, float* out) {
+  for (int m = 0; m < 4; ++m) {
+    const auto whole = static_cast<int32_t>(sums.sum[m] + static_cast<uint32_t>(bias[m]));
+    out[m] = (static_cast<float>(whole) + half[m]) * factor[m] * step + offset[m];
+  }
+}
+
 template <int MT>
-inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, int32_t (&sums)[4]) {
+inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
   uint32_t sum[4] = {};
   for (int d = 0; d < dim; d += kWordChannels) {
     const int16_t *low = query + fine_place(d, dim), *high = query + fine_place(d + kWordBytes, dim);
@@ -243,7 +265,7 @@ inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query
       }
     }
   }
-  std::memcpy(sums, sum, sizeof(sums));
+  for (int m = 0; m < 4; ++m) sums.sum[m] = sum[m];
 }
 
 #endif

@@ -95,10 +95,11 @@ inline void encode_query(const Problem& p, int kv_head, const float* wide, float
   q.fine_factor[m] = p.scale * fine_step / 16.0f, q.offset[m] = of.offset;
 }
 
-// Scores of MT vectors from `first` on for the 16 rows of a group; returns the lanes that may reach theta.
-template <int MT>
-inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup& group, bool hard, float softcap,
-                            float* scores, int64_t score_stride, const char* ahead) {
+// Scores of MT vectors from `first` on for the 16 rows of a group, without softcap; returns the lanes that may reach
+// theta.
+template <int MT, bool hard>
+inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup& group, float* scores,
+                            int64_t score_stride, const char* ahead) {
   RowSums sums[MT];
   dot_group<MT>(group.codes, q.codes + static_cast<int64_t>(first) * q.dim, q.dim, ahead, sums);
   const Vec16 step = load16(group.steps);
@@ -109,24 +110,29 @@ inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup
     const Vec16 sum = to_float(sums[m]) + Vec16(of.bias);
     const Vec16 score = fma16(step, sum * Vec16(of.factor), Vec16(of.offset));
     Vec16 upper = fma16(step, Vec16(of.by_step), score);
-    if (hard) {
+    if constexpr (hard) {
       upper = fma16(load16(group.errors), Vec16(of.by_error), upper);
       upper = fma16(abs16(score), Vec16(kOffsetSlack), upper);
     }
     candidates |= not_below16(upper, of.limit);
-    store16(scores + (first + m) * score_stride, softcap > 0 ? softcap16(score, softcap) : score);
+    store16(scores + (first + m) * score_stride, score);
   }
   return candidates;
 }
 
 // A group's approximate scores, [M, 16], for all vectors; returns its candidates. `ahead` is a group to ask for, or null.
-inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, bool hard, float softcap, float* scores,
+template <bool hard>
+inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, float softcap, float* scores,
                              int64_t score_stride, const char* ahead) {
   uint32_t candidates = 0;
   if (ahead) ask(ahead + 8 * q.dim);
   in_register_tiles<4>(q.count, [&](auto vectors, int m) {
-    candidates |= screen_rows<vectors()>(q, m, group, hard, softcap, scores, score_stride, m ? nullptr : ahead);
+    candidates |= screen_rows<vectors(), hard>(q, m, group, scores, score_stride, m ? nullptr : ahead);
   });
+  for (int m = 0; m < q.count && softcap > 0; ++m) {
+    float* score = scores + m * score_stride;
+    store16(score, softcap16(load16(score), softcap));
+  }
   return candidates;
 }
 
@@ -135,17 +141,15 @@ inline void refine_row(const ScreenQueries& q, const ScreenGroup& group, int row
                        float softcap, float* scores, int64_t score_stride) {
   const float step = group.steps[row];
   in_register_tiles<4>(q.count, [&](auto vectors, int m) {
-    int32_t sums[4];
+    Sums4 sums;
     float fine[4];
     dot_row<vectors()>(group.codes + row * kWordBytes, plane_two, q.fine + static_cast<int64_t>(m) * q.dim, q.dim, sums);
-    for (int i = 0; i < 4; ++i) {
-      const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(q.fine_bias[m + i]));
-      fine[i] = (static_cast<float>(sum) + q.fine_half[m + i]) * q.fine_factor[m + i] * step + q.offset[m + i];
-    }
-    for (int i = 0; i < vectors(); ++i) {
-      scores[(m + i) * score_stride] = softcap > 0 ? softcap * std::tanh(fine[i] / softcap) : fine[i];
-    }
+    finish_sums(sums, q.fine_bias + m, q.fine_half + m, q.fine_factor + m, step, q.offset + m, fine);
+    for (int i = 0; i < vectors(); ++i) scores[(m + i) * score_stride] = fine[i];
   });
+  for (int m = 0; m < q.count && softcap > 0; ++m) {
+    scores[m * score_stride] = softcap * std::tanh(scores[m * score_stride] / softcap);
+  }
 }
 
 }  // namespace topt
