@@ -38,10 +38,16 @@ def prompts(model: Path, text: Path) -> list[list[int]]:
 
 
 def run_engine(
-    model: Path, text: Path, backend: str, settings: str, separate_core: bool = False, **engine: Any
+    model: Path,
+    text: Path,
+    backend: str,
+    settings: str,
+    separate_core: bool = False,
+    asked_again: int = 0,
+    **engine: Any,
 ) -> dict[str, Any]:
     """Outcome of one engine (see engine_main.py), all in one process unless its core is to be separate, as a
-    server's is; each configuration runs once.
+    server's is; each configuration runs once. The last prompts may be asked again, behind their cached prefixes.
     """
     arguments = {
         "model": str(model),
@@ -53,9 +59,9 @@ def run_engine(
         "additional_config": {"toptheta": json.loads(settings)} if backend == "TOPTHETA" else {},
         "seed": 0,
     }
-    request = engines.Request(
-        arguments | engine, prompts(model, text), MAX_TOKENS, separate_core=separate_core
-    )
+    asked = prompts(model, text)
+    asked = asked + asked[len(asked) - asked_again :]
+    request = engines.Request(arguments | engine, asked, MAX_TOKENS, separate_core=separate_core)
     return once(asdict(request), lambda: engine_forks.run(request, timeout=1200))
 
 
@@ -96,6 +102,36 @@ def test_calibrated_table_skips_rows_and_answers(smollm2: Path, unseen_play: Pat
     assert 0 < totals["toptheta:dropped_mass_sum"] < 0.5 * 9 * totals["toptheta:decode_rows_total"]
     # The prompt asks for no name, so one of these can only come from the text.
     assert any(name in ours["texts"][-1] for name in ("Romeo", "Juliet", "Montague", "Capulet"))
+
+
+def test_a_k_screen_reads_less_of_k_and_answers_alike(smollm2: Path, unseen_play: Path):
+    """With prefix caching: the question is asked twice, and codes of its prefix lie in its blocks."""
+    plain = run_engine(smollm2, unseen_play, "TOPTHETA", '{"budget": 64}', enforce_eager=True)
+    settings = '{"budget": 64, "k_screen": "int4+4"}'
+    screened = run_engine(
+        smollm2,
+        unseen_play,
+        "TOPTHETA",
+        settings,
+        asked_again=1,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+    )
+    totals = screened["totals"]
+    k_rows, candidates, v_rows, v_rows_read = (
+        totals[f"toptheta:{name}_total"] for name in ("k_rows_read", "k_candidates", "v_rows", "v_rows_read")
+    )
+    assert plain["totals"]["toptheta:k_rows_read_total"] == plain["totals"]["toptheta:k_candidates_total"]
+    assert plain["totals"]["toptheta:k_rows_read_total"] == plain["totals"]["toptheta:v_rows_total"]
+    # Layer 0 is dense, and so are contexts below the table's lengths; of the others no K is read.
+    assert 1 / 30 < k_rows / v_rows < 0.15
+    assert k_rows < candidates < 0.35 * v_rows
+    assert v_rows_read < candidates
+    # Greedy texts part for good at a near tie.
+    same = [ours == plain for ours, plain in zip(screened["tokens"], plain["tokens"], strict=False)]
+    assert sum(same) >= len(same) - 2
+    for text in screened["texts"][-2:]:
+        assert any(name in text for name in ("Romeo", "Juliet", "Montague", "Capulet"))
 
 
 def test_sliding_window_layers_stay_dense_and_are_counted(gemma3: Path, unseen_play: Path):

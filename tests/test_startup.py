@@ -377,6 +377,16 @@ def test_layers_in_which_a_screen_does_not_pay_go_without(
     assert set(start(settings).screens) == {0, 1}
 
 
+def test_shares_of_other_layers_are_refused(start: Any, table: ThresholdTable, model: Path):
+    dump(screened(table), model / "toptheta.yaml")
+    path = model / "toptheta.yaml"
+    path.write_text(path.read_text().replace("layer_candidates: null", "layer_candidates: [0.1]"))
+    with pytest.raises(
+        ThresholdTableError, match=r"quality.layer_candidates: 2 layers expected, got \[0.1\]"
+    ):
+        start({"implementation": "reference"})
+
+
 def test_dense_layers_have_no_screen(start: Any, table: ThresholdTable, model: Path):
     table = table.model_copy(update={"key_statistics": make_key_statistics(table.model)})
     dump(table, model / "toptheta.yaml")

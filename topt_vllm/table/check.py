@@ -67,6 +67,10 @@ def _problems(table: ThresholdTable) -> _Problems:
     expected = model.full_layers
     for b, budget in enumerate(table.budgets):
         yield from _budget(budget, f"budgets[{b}]", expected, model.num_query_heads, len(lengths))
+        shares = budget.quality.layer_candidates if budget.quality is not None else None
+        if shares is not None and len(shares) != model.num_layers:
+            problem = f"{model.num_layers} layers expected, got {clipped(shares)}"
+            yield f"budgets[{b}].quality.layer_candidates", problem
     if table.key_statistics is not None:
         yield from _keys(table.key_statistics, expected, model.num_kv_heads, model.head_dim)
 
