@@ -20,6 +20,7 @@ def toptheta(**settings: Any) -> dict[str, Any]:
 DENSE = toptheta(thresholds="none")
 # A budget of the shipped tables without dense layers: whatever runs dense has another reason.
 SPARSE = toptheta(budget="loss-1%")
+SPARSE_BY_HEAD = toptheta(budget="loss-1%", group_keep="head")
 
 
 def run(

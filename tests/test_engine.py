@@ -1,4 +1,7 @@
-"""Real vLLM engines on the real SmolLM2: θ = −inf against stock, a calibrated table, Gemma 3's sliding windows."""
+"""Real vLLM engines on the real SmolLM2 in bfloat16: θ = −inf against stock, a table, thresholds by request.
+
+Eager engines with a core of their own at θ = −inf are what `topt-vllm verify` runs (test_verify.py).
+"""
 
 import json
 from dataclasses import asdict
@@ -72,8 +75,7 @@ def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     assert found.equal, "every prompt ended in a near tie: nothing was compared to the end"
 
 
-@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "compiled"])
-def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Path, enforce_eager: bool):
+def test_theta_minus_infinity_gives_stock_tokens_when_compiled(smollm2: Path, unseen_play: Path):
     stock = run_engine(smollm2, unseen_play, "CPU_ATTN", "{}", enforce_eager=True)
     ours = run_engine(
         smollm2,
@@ -81,7 +83,7 @@ def test_theta_minus_infinity_gives_stock_tokens(smollm2: Path, unseen_play: Pat
         "TOPTHETA",
         '{"thresholds": "none"}',
         separate_core=True,
-        enforce_eager=enforce_eager,
+        enforce_eager=False,
     )
     assert stock["totals"] is None, "TOPTHETA's code ran although it was not chosen"
     assert_same_tokens(ours, stock)
@@ -134,20 +136,11 @@ def test_a_k_screen_reads_less_of_k_and_answers_alike(smollm2: Path, unseen_play
         assert any(name in text for name in ("Romeo", "Juliet", "Montague", "Capulet"))
 
 
-def test_sliding_window_layers_stay_dense_and_are_counted(gemma3: Path, unseen_play: Path):
-    stock = run_engine(gemma3, unseen_play, "CPU_ATTN", "{}", enforce_eager=True)
-    ours = run_engine(gemma3, unseen_play, "TOPTHETA", '{"thresholds": "none"}', enforce_eager=True)
-    assert_same_tokens(ours, stock)
-    totals = ours["totals"]
-    windowed, full = 15, 3
-    assert totals["dense_rows:sliding_window"] * full == totals["dense_rows:no_thresholds"] * windowed > 0
-
-
 def test_sift_warms_up_each_request_and_then_skips(smollm2: Path, unseen_play: Path):
     """Without a table; under torch.compile, and with a worker of its own that knows requests by name."""
     warmup = 6
     settings = json.dumps({"policy": "sift", "sift_tau": 0.9, "sift_warmup": warmup})
-    ours = run_engine(smollm2, unseen_play, "TOPTHETA", settings, separate_core=True, enforce_eager=False)
+    ours = run_engine(smollm2, unseen_play, "TOPTHETA", settings, enforce_eager=False)
     totals = ours["totals"]
     assert totals["dense_rows:sift_warmup"] == 30 * len(ours["tokens"]) * warmup
     assert set(name for name in totals if name.startswith("dense_rows:")) == {"dense_rows:sift_warmup"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from matrix_scenarios import CHUNK, SCHEMA, SHARED, gemma3_run, smollm2_run
-from scenario_runs import DENSE, SPARSE, STOCK, sparse_rows
+from scenario_runs import DENSE, SPARSE, SPARSE_BY_HEAD, STOCK, sparse_rows
 
 from topt_vllm.verify.near_ties import compare
 
@@ -27,6 +27,7 @@ FEATURES = [
 ]
 # Windows matter to how prefixes are cached and batches built.
 GEMMA_FEATURES = ["continuous_batching", "chunked_prefill", "prefix_caching"]
+GEMMA_FULL, GEMMA_WINDOWED = 3, 15
 
 
 def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any], feature: str) -> None:
@@ -64,15 +65,17 @@ def test_theta_minus_infinity_gives_stock_tokens_beside_windows(
 ):
     stock, ours = (gemma3_run(gemma3, unseen_play, backend) for backend in (STOCK, DENSE))
     assert_same_tokens(ours, stock, feature)
+    counted = ours[feature]["toptheta"]
+    windowed, full = counted["dense_rows:sliding_window"], counted["dense_rows:no_thresholds"]
+    assert windowed * GEMMA_FULL == full * GEMMA_WINDOWED > 0
 
 
 @pytest.mark.parametrize("feature", GEMMA_FEATURES)
 def test_a_table_stays_sparse_beside_windows(gemma3: Path, unseen_play: Path, feature: str):
-    counted = gemma3_run(gemma3, unseen_play, SPARSE)[feature]["toptheta"]
+    counted = gemma3_run(gemma3, unseen_play, SPARSE_BY_HEAD)[feature]["toptheta"]
     assert sparse_rows(counted, allowed=["short_context", "sliding_window"]) > 0
-    full, windowed = 3, 15
-    assert counted["dense_rows:sliding_window"] * (full + windowed) == (
-        counted["toptheta:decode_rows_total"] * windowed
+    assert counted["dense_rows:sliding_window"] * (GEMMA_FULL + GEMMA_WINDOWED) == (
+        counted["toptheta:decode_rows_total"] * GEMMA_WINDOWED
     )
     assert 0 < counted["toptheta:v_rows_read_total"] < counted["toptheta:v_rows_total"]
 

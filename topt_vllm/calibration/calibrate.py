@@ -19,6 +19,7 @@ from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
 from topt_vllm.replay.model import load_causal_lm
+from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import SCHEMA_VERSION, Budget, KeyStatistics, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
@@ -55,7 +56,7 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], Ke
     maker, statistics = Maker(plan, collected.moments), key_statistics(collected.keys, options.seed)
     budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
     if options.budget != "k":
-        budgets += _measured_budgets(model, plan, maker, partial)
+        budgets += _measured_budgets(model, plan, maker, partial, collected.passes)
     with tqdm(total=len(budgets), desc="measuring on held-back text", unit="budget") as bar:
         budgets = measured(model, plan, budgets, bar.update)
     text, transforms = plan.sequences.held_back, statistics.transforms()
@@ -64,11 +65,13 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], Ke
     return found, statistics
 
 
-def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) -> list[Budget]:
+def _measured_budgets(
+    model: Any, plan: Plan, maker: Maker, partial: Partial, passes: dict[int, list[LayerCall]]
+) -> list[Budget]:
     """Those that follow from what skipping does: shares of probability, or allocations for targets."""
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=len(plan.error_sequences) * layers, desc="errors of heads", unit="layer") as bar:
-        errors = collect_errors(model, plan, partial, maker.thetas(), bar.update)
+        errors = collect_errors(model, plan, partial, maker.thetas(), passes, bar.update)
     if options.budget == "mass":
         return [maker.mass(percent, errors) for percent in options.masses]
     with tqdm(total=len(plan.allocated_layers), desc="sensitivity of layers", unit="layer") as bar:

@@ -1,7 +1,7 @@
 """Passes over the calibration sequences: the scores that thresholds follow from, and what skipping by them does."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,10 +27,12 @@ class Collected:
     Attributes:
         moments: Of scores, for ``plan.ks``.
         keys: What :func:`~topt_vllm.calibration.key_statistics.key_sums` gave, of all sequences together.
+        passes: By index, the passes over ``plan.error_sequences`` that were made: their layers, late queries only.
     """
 
     moments: dict[int, KthScoreMoments]
     keys: dict[int, torch.Tensor]
+    passes: dict[int, list[LayerCall]]
 
 
 def collect(model: Any, plan: Plan, partial: Partial, progress: Callable[[int], object]) -> Collected:
@@ -48,19 +50,25 @@ def collect(model: Any, plan: Plan, partial: Partial, progress: Callable[[int], 
         for layer in subject.full_layers
     }
     keys: dict[int, torch.Tensor] = {}
+    passes: dict[int, list[LayerCall]] = {}
+    before = plan.options.num_samples - len(plan.error_sequences)
     generator = torch.Generator().manual_seed(plan.options.seed)
     for index, sequence in enumerate(plan.sequences.calibration):
         sample = sample_rows(plan.lengths, generator)
         values = partial.load(f"sequence-{index:04}")
         if values is None:
-            values = _sequence(model, plan, sequence, sample, lambda: progress(1))
+            calls: list[LayerCall] = []
+            keep = calls.append if index >= before and plan.options.budget != "k" else None
+            values = _sequence(model, plan, sequence, sample, lambda: progress(1), keep)
+            if calls:
+                passes[index - before] = calls
             partial.save(f"sequence-{index:04}", values)
         else:
             progress(len(values))
         for layer, (scores, sums) in values.items():
             moments[layer].add(sample, scores)
             keys[layer] = keys[layer] + sums if layer in keys else sums
-    return Collected(moments, keys)
+    return Collected(moments, keys, passes)
 
 
 def collect_errors(
@@ -68,6 +76,7 @@ def collect_errors(
     plan: Plan,
     partial: Partial,
     thetas: dict[int, list[Thetas]],
+    passes: dict[int, list[LayerCall]],
     progress: Callable[[int], object],
 ) -> dict[int, HeadErrors]:
     """What each head's skipping does, by layer, at every budget of ``plan.ks``.
@@ -77,6 +86,7 @@ def collect_errors(
         plan: The run.
         partial: Keeps each sequence's errors.
         thetas: By layer, a budget of ``plan.ks`` each.
+        passes: Of :class:`Collected`; used up, for each holds K and V of the whole model.
         progress: Called with the number of layers done.
     """
     subject = plan.subject
@@ -93,7 +103,12 @@ def collect_errors(
                 into[call.layer] = vars(head_errors(call, rows, thetas[call.layer], weight))
                 progress(1)
 
-            _run(model, plan, sequence, observe)
+            calls = passes.pop(index, [])
+            if not calls:
+                _run(model, plan, sequence, observe)
+            with torch.inference_mode():
+                while calls:
+                    observe(calls.pop(0))
             partial.save(f"errors-{index:04}", stored)
         else:
             progress(len(stored))
@@ -104,18 +119,35 @@ def collect_errors(
 
 def late_rows(length: int, seed: int, least: int = 0) -> torch.Tensor:
     """Query rows of the last quarter, for budgets are made for long contexts; none before ``least``."""
-    first = max(length * 3 // 4, least)
+    first = max(_first_late_row(length), least)
     generator = torch.Generator().manual_seed(seed)
     return (torch.randperm(length - first, generator=generator)[:ERROR_ROWS] + first).sort().values
 
 
+def _first_late_row(length: int) -> int:
+    return length * 3 // 4
+
+
+def _late(call: LayerCall) -> LayerCall:
+    """What is left to look at late rows of a layer, which has been found to be plain causal."""
+    first = _first_late_row(call.query.shape[1])
+    return replace(call, query=call.query[:, first:].clone(), mask=None, first=first)
+
+
 def _sequence(
-    model: Any, plan: Plan, sequence: list[int], sample: RowSample, progress: Callable[[], object]
+    model: Any,
+    plan: Plan,
+    sequence: list[int],
+    sample: RowSample,
+    progress: Callable[[], object],
+    keep: Observer | None,
 ) -> dict[int, list[torch.Tensor]]:
-    """Of one sequence, by layer: its scores, float32 [K, H, R], and its sums."""
+    """Of one sequence, by layer: its scores, float32 [K, H, R], and its sums; ``keep`` gets layers' late rows."""
     values: dict[int, list[torch.Tensor]] = {}
 
     def observe(call: LayerCall) -> None:
+        if keep is not None:
+            keep(_late(call))
         values[call.layer] = [kth_scores(call, sample.rows, plan.ks).cpu(), key_sums(call)]
         progress()
 

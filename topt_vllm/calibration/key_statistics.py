@@ -28,9 +28,8 @@ def _sums(rows: torch.Tensor) -> torch.Tensor:
     found = []
     for head in rows:
         wide = head.double()
-        found.append(
-            torch.stack([torch.ones_like(wide).sum(dim=0), wide.sum(dim=0), wide.square().sum(dim=0)])
-        )
+        total = wide.sum(dim=0)
+        found.append(torch.stack([torch.full_like(total, len(wide)), total, wide.square().sum(dim=0)]))
     return torch.stack(found, dim=1)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
-from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.scores import LayerCall, in_threads
 from topt_vllm.table.schema import keys_asked
 
 DECIMALS = 4
@@ -56,14 +56,18 @@ def kth_scores(call: LayerCall, rows: torch.Tensor, ks: tuple[int, ...]) -> torc
     """
     wanted = torch.tensor(ks, device=call.query.device)
     rows = rows.to(call.query.device)
-    parts = []
-    for part in call.chunks(rows):
+    _ = call.keys  # made before the threads need them
+
+    def compute(part: slice) -> torch.Tensor:
         # Unseen keys come first; NaN counts as the largest, so a NaN anywhere in a row comes last.
         ordered = _sorted(call.scores(rows[part]))
         place = ordered.shape[-1] - keys_asked(wanted, rows[part, None] + 1)
         found = ordered.gather(-1, place.expand(ordered.shape[0], -1, -1))
         _require_numbers(torch.cat([ordered[..., -1:], found], dim=-1), call.layer)
-        parts.append(found.permute(2, 0, 1))
+        return found.permute(2, 0, 1)
+
+    # numpy sorts on one core.
+    parts = in_threads(compute, list(call.chunks(rows)), call.query.device)
     return torch.cat(parts, dim=2)
 
 
