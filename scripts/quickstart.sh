@@ -120,7 +120,9 @@ start_server() {
     # Here the workers leave their counters, which the server adds to its /metrics.
     mkdir "$SCRATCH/prometheus"
     : >"$LOG"
+    # vLLM would leave one core of a few to its other processes.
     PROMETHEUS_MULTIPROC_DIR="$SCRATCH/prometheus" VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}" \
+        VLLM_CPU_NUM_OF_RESERVED_CPU="${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}" \
         setsid "${command[@]}" >"$LOG" 2>&1 </dev/null &
     SERVER=$!
 }

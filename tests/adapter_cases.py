@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from device import DEVICE
-from table_factory import make_table
+from table_factory import make_key_statistics, make_table
 from transformers import LlamaConfig
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -120,6 +120,7 @@ class Table:
         longest: Last one.
         dense_layers: Layers without thresholds.
         keys: Keys that a query head should keep, in all or of each.
+        candidates: Share of keys that a K screen lets through, by layer; None where it wasn't measured.
     """
 
     theta: float | list[float] = 1.0
@@ -127,6 +128,7 @@ class Table:
     longest: int = 1024
     dense_layers: tuple[int, ...] = ()
     keys: int | list[int] = 64
+    candidates: list[float] | None = None
 
     def write(self, identity: ModelIdentity, path: Path) -> None:
         """Writes it as a table of the model."""
@@ -139,14 +141,17 @@ class Table:
         table = make_table(
             identity, lengths=[self.shortest, self.longest], dense_layers=self.dense_layers, ks=(64,)
         )
-        budget = table.budgets[0].model_copy(
+        budget = table.budgets[0]
+        budget = budget.model_copy(
             update={
                 "layers": layers,
+                "quality": budget.quality.model_copy(update={"layer_candidates": self.candidates}),
                 "k": None if keys else self.keys,
                 "name": "by head" if keys else None,
             }
         )
-        dump(table.model_copy(update={"budgets": [budget]}), path, force=True)
+        statistics = make_key_statistics(identity)
+        dump(table.model_copy(update={"budgets": [budget], "key_statistics": statistics}), path, force=True)
 
 
 @pytest.fixture(scope="module")

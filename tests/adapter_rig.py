@@ -99,7 +99,7 @@ class Rig:
         return found[:, : length // per_state], whole[:, per_state - 1 :: per_state].float()
 
     def statistics(self, index: int = 0) -> torch.Tensor:
-        """What a layer's rows added up, float64 [7] on the CPU."""
+        """What a layer's rows added up, float64 [8] on the CPU."""
         return self.bound(index).statistics.sum(dim=0).cpu()
 
     def forget(self) -> None:
@@ -184,11 +184,15 @@ class Rig:
         return Step(*self.attend(index, metadata, common.num_actual_tokens), metadata, common)
 
     def sparse(self, step: Step, thetas: Thetas, selection: Selection, index: int = 0) -> torch.Tensor:
-        """The reference operator on a step's decode rows, float32 [rows, H, D]; it works V sums out anew."""
+        """The reference operator on a step's decode rows, float32 [rows, H, D].
+
+        It works V sums and codes of K out anew.
+        """
         key, value = self.stored(index)
         batch = step.metadata.decode
         states = key.shape[2] // choose_rows_per_state(key.shape[2])
-        cache = PagedCache(key, value, torch.full_like(value[:, :, :states], torch.nan))
+        sums = torch.full_like(value[:, :, :states], torch.nan)
+        cache = PagedCache(key, value, sums, self.bound(index).key_screen)
         whole = torch.nn.functional.pad(batch.seq_lens.cumsum(0), (1, 0)).int()
         reference.finish(cache, DecodeBatch(whole, batch.seq_lens, batch.block_table))
         query = step.query[: step.metadata.num_decode_rows]

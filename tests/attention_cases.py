@@ -30,7 +30,7 @@ def implementation(name: str) -> api.Implementation:
         )
     if name == "triton":
         module = api.load_implementation(name, DEVICE.type)[1]
-        return triton_implementation(module.decode, module.finish)
+        return triton_implementation(module.decode, module.finish, module.screen_bytes)
     return api.load_implementation(name, "cpu")[1]
 
 

@@ -90,12 +90,17 @@ def on_device(function: Callable[..., None]) -> Callable[..., None]:
     return moved
 
 
-def triton_implementation(decode: Callable[..., None], finish: Callable[..., None] | None = None) -> Any:
+def triton_implementation(
+    decode: Callable[..., None],
+    finish: Callable[..., None] | None = None,
+    screen_bytes: Callable[..., int] | None = None,
+) -> Any:
     """An implementation for cases on the CPU whose functions are the Triton launcher's, or made of them."""
     return SimpleNamespace(
         decode=on_device(decode),
         finish=finish and on_device(finish),
-        capabilities=Capabilities(sinks=True, narrow_values=True),
+        capabilities=Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}),
+        screen_bytes=screen_bytes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Leads one vLLM engine through scenarios and prints what came of each; started as a process by scenario_runs.py.
+"""Leads one vLLM engine through scenarios and prints what came of each; forked by scenario_runs.py.
 
 Reads ``{"environment": {...}, "engine": {...}, "scenarios": {name: {"run": function, ...}}}`` as JSON; engine:
 arguments of ``vllm.LLM``; a scenario: the name and arguments of a function below.
@@ -209,7 +209,3 @@ class Requests:
         """Of the requests that came to their end."""
         ends = zip(self._names, self.finished(), strict=True)
         return describe([self._outputs[name].outputs[0] for name, finished in ends if finished])
-
-
-if __name__ == "__main__":
-    main()

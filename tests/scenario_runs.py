@@ -4,9 +4,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 from engine_runs import once
-
-from topt_vllm.engines.process import ask
 
 Scenarios = dict[str, dict[str, Any]]
 
@@ -47,8 +46,9 @@ def run(
         "engine": common | backend | engine,
         "scenarios": scenarios,
     }
-    program = str(Path(__file__).with_name("scenario_engine.py"))
-    return once(request, lambda: ask([program], request, separate_core=False, timeout=1200))
+    return once(
+        request, lambda: engine_forks.ask("scenario_engine", request, separate_core=False, timeout=1200)
+    )
 
 
 @cache

@@ -8,6 +8,8 @@ from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import (
     SCHEMA_VERSION,
     Budget,
+    KeyStatistics,
+    LayerKeys,
     LayerThresholds,
     Producer,
     Provenance,
@@ -61,6 +63,19 @@ def make_table(
         ),
         lengths=lengths,
         budgets=[_budget(identity, k, lengths, list(dense_layers)) for k in ks],
+    )
+
+
+def make_key_statistics(identity: ModelIdentity) -> KeyStatistics:
+    """Those of normal numbers: keys of mean 0 and deviation 1 in every channel."""
+    heads, channels = identity.num_kv_heads, identity.head_dim
+    return KeyStatistics(
+        seed=0,
+        layers=[
+            LayerKeys(layer=layer, mean=[[0.0] * channels] * heads, scale=[[1.0] * channels] * heads)
+            for layer in range(identity.num_layers)
+            if layer not in identity.sliding_window_layers
+        ],
     )
 
 

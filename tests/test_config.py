@@ -31,6 +31,13 @@ def test_configuration_is_frozen():
         TopThetaConfig().budget = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("margin", "of_the_operator"), [(0, 0), (3, 3), (2.75, 2.75), ("hard", None)])
+def test_the_screen_s_margin_is_a_number_or_none_for_a_hard_bound(margin, of_the_operator):
+    config = TopThetaConfig(k_screen="int4", k_screen_margin=margin)
+    assert (config.screen, config.screen_margin) == ("int4", of_the_operator)
+    assert (TopThetaConfig().screen, TopThetaConfig().screen_margin) == (None, 2.5)
+
+
 REFUSED = {
     "unknown key": (
         {"treshold": "x"},
@@ -60,8 +67,37 @@ REFUSED = {
         ["toptheta.thresholds is 't.yaml'", "toptheta.policy is 'sift'", "no threshold table"],
     ),
     "a screen for sift": (
-        {"policy": "sift", "k_screen": "int8"},
-        ["toptheta.k_screen is 'int8'", "Leave k_screen out"],
+        {"policy": "sift", "k_screen": "int4"},
+        ["toptheta.k_screen is 'int4'", "Leave k_screen out"],
+    ),
+    "a screen that is gone": (
+        {"k_screen": "int8"},
+        ["toptheta.k_screen is 'int8', which is gone", '"int4+4" on CPUs', '"int4" on GPUs'],
+    ),
+    "no such screen": ({"k_screen": "int2"}, ["toptheta.k_screen is 'int2'", "off | int4 | int4+4"]),
+    "nothing to screen": (
+        {"thresholds": "none", "k_screen": "int4"},
+        ['toptheta.k_screen is "int4"', "nothing to screen"],
+    ),
+    "margin of no screen": (
+        {"k_screen_margin": "hard"},
+        ["toptheta.k_screen_margin is 'hard'", 'toptheta.k_screen is "off"', "Leave k_screen_margin out"],
+    ),
+    "margin below none": (
+        {"k_screen": "int4", "k_screen_margin": -0.5},
+        [
+            "toptheta.k_screen_margin is -0.5 (float)",
+            'a number of at least 0 (standard deviations), or "hard"',
+        ],
+    ),
+    "margin is a word": (
+        {"k_screen": "int4", "k_screen_margin": "soft"},
+        ["toptheta.k_screen_margin is 'soft'"],
+    ),
+    "margin is true": ({"k_screen": "int4", "k_screen_margin": True}, ["toptheta.k_screen_margin is True"]),
+    "margin is endless": (
+        {"k_screen": "int4", "k_screen_margin": float("inf")},
+        ["toptheta.k_screen_margin is inf"],
     ),
     "a warm-up for a table": (
         {"sift_warmup": 16},
@@ -135,6 +171,7 @@ VALID = st.fixed_dictionaries(
         "group_keep": st.sampled_from(["head", "union"]),
         "compensation": st.sampled_from(["none", "vmean"]),
         "implementation": st.sampled_from(["auto", "cpu", "triton", "reference"]),
+        "k_screen": st.sampled_from(["off", "int4", "int4+4"]),
     },
 )
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
@@ -162,6 +199,8 @@ def is_valid(key: str, value: object) -> bool:
     if key == "budget":
         named = isinstance(value, str) and value != "" and not value.isdigit()
         return value is None or (whole and value >= 1) or named
+    if key == "k_screen_margin":
+        return value == 2.5  # any other needs a screen too
     if key == "sift_warmup":
         return value == 32 and whole  # any other needs policy sift too
     if key in ("adapt", "per_layer_metrics"):

@@ -163,7 +163,7 @@ def test_copies_of_k_are_copied_too(rig_of: Any, monkeypatch: pytest.MonkeyPatch
     host = EVERY_HOST[0].values[0]
     if host.backend is None:
         pytest.skip("vLLM's build here has no CPU kernels")
-    rig = rig_of(host, KVCacheLayout.LBHNC, settings={"k_screen": "int8"})
+    rig = rig_of(host, KVCacheLayout.LBHNC, settings={"k_screen": "int4+4"})
     assert sum(name.endswith("key_screen") for name in caches_of(rig)) == len(PLAIN)
     assert everything_is_copied(rig, by_nixl(rig, monkeypatch))
 

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import pytest
 from engine_runs import once
 
@@ -55,7 +56,7 @@ def run_engine(
     request = engines.Request(
         arguments | engine, prompts(model, text), MAX_TOKENS, separate_core=separate_core
     )
-    return once(asdict(request), lambda: engines.run(request, timeout=1200))
+    return once(asdict(request), lambda: engine_forks.run(request, timeout=1200))
 
 
 def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any]) -> None:

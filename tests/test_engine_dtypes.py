@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import pytest
 from engine_runs import once
 
@@ -47,7 +48,7 @@ def run_engine(
         "seed": 0,
     }
     request = engines.Request(arguments, prompts(model, text), max_tokens=12, separate_core=False)
-    return once(asdict(request), lambda: engines.run(request, timeout=600))
+    return once(asdict(request), lambda: engine_forks.run(request, timeout=600))
 
 
 @pytest.mark.parametrize(

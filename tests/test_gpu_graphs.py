@@ -243,7 +243,7 @@ def test_a_whole_step_reads_nothing_off_the_device(
     monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *args: launched.append("prefill"))
     common = on_meta(rig.common(batch))
     metadata = rig.builder.build(0, common)
-    bound.group.warm_up.done = True
+    bound.group.warm_up = None
     rows = common.num_actual_tokens
     query = torch.empty(rows, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=meta)
     kv_cache = on_device(rig.caches[0], meta)

@@ -40,7 +40,7 @@ def test_who_decodes_a_dense_layer_of_the_table(
     rig = make_rig(host, Table(dense_layers=(0,)), layers=2, settings={"implementation": implementation})
     rig.write_contexts(MIXED)
     rig.builder.build(0, rig.common(MIXED))
-    rig.builder._bound.group.warm_up.done = True
+    rig.builder._bound.group.warm_up = None
     finished: list[Any] = []
     finish = Bound.finish
     monkeypatch.setattr(Bound, "finish", lambda *args: (finished.append(args), finish(*args)))

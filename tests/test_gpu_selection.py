@@ -86,7 +86,7 @@ def test_what_is_supported_is_not_refused(vllm_config: Any, backend: type):
     [
         ({"budget": 7}, "budgets"),
         ({"thresholds": "missing.yaml"}, "missing.yaml"),
-        ({"k_screen": "int8"}, "no K screen"),
+        ({"k_screen": "int4+4"}, "no K screen 'int4+4'"),
         (
             {"implementation": "reference"},
             "can't run inside vLLM's CUDA graphs; allowed on GPUs: auto | triton",

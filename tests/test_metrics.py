@@ -1,6 +1,7 @@
 """The plugin's metrics: names, sums over tensor-parallel ranks and dead workers, the log line, the dashboard."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -32,7 +33,10 @@ def samples(registry: CollectorRegistry) -> dict[str, float]:
 
 
 def decoded(rows: int, keys: int, read: int, heads: int, kv_heads: int) -> torch.Tensor:
-    """Accumulators after ``rows`` rows with ``keys`` keys, ``read`` of them kept; a quarter of the mass dropped."""
+    """Accumulators after ``rows`` rows with ``keys`` keys.
+
+    ``read`` of them are kept and twice as many candidates, whose K is read; a quarter of the mass is dropped.
+    """
     statistics = new_statistics()[0]
     for stat, amount in {
         Stat.ROWS: rows,
@@ -40,7 +44,8 @@ def decoded(rows: int, keys: int, read: int, heads: int, kv_heads: int) -> torch
         Stat.KEPT_ELEMENTS: rows * read * heads,
         Stat.V_ROWS: rows * keys * kv_heads,
         Stat.V_ROWS_READ: rows * read * kv_heads,
-        Stat.K_ROWS_READ: rows * keys * kv_heads,
+        Stat.K_ROWS_READ: rows * min(2 * read, keys) * kv_heads,
+        Stat.CANDIDATES: rows * min(2 * read, keys) * kv_heads,
         Stat.DROPPED_MASS: rows * heads / 4,
     }.items():
         statistics[stat] = amount
@@ -64,7 +69,8 @@ def test_names_and_values_in_metrics():
         "toptheta:attention_elements_kept_total": (5 * 10 + 84) * 4,
         "toptheta:v_rows_total": (5 * 100 + 84) * 2,
         "toptheta:v_rows_read_total": (5 * 10 + 84) * 2,
-        "toptheta:k_rows_read_total": (5 * 100 + 84) * 2,
+        "toptheta:k_rows_read_total": (5 * 20 + 84) * 2,
+        "toptheta:k_candidates_total": (5 * 20 + 84) * 2,
         "toptheta:dropped_mass_sum": 5.0,
         "toptheta:dropped_mass_count": (5 + 2) * 4,
         'toptheta:decode_rows_total{mode="dense",reason="sliding_window"}': 2,
@@ -170,6 +176,25 @@ def test_the_log_line_says_what_an_interval_read_and_why_rows_were_dense():
         "V rows read: 10.0%, keys kept by a head: 10.0%, rows decoded (all layers): 8, "
         "dense: 75.0% (short_context 50.0%, dense_layer 25.0%)"
     )
+    screened = summary(after, before, screened=True)
+    assert screened is not None
+    assert screened.startswith(
+        "V rows read: 10.0%, K rows read: 20.0%, candidates: 20.0%, keys kept by a head: "
+    )
+
+
+def test_the_log_line_has_rows_of_k_where_they_are_screened(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    for screened in (False, True):
+        recorder = Recorder(CollectorRegistry())
+        recorder.describe(TABLE, 0, 1, per_layer=False, screened=screened)
+        recorder.add_layer(LayerAccumulators(decoded(8, 100, 10, 4, 2), 4))
+        with caplog.at_level(logging.INFO):
+            recorder._log()
+        recorder.close()
+        assert ("K rows read: 20.0%, candidates: 20.0%" in caplog.text) == screened
 
 
 def test_the_dashboard_asks_for_metrics_that_exist():
@@ -181,5 +206,4 @@ def test_the_dashboard_asks_for_metrics_that_exist():
         for target in panel.get("targets", ())
         for name in re.findall(r"toptheta:\w+", target["expr"])
     }
-    assert asked <= exported
-    assert exported - asked <= {"toptheta:k_rows_read_total"}
+    assert asked == exported

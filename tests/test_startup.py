@@ -1,8 +1,10 @@
 """What stops start-up, and with which words: settings, tables, vLLM's own options."""
 
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from table_factory import make_table
+from table_factory import make_key_statistics, make_table
 from transformers import LlamaConfig
 
 from topt_vllm.attention import reference
@@ -302,6 +304,85 @@ def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdT
         assert "thresholds adapt to the traffic" in resolved.description
         with pytest.raises(ConfigError, match="adapt is true, but --enable-dbo cuts steps in two"):
             start({"adapt": True, "budget": 64}, device_type=device_type, use_ubatching=True)
+
+
+def screened(table: ThresholdTable, candidates: list[float] | None = None) -> ThresholdTable:
+    """The table with what a K screen needs, every layer sparse."""
+    budgets = [
+        budget.model_copy(
+            update={
+                "dense_layers": [],
+                "quality": budget.quality
+                and budget.quality.model_copy(update={"layer_candidates": candidates}),
+            }
+        )
+        for budget in table.budgets
+    ]
+    statistics = make_key_statistics(table.model)
+    return table.model_copy(update={"budgets": budgets, "key_statistics": statistics})
+
+
+@pytest.mark.parametrize("place", ["model", "elsewhere"])
+def test_a_screen_needs_statistics_of_the_keys_and_shows_who_makes_them(
+    start: Any, table: ThresholdTable, model: Path, tmp_path: Path, place: str
+):
+    path = model / "toptheta.yaml" if place == "model" else tmp_path / "a table.yaml"
+    dump(table, path)
+    output = "" if place == "model" else f" --output '{path}'"
+    command = f"topt-vllm calibrate --model '{model}' --dataset TEXT_FILE.txt --k-screen-only{output}\n"
+    with pytest.raises(ConfigError) as error:
+        start({"implementation": "reference", "k_screen": "int4", "thresholds": str(path)})
+    assert f"toptheta.k_screen is 'int4', but {path} has no key_statistics" in str(error.value)
+    assert command in str(error.value)
+    dump(screened(table), path, force=True)
+    search._load.cache_clear()
+    resolved = start({"implementation": "reference", "k_screen": "int4", "thresholds": str(path)})
+    assert set(resolved.screens) == {0, 1}
+    assert resolved.screens[1].mean.shape == (2, 16)
+    assert resolved.description.endswith("; K screen int4 with margin 2.5")
+    assert start({"thresholds": str(path)}).screens == {}
+
+
+def test_a_screen_needs_a_table(start: Any):
+    with pytest.raises(ConfigError, match="k_screen is 'int4', but there is no threshold table"):
+        start({"implementation": "reference", "k_screen": "int4", "on_missing": "dense"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "device_type"),
+    [({"k_screen": "int4", "implementation": "cpu"}, "cpu"), ({"k_screen": "int4+4"}, "cuda")],
+    ids=["cpu", "cuda"],
+)
+def test_a_screen_that_the_kernel_lacks_is_refused(
+    start: Any, table: ThresholdTable, model: Path, settings: dict[str, Any], device_type: str
+):
+    dump(screened(table), model / "toptheta.yaml")
+    with pytest.raises(ValueError, match=rf"has no K screen '{re.escape(settings['k_screen'])}'; it has: "):
+        start(settings, device_type=device_type)
+
+
+def test_layers_in_which_a_screen_does_not_pay_go_without(
+    start: Any, table: ThresholdTable, model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    settings = {"implementation": "reference", "k_screen": "int4+4", "k_screen_margin": "hard"}
+    capabilities = replace(reference.capabilities, screens={"int4+4": 0.3})
+    monkeypatch.setattr(reference, "capabilities", capabilities)
+    dump(screened(table, [0.4, 0.3]), model / "toptheta.yaml")
+    resolved = start(settings)
+    assert set(resolved.thetas) == {0, 1}
+    assert set(resolved.screens) == {1}
+    assert "K screen int4+4 with margin hard, not in layers 0, where too many" in resolved.description
+    dump(screened(table, [0.3, 0.0]), model / "toptheta.yaml", force=True)
+    search._load.cache_clear()
+    assert set(start(settings).screens) == {0, 1}
+
+
+def test_dense_layers_have_no_screen(start: Any, table: ThresholdTable, model: Path):
+    table = table.model_copy(update={"key_statistics": make_key_statistics(table.model)})
+    dump(table, model / "toptheta.yaml")
+    resolved = start({"implementation": "reference", "k_screen": "int4"})
+    assert set(resolved.screens) == set(resolved.thetas) == {1}
+    assert resolved.description.endswith("; K screen int4 with margin 2.5")
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.utils import allocate_kv_cache
 
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.backend.hosts.flash import FlashTopThetaBackend
 from topt_vllm.backend.hosts.triton import TritonTopThetaBackend
 from topt_vllm.backend.states import KeyScreens, PackedStatesBackend, StatesBackend, StatesLayer, ValueSums
@@ -118,7 +119,13 @@ def layers_of(specs: Specs) -> dict[str, AttentionLayerBase]:
     }
 
 
-def states_beside(specs: Specs, every: int = 1, screens: bool = False) -> dict[str, StatesLayer]:
+def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
+    """What kernels store of each row: a plane of half a byte per channel, or two, and a step and an error."""
+    planes = 1 if format == "int4" else 2
+    return block_size * (planes * head_dim // 2 + 4)
+
+
+def states_beside(specs: Specs, every: int = 1, screen: ScreenFormat | None = None) -> dict[str, StatesLayer]:
     """Those of every n-th full-attention layer of a model, as TOPTHETA registers them."""
     context = layers_of(specs)
     compilation = SimpleNamespace(static_forward_context=context)
@@ -127,11 +134,11 @@ def states_beside(specs: Specs, every: int = 1, screens: bool = False) -> dict[s
     states: dict[str, StatesLayer] = {
         name + SUMS: ValueSums(name + SUMS, context[name], config) for name in full
     }
-    if screens:
-        operator: Any = SimpleNamespace(screen_bytes=lambda screen, head_dim, slots: slots * head_dim + 12)
+    if screen is not None:
+        operator: Any = SimpleNamespace(screen_bytes=screen_bytes)
         for name in full:
             of = name + SCREENS, context[name]
-            states[name + SCREENS] = KeyScreens(*of, config, operator, "int8")
+            states[name + SCREENS] = KeyScreens(*of, config, operator, screen)
     context.update(states)
     return states
 
@@ -234,6 +241,45 @@ def test_sums_cost_their_own_share(model: str, block_size: int, share: float, ev
         assert with_them >= capacity * (1 - share) * (1 - 1 / before.num_blocks), layout.name
 
 
+def llama_1b() -> Specs:
+    """As Llama 3.2 1B, with heads of 64."""
+    return attention(range(16), 64, 8, 64)
+
+
+# Of a 16-bit cache; (D / 2 + 4) / 4 D, and (D + 4) / 4 D.
+SCREEN_SHARES = {
+    "64, int4": (llama_1b, "int4", 0.141),
+    "64, int4+4": (llama_1b, "int4+4", 0.266),
+    "128, int4": (llama_8b, "int4", 0.133),
+    "128, int4+4": (llama_8b, "int4+4", 0.258),
+    "sliding and global, int4": (gemma3_1b, "int4", 0.13),
+    "hybrid, int4": (qwen3_next, "int4", 0.13),
+    "hybrid, blocks of 544, int4": (lambda: qwen3_next(544), "int4", 0.13),
+}
+
+
+@pytest.mark.parametrize(("make", "screen", "share"), SCREEN_SHARES.values(), ids=SCREEN_SHARES)
+@pytest.mark.parametrize("every", [1, 2])
+def test_screens_cost_their_own_share(make: Any, screen: ScreenFormat, share: float, every: int):
+    """Beside the sums; whole blocks are rounded once more."""
+    stock = make()
+    sums, screened = states_beside(stock, every), states_beside(stock, every, screen)
+    for layout in layouts_asked_for(screened):
+        before, capacity = plan(with_states(stock, sums), layout)
+        after, with_them = plan(with_states(stock, screened), layout)
+        assert share_blocks(after, with_states(stock, screened))
+        assert with_them >= capacity / (1 + share) * (1 - 1 / before.num_blocks), layout.name
+
+
+def test_screens_of_an_fp8_cache_cost_twice_the_share():
+    stock = llama_8b_fp8()
+    (_, capacity), (_, with_them) = (
+        plan(with_states(stock, states), KVCacheLayout.LBNHC)
+        for states in (states_beside(stock), states_beside(stock, screen="int4"))
+    )
+    assert capacity / 1.27 < with_them < capacity / 1.25
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_other_kinds_of_layers_have_states_ask_for_packed_layouts(model: str):
     backends = {layer.get_attn_backend() for layer in states_beside(MODELS[model]()).values()}
@@ -324,7 +370,7 @@ def test_any_block_size_will_do_once_it_is_chosen(states: Any):
 def test_states_lie_apart_from_k_and_v_and_from_each_other(make: Any, layout: KVCacheLayout):
     """What vLLM binds can be seen as [B, Hkv, states, bytes], each state in one piece."""
     stock = make()
-    states = states_beside(stock, screens=True)
+    states = states_beside(stock, screen="int4+4")
     if layout not in layouts_asked_for(states):
         pytest.skip("such states aren't asked for in this layout")
     planned, _ = plan(with_states(stock, states), layout, memory=64 << 20)

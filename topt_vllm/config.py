@@ -2,10 +2,11 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from topt_vllm.attention.common import Compensation, GroupKeep, Selection
 from topt_vllm.attention.screen import ScreenFormat
@@ -14,6 +15,7 @@ from topt_vllm.sift import SiftSettings
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
+HARD_MARGIN = "hard"
 
 
 class ConfigError(ValueError):
@@ -28,6 +30,11 @@ class _Rule:
 
 def _is_int(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_margin(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value == HARD_MARGIN or (number and 0.0 <= value < math.inf)
 
 
 def _is_name(value: Any) -> bool:
@@ -54,7 +61,8 @@ _RULES = {
     "recent_tokens": _Rule("an integer of at least 1 (tokens)", lambda value: _is_int(value, 1)),
     "group_keep": _one_of("head", "union"),
     "compensation": _one_of("none", "vmean"),
-    "k_screen": _one_of("off", "int8"),
+    "k_screen": _one_of("off", *get_args(ScreenFormat)),
+    "k_screen_margin": _Rule('a number of at least 0 (standard deviations), or "hard"', _is_margin),
     "adapt": _Rule("true | false", lambda value: isinstance(value, bool)),
     "sift_tau": _Rule(
         "a number above 0 and below 1", lambda value: isinstance(value, float) and 0.0 < value < 1.0
@@ -63,6 +71,14 @@ _RULES = {
     "implementation": _one_of("auto", "cpu", "triton", "reference"),
     "on_missing": _one_of("error", "dense"),
     "per_layer_metrics": _Rule("true | false", lambda value: isinstance(value, bool)),
+}
+
+
+# What a configuration without thresholds contradicts, and why.
+_NEEDS_THRESHOLDS = {
+    "budget": "has no budgets",
+    "adapt": "leaves nothing to adapt",
+    "k_screen": "leaves nothing to screen",
 }
 
 
@@ -113,8 +129,10 @@ class TopThetaConfig:
         recent_tokens: Last tokens of the context that are always kept.
         group_keep: Whether the heads of a GQA group share the V rows that any of them keeps.
         compensation: What stands in for the dropped rows.
-        k_screen: Whether an 8-bit copy of K drops keys that can't reach θ before their K is read. Keeps the same
-            keys, for a quarter more cache memory (bf16).
+        k_screen: Format of a low-bit copy of K from which keys that can't reach θ are dropped before their K is
+            read: ``int4`` reads K of the others, ``int4+4`` the copy's second half instead.
+        k_screen_margin: How far below θ the copy may see a key that is still looked at: standard deviations of its
+            error, or ``hard`` for a bound that misses none.
         adapt: Whether thresholds follow the traffic, so that each head keeps the keys that its budget promises (see
             ``adaptation.py``).
         sift_tau: Share of its keys that a query head skips under ``policy: sift``.
@@ -132,7 +150,8 @@ class TopThetaConfig:
     recent_tokens: int = 1
     group_keep: GroupKeep = "union"
     compensation: Compensation = "vmean"
-    k_screen: Literal["off", "int8"] = "off"
+    k_screen: Literal["off"] | ScreenFormat = "off"
+    k_screen_margin: float | Literal["hard"] = 2.5
     adapt: bool = False
     sift_tau: float = 0.95
     sift_warmup: int = 32
@@ -141,34 +160,47 @@ class TopThetaConfig:
     per_layer_metrics: bool = False
 
     def __post_init__(self) -> None:
+        if self.k_screen == "int8":
+            raise ConfigError(
+                "toptheta.k_screen is 'int8', which is gone: 4-bit screens read less and take less memory. Write "
+                '"int4+4" on CPUs, "int4" on GPUs, or leave it out.'
+            )
         for field in fields(self):
             _check(field.name, getattr(self, field.name), _RULES[field.name])
         self._check_policy()
-        if self.thresholds == NO_THRESHOLDS and self.budget is not None:
+        self._check_thresholds()
+        if self.k_screen == "off" and self.k_screen_margin != self._defaults()["k_screen_margin"]:
             raise ConfigError(
-                f'toptheta.budget is {self.budget}, but toptheta.thresholds is "none", which has no budgets. '
-                "Leave budget out, or name a table."
+                f'toptheta.k_screen_margin is {self.k_screen_margin!r}, but toptheta.k_screen is "off". Leave '
+                "k_screen_margin out, or choose a screen."
             )
-        if self.thresholds == NO_THRESHOLDS and self.adapt:
-            raise ConfigError(
-                'toptheta.adapt is true, but toptheta.thresholds is "none", which leaves nothing to adapt. '
-                "Leave adapt out, or name a table."
-            )
+
+    def _check_thresholds(self) -> None:
+        if self.thresholds == NO_THRESHOLDS:
+            for name, reason in _NEEDS_THRESHOLDS.items():
+                if (value := getattr(self, name)) != self._defaults()[name]:
+                    raise ConfigError(
+                        f"toptheta.{name} is {json.dumps(value, ensure_ascii=False)}, but toptheta.thresholds is "
+                        f'"none", which {reason}. Leave {name} out, or name a table.'
+                    )
         if self.thresholds is not None and self.on_missing == "dense":
             raise ConfigError(
                 'toptheta.on_missing is "dense", but toptheta.thresholds says where the table is. '
                 "Leave one of them out."
             )
 
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return {field.name: field.default for field in fields(cls)}
+
     def _check_policy(self) -> None:
-        defaults = {field.name: field.default for field in fields(self)}
         sift = self.policy == "sift"
         foreign = (
             ("thresholds", "budget", "adapt", "on_missing", "k_screen")
             if sift
             else ("sift_tau", "sift_warmup")
         )
-        given = [name for name in foreign if getattr(self, name) != defaults[name]]
+        given = [name for name in foreign if getattr(self, name) != self._defaults()[name]]
         if given:
             reason = "which has no threshold table" if sift else "which has no warm-up"
             raise ConfigError(
@@ -180,6 +212,11 @@ class TopThetaConfig:
     def screen(self) -> ScreenFormat | None:
         """Format of the K screen; None for none."""
         return None if self.k_screen == "off" else self.k_screen
+
+    @property
+    def screen_margin(self) -> float | None:
+        """Margin of the K screen in standard deviations; None for a hard bound."""
+        return None if isinstance(self.k_screen_margin, str) else self.k_screen_margin
 
     @property
     def sift(self) -> SiftSettings | None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
-from topt_vllm.attention.common import Thetas
+from topt_vllm.attention.common import KeyScreen, Thetas
 from topt_vllm.backend import compat
 from topt_vllm.backend.counters import HostCounters, PlatformLayer
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.layer import TopThetaLayer
-from topt_vllm.backend.layers import kv_replicas, layer_label, promised_keys, thresholds_of
+from topt_vllm.backend.layers import kv_replicas, layer_label, promised_keys, screen_of, thresholds_of
 from topt_vllm.backend.startup import Resolved
 from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
@@ -118,6 +118,7 @@ def bind_layers(
             own,
             statistics,
             states_of(name, layer, vllm_config),
+            _key_screen(layer, name, resolved, tensor_parallel_size, device) if own.skips else None,
         )
     return BoundLayers(group, model, drafts)
 
@@ -160,6 +161,17 @@ def _thresholds(
     if keys:
         return AdaptingThresholds(thetas, keys, resolved.dense_up_to, max_rows)
     return Thresholds([LayerThresholds(each) for each in thetas])
+
+
+def _key_screen(
+    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int, device: torch.device
+) -> KeyScreen | None:
+    """The K screen of a layer that may skip rows, without codes; None for none."""
+    transform = screen_of(layer, layer_name, resolved, tensor_parallel_size)
+    if transform is None or resolved.config.screen is None:
+        return None
+    codes = torch.empty(0, dtype=torch.uint8, device=device)
+    return KeyScreen(resolved.config.screen, transform.to(device), codes, resolved.config.screen_margin)
 
 
 def count_platform_layers(

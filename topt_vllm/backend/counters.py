@@ -29,7 +29,7 @@ class DeviceCounters:
         kv_replicas: Ranks that hold each KV head.
 
     Attributes:
-        layers: float64 [layers, slots, 7] on the device.
+        layers: float64 [layers, slots, 8] on the device.
     """
 
     def __init__(

@@ -24,6 +24,10 @@ COUNTERS = {
     Stat.V_ROWS: (f"{PREFIX}v_rows", "(KV head, key) pairs in context of decoded rows"),
     Stat.V_ROWS_READ: (f"{PREFIX}v_rows_read", "V rows read: pairs that some head of the GQA group kept"),
     Stat.K_ROWS_READ: (f"{PREFIX}k_rows_read", "(KV head, key) pairs whose K was read in full"),
+    Stat.CANDIDATES: (
+        f"{PREFIX}k_candidates",
+        "(KV head, key) pairs that a K screen let through; all without one",
+    ),
 }
 DROPPED_SUM, DROPPED_COUNT = f"{PREFIX}dropped_mass_sum", f"{PREFIX}dropped_mass_count"
 

@@ -20,8 +20,9 @@ class TopThetaLayer:
         group: What the layers of a metadata builder share, the operator among it.
         selection: Selection and compensation.
         thresholds: Of this rank's query heads.
-        statistics: Accumulators on the cache's device, float64 [slots, 7].
+        statistics: Accumulators on the cache's device, float64 [slots, 8].
         states: What the layer has beside its cache.
+        key_screen: The layer's K screen without its codes; None for none.
         cache: Views of vLLM's tensors; made when they are first seen.
     """
 
@@ -30,6 +31,7 @@ class TopThetaLayer:
     thresholds: LayerThresholds
     statistics: torch.Tensor
     states: LayerStates
+    key_screen: KeyScreen | None = None
     cache: PagedCache | None = None
     _source: weakref.ref[torch.Tensor] | None = None
 
@@ -58,12 +60,13 @@ class TopThetaLayer:
     def _with_states(self, cache: PagedCache) -> PagedCache:
         if not self.thresholds.skips:
             return cache
-        sums, screens = self.states.value_sums, self.states.key_screen
+        sums, codes = self.states.value_sums, self.states.key_screen
         if sums is not None and self.selection.compensation == "vmean":
             cache = replace(cache, value_sums=sums.numbers())
-        if screens is not None:
-            cache = replace(cache, key_screen=KeyScreen(screens.format, screens.codes()))
-        return cache
+        screen = self.key_screen
+        if screen is not None and codes is not None:
+            screen = replace(screen, codes=codes.codes())
+        return replace(cache, key_screen=screen)
 
     def _drop(self, _: weakref.ref[torch.Tensor]) -> None:
         self.cache = None

@@ -5,6 +5,7 @@ from typing import Any
 from vllm.model_executor.models.utils import extract_layer_index
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.backend import compat
 from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.startup import Resolved
@@ -13,7 +14,10 @@ from topt_vllm.backend.startup import Resolved
 def describe_rank(resolved: Resolved, tensor_parallel_size: int) -> None:
     """Tells the metrics which table is served, and what part of the heads this rank has."""
     rank = _rank(tensor_parallel_size)
-    recorder().describe(resolved.table_labels, rank, tensor_parallel_size, resolved.config.per_layer_metrics)
+    per_layer = resolved.config.per_layer_metrics
+    recorder().describe(
+        resolved.table_labels, rank, tensor_parallel_size, per_layer, screened=bool(resolved.screens)
+    )
 
 
 def layer_label(layer_name: str) -> str:
@@ -77,6 +81,21 @@ def promised_keys(
         return None
     heads = _heads(layer, layer_name, resolved, tensor_parallel_size)
     return keys[heads.start : heads.stop]
+
+
+def screen_of(
+    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
+) -> ScreenTransform | None:
+    """What a K screen knows of this rank's KV heads of a sparse layer; None where the layer has no screen.
+
+    Arguments as :func:`thresholds_of`. A layer that shares another's cache has its screen, too.
+    """
+    transform = resolved.screens.get(extract_layer_index(layer.kv_sharing_target_layer_name or layer_name))
+    if transform is None or tensor_parallel_size == 1:
+        return transform
+    # Several ranks have the same head where there are more of them than KV heads.
+    first = _rank(tensor_parallel_size) * resolved.identity.num_kv_heads // tensor_parallel_size
+    return transform.heads(first, layer.num_kv_heads)
 
 
 def _heads(layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int) -> range:

@@ -30,7 +30,7 @@ class LayerAccumulators:
     """What one layer of this rank adds up.
 
     Attributes:
-        statistics: float64 [7] on the host, indexed by :class:`~topt_vllm.attention.common.Stat`.
+        statistics: float64 [8] on the host, indexed by :class:`~topt_vllm.attention.common.Stat`.
         num_heads: Query heads of the layer on this rank.
         kv_replicas: Ranks that hold each of its KV heads.
         label: Its name in the metrics by layer.
@@ -53,7 +53,7 @@ class Recorder:
         self._platform_heads = 0.0
         self._dense_rows: Counter[str] = Counter()
         self._rank, self._ranks = 0, 1
-        self._per_layer = False
+        self._per_layer = self._screened = False
         self._exporter = Exporter(registry)
         self._logged = self.amounts()
         self._stopped = threading.Event()
@@ -67,7 +67,9 @@ class Recorder:
         self._stopped.set()
         self._thread.join()
 
-    def describe(self, table: Mapping[str, str], rank: int, ranks: int, per_layer: bool) -> None:
+    def describe(
+        self, table: Mapping[str, str], rank: int, ranks: int, per_layer: bool, screened: bool = False
+    ) -> None:
         """Says what this process serves; call it before its layers are added.
 
         Args:
@@ -75,8 +77,9 @@ class Recorder:
             rank: This tensor-parallel rank.
             ranks: Tensor-parallel ranks.
             per_layer: Whether layers are exported one by one too.
+            screened: Whether a K screen is on, which the log then has the rows of.
         """
-        self._rank, self._ranks, self._per_layer = rank, ranks, per_layer
+        self._rank, self._ranks, self._per_layer, self._screened = rank, ranks, per_layer, screened
         self._exporter.set_table(table)
 
     def add_layer(self, layer: LayerAccumulators) -> None:
@@ -127,6 +130,7 @@ class Recorder:
             Stat.V_ROWS: keys * num_kv_heads,
             Stat.V_ROWS_READ: keys * num_kv_heads,
             Stat.K_ROWS_READ: keys * num_kv_heads,
+            Stat.CANDIDATES: keys * num_kv_heads,
         }
         for stat, amount in added.items():
             self._platform[stat] += amount
@@ -156,7 +160,7 @@ class Recorder:
             rows * layer.num_heads for rows, layer in zip(own[:, Stat.ROWS].tolist(), layers, strict=True)
         )
         replicas = torch.tensor([layer.kv_replicas for layer in layers], dtype=torch.float64)
-        for stat in (Stat.V_ROWS, Stat.V_ROWS_READ, Stat.K_ROWS_READ):
+        for stat in (Stat.V_ROWS, Stat.V_ROWS_READ, Stat.K_ROWS_READ, Stat.CANDIDATES):
             own[:, stat] /= replicas
         if self._rank:
             own[:, Stat.ROWS] = 0
@@ -182,7 +186,7 @@ class Recorder:
 
     def _log(self) -> None:
         now = self.amounts()
-        line = summary(now, self._logged)
+        line = summary(now, self._logged, self._screened)
         if line is None:
             return
         self._logged = now
@@ -190,8 +194,8 @@ class Recorder:
         logger.info("TOPTHETA: %s%s", line, heads)
 
 
-def summary(now: Amounts, before: Amounts) -> str | None:
-    """What an interval decoded, for the log; None when it was nothing."""
+def summary(now: Amounts, before: Amounts, screened: bool = False) -> str | None:
+    """What an interval decoded, for the log, with rows of K where they are screened; None when it was nothing."""
     new = [a - b for a, b in zip(now.sums, before.sums, strict=True)]
     if new[Stat.ROWS] <= 0 or new[Stat.V_ROWS] <= 0:
         return None
@@ -199,8 +203,12 @@ def summary(now: Amounts, before: Amounts) -> str | None:
     # Reasons are counted where a step begins, rows layer by layer: a step may be half in.
     rows_begun = max(new[Stat.ROWS], float(dense.total()))
     reasons = ", ".join(f"{reason} {rows / rows_begun:.1%}" for reason, rows in dense.most_common())
+    of_k = ""
+    if screened:
+        of_k = f"K rows read: {new[Stat.K_ROWS_READ] / new[Stat.V_ROWS]:.1%}, "
+        of_k += f"candidates: {new[Stat.CANDIDATES] / new[Stat.V_ROWS]:.1%}, "
     return (
-        f"V rows read: {new[Stat.V_ROWS_READ] / new[Stat.V_ROWS]:.1%}, "
+        f"V rows read: {new[Stat.V_ROWS_READ] / new[Stat.V_ROWS]:.1%}, {of_k}"
         f"keys kept by a head: {new[Stat.KEPT_ELEMENTS] / new[Stat.ELEMENTS]:.1%}, "
         f"rows decoded (all layers): {new[Stat.ROWS]:.0f}, "
         f"dense: {dense.total() / rows_begun:.1%}" + (f" ({reasons})" if reasons else "")

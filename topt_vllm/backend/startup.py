@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from topt_vllm.attention.api import Implementation, load_implementation, require
 from topt_vllm.attention.common import Thetas
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.backend import compat
+from topt_vllm.backend.screens import choose_screens, describe_screens
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import Budget
@@ -29,6 +31,7 @@ class Resolved:
         thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
         description: One line for the log.
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
+        screens: What a K screen knows of the K of each layer that has one, over all KV heads.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
@@ -41,6 +44,7 @@ class Resolved:
     thetas: dict[int, Thetas]
     description: str
     table_labels: dict[str, str]
+    screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
 
@@ -101,6 +105,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
+    screens: dict[int, ScreenTransform] = {}
+    if config.screen is not None:
+        screens = choose_screens(config.screen, found, budget, implementation, model_config.model)
+        rows += f"; {describe_screens(config, screens, thetas)}"
     keys = _promised_keys(config, budget, vllm_config.parallel_config)
     rows += "; thresholds adapt to the traffic" if keys else ""
     if dense_on_platform and thetas:
@@ -116,6 +124,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         thetas,
         f"TOPTHETA: {served_by}, {rows}",
         labels,
+        screens,
         keys,
         dense_on_platform,
     )

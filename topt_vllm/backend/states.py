@@ -28,7 +28,7 @@ from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import choose_rows_per_state
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.backend import connectors
-from topt_vllm.backend.layers import thresholds_of
+from topt_vllm.backend.layers import screen_of, thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
 
 # Of one state; what vLLM chooses where nobody sets a size. At 16 slots V sums would be a sixteenth of a bf16 cache.
@@ -175,9 +175,6 @@ class KeyScreens(StatesLayer):
         vllm_config: Of the engine.
         implementation: The operator.
         format: Of the copies.
-
-    Attributes:
-        format: The same.
     """
 
     def __init__(
@@ -190,11 +187,11 @@ class KeyScreens(StatesLayer):
     ) -> None:
         super().__init__(name, attention, vllm_config)
         self._implementation = implementation
-        self.format = format
+        self._format = format
 
     def state(self, block_size: int) -> tuple[int, int]:
         head_dim = self._attention.head_size
-        return block_size, self._implementation.screen_bytes(self.format, head_dim, block_size)
+        return block_size, self._implementation.screen_bytes(self._format, head_dim, block_size)
 
     def codes(self) -> torch.Tensor:
         """uint8 [B, Hkv, bytes], a view of the cache."""
@@ -207,7 +204,7 @@ class LayerStates:
 
     Attributes:
         value_sums: None without compensation.
-        key_screen: None without a K screen.
+        key_screen: None without a K screen, or where an implementation stores none.
     """
 
     value_sums: ValueSums | None = None
@@ -233,22 +230,25 @@ def register(vllm_config: VllmConfig) -> None:
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in new.items():
         layer.impl.states_known = True
-        thetas, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
-        if thetas is not None or reason is None:
+        _, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
+        if reason is None:
+            screened = screen_of(layer, name, resolved, tensor_parallel_size) is not None
             owner = layer.kv_sharing_target_layer_name or name
-            context.update(states_for(owner, layer, resolved, vllm_config))
+            context.update(states_for(owner, layer, resolved, vllm_config, screened))
 
 
-def states_for(name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig) -> dict[str, StatesLayer]:
+def states_for(
+    name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig, screened: bool
+) -> dict[str, StatesLayer]:
     """The states of an attention layer that may skip rows, by their names in vLLM."""
-    config = resolved.config
+    config, implementation = resolved.config, resolved.implementation
     states: list[StatesLayer] = []
     if config.compensation == "vmean":
         states.append(ValueSums(name + _VALUE_SUMS, layer, vllm_config))
-    if config.screen is not None:
-        states.append(
-            KeyScreens(name + _KEY_SCREEN, layer, vllm_config, resolved.implementation, config.screen)
-        )
+    if screened and config.screen is not None:
+        screens = KeyScreens(name + _KEY_SCREEN, layer, vllm_config, implementation, config.screen)
+        if screens.state(PREFERRED_BLOCK_SIZE)[1]:
+            states.append(screens)
     return {each.name: each for each in states}
 
 

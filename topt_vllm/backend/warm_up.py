@@ -9,7 +9,7 @@ from topt_vllm.attention.common import DecodeBatch, PagedCache
 
 
 class WarmUp:
-    """Runs every kind of step once, without rows; a CUDA graph that is being captured is left alone.
+    """Runs every kind of step once in each kind of layer, without rows; a graph that is captured is left alone.
 
     Args:
         max_sequences: Most sequences of a step.
@@ -19,7 +19,7 @@ class WarmUp:
     def __init__(self, max_sequences: int, max_query_rows: int) -> None:
         self._sequences = {1, max_sequences}
         self._query_rows = {1, max_query_rows}
-        self.done = False
+        self._kinds_done: set[tuple[bool, bool]] = set()
 
     def run(
         self,
@@ -30,7 +30,7 @@ class WarmUp:
         block_table: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Does it when it is first called.
+        """Does it when it is first called with a layer of its kind.
 
         Args:
             kernel: The operator.
@@ -40,9 +40,10 @@ class WarmUp:
             block_table: int32 [S, max blocks], of the step; for its layout.
             out: [R, H, D], of the step; not written.
         """
-        if self.done or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        kind = cache.value_sums is not None, cache.key_screen is not None
+        if kind in self._kinds_done or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self.done = True
+        self._kinds_done.add(kind)
         for sequences in self._sequences:
             # Apart, for Triton compiles anew for a pointer that isn't at a multiple of 16 bytes.
             starts, lengths = block_table.new_zeros(sequences + 1), block_table.new_zeros(sequences)

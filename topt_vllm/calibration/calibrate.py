@@ -10,14 +10,16 @@ from tqdm import tqdm
 
 from topt_vllm.calibration.allocation import greedy_path
 from topt_vllm.calibration.budgets import curves, measured, targeted
+from topt_vllm.calibration.candidates import with_candidates
 from topt_vllm.calibration.collect import collect, collect_errors
+from topt_vllm.calibration.key_statistics import key_statistics
 from topt_vllm.calibration.maker import Maker
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
 from topt_vllm.replay.model import load_causal_lm
-from topt_vllm.table.schema import SCHEMA_VERSION, Budget, Producer, Provenance, ThresholdTable
+from topt_vllm.table.schema import SCHEMA_VERSION, Budget, KeyStatistics, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
 
 __all__ = ["Plan", "calibrate", "prepare"]
@@ -33,7 +35,7 @@ def calibrate(plan: Plan) -> ThresholdTable:
     options = plan.options
     model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
     try:
-        budgets = _budgets(model, plan, partial)
+        budgets, statistics = _budgets(model, plan, partial)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise CalibrationError(_out_of_memory(plan)) from error
     except RuntimeError as error:
@@ -41,20 +43,25 @@ def calibrate(plan: Plan) -> ThresholdTable:
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         raise CalibrationError(_out_of_memory(plan)) from error
-    table = _table(plan, str(model.dtype).removeprefix("torch."), model.device.type, budgets)
+    table = _table(plan, str(model.dtype).removeprefix("torch."), model.device.type, budgets, statistics)
     partial.remove()
     return table
 
 
-def _budgets(model: Any, plan: Plan, partial: Partial) -> list[Budget]:
+def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], KeyStatistics]:
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=options.num_samples * layers, desc="calibrating", unit="layer") as bar:
-        maker = Maker(plan, collect(model, plan, partial, bar.update))
+        collected = collect(model, plan, partial, bar.update)
+    maker, statistics = Maker(plan, collected.moments), key_statistics(collected.keys, options.seed)
     budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
     if options.budget != "k":
         budgets += _measured_budgets(model, plan, maker, partial)
     with tqdm(total=len(budgets), desc="measuring on held-back text", unit="budget") as bar:
-        return measured(model, plan, budgets, bar.update)
+        budgets = measured(model, plan, budgets, bar.update)
+    text, transforms = plan.sequences.held_back, statistics.transforms()
+    with tqdm(total=layers, desc="candidates of a K screen", unit="layer") as bar:
+        found = with_candidates(model, plan.subject, text, transforms, budgets, plan.lengths, bar.update)
+    return found, statistics
 
 
 def _measured_budgets(model: Any, plan: Plan, maker: Maker, partial: Partial) -> list[Budget]:
@@ -77,7 +84,9 @@ def _out_of_memory(plan: Plan) -> str:
     )
 
 
-def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> ThresholdTable:
+def _table(
+    plan: Plan, dtype: str, device: str, budgets: list[Budget], statistics: KeyStatistics
+) -> ThresholdTable:
     options, subject = plan.options, plan.subject
     return ThresholdTable(
         schema_version=SCHEMA_VERSION,
@@ -102,6 +111,7 @@ def _table(plan: Plan, dtype: str, device: str, budgets: list[Budget]) -> Thresh
         ),
         lengths=plan.lengths,
         budgets=budgets,
+        key_statistics=statistics,
     )
 
 

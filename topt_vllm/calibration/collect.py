@@ -1,6 +1,6 @@
 """Passes over the calibration sequences: the scores that thresholds follow from, and what skipping by them does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,25 +8,38 @@ import torch
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors, mean_errors, output_projection
+from topt_vllm.calibration.key_statistics import key_sums
 from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
 from topt_vllm.replay.capture import Observer, captured
 from topt_vllm.replay.causal_lm import CausalLM
+from topt_vllm.replay.model import Subject
 from topt_vllm.replay.rule import Rows, Rule
 from topt_vllm.replay.scores import LayerCall
 
 
-def collect(
-    model: Any, plan: Plan, partial: Partial, progress: Callable[[int], object]
-) -> dict[int, KthScoreMoments]:
-    """Statistics of every layer, for ``plan.ks``.
+@dataclass(frozen=True)
+class Collected:
+    """Statistics by layer.
+
+    Attributes:
+        moments: Of scores, for ``plan.ks``.
+        keys: What :func:`~topt_vllm.calibration.key_statistics.key_sums` gave, of all sequences together.
+    """
+
+    moments: dict[int, KthScoreMoments]
+    keys: dict[int, torch.Tensor]
+
+
+def collect(model: Any, plan: Plan, partial: Partial, progress: Callable[[int], object]) -> Collected:
+    """Statistics of every layer.
 
     Args:
         model: A transformers causal language model.
         plan: The run.
-        partial: Keeps each sequence's scores.
+        partial: Keeps each sequence's scores and sums.
         progress: Called with the number of layers done.
     """
     subject = plan.subject
@@ -34,18 +47,20 @@ def collect(
         layer: KthScoreMoments(len(plan.ks), subject.identity.num_query_heads, plan.lengths)
         for layer in subject.full_layers
     }
+    keys: dict[int, torch.Tensor] = {}
     generator = torch.Generator().manual_seed(plan.options.seed)
     for index, sequence in enumerate(plan.sequences.calibration):
         sample = sample_rows(plan.lengths, generator)
         values = partial.load(f"sequence-{index:04}")
         if values is None:
-            values = _scores(model, plan, sequence, sample, lambda: progress(1))
+            values = _sequence(model, plan, sequence, sample, lambda: progress(1))
             partial.save(f"sequence-{index:04}", values)
         else:
             progress(len(values))
-        for layer, found in values.items():
-            moments[layer].add(sample, found)
-    return moments
+        for layer, (scores, sums) in values.items():
+            moments[layer].add(sample, scores)
+            keys[layer] = keys[layer] + sums if layer in keys else sums
+    return Collected(moments, keys)
 
 
 def collect_errors(
@@ -69,7 +84,7 @@ def collect_errors(
     for index, sequence in enumerate(plan.error_sequences):
         stored = partial.load(f"errors-{index:04}")
         if stored is None:
-            rows = _late_rows(len(sequence), plan.options.seed + index)
+            rows = late_rows(len(sequence), plan.options.seed + index)
             stored = {}
 
             def observe(call: LayerCall, rows: torch.Tensor = rows, into: dict = stored) -> None:
@@ -87,21 +102,21 @@ def collect_errors(
     return {layer: mean_errors(parts) for layer, parts in found.items()}
 
 
-def _late_rows(length: int, seed: int) -> torch.Tensor:
-    """Query rows of the last quarter: budgets are made for long contexts."""
-    first = length * 3 // 4
+def late_rows(length: int, seed: int, least: int = 0) -> torch.Tensor:
+    """Query rows of the last quarter, for budgets are made for long contexts; none before ``least``."""
+    first = max(length * 3 // 4, least)
     generator = torch.Generator().manual_seed(seed)
     return (torch.randperm(length - first, generator=generator)[:ERROR_ROWS] + first).sort().values
 
 
-def _scores(
+def _sequence(
     model: Any, plan: Plan, sequence: list[int], sample: RowSample, progress: Callable[[], object]
-) -> dict[int, torch.Tensor]:
-    """Of one sequence, by layer: float32 [K, H, R]."""
-    values: dict[int, torch.Tensor] = {}
+) -> dict[int, list[torch.Tensor]]:
+    """Of one sequence, by layer: its scores, float32 [K, H, R], and its sums."""
+    values: dict[int, list[torch.Tensor]] = {}
 
     def observe(call: LayerCall) -> None:
-        values[call.layer] = kth_scores(call, sample.rows, plan.ks).cpu()
+        values[call.layer] = [kth_scores(call, sample.rows, plan.ks).cpu(), key_sums(call)]
         progress()
 
     _run(model, plan, sequence, observe)
@@ -109,6 +124,19 @@ def _scores(
 
 
 def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None:
+    """One forward pass, with the attention that was asked for."""
+    options, subject = plan.options, plan.subject
+    sparse = set(subject.full_layers) - set(plan.dense_layers) if options.topk_at_calibration else set()
+    observed(model, subject, sequence, observe, dict.fromkeys(sparse, _TopKeys(options.ks[-1])))
+
+
+def observed(
+    model: Any,
+    subject: Subject,
+    sequence: list[int],
+    observe: Observer,
+    rules: Mapping[int, Rule] | None = None,
+) -> None:
     """One forward pass; every full-attention layer must have been seen, or thresholds would be missing."""
     seen: list[int] = []
 
@@ -116,15 +144,12 @@ def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None
         seen.append(call.layer)
         observe(call)
 
-    options, subject = plan.options, plan.subject
-    sparse = set(subject.full_layers) - set(plan.dense_layers) if options.topk_at_calibration else set()
-    rules = dict.fromkeys(sparse, _TopKeys(options.ks[-1]))
     tokens = torch.tensor([sequence], device=model.device)
     with torch.inference_mode(), captured(model, subject.identity, counted, rules):
         CausalLM(model).hidden(tokens)
     if seen != subject.full_layers:
         raise CalibrationError(
-            f"{options.model}: its configuration has the full-attention layers {subject.full_layers}, "
+            f"{subject.identity.id}: its configuration has the full-attention layers {subject.full_layers}, "
             f"but layers {seen} called the AttentionInterface; this architecture can't be calibrated"
         )
 

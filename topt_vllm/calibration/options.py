@@ -2,16 +2,30 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 from topt_vllm.calibration.search import Target
-from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
+from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, flag_of, option
 
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
 BUDGETS = ("k", "mass", "auto")
+
+# What --k-screen-only has no use for.
+_NOT_FOR_K_SCREENS = (
+    "budget",
+    "ks",
+    "masses",
+    "max_loss",
+    "target_rows",
+    "dense_layers",
+    "sigma",
+    "topk_at_calibration",
+    "force",
+    "resume",
+)
 
 # Headings of the help.
 _BUDGETS, _THRESHOLDS, _RUN = "budgets", "thresholds", "run and output"
@@ -99,6 +113,12 @@ class CalibrationOptions:
         required=False,
         kw_only=True,
     )
+    k_screen_only: bool = option(
+        False,
+        "only add what K screens need to an existing table, or renew it, without --force; thresholds stay as they "
+        "are; minutes",
+        group=_RUN,
+    )
     force: bool = option(False, "replace an existing table", group=_RUN)
     resume: bool = option(False, "go on where a killed run with the same options was", group=_RUN)
 
@@ -124,6 +144,17 @@ class CalibrationOptions:
             raise CalibrationError(f"--sigma is {self.sigma}; it must be finite")
         if self.dtype not in DTYPES:
             raise CalibrationError(f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.k_screen_only:
+            self._require_nothing_of_thresholds()
+
+    def _require_nothing_of_thresholds(self) -> None:
+        options = (field for field in fields(self) if field.name in _NOT_FOR_K_SCREENS)
+        given = [flag_of(field) for field in options if getattr(self, field.name) != field.default]
+        if given:
+            raise CalibrationError(
+                f"{', '.join(given)}: not with --k-screen-only, which leaves thresholds as they are, starts over "
+                "in minutes and needs no --force; leave that out"
+            )
 
     @property
     def targets(self) -> tuple[Target, ...]:

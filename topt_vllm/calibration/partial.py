@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from topt_vllm.calibration.key_statistics import SKIPPED_TOKENS
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS
@@ -71,7 +72,7 @@ def _digest(plan: Plan) -> str:
         sorted(options.items()),
         plan.subject,
         (plan.lengths, plan.dense_layers),
-        (plan.ks, ROWS_PER_LENGTH, ERROR_ROWS, SENSITIVITY_ROWS),
+        (plan.ks, ROWS_PER_LENGTH, ERROR_ROWS, SENSITIVITY_ROWS, SKIPPED_TOKENS),
         [source.model_dump() for source in plan.sources],
         plan.sequences,
     )

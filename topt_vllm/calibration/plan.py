@@ -80,7 +80,7 @@ def prepare(options: CalibrationOptions) -> Plan:
     documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
-    _check_vocabulary(sequences, subject, options.model)
+    check_vocabulary(sequences, subject, options.model)
     return Plan(options, subject, lengths, dense, sequences, sources)
 
 
@@ -115,7 +115,7 @@ def _check_output_folder(options: CalibrationOptions) -> None:
         raise CalibrationError(f"--output {options.output}: the folder {folder} can't be written to")
 
 
-def _check_vocabulary(sequences: Sequences, subject: Subject, model: str) -> None:
+def check_vocabulary(sequences: Sequences, subject: Subject, model: str) -> None:
     """A tokenizer of another model shows itself where it makes tokens that the model doesn't have."""
     largest = max(max(tokens) for tokens in (*sequences.calibration, *sequences.tuning, sequences.held_back))
     if largest >= subject.vocabulary:

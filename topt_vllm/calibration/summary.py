@@ -6,7 +6,8 @@ from topt_vllm.table.schema import Budget, Quality, ThresholdTable
 
 def describe(table: ThresholdTable) -> str:
     """Identity, origin, budgets and their quality, and the range of θ in each layer."""
-    return "\n".join([*_heading(table), "", *_budgets(table), "", *_theta_ranges(table)])
+    parts = _heading(table), _budgets(table), describe_screen(table), _theta_ranges(table)
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _heading(table: ThresholdTable) -> list[str]:
@@ -24,6 +25,38 @@ def _heading(table: ThresholdTable) -> list[str]:
         f"             {', '.join(f'{name} {value}' for name, value in origin.libraries.items())}",
         f"lengths      {', '.join(map(str, table.lengths))} tokens; dense below, extrapolated above",
     ]
+
+
+def describe_screen(table: ThresholdTable) -> list[str]:
+    """Whether the table serves K screens, and how many keys they let through."""
+    if table.key_statistics is None:
+        return ["K screen     no statistics of K; topt-vllm calibrate --k-screen-only adds them"]
+    layers = len(table.key_statistics.layers)
+    lines = [f"K screen     statistics of K in {layers} layers, seed {table.key_statistics.seed}"]
+    known = [
+        (budget, candidates)
+        for budget in table.budgets
+        if budget.quality is not None and (candidates := _candidates(table, budget))
+    ]
+    if known:
+        width = max(len(str(budget.key)) for budget, _ in known)
+        lines.append("             candidates at 4 bits and the default margin, in sparse layers:")
+        lines += [
+            f"             {budget.key:>{width}}  {_spread(candidates)}" for budget, candidates in known
+        ]
+    return lines
+
+
+def _candidates(table: ThresholdTable, budget: Budget) -> dict[int, float]:
+    """Shares by sparse layer."""
+    shares = budget.quality.layer_candidates if budget.quality is not None else None
+    layers = (entry.layer for entry in budget.layers if entry.layer not in budget.dense_layers)
+    return {layer: shares[layer] for layer in layers} if shares is not None else {}
+
+
+def _spread(shares: dict[int, float]) -> str:
+    worst = max(shares, key=lambda layer: shares[layer])
+    return f"{sum(shares.values()) / len(shares):.1%}, at most {shares[worst]:.1%} in layer {worst}"
 
 
 def _budgets(table: ThresholdTable) -> list[str]:

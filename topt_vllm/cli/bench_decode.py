@@ -178,11 +178,11 @@ def _device(args: argparse.Namespace) -> "Device":
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that contradict each other, and fills in the defaults of a synthetic cache."""
-    from typing import get_args, get_type_hints
+    from typing import get_args
 
-    from topt_vllm.config import TopThetaConfig
+    from topt_vllm.attention.screen import ScreenFormat
 
-    allowed = get_args(get_type_hints(TopThetaConfig)["k_screen"])
+    allowed = ["off", *get_args(ScreenFormat)]
     if args.k_screen_margin is not None and args.k_screen == ["off"]:
         raise UserError("--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out")
     if isinstance(args.k_screen_margin, float) and not 0 <= args.k_screen_margin < 100:

@@ -11,6 +11,7 @@ from topt_vllm.table.command import default_output, serve_command
 
 if TYPE_CHECKING:
     from topt_vllm.calibration.calibrate import Plan
+    from topt_vllm.calibration.k_screen import ScreenPlan
 
 _DESCRIPTION = """Runs the model over a few texts and writes the threshold table that
 `vllm serve --attention-backend TOPTHETA` needs. The last part of the text, one sequence, is held back and only used
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the table and prints what it is worth."""
     try:
         output = args.output or default_output(args.model)
-        _run(read_options(CalibrationOptions, args, output=output), args.dry_run)
+        options = read_options(CalibrationOptions, args, output=output)
+        (_add_to_table if options.k_screen_only else _run)(options, args.dry_run)
     except (ReplayError, OSError) as error:
         raise UserError(str(error)) from error
     return 0
@@ -57,6 +59,21 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
         print(
             f'The server uses budget {default} unless "toptheta" in --additional-config names another "budget".'
         )
+
+
+def _add_to_table(options: CalibrationOptions, dry_run: bool) -> None:
+    from topt_vllm.calibration.k_screen import add_key_statistics, prepare
+    from topt_vllm.calibration.summary import describe_screen
+    from topt_vllm.table.file import dump
+
+    plan = prepare(options)
+    if dry_run:
+        print(_resolved_screen(plan))
+        return
+    table = add_key_statistics(plan)
+    dump(table, options.output, force=True)
+    print("\n".join(describe_screen(table)))
+    print(f"\nwrote {options.output}; its thresholds are what they were")
 
 
 def _work(plan: "Plan") -> str:
@@ -103,5 +120,19 @@ def _resolved(plan: "Plan") -> str:
         "device": options.device or "a GPU where there is one",
         "dtype": options.dtype,
         "output": f"{options.output}{' (replaced)' if options.output.exists() else ''}",
+    }
+    return "\n".join(f"{name:<14}{value}" for name, value in lines.items())
+
+
+def _resolved_screen(plan: "ScreenPlan") -> str:
+    options, sequences = plan.options, plan.sequences
+    lines = {
+        "model": f"{options.model} ({plan.subject.identity.architecture})",
+        "table": f"{options.output}, budgets {', '.join(str(budget.key) for budget in plan.table.budgets)}",
+        "dataset": ", ".join(options.dataset),
+        "sequences": f"{len(sequences.calibration)} and 1 held back, of {len(sequences.held_back)} tokens",
+        "work": f"{len(sequences.calibration) + 1} passes",
+        "device": options.device or "a GPU where there is one",
+        "dtype": options.dtype,
     }
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())

@@ -100,6 +100,7 @@ def _resolved(plan: "Plan") -> str:
         else "each run repeats the decoded rows",
         "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
         "budgets": ", ".join(map(str, options.ks)) or "-",
+        "K screens": ", ".join(options.k_screens),
         "needles": needles if options.needles else "-",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())

@@ -5,6 +5,8 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from topt_vllm.replay.options import flag_of
+
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str | None, Any]:
     """Adds an argument for each field that :func:`topt_vllm.replay.options.option` has stated.
@@ -18,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str | No
         group = field.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        names = [_flag(field)] + ([f"--{alias}"] if (alias := field.metadata["alias"]) else [])
+        names = [flag_of(field)] + ([f"--{alias}"] if (alias := field.metadata["alias"]) else [])
         groups[group].add_argument(*names, **_arguments(field, kinds[field.name]))
     return groups
 
@@ -33,14 +35,10 @@ def read_options(options: type, args: argparse.Namespace, **known: Any) -> Any:
     """
     values = {}
     for field in fields(options):
-        value = getattr(args, _flag(field).removeprefix("--").replace("-", "_"))
+        value = getattr(args, flag_of(field).removeprefix("--").replace("-", "_"))
         convert = field.metadata["more"].get("convert", tuple if isinstance(value, list) else None)
         values[field.name] = value if convert is None or value is None else convert(value)
     return options(**values | known)
-
-
-def _flag(field: Field) -> str:
-    return f"--{field.metadata['flag'] or field.name.replace('_', '-')}"
 
 
 def _arguments(field: Field, kind: Any) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from topt_vllm.cli import UserError
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds the command's options."""
@@ -19,6 +21,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--thresholds", help='table, or "none" for θ = −inf; default: the one that a server would find'
     )
+    parser.add_argument(
+        "--k-screen", choices=("int4", "int4+4"), help="decode the built-in text with a K screen"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: passed, and the checks")
     return parser
 
@@ -27,8 +32,12 @@ def run(args: argparse.Namespace) -> int:
     """Prints each check when it is made."""
     from topt_vllm.verify.run import verify
 
+    if args.k_screen is not None and args.thresholds == "none":
+        raise UserError(
+            f"--k-screen {args.k_screen}: θ = −inf leaves nothing to screen; leave --thresholds none out"
+        )
     checks = []
-    for check in verify(args.model, args.thresholds):
+    for check in verify(args.model, args.thresholds, k_screen=args.k_screen):
         checks.append(check)
         if not args.json:
             print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}", flush=True)

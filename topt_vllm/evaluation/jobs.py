@@ -1,15 +1,18 @@
 """The rules that a text is evaluated under, tuned to their targets."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from topt_vllm.evaluation.options import ADAPTING, OURS
+from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, OURS, SCREENED
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.rules.adaptive import TopThetaAdapt
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean
+from topt_vllm.evaluation.screens import Screen, measured_shares, sampled_shares, screens_of
 from topt_vllm.evaluation.tuning import Sample, sample, spread_rows, tune
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.rule import Rule
@@ -39,7 +42,8 @@ def count_jobs(plan: Plan) -> int:
     """How many jobs a text has at one length."""
     options = plan.options
     tuned, ours = set(options.rules) - {ADAPTING}, set(options.rules) & set(OURS)
-    return len(tuned) * len(options.rows) + len(ours) * len(options.ks)
+    more = len(options.k_screens) - 1 if SCREENED in ours else 0
+    return (len(tuned) + more) * len(options.rows) + (len(ours) + more) * len(options.ks)
 
 
 def jobs_by_length(model: Any, plan: Plan, text: Text, lengths: list[int]) -> dict[int, list[Job]]:
@@ -68,9 +72,9 @@ def _budget_jobs(plan: Plan) -> list[Job]:
         rules[ADAPTING] = TopThetaAdapt(thetas, ks)
         for name in OURS:
             if name in options.rules:
-                jobs.append(
-                    _job(plan, _facts(name, None, k, budget.dense_layers, None, None), rules[name], ks)
-                )
+                facts = _facts(name, None, k, budget.dense_layers, None, None)
+                shares = measured_shares(budget)
+                jobs += _screened_jobs(plan, facts, rules[name], ks, lambda *_, shares=shares: shares)
     return jobs
 
 
@@ -82,7 +86,7 @@ def _tuned_jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
         for family in families(plan.options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
             facts = _facts(family.name, target, None, sorted(dense), tuned.parameter, tuned.v_rows_read)
-            jobs.append(_job(plan, facts, tuned.rule, {}))
+            jobs += _screened_jobs(plan, facts, tuned.rule, {}, partial(sampled_shares, found))
     return jobs
 
 
@@ -104,6 +108,28 @@ def _facts(
     }
 
 
-def _job(plan: Plan, facts: dict[str, Any], rule: Rule, ks: dict[int, list[int]]) -> Job:
-    sparse = set(plan.subject.full_layers) - set(facts["dense_layers"])
-    return Job(facts, {layer: rule for layer in sorted(sparse)}, ks)
+def _screened_jobs(
+    plan: Plan,
+    facts: dict[str, Any],
+    rule: Rule,
+    ks: dict[int, list[int]],
+    shares: Callable[[TopTheta, Screen], Mapping[int, float]],
+) -> list[Job]:
+    """One for each screen that was asked for; other rules than Top-Theta have none.
+
+    Args:
+        plan: The evaluation.
+        facts: About the rule at its target.
+        rule: Without a screen.
+        ks: Keys that each query head should keep.
+        shares: From the rule and a screen to the share of candidates by layer.
+    """
+    options = plan.options
+    layers = sorted(set(plan.subject.full_layers) - set(facts["dense_layers"]))
+    if facts["rule"] != SCREENED or not isinstance(rule, TopTheta):
+        (plain,) = screens_of((NO_SCREEN,), None, plan.table)
+        return [Job(facts | plain.facts, dict.fromkeys(layers, rule), ks)]
+    screens = screens_of(options.k_screens, options.k_screen_margin, plan.table)
+    return [
+        Job(facts | screen.facts, screen.rules(rule, layers, shares(rule, screen)), ks) for screen in screens
+    ]

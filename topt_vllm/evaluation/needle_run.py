@@ -6,8 +6,9 @@ from typing import Any
 
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.needles import answer
+from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import quality
+from topt_vllm.evaluation.records import key_reads, quality
 from topt_vllm.replay.attention import Counts
 from topt_vllm.replay.predictions import Comparison, compared, joined
 from topt_vllm.replay.whole_pass import dense_pass
@@ -64,6 +65,7 @@ def evaluate_needles(
             **facts,
             "parameter_by_length": {str(length): known["parameter"] for length, known in tuned.items()},
             **quality(joined(grid.parts), grid.counts),
+            **(key_reads(grid.counts) if facts["rule"] in OURS else {}),
             "retrieval": grid.rate("retrieved"),
             "retrieval_dense": grid.rate("retrieved_dense"),
             "exact": grid.rate("exact"),

@@ -1,5 +1,6 @@
 """What an evaluation is asked to do, and what can be refused before a model is touched."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ SIFT = ("sift", "sift-step", "sift-context")
 # Evaluates budgets only, and only where it is named.
 ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)
+# The rule that K screens are evaluated with.
+SCREENED = "toptheta"
+NO_SCREEN = "off"
+SCREENS = (NO_SCREEN, "int4", "int4+4")
 
 # Headings of the help.
 _RULES, _ROWS, _NEEDLES, _RUN = "rules and targets", "decoded rows", "hidden facts", "run and output"
@@ -32,6 +37,11 @@ def _names(values: Iterable[str]) -> tuple[str, ...]:
 
 def _budgets(values: Iterable[str]) -> tuple[int | str, ...]:
     return tuple(int(value) if value.isdecimal() else value for value in _names(values))
+
+
+def _margin(text: str) -> float | None:
+    """A number, or None for a hard bound."""
+    return None if text == "hard" else float(text)
 
 
 def _layers(values: list[str]) -> tuple[int, ...]:
@@ -76,6 +86,22 @@ class EvaluationOptions:
         type=str,
         metavar="BUDGET",
         convert=_budgets,
+    )
+    k_screens: tuple[str, ...] = option(
+        (NO_SCREEN,),
+        f"K screens of the rule {SCREENED}, a record for each (default {NO_SCREEN})",
+        group=_RULES,
+        flag="k-screen",
+        choices=SCREENS,
+        convert=_names,
+    )
+    # None: a hard bound.
+    k_screen_margin: float | None = option(
+        2.5,
+        "margin of K screens: standard deviations of a score's error, or hard (default %(default)s)",
+        group=_RULES,
+        type=_margin,
+        metavar="NUMBER",
     )
     thresholds: str | None = option(
         None, "the model's table (default: where the server finds it)", group=_RULES, metavar="TABLE"
@@ -162,6 +188,14 @@ class EvaluationOptions:
         require(
             not self.ks or any(rule in OURS for rule in self.rules),
             f"--budget {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
+        )
+        require(
+            self.k_screens == (NO_SCREEN,) or SCREENED in self.rules,
+            f"--k-screen {_listed(self.k_screens)} is for the rule {SCREENED}, which --rules doesn't name",
+        )
+        require(
+            self.k_screen_margin is None or 0 <= self.k_screen_margin < math.inf,
+            f"--k-screen-margin is {self.k_screen_margin}; it must be a number of at least 0, or hard",
         )
         require(self.decode_rows >= 2, f"--decode-rows is {self.decode_rows}; it must be at least 2")
         require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")

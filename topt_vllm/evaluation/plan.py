@@ -8,11 +8,12 @@ import torch
 
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.needles import Needle, hide
-from topt_vllm.evaluation.options import ADAPTING, EvaluationError, EvaluationOptions
+from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import require_matplotlib
 from topt_vllm.evaluation.rules.toptheta import ladder
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import cut_sequences, read_texts
+from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 from topt_vllm.table.search import find_table
 
@@ -85,6 +86,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
     length = subject.max_seq_length(longest)
     table, path = _table(options, subject)
+    _check_screens(options, table, path)
     _check_lengths(options, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
@@ -109,6 +111,14 @@ def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable
             "an evaluation needs thresholds; name a table with --thresholds instead of none"
         )
     return found
+
+
+def _check_screens(options: EvaluationOptions, table: ThresholdTable, path: Path) -> None:
+    if options.k_screens != (NO_SCREEN,) and table.key_statistics is None:
+        raise EvaluationError(
+            f"--k-screen {' '.join(options.k_screens)}: {path} has no key_statistics, which a screen is made with. "
+            f"Add them:\n    {k_screen_command(options.model, path)}"
+        )
 
 
 def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None:

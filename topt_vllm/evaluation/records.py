@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from topt_vllm.evaluation.options import NO_SCREEN
 from topt_vllm.replay.attention import Counts
 from topt_vllm.replay.predictions import Comparison
 from topt_vllm.replay.scores import percentiles
@@ -26,6 +27,15 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
         "kl": _rounded(compared.kl.double().mean().item()),
         "agreement": _rounded(compared.agree.double().mean().item()),
         "tokens": len(compared.loss),
+    }
+
+
+def key_reads(counts: Counts) -> dict[str, Any]:
+    """What a record says about K under a rule of Top-Theta, which reads K in full or has a K screen."""
+    return {
+        "candidates": _rounded(counts.candidates),
+        "kv_bytes_read": _rounded(counts.kv_bytes_read),
+        "candidates_by_layer": list(map(_rounded, counts.candidates_by_layer)),
     }
 
 
@@ -101,6 +111,11 @@ def line(record: dict[str, Any]) -> str:
         f" {record['kl']:8.4f} {record['agreement']:7.2%} {record['dropped_mass']:8.2%}"
         f"  {', '.join(map(str, record['dense_layers'])) or 'none'}"
     )
+    if record["k_screen"] != NO_SCREEN:
+        margin, candidates = record["k_screen_margin"], record["candidates"]
+        text += f"; K screen {record['k_screen']} at margin {margin}: {candidates:.2%} candidates"
+    if "kv_bytes_read" in record:
+        text += f"; {record['kv_bytes_read']:.2%} of K and V read"
     if "kept_over_k" in record:
         text += "; kept/k " + " ".join(f"{name} {value:.2f}" for name, value in record["kept_over_k"].items())
     if "heads_kept_over_k" in record:

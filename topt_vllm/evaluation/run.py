@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
 from topt_vllm.evaluation.needle_run import evaluate_needles
+from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import by_head, by_position, quality, spread
+from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
 from topt_vllm.replay.attention import Counts, RuleAttention
 from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.replay.predictions import Comparison, joined
@@ -93,6 +94,7 @@ def _text(
                         "calibrated": text.calibrated,
                         **job.facts,
                         **into.record(),
+                        **(key_reads(into.counts) if job.facts["rule"] in OURS else {}),
                         "decode_rows": plan.count(length),
                         "max_seq_length": longest,
                     }

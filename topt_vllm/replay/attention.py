@@ -1,7 +1,7 @@
 """Attention under rules for a replay, and what it reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from threading import Lock
 
 import torch
@@ -10,6 +10,10 @@ from topt_vllm.replay.model import Subject
 from topt_vllm.replay.rule import Outcome, Rows, Rule, attend
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import keys_asked
+
+
+def _nothing() -> torch.Tensor:
+    return torch.zeros((), dtype=torch.int64)
 
 
 @dataclass
@@ -26,6 +30,9 @@ class Counts:
         elements_kept: Pairs that the head's own rule keeps.
         dropped: Probability not multiplied with V, summed over query heads and rows of layers with a rule.
         sparse: (query head, row) pairs of layers with a rule.
+        k_rows_read: K that is read, in rows of it; what a screen streams counts by its bytes, K being of 16 bits.
+        layer_rows: int64 [layers], ``v_rows`` by layer.
+        layer_candidates: int64 [layers], those of them that a K screen lets through; all without one.
     """
 
     v_rows: int = 0
@@ -34,11 +41,14 @@ class Counts:
     elements_kept: int = 0
     dropped: float = 0.0
     sparse: int = 0
+    k_rows_read: float = 0.0
+    layer_rows: torch.Tensor = field(default_factory=_nothing)
+    layer_candidates: torch.Tensor = field(default_factory=_nothing)
 
     def add(self, other: "Counts") -> None:
         """Adds what another run counted."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for part in fields(self):
+            setattr(self, part.name, getattr(self, part.name) + getattr(other, part.name))
 
     def shares(self) -> dict[str, float]:
         """``v_rows_read`` and ``elements_kept`` as shares, ``dropped_mass`` as a mean over query heads."""
@@ -47,6 +57,21 @@ class Counts:
             "elements_kept": self.elements_kept / self.elements,
             "dropped_mass": self.dropped / self.sparse if self.sparse else 0.0,
         }
+
+    @property
+    def candidates_by_layer(self) -> list[float]:
+        """Share of the keys in context that a K screen lets through."""
+        return (self.layer_candidates.double() / self.layer_rows).tolist()
+
+    @property
+    def candidates(self) -> float:
+        """The same over all layers."""
+        return float(self.layer_candidates.sum()) / self.v_rows
+
+    @property
+    def kv_bytes_read(self) -> float:
+        """Bytes read over those of all K and V in context, rows of K and V being of one size."""
+        return (self.k_rows_read + self.v_rows_read) / (2 * self.v_rows)
 
 
 class RuleAttention:
@@ -85,12 +110,19 @@ class RuleAttention:
         self._v_rows = subject.v_rows(contexts)
         self._read = dict.fromkeys(rules, 0)
         heads, seen = subject.identity.num_query_heads, subject.keys_seen(contexts)
+        dense = sum(self._v_rows) - sum(self._v_rows[layer] for layer in rules)
+        layer_rows = torch.tensor(self._v_rows)
+        candidates = layer_rows.clone()
+        candidates[list(rules)] = 0
         self.counts = Counts(
             v_rows=sum(self._v_rows),
-            v_rows_read=sum(self._v_rows) - sum(self._v_rows[layer] for layer in rules),
+            v_rows_read=dense,
             elements=heads * sum(seen),
             elements_kept=heads * (sum(seen) - sum(seen[layer] for layer in rules)),
             sparse=heads * len(rules) * len(contexts),
+            k_rows_read=dense,
+            layer_rows=layer_rows,
+            layer_candidates=candidates,
         )
 
     @property
@@ -107,6 +139,8 @@ class RuleAttention:
                 self.counts.v_rows_read += found.read
                 self.counts.elements_kept += int(found.kept.sum())
                 self.counts.dropped += found.dropped
+                self.counts.k_rows_read += found.k_rows
+                self.counts.layer_candidates[call.layer] += found.candidates
                 if call.layer in self._ks:
                     asked = keys_asked(torch.tensor(self._ks[call.layer])[:, None], rows.contexts.cpu())
                     self.kept_over_k.setdefault(call.layer, []).append(found.kept.cpu() / asked)

@@ -1,6 +1,6 @@
 """What calibration and evaluation are asked alike, and how an option is stated."""
 
-from dataclasses import MISSING, field
+from dataclasses import MISSING, Field, field
 from typing import Any
 
 # The default of an option that has to be given.
@@ -37,3 +37,8 @@ def option(
     """
     stated = {"help": help, "group": group, "flag": flag, "alias": alias, "more": more}
     return field(default=default, metadata=stated, kw_only=kw_only)
+
+
+def flag_of(field: Field) -> str:
+    """How an option is written on the command line."""
+    return f"--{field.metadata['flag'] or field.name.replace('_', '-')}"

@@ -30,6 +30,9 @@ class Rows:
         query: float32 [H, r, D].
         num_kv_heads: Hkv.
         shared: What :meth:`Rule.prepare` made of the layer's keys.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        candidates: bool [Hkv, r, m], keys that a K screen lets through; None where there is none.
         sinks: [H], scores of the heads' attention sinks; None without.
     """
 
@@ -39,7 +42,15 @@ class Rows:
     query: torch.Tensor
     num_kv_heads: int
     shared: Any = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    candidates: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        """(KV head, key) pairs in context."""
+        return self.num_kv_heads * int(self.contexts.sum())
 
     def log_denominator(self) -> torch.Tensor:
         """Of the softmax, sinks included: float32 [H, r, 1]."""
@@ -70,6 +81,14 @@ class Rule(ABC):
         """What the rule knows of all keys of a layer, [Hkv, n, D], whatever the row; None for nothing."""
         return None
 
+    def see(self, rows: Rows) -> Rows:
+        """The rows with scores as the rule can know them, which the softmax takes too; exact ones by default."""
+        return rows
+
+    def k_rows_read(self, rows: Rows) -> float:
+        """What is read of K, in rows of it, for (KV head, key) pairs that the rows, as it saw them, have."""
+        return float(rows.pairs)
+
     def on_sample(self) -> "Rule":
         """The rule that reads as much of rows out of order; tuning samples such rows."""
         return self
@@ -88,12 +107,16 @@ class Outcome:
         kept: int32 [H, r], keys that the head's own rule keeps.
         read: (KV head, key) pairs whose V row is read: some head of the group keeps it.
         dropped: Probability of keys that isn't multiplied with V, summed over heads and rows.
+        candidates: (KV head, key) pairs that a K screen lets through; all of them without one.
+        k_rows: K that is read, in rows of it.
     """
 
     out: torch.Tensor
     kept: torch.Tensor
     read: int
     dropped: float
+    candidates: int
+    k_rows: float
 
 
 def attend(
@@ -143,7 +166,23 @@ def rows_of(call: LayerCall, rows: torch.Tensor, shared: object) -> Rows:
         shared: What the rule has prepared for the layer's keys.
     """
     query = call.query[:, rows - call.first].float()
-    return Rows(call.layer, call.scores(rows), rows + 1, query, call.key.shape[0], shared, call.sinks)
+    heads = call.key.shape[0]
+    return Rows(
+        call.layer,
+        call.scores(rows),
+        rows + 1,
+        query,
+        heads,
+        shared,
+        call.scale,
+        call.softcap,
+        sinks=call.sinks,
+    )
+
+
+def visible(rows: Rows) -> torch.Tensor:
+    """Keys in a row's context, bool [r, m]."""
+    return torch.arange(rows.scores.shape[-1], device=rows.scores.device) < rows.contexts[:, None]
 
 
 def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor) -> Outcome:
@@ -155,6 +194,7 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
         value: float32 [Hkv, m, Dv].
         means: float32 [Hkv, r, Dv], the mean of V over each row's context.
     """
+    rows = rule.see(rows)
     kept = rule.keep(rows)
     grouped = rows.by_group(kept)
     read = any_of_group(grouped)
@@ -169,7 +209,14 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
     dropped = seen - mass
     if rule.compensate:
         out += dropped * means[:, None]
-    return Outcome(out.flatten(0, 1), true_per_row(kept), int(true_per_row(read).sum()), float(dropped.sum()))
+    return Outcome(
+        out=out.flatten(0, 1),
+        kept=true_per_row(kept),
+        read=int(true_per_row(read).sum()),
+        dropped=float(dropped.sum()),
+        candidates=rows.pairs if rows.candidates is None else int(true_per_row(rows.candidates).sum()),
+        k_rows=rule.k_rows_read(rows),
+    )
 
 
 def _weighted(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

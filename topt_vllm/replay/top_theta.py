@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.replay.rule import Rows, Rule
+from topt_vllm.replay.rule import Rows, Rule, visible
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class TopTheta(Rule):
     union: ClassVar[bool] = True
     compensate: ClassVar[bool] = True
 
+    def theta(self, rows: Rows) -> torch.Tensor:
+        """θ of the rows, float32 [H, r]."""
+        return self.thetas[rows.layer].to(rows.scores.device).at_each(rows.contexts)
+
     def keep(self, rows: Rows) -> torch.Tensor:
-        keys = torch.arange(rows.scores.shape[-1], device=rows.scores.device)
         if rows.layer not in self.thetas:
-            return (keys < rows.contexts[:, None]).expand(rows.scores.shape)
-        theta = self.thetas[rows.layer].to(rows.scores.device).at_each(rows.contexts)
-        return kept_by_theta(rows.scores, theta, rows.contexts - 1)
+            return visible(rows).expand(rows.scores.shape)
+        return kept_by_theta(rows.scores, self.theta(rows), rows.contexts - 1)
 
 
 def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:

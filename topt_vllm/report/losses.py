@@ -51,7 +51,7 @@ def _title(panel: tuple[str, int]) -> str:
 def _rules(records: Sequence[Evaluated]) -> dict[str, int]:
     """Style by rule: ours first, so that they look the same in every report."""
     names = sorted(
-        {record.rule for record in records}, key=lambda name: (not name.startswith("toptheta"), name)
+        {record.title for record in records}, key=lambda name: (not name.startswith("toptheta"), name)
     )
     return {name: style for style, name in enumerate(["toptheta", *(n for n in names if n != "toptheta")])}
 
@@ -81,7 +81,7 @@ def _own(table: ThresholdTable) -> list[Figure]:
 def _series(records: Sequence[Evaluated], rules: dict[str, int]) -> list[Series]:
     found = []
     for rule, style in rules.items():
-        here = [record for record in records if record.rule == rule]
+        here = [record for record in records if record.title == rule]
         tuned = [_point(record, "") for record in here if record.rows_target is not None]
         budgets = [
             _point(record, record.aim if rule == "toptheta" else "")
@@ -104,7 +104,7 @@ def _sentences(records: Sequence[Evaluated]) -> list[str]:
     targets = sorted({record.rows_target for record in records if record.rows_target is not None})
     found = [_sentence([record for record in records if record.rows_target == target]) for target in targets]
     return found or [
-        f"{r.rule} with {r.aim} reads {numbers.share(r.v_rows_read)} of V rows and loses "
+        f"{r.title} with {r.aim} reads {numbers.share(r.v_rows_read)} of V rows and loses "
         f"{numbers.rise(r.loss_pct, r.error)}."
         for r in records
     ]
@@ -114,7 +114,7 @@ def _sentence(records: Sequence[Evaluated]) -> str:
     """What happens at one target."""
     ours = next((record for record in records if record.rule == "toptheta"), None)
     rival = min((record for record in records if not record.ours), key=lambda r: r.loss_pct, default=None)
-    parts = [f"{ours.rule} loses {_cost(ours)}"] if ours is not None else []
+    parts = [f"{ours.title} loses {_cost(ours)}"] if ours is not None else []
     if rival is not None:
         parts.append(f"the best other rule, {rival.rule}, {_cost(rival)}")
     said = ", and ".join(parts) or "only variants of ours were measured"
@@ -133,9 +133,11 @@ def _middle(sentences: Sequence[str]) -> str:
 
 _COLUMNS: Columns = (
     ("Text, context", lambda r: f"{r.text}, {numbers.tokens(r.context)}"),
-    ("Rule", lambda r: r.rule),
+    ("Rule", lambda r: r.title),
     ("At", lambda r: r.aim),
     ("V rows read", lambda r: numbers.share(r.v_rows_read)),
+    ("Candidates", lambda r: numbers.share(r.candidates)),
+    ("K and V read", lambda r: numbers.share(r.kv_bytes_read)),
     ("Loss ± standard error", lambda r: numbers.rise(r.loss_pct, r.error)),
     ("KL, nats", lambda r: numbers.plain(r.kl, 4)),
     ("Same next token", lambda r: numbers.share(r.agreement)),

@@ -28,7 +28,7 @@ def needles(inputs: Inputs) -> Section:
         return section(missing="Not measured yet. With --evaluation E.json, written by:", command=command)
     shown = _shown(records)
     dense = _grid("Dense attention", records[0].cells or [], dense=True)
-    grids = [dense, *(_grid(f"{r.rule}, {r.aim}", r.cells or [], dense=False) for r in shown)]
+    grids = [dense, *(_grid(f"{r.title}, {r.aim}", r.cells or [], dense=False) for r in shown)]
     rules = Table.of("Every rule", records, _COLUMNS, folded=True)
     return section(finding=_finding(shown[-1]), tables=[*grids, rules])
 
@@ -43,7 +43,7 @@ def _finding(record: Evaluated) -> str:
     cells = record.cells or []
     count = len(cells)
     return (
-        f"{record.rule} with {record.aim} retrieves {sum(cell.retrieved for cell in cells)} of {count} facts, "
+        f"{record.title} with {record.aim} retrieves {sum(cell.retrieved for cell in cells)} of {count} facts, "
         f"dense attention {sum(cell.retrieved_dense for cell in cells)} of {count}."
     )
 
@@ -76,7 +76,7 @@ def _hits(kind: str) -> Callable[[Evaluated], str]:
 
 
 _COLUMNS: Columns = (
-    ("Rule", lambda record: record.rule),
+    ("Rule", lambda record: record.title),
     ("At", lambda record: record.aim),
     ("V rows read", lambda record: numbers.share(record.v_rows_read)),
     ("Retrieved", _hits("retrieved")),

@@ -74,6 +74,9 @@ class Evaluated(_Part):
     """One rule at one target or budget, on one text at one context.
 
     Attributes:
+        k_screen: Format of its K screen; files of earlier releases lack it.
+        candidates: Share of keys that the screen let through; known for rules of Top-Theta.
+        kv_bytes_read: Share of the bytes of K and V that were read; likewise.
         cells: The needle grid; None for a text.
     """
 
@@ -89,6 +92,10 @@ class Evaluated(_Part):
     kl: float
     agreement: Share
     tokens: Count
+    k_screen: str = Field(default="off", max_length=20)
+    candidates: Share | None = None
+    # Above 1 where a screen lets everything through.
+    kv_bytes_read: float | None = Field(default=None, ge=0, le=10)
     cells: Annotated[list[NeedleCell], Field(min_length=1, fail_fast=True)] | None = None
     provenance: Origin
 
@@ -101,6 +108,11 @@ class Evaluated(_Part):
     def ours(self) -> bool:
         """Whether the rule is Top-Theta or a variant of it."""
         return self.rule.startswith("toptheta")
+
+    @property
+    def title(self) -> str:
+        """The rule, and its K screen."""
+        return self.rule if self.k_screen == "off" else f"{self.rule}, K screen {self.k_screen}"
 
     @property
     def aim(self) -> str:

@@ -24,6 +24,12 @@ def calibrate_command(model: str) -> str:
     return f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --k 64 128 256"
 
 
+def k_screen_command(model: str, table: Path) -> str:
+    """The command that adds to a table what a K screen needs; arguments as :func:`serve_command`."""
+    command = f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --k-screen-only"
+    return command if _is_found(model, table) else f"{command} --output {shlex.quote(str(table.resolve()))}"
+
+
 def serve_command(model: str, table: Path) -> str:
     """The command that serves a model with a table.
 
@@ -32,7 +38,12 @@ def serve_command(model: str, table: Path) -> str:
         table: The table; left out of the command where the server finds it by itself.
     """
     command = f"vllm serve {shlex.quote(model)} --attention-backend TOPTHETA"
-    if os.path.isdir(model) and table.resolve() == Path(model).resolve() / TABLE_IN_MODEL_FOLDER:
+    if _is_found(model, table):
         return command
     settings = json.dumps({"toptheta": {"thresholds": str(table.resolve())}}, ensure_ascii=False)
     return f"{command} --additional-config {shlex.quote(settings)}"
+
+
+def _is_found(model: str, table: Path) -> bool:
+    """Whether the server finds the table by itself."""
+    return os.path.isdir(model) and table.resolve() == Path(model).resolve() / TABLE_IN_MODEL_FOLDER

@@ -105,9 +105,12 @@ def plain_request(model: Model, toptheta: dict[str, Any] | None) -> Request:
     return Request(arguments, prompts, _ANSWER, separate_core=toptheta is not None)
 
 
-def forced_request(model: Model, forced: Forced, thresholds: str | None) -> Request:
-    """The built-in text, decoded with the table."""
-    settings = {} if thresholds is None else {"thresholds": thresholds}
+def forced_request(
+    model: Model, forced: Forced, thresholds: str | None, k_screen: str | None = None
+) -> Request:
+    """The built-in text, decoded with the table, and with a K screen where a format is named."""
+    asked = {"thresholds": thresholds, "k_screen": k_screen}
+    settings = {name: value for name, value in asked.items() if value is not None}
     arguments = _arguments(model, len(forced.tokens) + 1, "raw_logprobs", settings)
     return Request(arguments, [], forced=forced, separate_core=False)
 

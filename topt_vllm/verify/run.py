@@ -16,13 +16,16 @@ ENGINE_SECONDS = 900.0
 Run = Callable[[Request, float], dict[str, Any]]
 
 
-def verify(model: str, thresholds: str | None, run: Run = run_engine) -> Iterator[Check]:
+def verify(
+    model: str, thresholds: str | None, run: Run = run_engine, k_screen: str | None = None
+) -> Iterator[Check]:
     """Makes the checks one by one.
 
     Args:
         model: Folder or hub id.
         thresholds: Path of the table, ``none`` for θ = −inf, None for the one that a server would find.
         run: Runs one engine; tests give another.
+        k_screen: Format of a K screen with which the text is decoded; None for none.
 
     Yields:
         Each check when it is made.
@@ -44,7 +47,7 @@ def verify(model: str, thresholds: str | None, run: Run = run_engine) -> Iterato
         for name in ("rows_skipped", "loss"):
             yield Check(name, False, "not checked: there is no usable table")
     elif found["table"] is not None:
-        yield from _sparse_checks(found["model"], found["table"], thresholds, run)
+        yield from _sparse_checks(found["model"], found["table"], thresholds, k_screen, run)
 
 
 def _dense_checks(model: plan.Model | None, run: Run) -> Iterator[Check]:
@@ -70,14 +73,15 @@ def _dense_checks(model: plan.Model | None, run: Run) -> Iterator[Check]:
         yield Check("tokens", False, "not checked: the engines gave no answers")
 
 
-def _sparse_checks(model: plan.Model, table: Any, thresholds: str | None, run: Run) -> Iterator[Check]:
+def _sparse_checks(
+    model: plan.Model, table: Any, thresholds: str | None, k_screen: str | None, run: Run
+) -> Iterator[Check]:
     quality = table.budget(None).quality
     result: dict[str, Any] = {}
 
     def rows_skipped() -> str:
-        result.update(
-            run(plan.forced_request(model, plan.forced_text(model, table), thresholds), ENGINE_SECONDS)
-        )
+        request = plan.forced_request(model, plan.forced_text(model, table), thresholds, k_screen)
+        result.update(run(request, ENGINE_SECONDS))
         return verdicts.rows_skipped(result["totals"], quality)
 
     yield attempt("rows_skipped", rows_skipped)

@@ -68,7 +68,7 @@ def decode(
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
         out: [R, H, D], written.
-        statistics: float64 [slots, 7] to add to, or None.
+        statistics: float64 [slots, 8] to add to, or None.
         reached: int64 [R, H] to add to, or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
@@ -94,7 +94,8 @@ def decode(
         softcap,
         out,
         statistics,
-        _codes(cache),
+        *_screen(cache),
+        cache.key_screen.margin if cache.key_screen else None,
         reached,
         cache.key_scale,
         cache.value_scale,
@@ -114,29 +115,35 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
         cache.key,
         cache.value,
         cache.value_sums,
-        _codes(cache),
+        *_screen(cache),
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
+        cache.key_scale,
         cache.posit8,
     )
 
 
 def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
-    """Bytes of the copy of K for one KV head of one block; csrc/screen.h has the layout.
+    """Bytes of the copy of K for one KV head of one block; csrc/screen_block.h has the layout.
 
     Raises:
-        ValueError: There is no such copy.
+        ValueError: There is no such copy, or not of such heads or blocks.
     """
     _check_format(format)
+    for name, value in (("head dimension", head_dim), ("block size", block_size)):
+        if value <= 0 or value % 16:
+            raise ValueError(f"the cpu kernel needs a {name} that is a multiple of 16, got {value}")
     return _operators().screen_bytes(head_dim, block_size)
 
 
-def _codes(cache: PagedCache) -> torch.Tensor | None:
-    if cache.key_screen is None:
-        return None
-    _check_format(cache.key_screen.format)
-    return cache.key_screen.codes
+def _screen(cache: PagedCache) -> tuple[torch.Tensor | None, ...]:
+    """Codes, mean, scale and signs."""
+    screen = cache.key_screen
+    if screen is None:
+        return None, None, None, None
+    _check_format(screen.format)
+    return screen.codes, screen.transform.mean, screen.transform.scale, screen.transform.signs
 
 
 def _check_format(format: str) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton import primitives
 
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -21,6 +22,24 @@ def stored(part: torch.Tensor) -> tuple[torch.Tensor, int]:
     if part.dtype in _FORMATS:
         return part.view(torch.uint8), _FORMATS[part.dtype]
     return part, primitives.PLAIN.value
+
+
+def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
+    """As ``screen_bytes`` of :class:`topt_vllm.attention.api.Implementation`.
+
+    Codes [P, D / 2], channel 2p in the lower bits of byte p and 2p + 1 in the upper ones, each 8 more than plane one;
+    then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
+
+    Raises:
+        ValueError: Another format than ``int4``, or heads whose rows don't fill words.
+    """
+    if format != "int4":
+        raise ValueError(f"the triton kernel has no K screen {format!r}; it has int4")
+    if head_dim % 8:
+        raise ValueError(
+            f"the triton kernel's K screen takes head dimensions that are multiples of 8, got {head_dim}"
+        )
+    return block_size * (head_dim // 2 + 4)
 
 
 def compute_dtype(query: torch.Tensor, key: torch.Tensor, interpreted: bool) -> Any:
@@ -68,10 +87,28 @@ def check_cache(cache: PagedCache, batch: DecodeBatch) -> None:
         _check_contiguous(value_sums=cache.value_sums)
         if cache.value_sums.dtype != torch.float32:
             _refuse("value_sums", "float32", cache.value_sums.dtype)
+    if cache.key_screen is not None:
+        _check_screen(cache.key_screen, cache.key)
     for name in ("query_start_loc", "seq_lens", "block_table"):
         tensor = getattr(batch, name)
         if tensor.dtype != torch.int32:
             _refuse(name, "int32", tensor.dtype)
+
+
+def _check_screen(screen: KeyScreen, key: torch.Tensor) -> None:
+    blocks, num_kv_heads, block_size, head_dim = key.shape
+    shape = (blocks, num_kv_heads, screen_bytes(screen.format, head_dim, block_size))
+    codes, transform = screen.codes, screen.transform
+    if codes.dtype != torch.uint8 or codes.shape != shape:
+        _refuse("key_screen: codes", f"torch.uint8 {list(shape)}", f"{codes.dtype} {list(codes.shape)}")
+    if codes.stride(2) != 1 or any(offset % 4 for offset in (*codes.stride()[:2], codes.storage_offset())):
+        _refuse("key_screen: codes", "contiguous blocks of whole words", f"strides {codes.stride()}")
+    for name in ("mean", "scale", "signs"):
+        part = getattr(transform, name)
+        if not part.is_contiguous() or part.device != codes.device:
+            _refuse(
+                f"key_screen: {name}", f"contiguous on {codes.device}", f"{part.stride()} on {part.device}"
+            )
 
 
 def _check_contiguous(**tensors: torch.Tensor) -> None:

@@ -6,18 +6,25 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.screen import NOISE, hadamard_block
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
+from topt_vllm.attention.triton.codes_kernel import _topt_codes_kernel
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
 from topt_vllm.attention.triton.finish_kernel import _topt_finish_kernel
 from topt_vllm.attention.triton.launch import MATRIX_ROWS, GpuLimits, Launch, choose, power_of_two
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
+from topt_vllm.attention.triton.queries_kernel import _topt_queries_kernel
 from topt_vllm.attention.triton.workspace import Parts
 
 # Elements of V that the merge and the finish kernel add at a time, in this many rows at least.
 _VALUE_ELEMENTS, _VALUE_ROWS = 8192, 16
 # Depth of the pipeline of the finish kernel's loop, and sequences that it looks at together.
 _FINISH_STAGES, _SEQUENCES_AT_ONCE = 3, 128
+# Elements of K that the codes kernel takes at a time, and of queries that one program of the queries kernel does.
+_CODE_ELEMENTS, _QUERY_ELEMENTS = 2048, 1024
+# int8 products take so many elements of a row at least.
+_MATRIX_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,17 @@ class DecodeStep:
         """Whether the V sums are read."""
         return self.thetas is not None and self.selection.compensation == "vmean"
 
+    @property
+    def screen(self) -> KeyScreen | None:
+        """What keys go through; nothing where there are no thresholds."""
+        return None if self.thetas is None else self.cache.key_screen
+
     def choose(self, limits: GpuLimits, programs: int | None) -> Launch:
         """Launch parameters, with the heuristic's number of programs if None is given."""
         num_heads, key_dim = self.query.shape[1:]
         _, num_kv_heads, _, value_dim = self.cache.value.shape
         shape = (self.max_query_rows, num_heads, num_kv_heads, max(key_dim, value_dim))
-        return choose(*shape, self.cache.value.element_size(), limits, programs)
+        return choose(*shape, self.cache.value.element_size(), limits, programs, self.screen is not None)
 
     def items(self, launch: Launch) -> int:
         """Chunks of query rows of all sequences."""
@@ -78,11 +90,12 @@ class DecodeStep:
 
     def parts(self, launch: Launch) -> Parts:
         """How the workspace is cut."""
+        num_heads, head_dim = self.query.shape[1:]
         _, num_kv_heads, _, value_dim = self.cache.value.shape
-        return Parts.of(launch, self.items(launch), self.query.shape[1], num_kv_heads, value_dim)
+        return Parts.of(launch, self.items(launch), num_heads, num_kv_heads, head_dim, value_dim)
 
-    def calls(self, launch: Launch, memory: torch.Tensor, interpreted: bool) -> tuple[Call, Call]:
-        """The decode and the merge kernel.
+    def calls(self, launch: Launch, memory: torch.Tensor, interpreted: bool) -> list[Call]:
+        """The queries kernel, if there is a screen, the decode and the merge kernel.
 
         Args:
             launch: From :meth:`choose`.
@@ -90,9 +103,11 @@ class DecodeStep:
             interpreted: Whether Triton's interpreter runs the kernels.
         """
         parts = self.parts(launch).cut(memory)
-        lists = {name: parts.pop(name) for name in ("listed_scores", "listed_slots")}
+        lists = {name: parts.pop(name) for name in ("listed_scores", "listed_slots", "listed_positions")}
+        queries = {name: parts.pop(name) for name in ("query_codes", "coefficients")}
         shared = self._shared(launch) | parts
-        return self._decode(launch, shared | lists, interpreted), self._merge(launch, shared)
+        calls = [self._decode(launch, shared | lists | queries, interpreted), self._merge(launch, shared)]
+        return calls if self.screen is None else [self._queries(self.screen, queries), *calls]
 
     def _shared(self, launch: Launch) -> dict[str, Any]:
         _, num_kv_heads, block_size, value_dim = self.cache.value.shape
@@ -122,6 +137,7 @@ class DecodeStep:
             "TILE": launch.tile,
             "MIN_TILES": launch.min_tiles,
             "SPARSE": self.thetas is not None,
+            "SCREEN": self.screen is not None,
             "VMEAN": self.vmean,
             "COUNT": statistics is not None,
             "REACHED": self.reached is not None and self.thetas is not None,
@@ -153,9 +169,12 @@ class DecodeStep:
             "WIDE": max(MATRIX_ROWS, launch.columns),
             "HEAD_DIM": head_dim,
             "DIM_PAD": power_of_two(head_dim),
+            "HALF_PAD": max(_MATRIX_BYTES, power_of_two(head_dim) // 2),
             "LIST": launch.list_keys,
+            "CANDIDATES": launch.candidates,
             "GATHER": launch.gather,
             "KEY_STAGES": launch.key_stages,
+            "CANDIDATE_STAGES": launch.candidate_stages,
             "VALUE_STAGES": launch.value_stages,
             "UNION": selection.group_keep == "union",
             "SOFTCAP": self.softcap > 0,
@@ -167,7 +186,46 @@ class DecodeStep:
         if launch.max_registers is not None:
             arguments["maxnreg"] = launch.max_registers
         grid = (launch.programs, shared["KV_HEADS"])
-        return Call(_topt_decode_kernel, grid, arguments | self._thresholds())
+        return Call(
+            _topt_decode_kernel, grid, arguments | self._thresholds() | self._codes(launch, interpreted)
+        )
+
+    def _codes(self, launch: Launch, interpreted: bool) -> dict[str, Any]:
+        """The decode kernel's K screen."""
+        screen, unread = self.screen, self.batch.seq_lens
+        return {
+            "codes": unread if screen is None else screen.codes,
+            "words": unread if screen is None else screen.codes.view(torch.int32),
+            "codes_stride_block": 0 if screen is None else screen.codes.stride(0),
+            "codes_stride_head": 0 if screen is None else screen.codes.stride(1),
+            "HARD": screen is not None and screen.margin is None,
+            "FOUR_AT_ONCE": launch.four_at_once and not interpreted,
+        }
+
+    def _queries(self, screen: KeyScreen, queries: dict[str, torch.Tensor]) -> Call:
+        rows, num_heads, head_dim = self.query.shape
+        dim_pad = power_of_two(head_dim)
+        vectors = max(1, _QUERY_ELEMENTS // dim_pad)
+        arguments = queries | {
+            "query": self.query,
+            "mean": screen.transform.mean,
+            "channel_scale": screen.transform.scale,
+            "signs": screen.transform.signs,
+            "query_stride_row": self.query.stride(0),
+            "query_stride_head": self.query.stride(1),
+            "scale": self.scale,
+            "deviations": NOISE * (screen.margin or 0.0),
+            "vectors": rows * num_heads,
+            "HEADS": num_heads,
+            "GROUP": num_heads // self.cache.key.shape[1],
+            "HEAD_DIM": head_dim,
+            "DIM_PAD": dim_pad,
+            "ROTATED": hadamard_block(head_dim),
+            "HARD": screen.margin is None,
+            "VECTORS": vectors,
+            "num_warps": 4,
+        }
+        return Call(_topt_queries_kernel, (-(-rows * num_heads // vectors),), arguments)
 
     def _thresholds(self) -> dict[str, Any]:
         """θ of the decode kernel."""
@@ -246,6 +304,52 @@ def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Ca
         "num_warps": 4,
     }
     return Call(_topt_finish_kernel, (batch.seq_lens.shape[0], num_kv_heads), arguments)
+
+
+def codes_call(cache: PagedCache, screen: KeyScreen, batch: DecodeBatch, programs: int) -> Call:
+    """The kernel that writes a K screen's codes; arguments as of ``finish`` of the launcher.
+
+    Args:
+        cache: Of the layer.
+        screen: The cache's.
+        batch: Rows that were written.
+        programs: Of each KV head; the rows are shared out on the device.
+    """
+    key, form = stored(cache.key)
+    _, num_kv_heads, block_size, head_dim = key.shape
+    sequences, dim_pad = batch.seq_lens.shape[0], power_of_two(head_dim)
+    arguments = {
+        "key": key,
+        "codes": screen.codes,
+        "words": screen.codes.view(torch.int32),
+        "mean": screen.transform.mean,
+        "channel_scale": screen.transform.scale,
+        "signs": screen.transform.signs,
+        "key_scale": batch.seq_lens if cache.key_scale is None else cache.key_scale,
+        "query_start_loc": batch.query_start_loc,
+        "seq_lens": batch.seq_lens,
+        "block_table": batch.block_table,
+        "key_stride_block": key.stride(0),
+        "key_stride_head": key.stride(1),
+        "key_stride_slot": key.stride(2),
+        "key_stride_dim": key.stride(3),
+        "codes_stride_block": screen.codes.stride(0),
+        "codes_stride_head": screen.codes.stride(1),
+        "table_stride": batch.block_table.stride(0),
+        "sequences": sequences,
+        "first_jump": power_of_two(sequences) // 2,
+        "HEAD_DIM": head_dim,
+        "DIM_PAD": dim_pad,
+        "ROTATED": hadamard_block(head_dim),
+        "BLOCK_SIZE": block_size,
+        "ROWS": max(1, _CODE_ELEMENTS // dim_pad),
+        "SCALED_KEY": cache.key_scale is not None,
+        "FORMAT": form,
+        "num_warps": 4,
+        # A product and a sum in one rounding would give other codes than the specification.
+        "enable_fp_fusion": False,
+    }
+    return Call(_topt_codes_kernel, (programs, num_kv_heads), arguments)
 
 
 def _value_rows(value_pad: int) -> int:

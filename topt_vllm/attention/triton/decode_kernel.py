@@ -17,18 +17,13 @@ from topt_vllm.attention.triton.schedule import (
     rows_of,
     tiles_of,
 )
-
-
-@triton.jit
-def _place(table_row, start, offset, inside, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Physical block and slot in it of the keys of a tile; the block is one number where they all lie in it."""
-    if BLOCK_SIZE % TILE == 0:
-        block = tl.load(table_row + start // BLOCK_SIZE)
-        slot = start % BLOCK_SIZE + offset
-    else:
-        block = tl.load(table_row + (start + offset) // BLOCK_SIZE, mask=inside, other=0)
-        slot = (start + offset) % BLOCK_SIZE
-    return block, slot
+from topt_vllm.attention.triton.screen_phases import (
+    keep_candidates,
+    list_candidates,
+    load_queries,
+    without_softcap,
+)
+from topt_vllm.attention.triton.selection import place_of, select, softmax_step
 
 
 @triton.jit
@@ -55,8 +50,13 @@ def _topt_decode_kernel(
     theta,
     law,
     key_scale,
+    codes,
+    words,
+    query_codes,
+    coefficients,
     listed_slots,
     listed_scores,
+    listed_positions,
     partial_out,
     partial_softmax,
     partial_reached,
@@ -70,6 +70,8 @@ def _topt_decode_kernel(
     value_stride_block,
     value_stride_head,
     value_stride_slot,
+    codes_stride_block,
+    codes_stride_head,
     table_stride,
     theta_stride,
     scale,
@@ -88,6 +90,7 @@ def _topt_decode_kernel(
     WIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
+    HALF_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -96,10 +99,15 @@ def _topt_decode_kernel(
     TILE: tl.constexpr,
     MIN_TILES: tl.constexpr,
     LIST: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     GATHER: tl.constexpr,
     KEY_STAGES: tl.constexpr,
+    CANDIDATE_STAGES: tl.constexpr,
     VALUE_STAGES: tl.constexpr,
     SPARSE: tl.constexpr,
+    SCREEN: tl.constexpr,
+    HARD: tl.constexpr,
+    FOUR_AT_ONCE: tl.constexpr,
     BY_ROW: tl.constexpr,
     NUM_LENGTHS: tl.constexpr,
     LENGTHS_PAD: tl.constexpr,
@@ -116,6 +124,7 @@ def _topt_decode_kernel(
     USED: tl.constexpr = ROWS * GROUP  # columns that stand for a query row and head
     # Columns of the list, so that a thread can move several at once.
     STORED: tl.constexpr = triton.next_power_of_2(USED)
+    SELECTED: tl.constexpr = CANDIDATES if SCREEN else TILE  # keys that are selected from at a time
     program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 
     every_item = tl.arange(0, ITEMS_PAD)
@@ -142,11 +151,17 @@ def _topt_decode_kernel(
     value_head = value + kv_head.to(tl.int64) * value_stride_head
     my_list = (kv_head * programs + program).to(tl.int64) * LIST
     my_slots, my_scores = listed_slots + my_list, listed_scores + my_list * STORED
+    if SCREEN:
+        my_positions = listed_positions + my_list
+        codes_head = codes + kv_head.to(tl.int64) * codes_stride_head
+        words_head = words + kv_head.to(tl.int64) * codes_stride_head // 4
+        candidate_count = tl.zeros([TILE], tl.int32)
+        candidates_listed = 0
     if SCALED_KEY:
         scale *= tl.load(key_scale)
     # Counted per key of a tile and added up at the end: a sum over keys crosses warps.
-    kept_count = tl.zeros([TILE], tl.int32)
-    read_count = tl.zeros([TILE], tl.int32)
+    kept_count = tl.zeros([SELECTED], tl.int32)
+    read_count = tl.zeros([SELECTED], tl.int32)
     rows_listed = 0
 
     # Hoisted out of this loop and the one over lists, invariants take registers that the inner loops need.
@@ -183,12 +198,17 @@ def _topt_decode_kernel(
             if VMEAN:
                 forced_from = tl.minimum(forced_from, (n - 1) // STATE_ROWS * STATE_ROWS)
             forced_from = tl.where(always, 0, forced_from)
-            if REACHED:
-                counted_from = tl.where(always, float("inf"), threshold)
-                reached = tl.zeros([TILE, COLUMNS], tl.int32)
-            if not SINGLE_ROW:
-                # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
-                same_row = (row[:, None] == row[None, :]).to(COMPUTE)
+            counted_from = tl.where(always, float("inf"), threshold)
+            reached = tl.zeros([SELECTED, COLUMNS], tl.int32)
+            # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
+            same_row = (row[:, None] == row[None, :]).to(COMPUTE)
+        if SCREEN:
+            query_low, query_high, numbers = load_queries(
+                query_codes, coefficients, query_row, head, valid, KV_HEADS * GROUP, HEAD_DIM, HALF_PAD
+            )
+            limit = without_softcap(threshold, softcap) if SOFTCAP else threshold
+            exact_best = tl.full([CANDIDATES, COLUMNS], LOWEST, tl.float32)
+            exact_mass = tl.zeros([CANDIDATES, COLUMNS], tl.float32)
 
         # The best score and the mass so far, per key of a tile: a maximum over keys crosses warps.
         best = tl.full([TILE, COLUMNS], LOWEST, tl.float32)
@@ -201,65 +221,142 @@ def _topt_decode_kernel(
         for list_begin in tl.range(begin, end, LIST, disable_licm=True):
             list_end = tl.minimum(list_begin + LIST, end)
             listed = 0
-            for start in tl.range(list_begin, list_end, TILE, num_stages=KEY_STAGES):
-                position = start + offset
-                inside = position < list_end
-                block, slot = _place(table_row, start, offset, inside, TILE, BLOCK_SIZE)
-                key_row = key_head + block.to(tl.int64) * key_stride_block + slot * key_stride_slot
-                k = tl.load(
-                    key_row[:, None] + (dim * key_stride_dim)[None, :],
-                    mask=inside[:, None] & dim_mask[None, :],
-                    other=0,
+            if SCREEN:
+                listed, best, mass, candidate_count = list_candidates(
+                    list_begin,
+                    list_end,
+                    table_row,
+                    codes_head,
+                    words_head,
+                    codes_stride_block,
+                    my_slots,
+                    my_positions,
+                    query_low,
+                    query_high,
+                    numbers,
+                    limit,
+                    n,
+                    forced_from,
+                    sink_tokens,
+                    not dense,
+                    same_row,
+                    softcap,
+                    best,
+                    mass,
+                    candidate_count,
+                    HEAD_DIM,
+                    HALF_PAD,
+                    BLOCK_SIZE,
+                    TILE,
+                    KEY_STAGES,
+                    SINGLE_ROW,
+                    SOFTCAP,
+                    HARD,
+                    COUNT,
+                    FOUR_AT_ONCE,
+                    COMPUTE,
+                    PRECISION,
                 )
-                scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
-                if SOFTCAP:
-                    scores = softcapped(scores, softcap)
-                visible = position[:, None] < n[None, :]
-                scores = tl.where(visible, scores, -float("inf"))
+                candidates_listed += listed
+                # Now all threads see what all have listed.
+                tl.debug_barrier()
+                listed, exact_best, exact_mass, kept_count, read_count, reached = keep_candidates(
+                    listed,
+                    key_head,
+                    key_stride_block,
+                    key_stride_slot,
+                    key_stride_dim,
+                    my_slots,
+                    my_positions,
+                    my_scores,
+                    q,
+                    n,
+                    threshold,
+                    counted_from,
+                    forced_from,
+                    sink_tokens,
+                    same_row,
+                    scale,
+                    softcap,
+                    exact_best,
+                    exact_mass,
+                    kept_count,
+                    read_count,
+                    reached,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                    CANDIDATES,
+                    STORED,
+                    CANDIDATE_STAGES,
+                    SINGLE_ROW,
+                    UNION,
+                    SOFTCAP,
+                    COUNT,
+                    REACHED,
+                    FORMAT,
+                    COMPUTE,
+                    PRECISION,
+                )
+            else:
+                for start in tl.range(list_begin, list_end, TILE, num_stages=KEY_STAGES):
+                    position = start + offset
+                    inside = position < list_end
+                    block, slot = place_of(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+                    key_row = key_head + block.to(tl.int64) * key_stride_block + slot * key_stride_slot
+                    k = tl.load(
+                        key_row[:, None] + (dim * key_stride_dim)[None, :],
+                        mask=inside[:, None] & dim_mask[None, :],
+                        other=0,
+                    )
+                    scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
+                    if SOFTCAP:
+                        scores = softcapped(scores, softcap)
+                    visible = position[:, None] < n[None, :]
+                    scores = tl.where(visible, scores, -float("inf"))
 
-                stored = scores
-                if SPARSE:
-                    forced = (position < sink_tokens)[:, None] | (position[:, None] >= forced_from[None, :])
-                    keep = ((scores >= threshold[None, :]) | forced) & visible
-                    if SINGLE_ROW:
-                        kept_here = tl.sum(keep.to(tl.int32), axis=1)
-                        if not UNION:
-                            stored = tl.where(keep, scores, -float("inf"))
-                    else:
-                        read = tl.dot(keep.to(COMPUTE), same_row, input_precision=PRECISION) > 0
-                        stored = tl.where(read if UNION else keep, scores, -float("inf"))
-                        # Both counts in one sum.
-                        both = tl.sum(keep.to(tl.int32) + (read.to(tl.int32) << 16), axis=1)
-                        kept_here = both & 0xFFFF
+                    stored = scores
+                    if SPARSE:
+                        stored, kept_here, read_here = select(
+                            scores,
+                            visible,
+                            position,
+                            threshold,
+                            forced_from,
+                            sink_tokens,
+                            same_row,
+                            UNION,
+                            SINGLE_ROW,
+                            COMPUTE,
+                            PRECISION,
+                        )
+                        some = kept_here > 0
                         if COUNT:
-                            read_count += both >> 16
-                    some = kept_here > 0
-                    if COUNT:
-                        kept_count += kept_here
-                    if REACHED:
-                        reached += ((scores >= counted_from[None, :]) & visible).to(tl.int32)
-                    ahead, listed_here = ranks(some, TILE)
-                    place = listed + ahead
-                    listed += listed_here
-                else:
-                    some = inside
-                    place = position - list_begin
-                    listed = list_end - list_begin
-                tl.store(my_slots + place, block * BLOCK_SIZE + slot, mask=some)
-                tl.store(
-                    my_scores + place[:, None] * STORED + column[None, :],
-                    stored,
-                    mask=some[:, None] & (column < STORED)[None, :],
-                )
-
-                new_best = tl.maximum(best, scores)
-                mass = mass * tl.exp2((best - new_best) * LOG2E) + tl.exp2((scores - new_best) * LOG2E)
-                best = new_best
+                            kept_count += kept_here
+                            if not SINGLE_ROW:
+                                read_count += read_here
+                        if REACHED:
+                            reached += ((scores >= counted_from[None, :]) & visible).to(tl.int32)
+                        ahead, listed_here = ranks(some, TILE)
+                        place = listed + ahead
+                        listed += listed_here
+                    else:
+                        some = inside
+                        place = position - list_begin
+                        listed = list_end - list_begin
+                    tl.store(my_slots + place, block * BLOCK_SIZE + slot, mask=some)
+                    tl.store(
+                        my_scores + place[:, None] * STORED + column[None, :],
+                        stored,
+                        mask=some[:, None] & (column < STORED)[None, :],
+                    )
+                    best, mass = softmax_step(best, mass, scores)
 
             rows_listed += listed
             # Now all threads see what all have listed.
             tl.debug_barrier()
             new_reference = tl.maximum(reference, tl.max(best, axis=0))
+            if SCREEN:
+                new_reference = tl.maximum(new_reference, tl.max(exact_best, axis=0))
             shrink = _to_wide(tl.exp2((reference - new_reference) * LOG2E), column, wide, COLUMNS, WIDE)
             reference = new_reference
             level = _to_wide(reference, column, wide, COLUMNS, WIDE)
@@ -291,6 +388,8 @@ def _topt_decode_kernel(
 
         here, there = segment * USED + column, segment * USED + wide
         all_mass = tl.sum(mass * tl.exp2((best - reference[None, :]) * LOG2E), axis=0)
+        if SCREEN:
+            all_mass += tl.sum(exact_mass * tl.exp2((exact_best - reference[None, :]) * LOG2E), axis=0)
         tl.store(partial_softmax + here * 3, reference, mask=valid)
         tl.store(partial_softmax + here * 3 + 1, all_mass, mask=valid)
         tl.store(
@@ -308,7 +407,14 @@ def _topt_decode_kernel(
                 tl.store(partial_reached + here, tl.sum(reached, axis=0), mask=valid)
 
     if SPARSE and COUNT:
-        counters = statistics + program % statistics_slots * 7
+        counters = statistics + program % statistics_slots * 8
         tl.atomic_add(counters + 2, tl.sum(kept_count, axis=0).to(tl.float64), sem="relaxed")
         rows_read = tl.full([], rows_listed, tl.int32) if SINGLE_ROW else tl.sum(read_count, axis=0) // GROUP
         tl.atomic_add(counters + 4, rows_read.to(tl.float64), sem="relaxed")
+        if SCREEN:
+            if SINGLE_ROW:
+                candidates = tl.full([], candidates_listed, tl.int32)
+            else:
+                candidates = tl.sum(candidate_count, axis=0) // GROUP
+            tl.atomic_add(counters + 6, candidates.to(tl.float64), sem="relaxed")
+            tl.atomic_add(counters + 7, candidates.to(tl.float64), sem="relaxed")

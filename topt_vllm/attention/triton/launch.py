@@ -42,27 +42,35 @@ class Launch:
         rows: Query rows of one sequence that share a tile.
         columns: Columns of a tile of scores, at least rows * group.
         programs: Programs of one KV head, which share the keys of the whole batch.
+        screened: Whether there is a K screen: the loop over keys reads its codes then.
         tile: Keys per iteration.
         min_tiles: Least tiles of a program.
         list_keys: Keys that are scored before the V rows among them are read.
+        candidates: Candidates of a K screen per iteration of the loop that reads their K.
         gather: V rows per iteration.
         num_warps: Of the decode kernel.
         key_stages: Depth of the software pipeline of the loop over keys.
+        candidate_stages: That of the loop over candidates.
         value_stages: That of the loop over listed V rows.
         max_registers: Bound on its registers per thread; None for AMD.
+        four_at_once: Whether PTX can be told to take four bytes of codes apart at once.
     """
 
     rows: int
     columns: int
     programs: int
+    screened: bool
     tile: int
     min_tiles: int
     list_keys: int
+    candidates: int
     gather: int
     num_warps: int
     key_stages: int
+    candidate_stages: int
     value_stages: int
     max_registers: int | None
+    four_at_once: bool
 
     def chunks(self, max_query_rows: int) -> int:
         """Tiles that the query rows of one sequence are spread over."""
@@ -77,6 +85,7 @@ def choose(
     item_bytes: int,
     limits: GpuLimits,
     programs: int | None = None,
+    screened: bool = False,
 ) -> Launch:
     """Launch parameters for a shape.
 
@@ -88,6 +97,7 @@ def choose(
         item_bytes: Of an element of K and V in memory.
         limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
+        screened: Whether keys go through a K screen.
     """
     group = num_heads // num_kv_heads
     dim_pad = power_of_two(head_dim)
@@ -105,7 +115,11 @@ def choose(
         tile = max(16, tile // 2)
     if limits.tensor_memory and columns >= MATRIX_ROWS:
         tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
-    list_keys = max(tile, power_of_two(_LIST_BYTES // (4 + 4 * rows * group) + 1) // 2)
+    candidates = tile
+    if screened:
+        tile, candidates = 128, max(16, min(64, 8192 // dim_pad))
+    entry_bytes = (8 if screened else 4) + 4 * rows * group
+    list_keys = max(tile, power_of_two(_LIST_BYTES // entry_bytes + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
     row_bytes = dim_pad * item_bytes
     # What scores take on their way from thread to thread, and the query, as compiled.
@@ -116,15 +130,19 @@ def choose(
         rows=rows,
         columns=columns,
         programs=programs,
+        screened=screened,
         tile=tile,
         min_tiles=max(1, MIN_PROGRAM_TOKENS // tile),
         list_keys=list_keys,
+        candidates=candidates,
         gather=gather,
         num_warps=4,
-        key_stages=_stages(tile * row_bytes, beside, single, limits),
+        key_stages=_stages(tile * (dim_pad // 2 if screened else row_bytes), beside, single, limits),
+        candidate_stages=_stages(candidates * row_bytes, beside, single, limits),
         value_stages=_stages(gather * row_bytes, beside, single, limits),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if limits.amd else 255,
+        four_at_once=not limits.amd,
     )
 
 

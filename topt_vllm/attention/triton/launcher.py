@@ -7,13 +7,17 @@ import triton
 
 from topt_vllm.attention import common
 from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton.arguments import check, check_cache
-from topt_vllm.attention.triton.calls import DecodeStep, finish_call
+from topt_vllm.attention.triton.arguments import screen_bytes as screen_bytes
+from topt_vllm.attention.triton.calls import DecodeStep, codes_call, finish_call
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.launch import limits_of
+from topt_vllm.attention.triton.launch import PROGRAMS_PER_MULTIPROCESSOR, limits_of
 from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
 
-capabilities = Capabilities(sinks=True, narrow_values=True, graphs=True)
+# By bytes a screen pays below 73 % of candidates; gathers are taken to run at half the rate of a stream, and the rest
+# is left to what else candidates cost. Not measured on a GPU yet.
+capabilities = Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}, graphs=True)
 
 _STATISTICS_SLOTS = 32
 
@@ -37,15 +41,20 @@ def prepare(device_type: str) -> None:
 
 
 def new_statistics(device: torch.device | str) -> torch.Tensor:
-    """Zeroed accumulators float64 [slots, 7]; rows spread over the slots, for many programs add at once."""
+    """Zeroed accumulators float64 [slots, 8]; rows spread over the slots, for many programs add at once."""
     return common.new_statistics(device, _STATISTICS_SLOTS)
 
 
 def finish(cache: PagedCache, batch: DecodeBatch) -> None:
-    """Writes V sums; as ``finish`` of :class:`topt_vllm.attention.api.Implementation`. Nothing is read back."""
-    if cache.value_sums is not None and batch.seq_lens.shape[0]:
-        check_cache(cache, batch)
+    """As ``finish`` of :class:`topt_vllm.attention.api.Implementation`. Nothing is read back."""
+    if not batch.seq_lens.shape[0]:
+        return
+    check_cache(cache, batch)
+    if cache.value_sums is not None:
         finish_call(cache, cache.value_sums, batch).launch()
+    if cache.key_screen is not None:
+        programs = PROGRAMS_PER_MULTIPROCESSOR * limits_of(cache.key.device).multiprocessors
+        codes_call(cache, cache.key_screen, batch, max(1, programs // cache.key.shape[1])).launch()
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Bound:
             scale: Factor of q·k.
             softcap: Logits softcap, 0 for none.
             out: [R, H, Dv], written.
-            statistics: float64 [slots, 7] to add to, or None.
+            statistics: float64 [slots, 8] to add to, or None.
             reached: int64 [R, H] to add to, or None.
             sinks: float32 [H], or None.
 
@@ -113,6 +122,10 @@ class Bound:
     def new_statistics(self, device: torch.device | str) -> torch.Tensor:
         """As :func:`new_statistics`."""
         return new_statistics(device)
+
+    def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
+        """As :func:`screen_bytes`."""
+        return screen_bytes(format, head_dim, block_size)
 
 
 def allocate(

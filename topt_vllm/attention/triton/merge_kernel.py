@@ -55,6 +55,7 @@ def _topt_merge_kernel(
     SEGMENTS: tl.constexpr,
     TAIL: tl.constexpr,
     SPARSE: tl.constexpr,
+    SCREEN: tl.constexpr,
     VMEAN: tl.constexpr,
     SINKS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -160,13 +161,15 @@ def _topt_merge_kernel(
         counter = reached + query_row * HEADS + head
         tl.store(counter, tl.load(counter) + tl.sum(keys_reached, axis=0))
     if COUNT:
-        counters = statistics + (query_row % statistics_slots) * 7
+        counters = statistics + (query_row % statistics_slots) * 8
         group_rows = n.to(tl.float64) * KV_HEADS
         if head == 0:
             tl.atomic_add(counters, 1.0, sem="relaxed")
             tl.atomic_add(counters + 1, group_rows * GROUP, sem="relaxed")
             tl.atomic_add(counters + 3, group_rows, sem="relaxed")
-            tl.atomic_add(counters + 6, group_rows, sem="relaxed")
+            if not SCREEN:
+                tl.atomic_add(counters + 6, group_rows, sem="relaxed")
+                tl.atomic_add(counters + 7, group_rows, sem="relaxed")
         # What thresholds keep and read the decode kernel counts.
         if SPARSE:
             tl.atomic_add(counters + 5, dropped.to(tl.float64), sem="relaxed")

@@ -1,10 +1,12 @@
 """Memory that the decode kernel keeps lists and partial results in, allocated once for every batch."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import product
 
 import torch
 
 from topt_vllm.attention.triton.launch import Launch, choose, limits_of, power_of_two
+from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,9 @@ class Parts:
         outputs: float32 [Hkv, segments, rows * group, Dv].
         softmax: float32 [Hkv, segments, rows * group, 3]: the score that the rest is relative to, mass, kept mass.
         reached: int32 [Hkv, segments, rows * group], keys that reach θ.
+        positions: int32 [Hkv, programs, list_keys], candidates' positions; like what follows with a K screen only.
+        query_codes: int8 [R, H, 2, D / 2], q'.
+        coefficients: float32 [R, H, COEFFICIENTS], the queries kernel's.
     """
 
     scores: int
@@ -24,19 +29,28 @@ class Parts:
     outputs: int
     softmax: int
     reached: int
+    positions: int
+    query_codes: int
+    coefficients: int
 
     @classmethod
-    def of(cls, launch: Launch, items: int, num_heads: int, num_kv_heads: int, value_dim: int) -> "Parts":
+    def of(
+        cls, launch: Launch, items: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+    ) -> "Parts":
         """For one batch; ``items`` as :mod:`topt_vllm.attention.triton.schedule` has them."""
         columns = launch.rows * num_heads // num_kv_heads
         listed = num_kv_heads * launch.programs * launch.list_keys
         segments = num_kv_heads * (launch.programs + items)
+        vectors = items * launch.rows * num_heads if launch.screened else 0
         words = (
             listed * power_of_two(columns),
             listed,
             segments * columns * value_dim,
             segments * columns * 3,
             segments * columns,
+            listed if launch.screened else 0,
+            vectors * head_dim // 4,
+            vectors * COEFFICIENTS.value,
         )
         # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
         return cls(*(-(-count // 4) * 4 for count in words))
@@ -44,18 +58,22 @@ class Parts:
     @property
     def words(self) -> int:
         """All of them."""
-        return self.scores + self.slots + self.outputs + self.softmax + self.reached
+        return sum(astuple(self))
 
     def cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of ``memory`` by the kernels' names."""
-        sizes = (self.scores, self.slots, self.outputs, self.softmax, self.reached)
-        scores, slots, outputs, softmax, reached = memory[: self.words].split(sizes)
+        scores, slots, outputs, softmax, reached, positions, codes, coefficients = memory[: self.words].split(
+            astuple(self)
+        )
         return {
             "listed_scores": scores,
             "listed_slots": slots.view(torch.int32),
             "partial_out": outputs,
             "partial_softmax": softmax,
             "partial_reached": reached.view(torch.int32),
+            "listed_positions": positions.view(torch.int32),
+            "query_codes": codes.view(torch.int8),
+            "coefficients": coefficients,
         }
 
 
@@ -93,9 +111,9 @@ def allocate_workspace(
         programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     words = 0
-    for rows in {1, max_query_rows}:
-        for item_bytes in (1, 2, 4):
-            launch = choose(rows, num_heads, num_kv_heads, head_dim, item_bytes, limits_of(device), programs)
-            items = max_sequences * launch.chunks(rows)
-            words = max(words, Parts.of(launch, items, num_heads, num_kv_heads, head_dim).words)
+    heads = num_heads, num_kv_heads, head_dim
+    for rows, item_bytes, screened in product({1, max_query_rows}, (1, 2, 4), (False, True)):
+        launch = choose(rows, *heads, item_bytes, limits_of(device), programs, screened)
+        items = max_sequences * launch.chunks(rows)
+        words = max(words, Parts.of(launch, items, *heads, head_dim).words)
     return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)

@@ -38,11 +38,10 @@ class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = TopThetaConfig.from_additional_config(self._vllm_config.additional_config)
-        if self.is_fp8_kv_cache and config.k_screen != "off":
+        if self.is_fp8_kv_cache and config.screen == "int4+4":
             raise ConfigError(
-                f"toptheta.k_screen is {config.k_screen!r} and the cache {self.kv_cache_dtype!r}: an 8-bit copy "
-                "of K is as large as K itself then, so screening would read more, not less. Set k_screen to off, "
-                "or --kv-cache-dtype to auto."
+                f"toptheta.k_screen is {config.k_screen!r} and the cache {self.kv_cache_dtype!r}: a copy of "
+                "K in 4 + 4 bits is larger than K itself then. Set k_screen to off, or --kv-cache-dtype to auto."
             )
 
     def do_kv_cache_update(

@@ -4,14 +4,37 @@ The stock platform (0.32) ignores every backend name but its own and runs CPU_AT
 this class does what its base does.
 """
 
+import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.backend import compat
+
+logger = logging.getLogger("vllm.topt_vllm")
 
 _CpuPlatform: Any = compat.cpu_platform_class()
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+# Share of the cores.
+_WORTH_A_NOTE = 0.1
+
+
+@cache
+def note_idle_cores(idle: tuple[int, int] | None) -> None:
+    """Says in the log that cores are left idle, and of how many, where they are a good part of all.
+
+    Once in a process, though vLLM makes several configurations.
+    """
+    if idle is not None and idle[0] >= _WORTH_A_NOTE * idle[1]:
+        logger.info(
+            "TOPTHETA: of %d cores vLLM leaves %d to its other processes; with VLLM_CPU_NUM_OF_RESERVED_CPU=0 in "
+            "the environment all of them decode (docs/operations.md)",
+            idle[1],
+            idle[0],
+        )
 
 
 class TopThetaCpuPlatform(_CpuPlatform):
@@ -26,6 +49,7 @@ class TopThetaCpuPlatform(_CpuPlatform):
 
             if resolve(vllm_config).config.sift is not None:
                 compat.name_requests(vllm_config)
+            note_idle_cores(compat.cores_left_idle(vllm_config))
 
     @classmethod
     def get_attn_backend_cls(

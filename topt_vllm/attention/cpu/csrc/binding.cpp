@@ -52,18 +52,28 @@ topt::Rows rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-void set_screen(topt::Problem& p, const Tensor& key, const optional<Tensor>& screen) {
-  p.screen = nullptr;
-  p.screen_block_stride = 0;
-  if (!screen) return;
-  TORCH_CHECK(key.element_size() > 1, "key_screen: expected none for K of 8 bits, whose copy would be as large as K ",
-              "itself");
+void set_screen(topt::Problem& p, const optional<Tensor>& codes, const optional<Tensor>& mean,
+                const optional<Tensor>& scale, const optional<Tensor>& signs) {
+  p.screen = {};
+  if (!codes) return;
   const int64_t bytes = topt::ScreenBlock::bytes(p.head_dim, p.block_size);
-  check(*screen, "key_screen", 3, at::kByte);
-  TORCH_CHECK(screen->size(1) == p.num_kv_heads && screen->size(2) == bytes && screen->stride(1) == bytes,
-              "key_screen: expected [B, Hkv, ", bytes, "] bytes, contiguous in a block, got ", screen->sizes());
-  p.screen = reinterpret_cast<char*>(screen->data_ptr<uint8_t>());
-  p.screen_block_stride = screen->stride(0);
+  check(*codes, "key_screen", 3, at::kByte);
+  TORCH_CHECK(codes->size(1) == p.num_kv_heads && codes->size(2) == bytes && codes->stride(1) == bytes,
+              "key_screen: expected [B, Hkv, ", bytes, "] bytes, contiguous in a block, got ", codes->sizes());
+  TORCH_CHECK(mean && scale && signs, "key_screen: expected mean, scale and signs with the codes, got none");
+  for (const Tensor* part : {&*mean, &*scale}) {
+    check(*part, "key_screen", 2, at::kFloat);
+    TORCH_CHECK(part->is_contiguous() && part->size(0) == p.num_kv_heads && part->size(1) == p.head_dim,
+                "key_screen: expected contiguous mean and scale [", p.num_kv_heads, ", ", p.head_dim, "], got ",
+                part->sizes());
+  }
+  check(*signs, "key_screen", 1, at::kFloat);
+  TORCH_CHECK(signs->size(0) == p.head_dim, "key_screen: expected signs [", p.head_dim, "], got ", signs->sizes());
+  p.screen.codes = reinterpret_cast<char*>(codes->data_ptr<uint8_t>());
+  p.screen.block_stride = codes->stride(0);
+  p.screen.mean = mean->const_data_ptr<float>();
+  p.screen.scale = scale->const_data_ptr<float>();
+  p.screen.signs = signs->const_data_ptr<float>();
 }
 
 void set_key(topt::Problem& p, const Tensor& key) {
@@ -193,14 +203,14 @@ void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double
       topt::run_call(p, cache, *call, static_cast<int>(worker));
     }
   });
-  for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read, counts.keys += unit.keys;
+  for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read, counts.keys += unit.keys, counts.candidates += unit.candidates;
   for (const double item : shared.dropped) dropped += item;
 }
 
 void add_statistics(const topt::Problem& p, const topt::Counts& counts, double dropped, const Tensor& statistics) {
   TORCH_CHECK(statistics.scalar_type() == at::kDouble && statistics.is_contiguous() && statistics.dim() == 2 &&
-                  statistics.size(0) > 0 && statistics.size(1) == 7,
-              "statistics: expected float64 [slots, 7], got ", statistics.scalar_type(), " ", statistics.sizes());
+                  statistics.size(0) > 0 && statistics.size(1) == 8,
+              "statistics: expected float64 [slots, 8], got ", statistics.scalar_type(), " ", statistics.sizes());
   double rows = 0, tokens = 0;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     for (int row = p.query_start_loc[sequence]; row < p.query_start_loc[sequence + 1]; ++row) {
@@ -210,9 +220,10 @@ void add_statistics(const topt::Problem& p, const topt::Counts& counts, double d
   }
   // The order of common.Stat.
   const double added[] = {rows, tokens * p.num_heads, static_cast<double>(counts.kept), tokens * p.num_kv_heads,
-                          static_cast<double>(counts.read), dropped, static_cast<double>(counts.keys)};
+                          static_cast<double>(counts.read), dropped, static_cast<double>(counts.keys),
+                          static_cast<double>(counts.candidates)};
   double* target = statistics.data_ptr<double>();
-  for (int i = 0; i < 7; ++i) target[i] += added[i];
+  for (int i = 0; i < 8; ++i) target[i] += added[i];
 }
 
 void decode(const Tensor& query, const Tensor& key, const Tensor& value, const optional<Tensor>& value_sums,
@@ -220,8 +231,10 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             const optional<Tensor>& lengths, const optional<Tensor>& theta, const optional<Tensor>& law,
             const optional<Tensor>& row_theta, int64_t min_seq_len, int64_t sink_tokens, int64_t recent_tokens,
             bool keep_union, bool vmean, double scale, double softcap, Tensor out, const optional<Tensor>& statistics,
-            const optional<Tensor>& key_screen, const optional<Tensor>& reached, const optional<Tensor>& key_scale,
-            const optional<Tensor>& value_scale, bool posit8, bool scalar) {
+            const optional<Tensor>& screen_codes, const optional<Tensor>& screen_mean,
+            const optional<Tensor>& screen_scale, const optional<Tensor>& screen_signs, optional<double> screen_margin,
+            const optional<Tensor>& reached, const optional<Tensor>& key_scale, const optional<Tensor>& value_scale,
+            bool posit8, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -231,7 +244,10 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
   const topt::DType stored = stored_dtype_of(key, "key", posit8);
-  set_screen(p, key, key_screen);
+  set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
+  TORCH_CHECK(!p.screen.codes || !scalar, "key_screen: expected none for the scalar kernel");
+  p.screen.hard = !screen_margin;
+  p.screen.margin = static_cast<float>(screen_margin.value_or(0));
   TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
               p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
   set_batch(p, query_start_loc, seq_lens, block_table);
@@ -242,7 +258,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
   p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
-  p.scale = static_cast<float>(scale) * scale_of(key_scale, "key_scale");
+  p.scale = static_cast<float>(scale);
+  p.key_scale = scale_of(key_scale, "key_scale");
   p.value_scale = scale_of(value_scale, "value_scale");
   p.softcap = static_cast<float>(softcap);
   if (p.query_start_loc[p.num_sequences] == p.query_start_loc[0]) return;
@@ -257,15 +274,8 @@ int64_t screen_bytes(int64_t head_dim, int64_t block_size) {
   return topt::ScreenBlock::bytes(static_cast<int>(head_dim), static_cast<int>(block_size));
 }
 
-// Brings V sums and screen up to date after the rows of a batch were written.
-void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums, optional<Tensor> key_screen,
-            const Tensor& query_start_loc, const Tensor& seq_lens, const Tensor& block_table, bool posit8) {
-  topt::Problem p{};
-  set_cache(p, key, value, value_sums);
-  const topt::DType stored = stored_dtype_of(key, "key", posit8);
-  set_screen(p, key, key_screen);
-  set_batch(p, query_start_loc, seq_lens, block_table);
-  // A state ends wherever a block does. Most decode steps end none, and need no threads.
+// A state ends wherever a block does. Most decode steps end none, and need no threads.
+void write_ending_states(const topt::Problem& p, topt::DType stored) {
   std::vector<int> ending;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     const int end = p.seq_lens[sequence];
@@ -274,10 +284,47 @@ void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums,
   at::parallel_for(0, static_cast<int64_t>(ending.size()) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int sequence = ending[i / p.num_kv_heads];
-      topt::finish_rows(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), topt::first_written(p, sequence),
-                        p.seq_lens[sequence]);
+      topt::finish_states(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), topt::first_written(p, sequence),
+                          p.seq_lens[sequence]);
     }
   });
+}
+
+// Groups of 16 rows are independent, so threads share those of all sequences.
+void write_all_codes(topt::Problem& p, topt::DType stored) {
+  std::vector<float> factor(static_cast<size_t>(p.num_kv_heads) * p.head_dim);
+  for (size_t i = 0; i < factor.size(); ++i) factor[i] = p.screen.signs[i % p.head_dim] * (1.0f / p.screen.scale[i]);
+  p.screen.factor = factor.data();
+  std::vector<std::pair<int, int>> groups;  // (sequence, group of 16 rows)
+  for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
+    const int begin = topt::first_written(p, sequence), end = p.seq_lens[sequence];
+    for (int row = begin / topt::kLanes * topt::kLanes; row < end && begin < end; row += topt::kLanes) {
+      groups.emplace_back(sequence, row / topt::kLanes);
+    }
+  }
+  at::parallel_for(0, static_cast<int64_t>(groups.size()) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(topt::kLanes * p.head_dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [sequence, index] = groups[i / p.num_kv_heads];
+      topt::finish_codes(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), index,
+                         topt::first_written(p, sequence), p.seq_lens[sequence], memory.data());
+    }
+  });
+}
+
+// Brings V sums and the copy of K up to date after the rows of a batch were written.
+void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums, optional<Tensor> screen_codes,
+            const optional<Tensor>& screen_mean, const optional<Tensor>& screen_scale,
+            const optional<Tensor>& screen_signs, const Tensor& query_start_loc, const Tensor& seq_lens,
+            const Tensor& block_table, const optional<Tensor>& key_scale, bool posit8) {
+  topt::Problem p{};
+  set_cache(p, key, value, value_sums);
+  const topt::DType stored = stored_dtype_of(key, "key", posit8);
+  set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
+  set_batch(p, query_start_loc, seq_lens, block_table);
+  p.key_scale = scale_of(key_scale, "key_scale");
+  if (p.value_sums) write_ending_states(p, stored);
+  if (p.screen.codes) write_all_codes(p, stored);
 }
 
 // Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
@@ -304,12 +351,14 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "decode(Tensor query, Tensor key, Tensor value, Tensor? value_sums, Tensor query_start_loc, Tensor seq_lens, "
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, Tensor? row_theta, int min_seq_len, "
       "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
-      "Tensor(b!)? statistics, Tensor? key_screen, Tensor(c!)? reached, Tensor? key_scale, "
-      "Tensor? value_scale, bool posit8, bool scalar) -> ()");
+      "Tensor(b!)? statistics, Tensor? screen_codes, Tensor? screen_mean, Tensor? screen_scale, "
+      "Tensor? screen_signs, float? screen_margin, Tensor(c!)? reached, Tensor? key_scale, Tensor? value_scale, "
+      "bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def(
-      "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? key_screen, Tensor query_start_loc, "
-      "Tensor seq_lens, Tensor block_table, bool posit8) -> ()");
+      "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? screen_codes, Tensor? screen_mean, "
+      "Tensor? screen_scale, Tensor? screen_signs, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
+      "Tensor? key_scale, bool posit8) -> ()");
   m.impl("finish", c10::DispatchKey::CPU, TORCH_FN(finish));
   m.def("stream(Tensor memory) -> int");
   m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));

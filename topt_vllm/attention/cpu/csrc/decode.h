@@ -43,6 +43,8 @@ struct Softmax {
 constexpr float kMaxSlack = 8.0f;
 // V rows that make it worth loading the accumulators.
 constexpr int kFlushRows = 32;
+// Tokens between those that are screened and those whose codes are asked for.
+constexpr int kScreenAhead = 256;
 
 // Everything one thread needs, carved from one allocation that outlives the call.
 template <typename T>
@@ -58,13 +60,13 @@ struct Scratch {
   static int64_t capacity(const Problem& p) { return kFlushRows + tile_tokens(p) + kLanes; }
   static int64_t bytes(const Problem& p) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
-    const int64_t words = tile / kLanes * (p.group() + 3), groups = p.head_dim / scale_channels(p.head_dim);
+    const int64_t words = tile / kLanes * (p.group() + 3);
     // Scores and candidates of two tiles: the screen runs one ahead.
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    total += vectors * (p.head_dim + 4 * (2 * groups + 2));
-    return (total + 16 * 64 + 4095) / 4096 * 4096;
+    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 16 * (vectors + 4) + 4 * p.head_dim;
+    return (total + 20 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
@@ -84,12 +86,14 @@ struct Scratch {
     carve(read, tile / kLanes);
     carve(candidates, 2 * (tile / kLanes));
     carve(rules, vectors);
-    const int64_t groups = p.head_dim / scale_channels(p.head_dim);
     carve(screen.codes, vectors * p.head_dim);
-    carve(screen.half_l1, vectors * groups);
-    carve(screen.offset, vectors * groups);
-    carve(screen.step, vectors);
-    carve(screen.limit, vectors);
+    carve(screen.fine, vectors * p.head_dim);
+    carve(screen.of, vectors);
+    carve(screen.fine_bias, vectors + 4);
+    carve(screen.fine_half, vectors + 4);
+    carve(screen.fine_factor, vectors + 4);
+    carve(screen.offset, vectors + 4);
+    carve(screen.rotated, p.head_dim);
     screen.dim = p.head_dim;
   }
 };
@@ -139,13 +143,13 @@ class Decoder {
   void segment(const Item& item, int begin, int end, const Item* after, Softmax& softmax, Counts& counts) {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
-    if (screened) screen(item, begin);
+    if (screened) screen(item, begin, end, after);
     if (p.vmean && !dense && end == item.tiles) ask_sums(item);
     for (int tile = begin; tile < end; ++tile) {
-      if (screened && tile + 1 < end) screen(item, tile + 1);
+      if (screened && tile + 1 < end) screen(item, tile + 1, end, after);
       turn_to(tile);
       if (screened) {
-        recheck(item, tile, counts);
+        refine(item, tile, counts);
       } else {
         score(item, tile, end, after, counts);
       }
@@ -192,7 +196,7 @@ class Decoder {
   Queries queries{};
   const T* next_key = nullptr;            // the block of K to ask for, a tile ahead, or null
   bool dense = false;     // every head of every row keeps everything
-  bool screened = false;  // every head of every row has a threshold, and blocks have a low-bit copy of K
+  bool screened = false;  // by the copy of K, which stands for it
   float* scores = nullptr;                // of the tile in turn, [M, tile]
   uint32_t* candidates = nullptr;         // of the tile in turn, a bit per token
   int forced_below = 0, forced_from = 0;  // tokens outside [forced_below, forced_from) are candidates
@@ -206,7 +210,7 @@ class Decoder {
 
   void load_queries(const Item& item) {
     dense = true;
-    screened = p.screen != nullptr;
+    screened = item.screened;
     forced_below = 0, forced_from = item.context;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
     for (int row = 0; row < item.rows; ++row) {
@@ -215,17 +219,16 @@ class Decoder {
         const int m = row * group + g, head = item.kv_head * group + g;
         s.rules[m] = keep_rule(p, item.row + row, head, n);
         dense &= s.rules[m].dense;
-        screened &= !s.rules[m].dense;
         forced_below = std::max(forced_below, s.rules[m].low);
         forced_from = std::min(forced_from, s.rules[m].high);
         float* wide = s.query + m * p.head_dim;
         load_row(p.query, item.row + row, head, p.head_dim, wide);
-        for (int d = 0; d < p.head_dim && queries.pairs; ++d) s.pairs[m * p.head_dim + d] = wide[d];
+        for (int d = 0; d < p.head_dim && queries.pairs && !screened; ++d) s.pairs[m * p.head_dim + d] = wide[d];
       }
     }
     s.screen.count = queries.count;
     for (int m = 0; m < queries.count && screened; ++m) {
-      encode_query(s.screen, m, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, p.scale, p.softcap);
+      encode_query(p, item.kv_head, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, m, s.screen);
     }
   }
 
@@ -242,14 +245,6 @@ class Decoder {
       for (int d = 0; d < p.head_dim && state; d += kLanes) ask(state + d);
     }
   }
-
-  ScreenBlock screen_of(const Item& item, int block) const {
-    const int64_t physical = p.block_table[item.sequence * p.block_table_stride + block];
-    char* memory = p.screen + physical * p.screen_block_stride;
-    return ScreenBlock(memory + item.kv_head * ScreenBlock::bytes(p.head_dim, p.block_size), p.head_dim, p.block_size);
-  }
-
-  bool is_finished(const Item& item, int block) const { return (block + 1) * p.block_size <= item.context; }
 
   // K of a block of an item, of the item that follows when `block` lies past the end, or null.
   const T* later_key(const Item& item, int block, int end, const Item* after) const {
@@ -277,56 +272,62 @@ class Decoder {
     for (int64_t at = 0; at < bytes && block; at += kPageBytes) ask(reinterpret_cast<const char*>(block) + at);
   }
 
-  // K rows read in full, once for each query row that sees them.
+  // Keys that are candidates, once for each query row that sees them; without a screen their K is read in full.
   void count_keys(const Item& item, int start, int tokens, Counts& counts) const {
     for (int row = 0; row < item.rows; ++row) {
-      counts.keys += std::clamp(s.rules[row * group].n - start, 0, tokens);
+      const int seen = std::clamp(s.rules[row * group].n - start, 0, tokens);
+      counts.keys += seen, counts.candidates += seen;
     }
   }
 
-  // Approximate scores of a tile's finished blocks; marks candidates and asks for their K.
-  void screen(const Item& item, int tile) {
+  // Approximate scores of a tile; marks candidates and asks for the rest of their codes.
+  void screen(const Item& item, int tile, int end_tile, const Item* after) {
     turn_to(tile);
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
-    const int words = p.block_size / kLanes;
+    const int words = p.block_size / kLanes, end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
+    const int distance = std::max(1, kScreenAhead / p.block_size);
     for (int block = first; block < last; ++block) {
-      uint32_t* marks = candidates + (block - first) * words;
-      if (!is_finished(item, block)) {
-        std::fill_n(marks, words, 0xffffu);
-        continue;
-      }
-      std::fill_n(marks, words, 0u);
-      const int later = block + kScreenAhead;
-      screen_block(s.screen, screen_of(item, block), p.block_size, scores + (block - first) * p.block_size,
-                   tile_tokens(p), marks, is_finished(item, later) ? screen_of(item, later).codes : nullptr);
-      const T* key = key_block(item, block);
-      for (int t = 0; t < p.block_size; t += kLineTokens) {
-        if (!is_candidate(marks, block, t)) continue;
-        for (int d = 0; d < p.head_dim; ++d) ask(key + d * p.key_dim_stride + t);
+      const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
+      const char* ahead = later_codes(item, block + distance, end, after);
+      for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
+        const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
+        uint32_t marks = screen_group(s.screen, codes.group(word), p.screen.hard, p.softcap, scores + at, tile_tokens(p),
+                                      ahead ? ahead + word * ScreenBlock::group_bytes(p.head_dim) : nullptr);
+        marks |= below(forced_below - start) | ~below(forced_from - start);
+        marks &= below(item.context - start);
+        candidates[at / kLanes] = marks;
+        for (; marks; marks &= marks - 1) {
+          const uint8_t* row = codes.plane_two(word * kLanes + std::countr_zero(marks));
+          for (int byte = 0; byte < p.head_dim / 2; byte += kLineBytes) ask(row + byte);
+        }
       }
     }
   }
 
-  // Whether some of the kLineTokens tokens from `t` on may be kept.
-  bool is_candidate(const uint32_t* marks, int block, int t) const {
-    const int token = block * p.block_size + t, end = std::min(p.block_size, t + kLineTokens);
-    uint32_t any = token < forced_below || token + kLineTokens > forced_from;
-    for (int at = t; at < end; at += kLanes) any |= marks[at / kLanes];
-    return any != 0;
+  // As later_key, for plane one.
+  const char* later_codes(const Item& item, int block, int end, const Item* after) const {
+    if (block < end) return screen_block(p, item.sequence, item.kv_head, block).memory;
+    const bool follows = after && after->screened && block - end < blocks_of(p, *after);
+    return follows ? screen_block(p, after->sequence, after->kv_head, block - end).memory : nullptr;
   }
 
-  // Exact scores for the candidates of a screened tile.
-  void recheck(const Item& item, int tile, Counts& counts) {
-    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+  // Scores of a screened tile's candidates by both planes.
+  void refine(const Item& item, int tile, Counts& counts) {
+    const int first = tile * p.blocks_per_tile, words = p.block_size / kLanes;
+    const int last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     for (int block = first; block < last; ++block) {
-      const uint32_t* marks = candidates + (block - first) * (p.block_size / kLanes);
-      const int tokens = std::min(p.block_size, item.context - block * p.block_size);
-      for (int t = 0; t < tokens; t += kLineTokens) {
-        if (!is_candidate(marks, block, t)) continue;
-        const int count = std::min(kLineTokens, tokens - t);
-        score_block(queries, key_block(item, block) + t, p.key_dim_stride, (count + kLanes - 1) / kLanes * kLanes,
-                    scores + (block - first) * p.block_size + t, tile_tokens(p), static_cast<const T*>(nullptr));
-        count_keys(item, block * p.block_size + t, count, counts);
+      const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
+      for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
+        const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
+        const uint32_t marks = candidates[at / kLanes];
+        for (uint32_t left = marks; left; left &= left - 1) {
+          const int row = std::countr_zero(left);
+          refine_row(s.screen, codes.group(word), row, codes.plane_two(word * kLanes + row), p.softcap, scores + at + row,
+                     tile_tokens(p));
+        }
+        for (int row = 0; row < item.rows; ++row) {
+          counts.candidates += std::popcount(marks & below(s.rules[row * group].n - start));
+        }
       }
     }
   }
@@ -361,16 +362,18 @@ class Decoder {
     }
     for (int t = 0; t < count; t += kLanes) {
       const uint32_t valid = below(count - t);
+      const uint32_t let_through = screened ? candidates[t / kLanes] : 0xffff;
       uint32_t read = s.read[t / kLanes];
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
         float* at = scores + m * stride + t;
-        Vec16 score = load16(at) * Vec16(p.scale);
-        if (p.softcap > 0) score = softcap16(score, p.softcap);
+        Vec16 score = load16(at);
+        if (!screened) score = score * Vec16(p.scale * p.key_scale);
+        if (!screened && p.softcap > 0) score = softcap16(score, p.softcap);
         if (valid != 0xffff) score = select16(score, valid, -kInfinity);
         store16(at, score);
         best[m] = max16(score, best[m]);
-        uint32_t mask = ge16(score, rules[m].theta);
+        uint32_t mask = ge16(score, rules[m].theta) & let_through;
         reached[m] += std::popcount(mask);
         if (forced) {
           const int before = std::popcount(mask);

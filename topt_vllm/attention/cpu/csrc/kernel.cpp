@@ -2,6 +2,7 @@
 #include "kernel.h"
 
 #include "decode.h"
+#include "encode.h"
 #include "scalar.h"
 #include "sums.h"
 
@@ -27,26 +28,15 @@ void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_m
   with_stored(cache, [&](auto element) { decode_scalar<decltype(element)>(p, counts, dropped_mass); });
 }
 
-namespace {
-
-void encode_screen_block(const Problem& p, DType cache, int64_t block, int kv_head) {
-  char* memory = p.screen + block * p.screen_block_stride + kv_head * ScreenBlock::bytes(p.head_dim, p.block_size);
-  with_dtype(cache, [&](auto element) {
-    const auto* key = static_cast<const decltype(element)*>(p.key) + block * p.key_block_stride + kv_head * p.key_head_stride;
-    encode_block(key, p.key_dim_stride, p.head_dim, p.block_size, ScreenBlock(memory, p.head_dim, p.block_size));
-  });
+void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end) {
+  with_stored(cache, [&](auto element) { write_states<decltype(element)>(p, sequence, kv_head, begin, end); });
 }
 
-}  // namespace
-
-void finish_rows(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end) {
-  if (p.value_sums) {
-    with_stored(cache, [&](auto element) { write_states<decltype(element)>(p, sequence, kv_head, begin, end); });
-  }
-  const int32_t* table = p.block_table + sequence * p.block_table_stride;
-  for (int block = begin / p.block_size; p.screen && block < end / p.block_size; ++block) {
-    encode_screen_block(p, cache, table[block], kv_head);
-  }
+void finish_codes(const Problem& p, DType cache, int sequence, int kv_head, int index, int begin, int end,
+                  float* memory) {
+  with_stored(cache, [&](auto element) {
+    write_codes<decltype(element)>(p, sequence, kv_head, index, begin, end, memory);
+  });
 }
 
 int64_t sum_words(const char* memory, int64_t bytes) {

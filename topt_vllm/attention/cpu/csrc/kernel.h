@@ -3,7 +3,7 @@
 
 #include "problem.h"
 #include "schedule.h"
-#include "screen.h"
+#include "screen_block.h"
 
 namespace topt {
 
@@ -11,8 +11,12 @@ void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
 void run_call(const Problem& p, DType cache, Shared& shared, int worker);
 void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass);
 
-// Brings the V sums and the screen of one KV head of a sequence up to date whose rows [begin, end) were written.
-void finish_rows(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end);
+// Writes the V sums of one KV head of a sequence that end in its rows [begin, end), which were written.
+void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end);
+
+// Writes the copy of K of those among the 16 rows from 16 `index` on; `memory` is float32 [D, 16], scratch.
+void finish_codes(const Problem& p, DType cache, int sequence, int kv_head, int index, int begin, int end,
+                  float* memory);
 
 // Sum of the 64-bit words of some memory.
 int64_t sum_words(const char* memory, int64_t bytes);

@@ -19,6 +19,17 @@ struct Rows {
   int64_t dim_stride;
 };
 
+// A low-bit copy of K beside it (screen_block.h), and what is calibrated for it.
+struct KeyScreen {
+  char* codes;  // [B, Hkv, ScreenBlock::bytes], or null for no screen
+  int64_t block_stride;
+  const float *mean, *scale;  // [Hkv, D]
+  const float* signs;         // [D]
+  const float* factor;        // [Hkv, D], signs / scale; for writing alone
+  float margin;               // standard deviations, unless the bound is a hard one
+  bool hard;
+};
+
 struct Problem {
   Rows query;  // [R, H, D]
   Rows out;    // [R, H, D]
@@ -27,12 +38,11 @@ struct Problem {
   const void* value;  // [B, Hkv, P, D]
   int64_t key_block_stride, key_head_stride, key_dim_stride;
   int64_t value_block_stride, value_head_stride, value_token_stride;
-  float value_scale;  // V is what is stored times this; that of K is part of `scale`
+  float key_scale, value_scale;  // K and V are what is stored times these
   float* value_sums;  // [B, Hkv, P / state_rows, D], or null
   int64_t sums_block_stride, sums_head_stride, sums_state_stride;
   int state_rows;  // divides the block size, which it is where there are no sums
-  char* screen;  // [B, Hkv, ScreenBlock::bytes], or null
-  int64_t screen_block_stride;
+  KeyScreen screen;
 
   const int32_t* query_start_loc;  // [S + 1]
   const int32_t* seq_lens;         // [S]
@@ -110,6 +120,16 @@ inline KeepRule keep_rule(const Problem& p, int row, int head, int n) {
   if (p.vmean && sums_end(p, n) < rule.high) rule.high = sums_end(p, n);
   rule.dense = n <= p.min_seq_len || rule.theta == -std::numeric_limits<float>::infinity();
   return rule;
+}
+
+// Whether the heads of one KV head all have something to drop in a row with context n; K is read where they don't.
+inline bool is_screened(const Problem& p, int row, int kv_head, int n) {
+  bool screened = p.screen.codes != nullptr;
+  for (int g = 0; g < p.group() && screened; ++g) {
+    const KeepRule rule = keep_rule(p, row, kv_head * p.group() + g, n);
+    screened = !rule.dense && rule.low < rule.high;
+  }
+  return screened;
 }
 
 }  // namespace topt

@@ -1,5 +1,5 @@
 // The operator as plain loops, one row and head at a time: the check of the vector kernel, without its splits,
-// tiles, running maximum or lists.
+// tiles, running maximum or lists. It takes no screen, which the reference operator checks.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
         scores.assign(static_cast<size_t>(group) * n, 0.0f);
         kept.assign(static_cast<size_t>(group) * n, 0);
         read.assign(n, 0);
-        counts.keys += n;
+        counts.keys += n, counts.candidates += n;
         for (int g = 0; g < group; ++g) {
           const KeepRule rule = keep_rule(p, row, kv_head * group + g, n);
           load_row(p.query, row, kv_head * group + g, p.head_dim, query.data());
@@ -31,7 +31,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
                            kv_head * p.key_head_stride + j % p.block_size;
             float score = 0;
             for (int d = 0; d < p.head_dim; ++d) score += query[d] * static_cast<float>(key[d * p.key_dim_stride]);
-            score *= p.scale;
+            score *= p.scale * p.key_scale;
             if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
             const bool keep = rule.dense || score >= rule.theta || j < rule.low || j >= rule.high;
             scores[g * n + j] = score;

@@ -16,6 +16,7 @@ struct Item {
   int sequence, kv_head;
   int row, rows;        // query rows, at most kMaxItemRows
   int context;          // of the last row
+  bool screened;        // by the copy of K, all rows alike
   int tiles;
   int64_t first_tile;   // position on the line
 };
@@ -39,7 +40,8 @@ struct Schedule {
 
 struct Counts {
   int64_t kept = 0, read = 0;
-  int64_t keys = 0;  // K rows read in full
+  int64_t keys = 0;        // K rows read in full
+  int64_t candidates = 0;  // those that a screen lets through, or all of them
 };
 
 // What the threads of one call share.
@@ -56,20 +58,30 @@ inline int blocks_of(const Problem& p, const Item& item) {
   return item.context > 0 ? (item.context + p.block_size - 1) / p.block_size : 0;
 }
 
+// Query rows of one KV head, `rows` from `row` on, as items: rows that a screen serves and others part ways.
+inline void add_items(const Problem& p, int sequence, int kv_head, int row, int rows, Schedule& s) {
+  const int tile = tile_tokens(p), end = row + rows;
+  const auto screened = [&](int at) { return is_screened(p, at, kv_head, row_length(p, sequence, at)); };
+  while (row < end) {
+    const bool kind = screened(row);
+    int next = p.screen.codes ? row + 1 : end;
+    while (next < end && screened(next) == kind) ++next;
+    const int context = row_length(p, sequence, next - 1), tiles = std::max(1, (context + tile - 1) / tile);
+    s.items.push_back({sequence, kv_head, row, next - row, context, kind, tiles, s.tiles});
+    s.tiles += tiles;
+    row = next;
+  }
+}
+
 // Fills `s` in place, so that its memory is reused from call to call.
 inline void plan(const Problem& p, int threads, Schedule& s) {
-  const int tile = tile_tokens(p);
   s.items.clear();
   s.tiles = 0;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     const int end = p.query_start_loc[sequence + 1];
     for (int row = p.query_start_loc[sequence]; row < end; row += kMaxItemRows) {
-      const int rows = std::min(kMaxItemRows, end - row);
-      const int context = row_length(p, sequence, row + rows - 1);
-      const int tiles = std::max(1, (context + tile - 1) / tile);
       for (int kv_head = 0; kv_head < p.num_kv_heads; ++kv_head) {
-        s.items.push_back({sequence, kv_head, row, rows, context, tiles, s.tiles});
-        s.tiles += tiles;
+        add_items(p, sequence, kv_head, row, std::min(kMaxItemRows, end - row), s);
       }
     }
   }

@@ -1,227 +1,150 @@
-// The screen: an 8-bit copy of finished blocks of K. Its scores come with a hard error bound, so keys whose score
-// plus bound stays below theta are dropped without reading their K; README.md derives the bound.
+// What the copy of K says of scores: plane one of all keys, then both planes of those that may reach theta.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
 #include "ahead.h"
-#include "problem.h"
-#include "vector.h"
+#include "nibbles.h"
+#include "screen_block.h"
 
 namespace topt {
 
-// Tokens that share a cache line of K in each channel: what one candidate makes the kernel read in full.
-constexpr int kLineTokens = 32;
-// Blocks between the one that is screened and the one whose codes are asked for.
-constexpr int kScreenAhead = 2;
-// Covers the float32 rounding of both scores: D 2^-24 against 2^-8 of the bound, and as much again.
-constexpr float kBoundSlack = 1.01f;
+// Of a floor code's error in steps, and what a hard bound carries for rounding; as in attention/screen.py.
+constexpr float kNoise = 0.2887f, kBoundSlack = 1.01f, kOffsetSlack = 1e-4f;
 
-// Channels that share a scale: 64 where they divide the head, else the whole head.
-inline int scale_channels(int head_dim) { return head_dim % 64 == 0 ? 64 : head_dim; }
-
-// One block of one KV head, contiguous:
-//   codes  uint8 [D / 4, P, 4]  round(k / scale) + 128: four channels of a token side by side, as vpdpbusd wants
-//   scales bfloat16 [D / S, P]  per token and S channels
-//   norms  bfloat16 [P]         sum over channels of |scale (code - 128)|, rounded up
-struct ScreenBlock {
-  uint8_t* codes;
-  c10::BFloat16 *scales, *norms;
-
-  static int64_t bytes(int head_dim, int block_size) {
-    return static_cast<int64_t>(block_size) * (head_dim + 2 * (head_dim / scale_channels(head_dim) + 1));
-  }
-  ScreenBlock(void* memory, int head_dim, int block_size) {
-    codes = static_cast<uint8_t*>(memory);
-    scales = reinterpret_cast<c10::BFloat16*>(codes + static_cast<int64_t>(head_dim) * block_size);
-    norms = scales + static_cast<int64_t>(head_dim / scale_channels(head_dim)) * block_size;
-  }
+// One query vector in numbers: scores are made of integer sums over codes.
+struct ScreenQuery {
+  float bias;      // what a sum over codes stored as code + 8 lacks, for those that stand for code + 1/2
+  float factor;    // of a sum times a row's step, in scaled logits
+  float offset;    // scale q·mean
+  float by_step;   // of the margin
+  float by_error;  // of a hard one
+  float limit;     // theta, taken back through the softcap
 };
 
-// Smallest bfloat16 that is not below a non-negative x.
-inline c10::BFloat16 round_up(float x) {
-  c10::BFloat16 rounded(x);
-  if (static_cast<float>(rounded) < x) ++rounded.x;
-  return rounded;
-}
-
-// Fills the screen of one block from K [D, P]. A token with a NaN or an infinity gets an infinite scale, so that
-// its bound is never below theta and its K is read.
-template <typename T>
-void encode_block(const T* key, int64_t dim_stride, int head_dim, int block_size, ScreenBlock out) {
-  const int width = scale_channels(head_dim);
-  for (int token = 0; token < block_size; ++token) {
-    float norm = 0;
-    for (int first = 0; first < head_dim; first += width) {
-      float largest = 0, finite = 0;
-      for (int d = first; d < first + width; ++d) {
-        const float k = static_cast<float>(key[d * dim_stride + token]);
-        largest = std::max(largest, std::abs(k));
-        finite += k * 0.0f;
-      }
-      const c10::BFloat16 scale = finite == 0 ? round_up(largest / 127.0f) : c10::BFloat16(kInfinity);
-      out.scales[first / width * block_size + token] = scale;
-      const float inverse = finite == 0 && largest > 0 ? 1.0f / static_cast<float>(scale) : 0.0f;
-      for (int d = first; d < first + width; ++d) {
-        const float code = inverse > 0 ? std::nearbyint(static_cast<float>(key[d * dim_stride + token]) * inverse) : 0.0f;
-        norm += std::abs(code) * static_cast<float>(scale);
-        out.codes[(static_cast<int64_t>(d / 4) * block_size + token) * 4 + d % 4] = static_cast<uint8_t>(code + 128.0f);
-      }
-    }
-    out.norms[token] = std::isfinite(norm) ? round_up(norm) : c10::BFloat16(kInfinity);
-  }
-}
-
-// 8-bit query vectors of a work item. k = scale (code - 128) + e_k and q = step q8 + e_q with |e_k| <= scale / 2 and
-// |e_q| <= step / 2, so |q·k - scale step q8·(code - 128)| <= scale / 2 |q|_1 + step / 2 |scale (code - 128)|_1.
+// The query vectors of a work item.
 struct ScreenQueries {
   int8_t* codes;   // [M, D]
-  float* half_l1;  // [M, D / S], |q|_1 / 2 of the channels that share a scale
-  int32_t* offset; // [M, D / S], -128 sum of their codes
-  float* step;     // [M]
-  float* limit;    // [M], q·k below which a key is dropped
+  ScreenQuery* of; // [M]
+  // The same for both planes, whose codes are stored as code + 128, and for the query in 16 bits: finer than what K's 8
+  // bits leave. Of four vectors at a time, so [M up to a multiple of 4].
+  int16_t* fine;  // [M, D]
+  int32_t* fine_bias;
+  float *fine_half, *fine_factor, *offset;
+  float* rotated;  // [D], scratch memory
   int count, dim;
-
-  int groups() const { return dim / scale_channels(dim); }
 };
 
-// Encodes vector m from float32 [D]; `theta` is in scaled (and softcapped) logits.
-inline void encode_query(const ScreenQueries& q, int m, const float* wide, float theta, float scale, float softcap) {
-  const int width = scale_channels(q.dim), groups = q.groups();
-  float largest = 0;
-  for (int d = 0; d < q.dim; ++d) largest = std::max(largest, std::abs(wide[d]));
-  const float step = largest / 127.0f, inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  q.step[m] = step;
-  for (int g = 0; g < groups; ++g) {
-    float l1 = 0;
-    int sum = 0;
-    for (int d = g * width; d < (g + 1) * width; ++d) {
-      const int code = static_cast<int>(std::nearbyint(wide[d] * inverse));
-      q.codes[m * q.dim + d] = static_cast<int8_t>(code);
-      sum += code;
-      l1 += std::abs(wide[d]);
-    }
-    q.half_l1[m * groups + g] = 0.5f * kBoundSlack * l1;
-    q.offset[m * groups + g] = -128 * sum;
+// Encodes vector m of one KV head; `wide` is float32 [D], theta in scaled (and softcapped) logits.
+inline void encode_query(const Problem& p, int kv_head, const float* wide, float theta, int m, const ScreenQueries& q) {
+  const int dim = q.dim;
+  const float *mean = p.screen.mean + kv_head * dim, *scale = p.screen.scale + kv_head * dim;
+  const float normalise = 1.0f / static_cast<float>(hadamard_block(dim));
+  Vec16 offset(0.0f), above(0.0f), squares(0.0f), unseen(0.0f);
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 query = load16(wide + d);
+    offset = fma16(query, load16(mean + d), offset);
+    store16(q.rotated + d, query * load16(scale + d) * load16(p.screen.signs + d));
   }
-  // Softcap rises with its argument, so theta is taken back through it once instead of capping every score.
-  float limit = theta;
-  if (softcap > 0) limit = theta >= softcap ? kInfinity : theta <= -softcap ? -kInfinity : softcap * std::atanh(theta / softcap);
-  limit /= scale;
-  q.limit[m] = std::isfinite(limit) ? limit - 1e-4f * std::abs(limit) : limit;
-}
-
-#if TOPT_AVX512 && defined(__AVX512VNNI__)
-
-inline void dot4(__m512i& sum, const uint8_t* keys, const int8_t* query) {
-  int four;
-  __builtin_memcpy(&four, query, sizeof(four));
-  sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(keys), _mm512_set1_epi32(four));
-}
-
-inline Vec16 to_float(const __m512i& sum) { return Vec16(Vec(_mm512_cvtepi32_ps(sum))); }
-inline __m512i broadcast(int32_t value) { return _mm512_set1_epi32(value); }
-using Int16 = __m512i;
-
-#else
-
-struct Int16 {
-  int32_t lane[kLanes];
-};
-
-inline void dot4(Int16& sum, const uint8_t* keys, const int8_t* query) {
-  for (int t = 0; t < kLanes; ++t) {
-    for (int c = 0; c < 4; ++c) sum.lane[t] += static_cast<int32_t>(keys[4 * t + c]) * query[c];
+  rotate_vector(q.rotated, dim);
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 rotated = load16(q.rotated + d) * Vec16(normalise);
+    store16(q.rotated + d, rotated);
+    above = max_or_nan16(above, abs16(rotated));
+    squares = fma16(rotated, rotated, squares);
   }
-}
-
-inline Vec16 to_float(const Int16& sum) {
-  alignas(64) float lanes[kLanes];
-  for (int t = 0; t < kLanes; ++t) lanes[t] = static_cast<float>(sum.lane[t]);
-  return load16(lanes);
-}
-inline Int16 broadcast(int32_t value) {
-  Int16 out;
-  for (int32_t& lane : out.lane) lane = value;
-  return out;
-}
-
-#endif
-
-// Scores of MT vectors from `first` on for 16 C tokens from `token` on: writes the approximate q·k, and ORs into
-// candidates[c] the lanes whose true score may reach their vector's limit.
-template <int MT, int C>
-inline void screen_tile(const ScreenQueries& q, int first, const ScreenBlock& block, int block_size, int token,
-                        float* scores, int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
-  const int width = scale_channels(q.dim), groups = q.groups();
-  float* out = scores + first * score_stride + token;
-  for (int g = 0; g < groups; ++g) {
-    Int16 sum[MT][C];
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) {
-    TOPT_UNROLL
-      for (int c = 0; c < C; ++c) sum[m][c] = broadcast(q.offset[(first + m) * groups + g]);
-    }
-    for (int d = g * width; d < (g + 1) * width; d += 4) {
-      const uint8_t* keys = block.codes + (static_cast<int64_t>(d / 4) * block_size + token) * 4;
-    TOPT_UNROLL
-      for (int m = 0; m < MT; ++m) {
-    TOPT_UNROLL
-        for (int c = 0; c < C; ++c) dot4(sum[m][c], keys + 64 * c, q.codes + (first + m) * q.dim + d);
+  // Of a query that isn't finite no score is either.
+  const float length = std::sqrt(sum16(squares)), largest = max_lane16(above);
+  const float whole = std::isfinite(length) ? largest : std::numeric_limits<float>::quiet_NaN();
+  const bool sound = whole > 0 && std::isfinite(32767.0f / whole);
+  const float step = whole / 127.0f, inverse = sound ? 127.0f / whole : 0.0f;
+  const float fine_step = whole / 32767.0f, fine_inverse = sound ? 32767.0f / whole : 0.0f;
+  int32_t sum = 0, fine_sum = 0;
+  for (int d = 0; d < dim; d += kLanes) {
+    const Vec16 rotated = load16(q.rotated + d);
+    const auto rounded = [&](float inverse) {
+      return Vec16::of([&](int i) { return (rotated[i] * Vec(inverse)).round(); });
+    };
+    const Vec16 code = rounded(inverse), left = rotated - code * Vec16(step);
+    unseen = fma16(left, left, unseen);
+    alignas(64) float codes[kLanes], fine[kLanes];
+    store16(codes, code), store16(fine, rounded(fine_inverse));
+    int8_t* to = q.codes + static_cast<int64_t>(m) * dim + d;
+    int16_t* fine_to = q.fine + static_cast<int64_t>(m) * dim;
+    for (int i = 0; i < kLanes && sound; ++i) sum += to[i] = static_cast<int8_t>(static_cast<int32_t>(codes[i]));
+    for (int half = 0; half < kLanes; half += kWordBytes) {
+      int16_t* part = fine_to + fine_place(d + half, dim);
+      for (int i = 0; i < kWordBytes && sound; ++i) {
+        fine_sum += part[i] = static_cast<int16_t>(static_cast<int32_t>(fine[half + i]));
       }
-      if (ahead) {
-    TOPT_UNROLL
-        for (int c = 0; c < C; ++c) ask(ahead + (keys - block.codes) + 64 * c);
-      }
+      if (!sound) std::fill_n(part, kWordBytes, 0);
     }
-    TOPT_UNROLL
-    for (int c = 0; c < C; ++c) {
-      const Vec16 scale = load16(block.scales + g * block_size + token + c * kLanes);
-    TOPT_UNROLL
-      for (int m = 0; m < MT; ++m) {
-        float* target = out + m * score_stride + c * kLanes;
-        const Vec16 part = to_float(sum[m][c]) * scale;
-        store16(target, g ? load16(target) + part : part);
-      }
-    }
+    if (!sound) std::fill_n(to, kLanes, 0);
   }
-    TOPT_UNROLL
-  for (int c = 0; c < C; ++c) {
-    const Vec16 norm = load16(block.norms + token + c * kLanes);
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      float* target = out + m * score_stride + c * kLanes;
-      const Vec16 score = load16(target) * Vec16(q.step[first + m]);
-      Vec16 upper = fma16(norm, Vec16(0.5f * kBoundSlack * q.step[first + m]), score);
-      for (int g = 0; g < groups; ++g) {
-        const Vec16 scale = load16(block.scales + g * block_size + token + c * kLanes);
-        upper = fma16(Vec16(q.half_l1[(first + m) * groups + g]), scale, upper);
-      }
-      store16(target, score);
-      candidates[c] |= not_below16(upper, q.limit[first + m]);
-    }
-  }
+  ScreenQuery& of = q.of[m];
+  of.bias = static_cast<float>(-8 * sum) + 0.5f * static_cast<float>(sum);
+  of.factor = p.scale * step, of.offset = p.scale * sum16(offset);
+  const float rest = kBoundSlack * 8.0f * std::sqrt(static_cast<float>(dim) * sum16(unseen));
+  of.by_step = p.scale * (p.screen.hard ? rest : p.screen.margin * kNoise * length);
+  of.by_error = p.scale * kBoundSlack * length;
+  // A softcap rises with its argument, so theta is taken back through it once instead of capping every upper end.
+  const float cap = p.softcap;
+  of.limit = cap > 0 ? theta >= cap ? kInfinity : theta <= -cap ? -kInfinity : cap * std::atanh(theta / cap) : theta;
+  q.fine_bias[m] = -128 * fine_sum, q.fine_half[m] = 0.5f * static_cast<float>(fine_sum);
+  q.fine_factor[m] = p.scale * fine_step / 16.0f, q.offset[m] = of.offset;
 }
 
+// Scores of MT vectors from `first` on for the 16 rows of a group; returns the lanes that may reach theta.
 template <int MT>
-inline void screen_vectors(const ScreenQueries& q, int first, const ScreenBlock& block, int block_size, float* scores,
-                           int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
-  int t = 0;
-  for (; t + kTileColumns * kLanes <= block_size; t += kTileColumns * kLanes) {
-    screen_tile<MT, kTileColumns>(q, first, block, block_size, t, scores, score_stride, candidates + t / kLanes, ahead);
+inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup& group, bool hard, float softcap,
+                            float* scores, int64_t score_stride, const char* ahead) {
+  RowSums sums[MT];
+  dot_group<MT>(group.codes, q.codes + static_cast<int64_t>(first) * q.dim, q.dim, ahead, sums);
+  const Vec16 step = load16(group.steps);
+  uint32_t candidates = 0;
+  TOPT_UNROLL
+  for (int m = 0; m < MT; ++m) {
+    const ScreenQuery& of = q.of[first + m];
+    const Vec16 sum = to_float(sums[m]) + Vec16(of.bias);
+    const Vec16 score = fma16(step, sum * Vec16(of.factor), Vec16(of.offset));
+    Vec16 upper = fma16(step, Vec16(of.by_step), score);
+    if (hard) {
+      upper = fma16(load16(group.errors), Vec16(of.by_error), upper);
+      upper = fma16(abs16(score), Vec16(kOffsetSlack), upper);
+    }
+    candidates |= not_below16(upper, of.limit);
+    store16(scores + (first + m) * score_stride, softcap > 0 ? softcap16(score, softcap) : score);
   }
-  for (; t < block_size; t += kLanes) {
-    screen_tile<MT, 1>(q, first, block, block_size, t, scores, score_stride, candidates + t / kLanes, ahead);
-  }
+  return candidates;
 }
 
-// A finished block: approximate scores [M, P] and the candidates of its 16-token words, which must be clear.
-// `ahead` are codes to ask for, line by line as those of this block are read, or null.
-inline void screen_block(const ScreenQueries& q, const ScreenBlock& block, int block_size, float* scores,
-                         int64_t score_stride, uint32_t* candidates, const uint8_t* ahead) {
-  in_register_tiles(q.count, [&](auto vectors, int m) {
-    screen_vectors<vectors()>(q, m, block, block_size, scores, score_stride, candidates, m ? nullptr : ahead);
+// A group's approximate scores, [M, 16], for all vectors; returns its candidates. `ahead` is a group to ask for, or null.
+inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, bool hard, float softcap, float* scores,
+                             int64_t score_stride, const char* ahead) {
+  uint32_t candidates = 0;
+  if (ahead) ask(ahead + 8 * q.dim);
+  in_register_tiles<4>(q.count, [&](auto vectors, int m) {
+    candidates |= screen_rows<vectors()>(q, m, group, hard, softcap, scores, score_stride, m ? nullptr : ahead);
+  });
+  return candidates;
+}
+
+// The scores of one row of a group by both planes, in place of the approximate ones; `scores` is [M], strided.
+inline void refine_row(const ScreenQueries& q, const ScreenGroup& group, int row, const uint8_t* plane_two,
+                       float softcap, float* scores, int64_t score_stride) {
+  const float step = group.steps[row];
+  in_register_tiles<4>(q.count, [&](auto vectors, int m) {
+    int32_t sums[4];
+    float fine[4];
+    dot_row<vectors()>(group.codes + row * kWordBytes, plane_two, q.fine + static_cast<int64_t>(m) * q.dim, q.dim, sums);
+    for (int i = 0; i < 4; ++i) {
+      const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + static_cast<uint32_t>(q.fine_bias[m + i]));
+      fine[i] = (static_cast<float>(sum) + q.fine_half[m + i]) * q.fine_factor[m + i] * step + q.offset[m + i];
+    }
+    for (int i = 0; i < vectors(); ++i) {
+      scores[(m + i) * score_stride] = softcap > 0 ? softcap * std::tanh(fine[i] / softcap) : fine[i];
+    }
   });
 }
 

@@ -145,6 +145,16 @@ inline Vec16 max16(const Vec16& a, const Vec16& b) { return Vec16(Vec(_mm512_max
 
 inline float max_lane16(const Vec16& v) { return _mm512_reduce_max_ps(v[0]); }
 
+// Sums, and differences, of lanes at a distance.
+template <int distance>
+inline Vec16 butterflies16(const Vec16& v) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i other = _mm512_xor_si512(lane, _mm512_set1_epi32(distance));
+  const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
+  const __m512 swapped = _mm512_permutexvar_ps(other, v[0]);
+  return Vec16(Vec(_mm512_mask_sub_ps(_mm512_add_ps(v[0], swapped), upper, swapped, v[0])));
+}
+
 // exp for x <= 88, relative error below 3e-7; NaN stays NaN and -inf gives 0.
 inline Vec16 exp16(const Vec16& x) {
   // 2^n 2^f with |f| <= 1/2. The limit is the first operand: _mm512_max_ps returns the second when either is NaN.
@@ -209,6 +219,19 @@ inline float max_lane16(const Vec16& v) {
   float best = lanes[0];
   for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
   return best;
+}
+
+template <int distance>
+inline Vec16 butterflies16(const Vec16& v) {
+  alignas(64) float lanes[kLanes];
+  store16(lanes, v);
+  for (int first = 0; first < kLanes; first += 2 * distance) {
+    for (int i = first; i < first + distance; ++i) {
+      const float low = lanes[i], high = lanes[i + distance];
+      lanes[i] = low + high, lanes[i + distance] = low - high;
+    }
+  }
+  return load16(lanes);
 }
 
 inline Vec16 exp16(const Vec16& x) {

@@ -1,0 +1,128 @@
+"""The Triton kernels with a K screen: codes to the bit, decoding against the reference operator."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import NAN, Case, finish, implementation, poison_unread_values, random_case
+from device import DEVICE, triton_implementation
+from screen_cases import transform_of, with_screen
+
+from topt_vllm.attention import api
+from topt_vllm.attention.common import KeyScreen, RowThetas, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention.screen import EncodedKeys
+from topt_vllm.attention.triton import launch, launcher
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs may have a single tile, so that short contexts are really shared out."""
+    monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 1)
+
+
+def stored_codes(case: Case, sequence: int, n: int) -> EncodedKeys:
+    """What the writer left of the first n rows; only the upper half of codes."""
+    screen = case.cache.key_screen
+    assert screen is not None
+    block_size, head_dim = case.cache.key.shape[2:]
+    blocks = case.batch.block_table[sequence, : -(-n // block_size)].long()
+    part = screen.codes[blocks].transpose(0, 1)
+    packed = part[..., : block_size * head_dim // 2].unflatten(-1, (block_size, -1)).flatten(1, 2)[:, :n]
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int8) - 8
+    words = part[..., block_size * head_dim // 2 :].contiguous().view(torch.float16)
+    words = words.unflatten(-1, (block_size, 2)).flatten(1, 2)[:, :n]
+    return EncodedKeys(codes * 16, words[..., 0], words[..., 1])
+
+
+def assert_codes(case: Case) -> None:
+    """Those of every sequence are the specification's, to the bit; the error norm's sum has another order."""
+    screen = case.cache.key_screen
+    assert screen is not None
+    for sequence, n in enumerate(case.batch.seq_lens.tolist()):
+        got, key = stored_codes(case, sequence, n), case.gather(sequence, n)[0]
+        expected = screen.transform.encode(key.float())
+        assert torch.equal(got.plane_one, expected.plane_one)
+        assert torch.equal(got.step.view(torch.int16), expected.step.view(torch.int16))
+        steps = got.error.view(torch.int16) - expected.error.view(torch.int16)
+        assert (steps.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+def test_codes_are_the_specification_s(head_dim: int):
+    case = random_case([(1, 70), (2, 33), (0, 0)], 2, 2, head_dim)
+    key = case.cache.key
+    block = case.batch.block_table[0, 0]
+    for slot, value in enumerate([NAN, torch.inf, 1e30, 0.0]):
+        key[block, 0, slot, 3] = value
+    key[block, 1, 5] = transform_of(case).mean[1]
+    assert_codes(with_screen(case, "triton"))
+
+
+def test_codes_of_fp8_are_those_of_scaled_keys():
+    case = random_case([(1, 40)], 2, 1, dtype=torch.float8_e4m3fn, query_dtype=torch.float32)
+    key = case.gather(0, 40)[0].float()
+    screened = with_screen(case, "triton")
+    expected = screened.cache.key_screen.transform.encode(key)
+    assert torch.equal(stored_codes(screened, 0, 40).plane_one, expected.plane_one)
+
+
+def test_rows_are_encoded_as_they_come():
+    """A prompt's part, then one row after the other, beside padding: the same codes, and nothing beside them."""
+    case = random_case([(1, 50), (1, 37)], 2, 2, block_size=16)
+    whole = with_screen(case, "triton")
+    assert whole.cache.key_screen is not None
+    parts = replace(whole.cache.key_screen, codes=torch.full_like(whole.cache.key_screen.codes, 99))
+    cache = replace(whole.cache, key_screen=parts)
+    finish(cache, case.batch.block_table, [30, 36], "triton")
+    for length in range(31, 51):
+        starts = torch.tensor([7, 8, 9, 12], dtype=torch.int32)
+        lengths = torch.tensor([length, 37, 0], dtype=torch.int32)
+        table = torch.cat([case.batch.block_table, case.batch.block_table[:1] * 0 + 2**31 - 1])
+        implementation("triton").finish(cache, api.DecodeBatch(starts, lengths, table))
+    assert_codes(replace(whole, cache=cache))
+    used = case.batch.block_table[0, :4].tolist() + case.batch.block_table[1, :3].tolist()
+    others = [block for block in range(len(parts.codes)) if block not in used]
+    assert (parts.codes[others] == 99).all()
+
+
+def run(case: Case, kernel: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, counters and keys that reach θ."""
+    out, statistics = torch.full_like(case.query, NAN), new_statistics()
+    reached = torch.zeros(case.query.shape[:2], dtype=torch.int64)
+    if isinstance(case.thetas, RowThetas):
+        reached = None
+    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
+    api.decode(kernel, *step, out, statistics, reached, **options)
+    return out, statistics, reached
+
+
+def with_programs(count: int) -> Any:
+    return triton_implementation(
+        partial(launcher.decode, programs=count), launcher.finish, launcher.screen_bytes
+    )
+
+
+def assert_same(case: Case, programs: int = 3, **options: Any) -> torch.Tensor:
+    """The kernel does as the reference operator; gives the counters."""
+    got = run(case, with_programs(programs), **options)
+    expected = run(case, implementation("reference"), **options)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-4)
+    if got[2] is not None:
+        assert torch.equal(got[2], expected[2])
+    return got[1][0]
+
+
+@pytest.mark.parametrize("margin", [2.5, None], ids=["margin", "hard"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (6, 2, 96), (4, 1, 128), (8, 1, 256)], ids=str
+)
+def test_decode_is_the_reference_s(heads: int, kv_heads: int, head_dim: int, margin: float | None):
+    case = random_case([(1, 300), (0, 0), (1, 33)], heads, kv_heads, head_dim, dtype=torch.float32, keep=0.05)
+    case = replace(case, batch=replace(case.batch, max_query_rows=1))
+    counted = assert_same(with_screen(case, "triton", margin=margin))
+    assert 0 < counted[Stat.CANDIDATES] == counted[Stat.K_ROWS_READ] < counted[Stat.V_ROWS]

@@ -1,0 +1,256 @@
+"""The decode kernel's first two phases with a K screen: which keys are candidates, and which of those are kept."""
+
+import triton
+import triton.language as tl
+
+from topt_vllm.attention.triton.primitives import decode_stored, ranks, softcapped
+from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
+from topt_vllm.attention.triton.rotation import float_of
+from topt_vllm.attention.triton.selection import forced_keys, place_of, rows_with, select, softmax_step
+
+
+@triton.jit
+def _low_codes(packed, FOUR_AT_ONCE: tl.constexpr):
+    """Lower codes of bytes as int8. Left to itself, NVIDIA's compiler takes bytes apart one by one."""
+    if FOUR_AT_ONCE:
+        codes = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        codes = (packed & 15).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def _high_codes(packed, FOUR_AT_ONCE: tl.constexpr):
+    """Upper codes of bytes as int8."""
+    if FOUR_AT_ONCE:
+        codes = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        codes = (packed >> 4).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def load_queries(
+    query_codes,
+    coefficients,
+    query_row,  # int64 [COLUMNS]
+    head,  # [COLUMNS]
+    valid,  # bool [COLUMNS]
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+):
+    """Codes of q', two of int8 [HALF_PAD, COLUMNS], and where the columns' coefficients are."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    half = tl.arange(0, HALF_PAD)
+    vector = query_row * HEADS + head
+    place = query_codes + (vector * HEAD_DIM)[None, :] + half[:, None]
+    mask = valid[None, :] & (half < HALF)[:, None]
+    low = tl.load(place, mask=mask, other=0)
+    high = tl.load(place + HALF, mask=mask, other=0)
+    return low, high, coefficients + vector * COEFFICIENTS
+
+
+@triton.jit
+def without_softcap(score, softcap):
+    """The score [COLUMNS] that a softcap makes this one of; infinite at its ends and beyond."""
+    part = tl.minimum(tl.maximum(score / softcap, -1.0), 1.0)
+    between = 0.5 * softcap * tl.log((1.0 + part) / (1.0 - part))
+    return tl.where(part >= 1.0, float("inf"), tl.where(part <= -1.0, -float("inf"), between))
+
+
+@triton.jit
+def list_candidates(
+    begin,
+    end,
+    table_row,
+    codes_head,
+    words_head,
+    codes_stride_block,
+    my_slots,
+    my_positions,
+    query_low,  # int8 [HALF_PAD, COLUMNS]
+    query_high,
+    numbers,  # pointers [COLUMNS]
+    limit,  # [COLUMNS], the score that a candidate may reach
+    n,  # [COLUMNS]
+    forced_from,  # [COLUMNS]
+    sink_tokens,
+    screened,
+    same_row,
+    softcap,
+    best,  # [TILE, COLUMNS]
+    mass,  # [TILE, COLUMNS]
+    candidate_count,  # int32 [TILE]
+    HEAD_DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SINGLE_ROW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HARD: tl.constexpr,
+    COUNT: tl.constexpr,
+    FOUR_AT_ONCE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Streams codes of the keys from ``begin`` to ``end``: lists candidates, and takes all others into the mass.
+
+    Where not all of its columns have a threshold, a segment's keys all are candidates, and no code is read.
+
+    Returns:
+        How many are listed; best score and mass; candidates of each query row, unless there is a single one.
+    """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    offset, half = tl.arange(0, TILE), tl.arange(0, HALF_PAD)
+    valid = n > 0
+    factor = tl.load(numbers, mask=valid, other=0.0)
+    bias = tl.load(numbers + 1, mask=valid, other=0.0)
+    in_steps = tl.load(numbers + 2, mask=valid, other=0.0)
+    mean_score = tl.load(numbers + 4, mask=valid, other=0.0)
+    if HARD:
+        in_errors = tl.load(numbers + 3, mask=valid, other=0.0)
+    listed = 0
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        position = start + offset
+        inside = position < end
+        block, slot = place_of(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+        there = block.to(tl.int64) * codes_stride_block
+        read = inside & screened
+        packed = tl.load(
+            codes_head + (there + slot * HALF)[:, None] + half[None, :],
+            mask=read[:, None] & (half < HALF)[None, :],
+            other=0,
+        )
+        word = tl.load(words_head + (there // 4 + BLOCK_SIZE * HALF // 4 + slot), mask=read, other=0)
+        sums = tl.dot(_low_codes(packed, FOUR_AT_ONCE), query_low, out_dtype=tl.int32)
+        sums = tl.dot(_high_codes(packed, FOUR_AT_ONCE), query_high, sums, out_dtype=tl.int32)
+        step = float_of(word)
+        scores = step[:, None] * (sums.to(tl.float32) * factor[None, :] + bias[None, :]) + mean_score[None, :]
+        upper = scores + step[:, None] * in_steps[None, :]
+        if HARD:
+            upper += float_of(word >> 16)[:, None] * in_errors[None, :] + 1e-4 * tl.abs(scores)
+        visible = (position[:, None] < n[None, :]) & inside[:, None]
+        # Keys that can't be told, whose upper end is NaN, are candidates.
+        chosen = visible & (~(upper < limit[None, :]) | forced_keys(position, forced_from, sink_tokens))
+        some = tl.max(chosen.to(tl.int32), axis=1) > 0
+        if COUNT and not SINGLE_ROW:
+            of_row = rows_with(chosen, same_row, COMPUTE, PRECISION)
+            candidate_count += tl.sum(of_row.to(tl.int32), axis=1)
+        ahead, listed_here = ranks(some, TILE)
+        tl.store(my_slots + listed + ahead, block * BLOCK_SIZE + slot, mask=some)
+        tl.store(my_positions + listed + ahead, position, mask=some)
+        listed += listed_here
+        if SOFTCAP:
+            scores = softcapped(scores, softcap)
+        scores = tl.where(visible & (~some)[:, None], scores, -float("inf"))
+        best, mass = softmax_step(best, mass, scores)
+    return listed, best, mass, candidate_count
+
+
+@triton.jit
+def keep_candidates(
+    listed,
+    key_head,
+    key_stride_block,
+    key_stride_slot,
+    key_stride_dim,
+    my_slots,
+    my_positions,
+    my_scores,
+    q,  # [DIM_PAD, COLUMNS]
+    n,  # [COLUMNS]
+    threshold,  # [COLUMNS]
+    counted_from,  # [COLUMNS]
+    forced_from,  # [COLUMNS]
+    sink_tokens,
+    same_row,
+    scale,
+    softcap,
+    best,  # [CANDIDATES, COLUMNS]
+    mass,  # [CANDIDATES, COLUMNS]
+    kept_count,  # int32 [CANDIDATES]
+    read_count,  # int32 [CANDIDATES]
+    reached,  # int32 [CANDIDATES, COLUMNS]
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    STORED: tl.constexpr,
+    STAGES: tl.constexpr,
+    SINGLE_ROW: tl.constexpr,
+    UNION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    COUNT: tl.constexpr,
+    REACHED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gathers K of the listed candidates and lists those that are kept in their place, with their scores.
+
+    What is written is never behind what was read: a key's new place is not above its old one, and keys of later
+    iterations, which may be under way, have higher ones.
+
+    Returns:
+        How many are kept; best score, mass and counts.
+    """
+    rank, dim = tl.arange(0, CANDIDATES), tl.arange(0, q.shape[0])
+    column = tl.arange(0, q.shape[1])
+    kept = 0
+    for start in tl.range(0, listed, CANDIDATES, num_stages=STAGES):
+        inside = start + rank < listed
+        # Behind the last of the list there is memory, with what an earlier one left.
+        place = tl.load(my_slots + start + rank)
+        position = tl.load(my_positions + start + rank)
+        block, slot = (place // BLOCK_SIZE).to(tl.int64), place % BLOCK_SIZE
+        key_row = key_head + block * key_stride_block + slot * key_stride_slot
+        k = tl.load(
+            key_row[:, None] + (dim * key_stride_dim)[None, :],
+            mask=inside[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0,
+        )
+        scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
+        if SOFTCAP:
+            scores = softcapped(scores, softcap)
+        visible = inside[:, None] & (position[:, None] < n[None, :])
+        scores = tl.where(visible, scores, -float("inf"))
+        stored, kept_here, read_here = select(
+            scores,
+            visible,
+            position,
+            threshold,
+            forced_from,
+            sink_tokens,
+            same_row,
+            UNION,
+            SINGLE_ROW,
+            COMPUTE,
+            PRECISION,
+        )
+        some = kept_here > 0
+        if COUNT:
+            kept_count += kept_here
+            if not SINGLE_ROW:
+                read_count += read_here
+        if REACHED:
+            reached += ((scores >= counted_from[None, :]) & visible).to(tl.int32)
+        ahead, more = ranks(some, CANDIDATES)
+        tl.store(my_slots + kept + ahead, place, mask=some)
+        tl.store(
+            my_scores + (kept + ahead)[:, None] * STORED + column[None, :],
+            stored,
+            mask=some[:, None] & (column < STORED)[None, :],
+        )
+        kept += more
+        best, mass = softmax_step(best, mass, scores)
+    return kept, best, mass, kept_count, read_count, reached

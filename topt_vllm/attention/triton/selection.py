@@ -1,0 +1,75 @@
+"""Device functions that say where keys are and which of them are kept."""
+
+import triton
+import triton.language as tl
+
+from topt_vllm.attention.triton.primitives import LOG2E
+
+
+@triton.jit
+def place_of(table_row, start, offset, inside, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Physical block and slot in it of the keys of a tile; the block is one number where they all lie in it."""
+    if BLOCK_SIZE % TILE == 0:
+        block = tl.load(table_row + start // BLOCK_SIZE)
+        slot = start % BLOCK_SIZE + offset
+    else:
+        block = tl.load(table_row + (start + offset) // BLOCK_SIZE, mask=inside, other=0)
+        slot = (start + offset) % BLOCK_SIZE
+    return block, slot
+
+
+@triton.jit
+def forced_keys(position, forced_from, sink_tokens):
+    """Which keys [TILE] are kept whatever their score, by column: bool [TILE, COLUMNS]."""
+    return (position < sink_tokens)[:, None] | (position[:, None] >= forced_from[None, :])
+
+
+@triton.jit
+def rows_with(chosen, same_row, COMPUTE: tl.constexpr, PRECISION: tl.constexpr):
+    """Whether some head of a column's query row has chosen a key: bool [TILE, COLUMNS]."""
+    return tl.dot(chosen.to(COMPUTE), same_row, input_precision=PRECISION) > 0
+
+
+@triton.jit
+def select(
+    scores,  # [TILE, COLUMNS], −inf where not visible
+    visible,  # bool [TILE, COLUMNS]
+    position,  # [TILE]
+    threshold,  # [COLUMNS]
+    forced_from,  # [COLUMNS]
+    sink_tokens,
+    same_row,  # [COLUMNS, COLUMNS]; anything with a single row
+    UNION: tl.constexpr,
+    SINGLE_ROW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What is kept of a tile.
+
+    Returns:
+        Scores to be listed, −inf where a column doesn't use the key; how many columns keep each key; how many
+        belong to a row that some head keeps it for (with a single row the same as the former, which isn't used).
+    """
+    keep = ((scores >= threshold[None, :]) | forced_keys(position, forced_from, sink_tokens)) & visible
+    stored = scores
+    if SINGLE_ROW:
+        kept_here = tl.sum(keep.to(tl.int32), axis=1)
+        read_here = kept_here
+        if not UNION:
+            stored = tl.where(keep, scores, -float("inf"))
+    else:
+        read = rows_with(keep, same_row, COMPUTE, PRECISION)
+        stored = tl.where(read if UNION else keep, scores, -float("inf"))
+        # Both counts in one sum.
+        both = tl.sum(keep.to(tl.int32) + (read.to(tl.int32) << 16), axis=1)
+        kept_here = both & 0xFFFF
+        read_here = both >> 16
+    return stored, kept_here, read_here
+
+
+@triton.jit
+def softmax_step(best, mass, scores):
+    """Takes scores into the best score and the mass so far of each key of a tile and column."""
+    new_best = tl.maximum(best, scores)
+    mass = mass * tl.exp2((best - new_best) * LOG2E) + tl.exp2((scores - new_best) * LOG2E)
+    return new_best, mass

@@ -1,0 +1,121 @@
+"""``calibrate --k-screen-only``: what K screens need, added to a table that has thresholds already."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from topt_vllm.calibration.candidates import with_candidates
+from topt_vllm.calibration.collect import observed
+from topt_vllm.calibration.key_statistics import key_statistics, key_sums
+from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.plan import check_vocabulary
+from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm, load_tokenizer
+from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
+from topt_vllm.table.file import load
+from topt_vllm.table.schema import KeyStatistics, ThresholdTable, ThresholdTableError
+
+
+@dataclass(frozen=True)
+class ScreenPlan:
+    """A run that has been checked and can start.
+
+    Attributes:
+        options: As asked.
+        subject: The model.
+        table: To which statistics are added.
+        sequences: Tokens; the held-back ones measure candidates.
+    """
+
+    options: CalibrationOptions
+    subject: Subject
+    table: ThresholdTable
+    sequences: Sequences
+
+
+def prepare(options: CalibrationOptions) -> ScreenPlan:
+    """Everything that can fail without the weights.
+
+    Raises:
+        CalibrationError: There is no table of the model, or an option, the model or the text can't be used.
+    """
+    check_device(options.device)
+    subject = examine(options.model)
+    table = _table(options, subject)
+    length = subject.max_seq_length(options.max_seq_length)
+    if length < table.lengths[0]:
+        raise CalibrationError(
+            f"--max-seq-length is {length}, but {options.output} has thresholds from {table.lengths[0]} tokens on; "
+            "use longer sequences"
+        )
+    documents, _ = read_texts(options.dataset, (options.num_samples + 1) * length)
+    sequences = cut_sequences(load_tokenizer(options.model), documents, options.num_samples, length)
+    check_vocabulary(sequences, subject, options.model)
+    return ScreenPlan(options, subject, table, sequences)
+
+
+def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
+    path = options.output
+    if not path.is_file():
+        raise CalibrationError(
+            f"--k-screen-only adds to a table, and {path} is none. Name it with --output, or calibrate one, K "
+            f"screens included:\n    {_full_command(options)}"
+        )
+    try:
+        table = load(path)
+    except ThresholdTableError as error:
+        raise CalibrationError(str(error)) from error
+    difference = subject.identity.difference(table.model)
+    if difference:
+        raise CalibrationError(
+            f"{path}: this table belongs to {table.model.id[:80]}, not to {options.model}: {difference} (model "
+            f"against table). Name the right one with --output, or calibrate one, K screens included:\n"
+            f"    {_full_command(options)}"
+        )
+    return table
+
+
+def _full_command(options: CalibrationOptions) -> str:
+    texts = ("--model", options.model, "--dataset", *options.dataset)
+    return shlex.join(["topt-vllm", "calibrate", *texts, "--output", str(options.output)])
+
+
+def add_key_statistics(plan: ScreenPlan) -> ThresholdTable:
+    """The table with statistics of the keys and shares of candidates; shows its progress on stderr.
+
+    Raises:
+        CalibrationError: The weights can't be loaded, or the model's keys can't be used.
+    """
+    options, subject = plan.options, plan.subject
+    model = load_causal_lm(options.model, options.device, options.dtype)
+    sequences = plan.sequences.calibration
+    passes = len(sequences) + 1
+    with tqdm(total=passes * len(subject.full_layers), desc="statistics of K", unit="layer") as bar:
+        statistics = _statistics(model, plan, bar)
+        bar.set_description("candidates")
+        budgets = with_candidates(
+            model,
+            subject,
+            plan.sequences.held_back,
+            statistics.transforms(),
+            plan.table.budgets,
+            plan.table.lengths,
+            bar.update,
+        )
+    return plan.table.model_copy(update={"budgets": budgets, "key_statistics": statistics})
+
+
+def _statistics(model: Any, plan: ScreenPlan, bar: Any) -> KeyStatistics:
+    sums: dict[int, torch.Tensor] = {}
+
+    def observe(call: LayerCall) -> None:
+        found = key_sums(call)
+        sums[call.layer] = sums[call.layer] + found if call.layer in sums else found
+        bar.update()
+
+    for sequence in plan.sequences.calibration:
+        observed(model, plan.subject, sequence, observe)
+    return key_statistics(sums, plan.options.seed)

@@ -1,0 +1,92 @@
+"""K screens of an evaluation: which layers have one, and the rules that follow."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, cast
+
+from topt_vllm.attention.api import IMPLEMENTATIONS
+from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
+from topt_vllm.evaluation.options import NO_SCREEN
+from topt_vllm.evaluation.rules.screened import ScreenedTopTheta
+from topt_vllm.evaluation.tuning import Sample
+from topt_vllm.replay.rule import Rule
+from topt_vllm.replay.screening import ScreenedKeys, candidates
+from topt_vllm.replay.top_theta import TopTheta
+from topt_vllm.table.schema import Budget, ThresholdTable
+
+# Of int4, which GPUs have: gathers of K run at half of what streaming it does.
+_LARGEST_SHARE = 0.37
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A K screen as it is asked for.
+
+    Attributes:
+        format: Of the copy; None for no screen.
+        margin: Standard deviations of plane one's error; None for a hard bound.
+        transforms: What is calibrated of each layer's K.
+    """
+
+    format: ScreenFormat | None
+    margin: float | None
+    transforms: Mapping[int, ScreenTransform]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What records say about it."""
+        margin = "hard" if self.margin is None else self.margin
+        return {
+            "k_screen": self.format or NO_SCREEN,
+            "k_screen_margin": margin if self.format else None,
+        }
+
+    def rules(self, rule: TopTheta, layers: list[int], shares: Mapping[int, float]) -> dict[int, Rule]:
+        """The rule of each layer: behind the screen where that pays.
+
+        Args:
+            rule: Without a screen.
+            layers: Those that aren't dense.
+            shares: Share of candidates by layer, as far as it is known.
+        """
+        return {
+            layer: self._screened(rule, layer) if shares.get(layer, 0.0) <= self._largest_share else rule
+            for layer in layers
+        }
+
+    def _screened(self, rule: TopTheta, layer: int) -> TopTheta:
+        if self.format is None:
+            return rule
+        return ScreenedTopTheta(rule.thetas, self.transforms[layer], self.format, self.margin)
+
+    @property
+    def _largest_share(self) -> float:
+        """Candidates up to which a server screens a layer."""
+        if self.format == "int4+4":
+            # Compiles nothing.
+            return import_module(IMPLEMENTATIONS["cpu"]).capabilities.screens[self.format]
+        return _LARGEST_SHARE
+
+
+def screens_of(formats: tuple[str, ...], margin: float | None, table: ThresholdTable) -> list[Screen]:
+    """What ``--k-screen`` asks for; the table has statistics unless that is nothing."""
+    transforms = table.key_statistics.transforms() if table.key_statistics is not None else {}
+    found = (cast(ScreenFormat, format) if format != NO_SCREEN else None for format in formats)
+    return [Screen(format, margin, transforms) for format in found]
+
+
+def measured_shares(budget: Budget) -> dict[int, float]:
+    """What the table says of a budget's candidates, by layer; {} where nothing was measured."""
+    shares = budget.quality.layer_candidates if budget.quality is not None else None
+    return dict(enumerate(shares or ()))
+
+
+def sampled_shares(found: Sample, rule: TopTheta, screen: Screen) -> dict[int, float]:
+    """Share of candidates by layer, of a sample: for thresholds that no budget of the table has."""
+    shares = {}
+    for layer, rows in found.rows.items() if screen.format else ():
+        keys = ScreenedKeys.of(screen.transforms[layer], rows.shared)
+        _, upper = keys.scores(rows, screen.margin)
+        shares[layer] = int(candidates(rows, upper, rule.theta(rows)).sum()) / rows.pairs
+    return shares
