@@ -45,12 +45,14 @@ class Family:
         full: Layers that get thresholds.
         free: Layers without attention.
         quick: Whether its round trip through the command line belongs to the fast loop.
+        alike: Whether it differs from others in its forward pass only, so that the fast loop leaves it out.
     """
 
     config: PretrainedConfig
     full: tuple[int, ...] = (0, 1, 2)
     free: tuple[int, ...] = ()
     quick: bool = False
+    alike: bool = False
 
 
 FAMILIES = {
@@ -60,8 +62,8 @@ FAMILIES = {
             **SMALL, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True
         )
     ),
-    "qwen3": Family(transformers.Qwen3Config(**SMALL)),
-    "qwen3 moe": Family(transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4)),
+    "qwen3": Family(transformers.Qwen3Config(**SMALL), alike=True),
+    "qwen3 moe": Family(transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, num_experts=4), alike=True),
     "qwen3-next": Family(
         transformers.Qwen3NextConfig(
             **SMALL, **EXPERTS, **DELTA_NET, num_experts=4, shared_expert_intermediate_size=16
@@ -70,7 +72,9 @@ FAMILIES = {
         free=(0,),
         quick=True,
     ),
-    "qwen3.5": Family(transformers.Qwen3_5TextConfig(**SMALL, **DELTA_NET), full=(1, 2), free=(0,)),
+    "qwen3.5": Family(
+        transformers.Qwen3_5TextConfig(**SMALL, **DELTA_NET), full=(1, 2), free=(0,), alike=True
+    ),
     "gpt-oss": Family(
         transformers.GptOssConfig(
             **SMALL | {"num_hidden_layers": 2},
@@ -95,7 +99,7 @@ FAMILIES = {
             word_embed_proj_dim=16,
         )
     ),
-    "gpt-neox": Family(transformers.GPTNeoXConfig(**MULTI_HEAD)),
+    "gpt-neox": Family(transformers.GPTNeoXConfig(**MULTI_HEAD), alike=True),
     "gemma2": Family(
         transformers.Gemma2Config(
             **SMALL,
@@ -107,7 +111,7 @@ FAMILIES = {
         full=(1,),
     ),
     "gemma3": Family(
-        transformers.Gemma3TextConfig(**SMALL, **WINDOWS, final_logit_softcapping=3.0), full=(1,)
+        transformers.Gemma3TextConfig(**SMALL, **WINDOWS, final_logit_softcapping=3.0), full=(1,), alike=True
     ),
     # Layers attend to the K and V of earlier ones.
     "gemma3n": Family(
@@ -145,7 +149,8 @@ FAMILIES = {
     "granite": Family(
         transformers.GraniteConfig(
             **PLAIN, logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.3
-        )
+        ),
+        alike=True,
     ),
     "granite hybrid": Family(
         transformers.GraniteMoeHybridConfig(
@@ -158,6 +163,7 @@ FAMILIES = {
         ),
         full=(1,),
         free=(0, 2),
+        alike=True,
     ),
     "falcon-h1": Family(transformers.FalconH1Config(**SMALL, **MAMBA, mamba_d_ssm=64)),
     "nemotron-h": Family(
@@ -188,18 +194,21 @@ FAMILIES = {
         ),
         full=(1,),
         free=(0, 2),
+        alike=True,
     ),
-    "olmo2": Family(transformers.Olmo2Config(**PLAIN)),
-    "olmo3": Family(transformers.Olmo3Config(**PLAIN, **WINDOWS), full=(1,)),
-    "cohere": Family(transformers.CohereConfig(**PLAIN, logit_scale=0.25)),
-    "cohere2": Family(transformers.Cohere2Config(**SMALL, **WINDOWS, logit_scale=0.25), full=(1,)),
-    "exaone4": Family(transformers.Exaone4Config(**SMALL, **WINDOWS), full=(1,)),
-    "starcoder2": Family(transformers.Starcoder2Config(**PLAIN)),
-    "nemotron": Family(transformers.NemotronConfig(**SMALL)),
-    "smollm3": Family(transformers.SmolLM3Config(**SMALL, pad_token_id=0)),
-    "glm4": Family(transformers.Glm4Config(**SMALL, pad_token_id=0)),
+    "olmo2": Family(transformers.Olmo2Config(**PLAIN), alike=True),
+    "olmo3": Family(transformers.Olmo3Config(**PLAIN, **WINDOWS), full=(1,), alike=True),
+    "cohere": Family(transformers.CohereConfig(**PLAIN, logit_scale=0.25), alike=True),
+    "cohere2": Family(
+        transformers.Cohere2Config(**SMALL, **WINDOWS, logit_scale=0.25), full=(1,), alike=True
+    ),
+    "exaone4": Family(transformers.Exaone4Config(**SMALL, **WINDOWS), full=(1,), alike=True),
+    "starcoder2": Family(transformers.Starcoder2Config(**PLAIN), alike=True),
+    "nemotron": Family(transformers.NemotronConfig(**SMALL), alike=True),
+    "smollm3": Family(transformers.SmolLM3Config(**SMALL, pad_token_id=0), alike=True),
+    "glm4": Family(transformers.Glm4Config(**SMALL, pad_token_id=0), alike=True),
     "lfm2": Family(
-        transformers.Lfm2Config(**PLAIN, layer_types=["conv", FULL, FULL]), full=(1, 2), free=(0,)
+        transformers.Lfm2Config(**PLAIN, layer_types=["conv", FULL, FULL]), full=(1, 2), free=(0,), alike=True
     ),
     # V is smaller than K; layers with a window have more heads of both, and sinks.
     "mimo v2": Family(
@@ -224,7 +233,7 @@ REFUSED = {
         "has no attention heads; .* state-space models have none",
     ),
     "granite, mamba layers alone": (
-        transformers.GraniteMoeHybridConfig(**PLAIN, layer_types=[LINEAR] * 3),
+        transformers.GraniteMoeHybridConfig(**PLAIN, **MAMBA, layer_types=[LINEAR] * 3),
         "no layer has attention",
     ),
     "qwen2-vl": (transformers.Qwen2VLConfig(), "Qwen2VLConfig has a text model inside"),

@@ -6,8 +6,12 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4TextConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronHConfig,
+    Phi3Config,
     Qwen2Config,
     T5Config,
 )
@@ -78,6 +82,40 @@ def test_layers_with_a_window():
     assert identify(mistral, "m").sliding_window_layers == [0, 1]
     assert identify(MistralConfig(num_hidden_layers=2, sliding_window=None), "m").sliding_window_layers == []
     assert identify(Qwen2Config(num_hidden_layers=2), "m").sliding_window_layers == []
+
+
+def test_a_window_as_long_as_the_context_is_none():
+    for window, windowed in ((4095, [0, 1]), (4096, []), (262144, [])):
+        phi = Phi3Config(num_hidden_layers=2, sliding_window=window, max_position_embeddings=4096)
+        assert identify(phi, "m").sliding_window_layers == windowed
+
+
+def test_layers_without_attention():
+    kinds = ["mamba", "moe", "attention", "mlp"]
+    identity = identify(NemotronHConfig(layers_block_type=kinds), "m")
+    assert identity.attention_free_layers == [0, 1, 3]
+    assert (identity.full_layers, identity.sliding_window_layers) == ([2], [])
+    assert identity.layers_text() == "4 layers, 3 of them without thresholds (no attention)"
+    other = identity.model_copy(update={"attention_free_layers": [0, 1]})
+    assert identity.difference(other) == "attention_free_layers: [0, 1, 3] against [0, 1]"
+    # Tables of models that have none stay as they were.
+    assert "attention_free_layers" not in identify(LlamaConfig(**LLAMA), "m").model_dump(exclude_unset=True)
+
+
+def test_heads_are_those_of_layers_with_full_attention():
+    text = Gemma4TextConfig(
+        **LLAMA, head_dim=8, global_head_dim=32, num_global_key_value_heads=1, attention_k_eq_v=True
+    )
+    identity = identify(Gemma4Config(text_config=text), "m")
+    assert (identity.num_query_heads, identity.num_kv_heads, identity.head_dim) == (4, 1, 32)
+    assert (identity.full_layers, identity.sliding_window_layers) == ([2], [0, 1])
+    assert identity.fingerprint != identify(Gemma4TextConfig(**LLAMA, head_dim=8), "m").fingerprint
+
+
+def test_full_attention_with_different_heads_is_refused():
+    uneven = LlamaConfig(**LLAMA, per_layer_config={1: {"num_key_value_heads": 4}})
+    with pytest.raises(ValueError, match=r"layer 0 has .* 2 KV heads .* layer 1 has .* 4 KV heads"):
+        identify(uneven, "m")
 
 
 def test_text_part_of_a_composite_model():

@@ -1,12 +1,13 @@
 """Replays of models of many makes: their own forward passes, positions, heads and experts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from model_families import FAMILIES, REFUSED
+from model_families import FAMILIES, REFUSED, Family
 from tiny_models import SMALL, save_model, save_text
 from transformers import DiffLlamaConfig, LlamaConfig
 
@@ -22,14 +23,21 @@ from topt_vllm.table.file import load as load_table
 TOKENS = torch.randint(0, 256, (121,), generator=torch.Generator().manual_seed(0))
 ROWS = 40
 
-each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+
+def each_family(quick: Callable[[Family], bool]) -> pytest.MarkDecorator:
+    """All families, of which the fast loop runs the quick ones."""
+    marked = [
+        pytest.param(family, id=name, marks=[] if quick(family) else pytest.mark.slow)
+        for name, family in FAMILIES.items()
+    ]
+    return pytest.mark.parametrize("family", marked)
 
 
 def load(folder: Path, config: transformers.PretrainedConfig):
     return load_causal_lm(str(save_model(folder, config)), "cpu", "float32")
 
 
-@each_family
+@each_family(quick=lambda family: not family.alike)
 def test_a_replay_that_skips_nothing_has_the_models_own_losses(tmp_path, family):
     """Dense, and with the first or the last layer attended by a rule that keeps everything."""
     model, subject = load(tmp_path, family.config), examine(str(tmp_path))
@@ -98,13 +106,7 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(tmp_path, capsys):
         examine(str(tmp_path), trust_remote_code=True)
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=[] if family.quick else pytest.mark.slow)
-        for name, family in FAMILIES.items()
-    ],
-)
+@each_family(quick=lambda family: family.quick)
 def test_calibrate_and_evaluate(tmp_path, family):
     """Through the command line: a table of the expected layers, with which rows are skipped."""
     save_text(save_model(tmp_path, family.config) / "text.txt", 1300)

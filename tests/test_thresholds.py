@@ -122,6 +122,14 @@ BROKEN = {
         set_at("model", "sliding_window_layers", value=[1, 3]),
         "model.sliding_window_layers: must be ascending and among 3 layers, got [1, 3]",
     ),
+    "window of a layer without attention": (
+        set_at("model", "attention_free_layers", value=[1]),
+        "model.attention_free_layers: layers [1] have a sliding window, so they attend",
+    ),
+    "thresholds of a layer without attention": (
+        set_at("model", "attention_free_layers", value=[2]),
+        "budgets[0].layers: layers [0] expected in this order, got [0, 2]",
+    ),
     "dense layer twice": (
         set_at("budgets", 0, "dense_layers", value=[0, 0]),
         "budgets[0].dense_layers: layers must differ, got [0, 0]",

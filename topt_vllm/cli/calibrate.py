@@ -88,9 +88,16 @@ def _work(plan: "Plan") -> str:
     if options.budget != "auto":
         return f"{passes} passes"
     tuning, layers = len(plan.sequences.tuning), len(plan.allocated_layers)
+    stateful = plan.subject.stateful
+    scanned, tried = (
+        ("whole sequences", "whole sequences")
+        if stateful
+        else (f"the last {SENSITIVITY_ROWS} rows", f"{MEASURED_ROWS} rows")
+    )
     return (
-        f"{passes + tuning + 1} passes, at most {SENSITIVITY_RUNS} runs of the last {SENSITIVITY_ROWS} rows for "
-        f"each of {layers} layers, at most {MAX_RUNS * tuning} runs of {MEASURED_ROWS} rows for each target"
+        f"{passes + tuning + 1} passes, at most {SENSITIVITY_RUNS} runs of {scanned} for each of {layers} layers, "
+        f"at most {MAX_RUNS * tuning} runs of {tried} for each target"
+        + (" (layers that keep a state can't be decoded behind kept K and V)" if stateful else "")
     )
 
 

@@ -95,6 +95,9 @@ def _resolved(plan: "Plan") -> str:
         "rules": ", ".join(options.rules),
         "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths)
         or "-",
+        "work": "each run repeats the whole sequence, for some layers keep a state"
+        if subject.stateful
+        else "each run repeats the decoded rows",
         "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
         "budgets": ", ".join(map(str, options.ks)) or "-",
         "K screens": ", ".join(options.k_screens),

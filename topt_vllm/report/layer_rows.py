@@ -21,7 +21,7 @@ def rows_by_layer(inputs: Inputs) -> Section:
         key="layers",
         title="V rows read by layer",
         intro="Measured on the held-back text. The axis is logarithmic, the dashed line is all layers' share. "
-        "Layers with a sliding window read all of it.",
+        "Layers with a sliding window read all of it; so it says of layers without attention, which have no V.",
     )
     curves = {budget.key: budget for budget in inputs.table.budgets if _shares(budget)}
     if not curves:
