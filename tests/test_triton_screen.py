@@ -10,8 +10,8 @@ from attention_cases import NAN, Case, finish, implementation, poison_unread_val
 from device import DEVICE, triton_implementation
 from screen_cases import transform_of, with_screen
 
-from topt_vllm.attention import api
-from topt_vllm.attention.common import KeyScreen, RowThetas, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention import api, reference
+from topt_vllm.attention.common import RowThetas, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.screen import EncodedKeys
 from topt_vllm.attention.triton import launch, launcher
 
@@ -126,3 +126,113 @@ def test_decode_is_the_reference_s(heads: int, kv_heads: int, head_dim: int, mar
     case = replace(case, batch=replace(case.batch, max_query_rows=1))
     counted = assert_same(with_screen(case, "triton", margin=margin))
     assert 0 < counted[Stat.CANDIDATES] == counted[Stat.K_ROWS_READ] < counted[Stat.V_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("selection", "softcap"),
+    [
+        (Selection(sink_tokens=3, recent_tokens=5, group_keep="head"), 0.0),
+        (Selection(sink_tokens=2, compensation="none"), 5.0),
+        (Selection(min_seq_len=100, group_keep="head", compensation="none"), 0.0),
+    ],
+    ids=["head", "softcap", "min_seq_len"],
+)
+def test_selections(selection: Selection, softcap: float):
+    case = random_case(
+        [(1, 280), (1, 90)], 4, 2, dtype=torch.float32, selection=selection, softcap=softcap, keep=0.05
+    )
+    case = replace(case, batch=replace(case.batch, max_query_rows=1))
+    assert_same(with_screen(case, "triton"), sinks=torch.randn(4))
+
+
+def test_heads_and_lengths_without_a_threshold_are_exact():
+    """θ = −inf for one head of a group, and for all below the first length of the table."""
+    case = random_case([(1, 280), (1, 200)], 4, 2, dtype=torch.float32, keep=0.05)
+    case = replace(case, batch=replace(case.batch, max_query_rows=1))
+    theta = torch.full((4, 1), 1.2)
+    theta[1] = -torch.inf
+    mixed = Thetas(torch.tensor([250], dtype=torch.int32), theta, torch.zeros(4, 2))
+    counted = assert_same(with_screen(replace(case, thetas=mixed), "triton"))
+    assert counted[Stat.CANDIDATES] > 2 * 200 + 280
+    by_row = RowThetas(torch.tensor([[1.2, 1.5, -torch.inf, 1.0], [torch.inf, 1.0, 1.2, 0.9]]))
+    assert_same(with_screen(replace(case, thetas=by_row), "triton"))
+    without = with_screen(replace(case, thetas=None), "triton")
+    counted = assert_same(without)
+    assert counted[Stat.CANDIDATES] == counted[Stat.K_ROWS_READ] == counted[Stat.V_ROWS]
+
+
+@pytest.mark.parametrize("group_keep", ["head", "union"])
+def test_drafted_rows(group_keep: Any):
+    """Each row counts its own candidates; what they hold of the others' is exact, so outputs differ a little."""
+    selection = Selection(group_keep=group_keep)
+    case = random_case([(3, 200), (1, 280)], 6, 2, dtype=torch.float32, selection=selection, keep=0.05)
+    case = with_screen(case, "triton", margin=None)
+    got, expected = run(case, with_programs(3)), run(case, implementation("reference"))
+    torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0.01)
+    counts = [stat for stat in Stat if stat != Stat.DROPPED_MASS]
+    assert torch.equal(got[1][0, counts], expected[1][0, counts])
+    assert torch.equal(got[2], expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_caches_of_fewer_bits(dtype: torch.dtype):
+    case = random_case([(1, 200), (1, 66)], dtype=dtype, query_dtype=torch.float32, keep=0.05)
+    assert_same(with_screen(replace(case, batch=replace(case.batch, max_query_rows=1)), "triton"))
+
+
+def test_k_is_read_of_candidates_only_and_garbage_behind_the_context_is_not_seen(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Whatever the programs, and with lists that are filled again."""
+    monkeypatch.setattr(launch, "_LIST_BYTES", 1)
+    case = with_screen(random_case([(1, 447)], 4, 1, dtype=torch.float32, keep=0.05), "triton")
+    expected = run(case, implementation("reference"))
+    screen, key = case.cache.key_screen, case.gather(0, 447)[0]
+    assert screen is not None
+    scores = reference.scaled_scores(case.query[0], key, case.scale)
+    always = reference.forced(447, case.selection, 446 // 16 * 16, key.device)
+    _, candidates, _ = reference.screened(
+        scores, case.query[0], key, screen, case.thetas.at(447), always, case.scale, 0.0
+    )
+    hidden = case.cache.key.clone()
+    for position in (~candidates[0]).nonzero().flatten().tolist():
+        hidden[case.batch.block_table[0, position // 32], 0, position % 32] = NAN
+    case = poison_unread_values(replace(case, cache=replace(case.cache, key=hidden)))
+    for programs in (1, 3):
+        out, statistics, reached = run(case, with_programs(programs))
+        torch.testing.assert_close(out, expected[0], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(statistics, expected[1], rtol=1e-5, atol=1e-4)
+        assert torch.equal(reached, expected[2])
+
+
+def test_a_row_that_cannot_be_stored_is_a_candidate():
+    """Its K decides: with a NaN in it, the row's head is NaN, as dense attention would be."""
+    case = random_case([(1, 100)], 2, 2, dtype=torch.float32, keep=0.05)
+    case.cache.key[case.batch.block_table[0, 1], 0, 3, 5] = NAN
+    out = run(with_screen(case, "triton"), with_programs(1))[0]
+    assert out[0, 0].isnan().all()
+    assert out[0, 1].isfinite().all()
+
+
+def test_a_workspace_serves_screens():
+    case = with_screen(random_case([(1, 200), (2, 65)]), "triton")
+    case = replace(case, batch=replace(case.batch, max_query_rows=2))
+    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, DEVICE, programs=3)
+    workspace.memory.fill_(NAN)
+    bound = launcher.Bound(workspace)
+    assert bound.screen_bytes("int4", 64, 16) == 16 * (32 + 4)
+    kernel = triton_implementation(bound.decode, bound.finish, bound.screen_bytes)
+    for got, expected in zip(run(case, kernel), run(case, with_programs(3)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_what_cannot_be_screened_is_refused():
+    with pytest.raises(ValueError, match=r"no K screen 'int4\+4'; it has int4"):
+        launcher.screen_bytes("int4+4", 64, 16)
+    with pytest.raises(ValueError, match="multiples of 8, got 36"):
+        launcher.screen_bytes("int4", 36, 16)
+    case = with_screen(random_case([(1, 100)]), "triton")
+    assert case.cache.key_screen is not None
+    screen = replace(case.cache.key_screen, codes=case.cache.key_screen.codes[:, :, :-4])
+    with pytest.raises(RuntimeError, match=r"key_screen: codes: expected torch.uint8 \[7, 2, 1152\], got"):
+        run(replace(case, cache=replace(case.cache, key_screen=screen)), implementation("triton"))

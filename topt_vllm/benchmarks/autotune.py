@@ -114,7 +114,8 @@ def tune(
 def _try(launch: Launch, step: DecodeStep, gpu: Gpu, chip: Chip, used: Any, expected: Any) -> dict[str, Any]:
     memory = torch.empty(step.parts(launch).words, device=gpu.device)
     calls = step.calls(launch, memory, interpreted())
-    reason = why_not(used(calls[0]), launch.num_warps, chip)
+    *_, decode, _ = calls
+    reason = why_not(used(decode), launch.num_warps, chip)
     record = {**asdict(launch), "ms": None, "left_out": reason}
     if reason:
         return record

@@ -21,8 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
-from topt_vllm.attention.triton.calls import Call, DecodeStep, finish_call
+from topt_vllm.attention.common import (
+    DecodeBatch,
+    KeyScreen,
+    PagedCache,
+    Selection,
+    Thetas,
+    choose_rows_per_state,
+)
+from topt_vllm.attention.screen import ScreenTransform
+from topt_vllm.attention.triton.arguments import screen_bytes
+from topt_vllm.attention.triton.calls import Call, DecodeStep, codes_call, finish_call
 from topt_vllm.attention.triton.launch import GpuLimits, Launch
 from topt_vllm.attention.triton.launcher import interpreted, new_statistics
 
@@ -115,6 +124,8 @@ class Configuration:
         block_size: P.
         sparse: Whether there are thresholds; without, every row is kept.
         softcap: 0 for none.
+        screen: Whether keys go through a K screen.
+        hard: Whether its bound is a hard one.
     """
 
     head_dim: int
@@ -124,10 +135,13 @@ class Configuration:
     block_size: int
     sparse: bool = True
     softcap: float = 0.0
+    screen: bool = False
+    hard: bool = False
 
     def __str__(self) -> str:
         parts = [f"D={self.head_dim}", f"group={self.group}", f"rows={self.query_rows}", self.dtype]
         parts += [f"P={self.block_size}", *([] if self.sparse else ["dense"])]
+        parts += [*(["screen"] if self.screen else []), *(["hard"] if self.hard else [])]
         return " ".join([*parts, *([f"softcap={self.softcap:g}"] if self.softcap else [])])
 
     def step(self) -> DecodeStep:
@@ -150,7 +164,7 @@ class Configuration:
         query = _empty(rows, heads, self.head_dim, dtype=query_dtype)
         return DecodeStep(
             query,
-            PagedCache(key, value, sums, key_scale=scale, value_scale=scale),
+            PagedCache(key, value, sums, self._screen(blocks), scale, scale),
             batch,
             thetas if self.sparse else None,
             Selection(),
@@ -160,16 +174,31 @@ class Configuration:
             new_statistics("meta"),
         )
 
+    def _screen(self, blocks: int) -> KeyScreen | None:
+        if not self.screen:
+            return None
+        channels = _empty(_KV_HEADS, self.head_dim, dtype=torch.float32)
+        transform = ScreenTransform(channels, channels, channels[0])
+        size = screen_bytes("int4", self.head_dim, self.block_size)
+        codes = _empty(blocks, _KV_HEADS, size, dtype=torch.uint8)
+        return KeyScreen("int4", transform, codes, None if self.hard else 2.5)
+
 
 def shipped(head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Configuration]:
-    """Every kind of tile and block for these; of each head dimension one without thresholds, one with a softcap."""
+    """Every kind of tile and block for these, without and with a K screen.
+
+    Of each head dimension also one without thresholds, one with a softcap and one with a hard bound.
+    """
     found = [
-        Configuration(head_dim, group, rows, dtype, block_size)
-        for head_dim, dtype, (group, rows), block_size in product(head_dims, dtypes, _TILES, _BLOCK_SIZES)
+        Configuration(head_dim, group, rows, dtype, block_size, screen=screen)
+        for screen, head_dim, dtype, (group, rows), block_size in product(
+            (False, True), head_dims, dtypes, _TILES, _BLOCK_SIZES
+        )
     ]
     for head_dim in head_dims:
         plain = Configuration(head_dim, 4, 1, "bfloat16", 16)
         found += [replace(plain, sparse=False), replace(plain, softcap=50.0)]
+        found += [replace(plain, softcap=50.0, screen=True), replace(plain, screen=True, hard=True)]
     return found
 
 
@@ -208,11 +237,14 @@ def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, C
     step = configuration.step()
     launch = step.choose(chip.limits, None)
     memory = _empty(step.parts(launch).words, dtype=torch.float32)
-    decode, merge = step.calls(launch, memory, interpreted=False)
+    *queries, decode, merge = step.calls(launch, memory, interpreted=False)
     if step.cache.value_sums is None:
         raise RuntimeError("a configuration has V sums; this is a bug")
     finish = finish_call(step.cache, step.cache.value_sums, step.batch)
-    return launch, {"decode": decode, "merge": merge, "finish": finish}
+    launches = {"decode": decode, "merge": merge, "finish": finish}
+    if step.screen is not None:
+        launches |= {"queries": queries[0], "codes": codes_call(step.cache, step.screen, step.batch, launch.programs)}
+    return launch, launches
 
 
 def compile_all(configurations: list[Configuration], targets: list[str]) -> Iterator[dict[str, Any]]:
@@ -248,7 +280,11 @@ def _dependence(configuration: Configuration, kernel: str) -> tuple[Any, ...]:
     if kernel == "decode":
         return (configuration,)
     stored = (configuration.head_dim, configuration.dtype, configuration.block_size)
-    return stored if kernel == "finish" else (*stored, configuration.query_rows, configuration.sparse)
+    if kernel == "queries":
+        return (configuration.head_dim, configuration.group, configuration.dtype, configuration.hard)
+    if kernel in ("finish", "codes"):
+        return stored
+    return (*stored, configuration.query_rows, configuration.sparse, configuration.screen)
 
 
 def resources(compiled: Any, log: str) -> dict[str, int]:

@@ -207,12 +207,13 @@ def _topt_decode_kernel(
                 query_codes, coefficients, query_row, head, valid, KV_HEADS * GROUP, HEAD_DIM, HALF_PAD
             )
             limit = without_softcap(threshold, softcap) if SOFTCAP else threshold
-            exact_best = tl.full([CANDIDATES, COLUMNS], LOWEST, tl.float32)
-            exact_mass = tl.zeros([CANDIDATES, COLUMNS], tl.float32)
 
-        # The best score and the mass so far, per key of a tile: a maximum over keys crosses warps.
-        best = tl.full([TILE, COLUMNS], LOWEST, tl.float32)
-        mass = tl.zeros([TILE, COLUMNS], tl.float32)
+        if SCREEN:
+            all_mass = tl.zeros([COLUMNS], tl.float32)
+        else:
+            # The best score and the mass so far, per key of a tile: a maximum over keys crosses warps.
+            best = tl.full([TILE, COLUMNS], LOWEST, tl.float32)
+            mass = tl.zeros([TILE, COLUMNS], tl.float32)
         # What the output and the kept mass are relative to; it moves once per list.
         reference = tl.full([COLUMNS], LOWEST, tl.float32)
         out = tl.zeros([WIDE, VALUE_PAD], tl.float32)
@@ -222,7 +223,7 @@ def _topt_decode_kernel(
             list_end = tl.minimum(list_begin + LIST, end)
             listed = 0
             if SCREEN:
-                listed, best, mass, candidate_count = list_candidates(
+                listed, told_level, told_mass, candidate_count = list_candidates(
                     list_begin,
                     list_end,
                     table_row,
@@ -241,8 +242,6 @@ def _topt_decode_kernel(
                     not dense,
                     same_row,
                     softcap,
-                    best,
-                    mass,
                     candidate_count,
                     HEAD_DIM,
                     HALF_PAD,
@@ -260,7 +259,7 @@ def _topt_decode_kernel(
                 candidates_listed += listed
                 # Now all threads see what all have listed.
                 tl.debug_barrier()
-                listed, exact_best, exact_mass, kept_count, read_count, reached = keep_candidates(
+                listed, exact_level, exact_mass, kept_count, read_count, reached = keep_candidates(
                     listed,
                     key_head,
                     key_stride_block,
@@ -278,8 +277,6 @@ def _topt_decode_kernel(
                     same_row,
                     scale,
                     softcap,
-                    exact_best,
-                    exact_mass,
                     kept_count,
                     read_count,
                     reached,
@@ -354,9 +351,13 @@ def _topt_decode_kernel(
             rows_listed += listed
             # Now all threads see what all have listed.
             tl.debug_barrier()
-            new_reference = tl.maximum(reference, tl.max(best, axis=0))
             if SCREEN:
-                new_reference = tl.maximum(new_reference, tl.max(exact_best, axis=0))
+                new_reference = tl.maximum(reference, tl.maximum(told_level, exact_level))
+                all_mass *= tl.exp2((reference - new_reference) * LOG2E)
+                all_mass += told_mass * tl.exp2((told_level - new_reference) * LOG2E)
+                all_mass += exact_mass * tl.exp2((exact_level - new_reference) * LOG2E)
+            else:
+                new_reference = tl.maximum(reference, tl.max(best, axis=0))
             shrink = _to_wide(tl.exp2((reference - new_reference) * LOG2E), column, wide, COLUMNS, WIDE)
             reference = new_reference
             level = _to_wide(reference, column, wide, COLUMNS, WIDE)
@@ -387,9 +388,8 @@ def _topt_decode_kernel(
             tl.debug_barrier()
 
         here, there = segment * USED + column, segment * USED + wide
-        all_mass = tl.sum(mass * tl.exp2((best - reference[None, :]) * LOG2E), axis=0)
-        if SCREEN:
-            all_mass += tl.sum(exact_mass * tl.exp2((exact_best - reference[None, :]) * LOG2E), axis=0)
+        if not SCREEN:
+            all_mass = tl.sum(mass * tl.exp2((best - reference[None, :]) * LOG2E), axis=0)
         tl.store(partial_softmax + here * 3, reference, mask=valid)
         tl.store(partial_softmax + here * 3 + 1, all_mass, mask=valid)
         tl.store(

@@ -113,11 +113,17 @@ def choose(
         tile = 64
     if not single and item_bytes == 1:
         tile = max(16, tile // 2)
-    if limits.tensor_memory and columns >= MATRIX_ROWS:
-        tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
-    candidates = tile
+    candidates = min(tile, 64)
     if screened:
-        tile, candidates = 128, max(16, min(64, 8192 // dim_pad))
+        # Codes are a quarter of K, so a tile may have more keys; scores take the same registers though.
+        few_registers = columns > MATRIX_COLUMNS or (item_bytes == 1 and dim_pad >= 256)
+        tile = 64 if few_registers else 128
+        if columns > MATRIX_COLUMNS and dim_pad >= 256:
+            candidates = 16
+        if not single and item_bytes == 1:
+            tile = 32
+    if limits.tensor_memory and columns >= MATRIX_ROWS:
+        tile, candidates = min(tile, 32), min(candidates, 32)  # Triton 3.7 can't compile more with such products
     entry_bytes = (8 if screened else 4) + 4 * rows * group
     list_keys = max(tile, power_of_two(_LIST_BYTES // entry_bytes + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))

@@ -59,7 +59,8 @@ def _topt_queries_kernel(
     ) * (1.0 / ROTATED)
 
     largest = tl.max(tl.abs(rotated), axis=1)
-    inverse = tl.where(largest > 0, tl.div_rn(127.0, tl.where(largest > 0, largest, 1.0)), 0.0)
+    # As torch divides a number by a tensor.
+    inverse = tl.where(largest > 0, 127.0 * tl.div_rn(1.0, tl.where(largest > 0, largest, 1.0)), 0.0)
     codes = nearest(rotated * inverse[:, None])
     step = tl.div_rn(largest, 127.0)
     # NaN of a query that holds one: then every key is a candidate.

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import decode_stored, ranks, softcapped
+from topt_vllm.attention.triton.primitives import LOWEST, decode_stored, ranks, softcapped
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 from topt_vllm.attention.triton.rotation import float_of
-from topt_vllm.attention.triton.selection import forced_keys, place_of, rows_with, select, softmax_step
+from topt_vllm.attention.triton.selection import forced_keys, place_of, rows_with, select, softmax_of, softmax_step
 
 
 @triton.jit
@@ -88,8 +88,6 @@ def list_candidates(
     screened,
     same_row,
     softcap,
-    best,  # [TILE, COLUMNS]
-    mass,  # [TILE, COLUMNS]
     candidate_count,  # int32 [TILE]
     HEAD_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
@@ -109,7 +107,8 @@ def list_candidates(
     Where not all of its columns have a threshold, a segment's keys all are candidates, and no code is read.
 
     Returns:
-        How many are listed; best score and mass; candidates of each query row, unless there is a single one.
+        How many are listed; best score and mass [COLUMNS] of the others; candidates of each query row, unless
+        there is a single one.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     offset, half = tl.arange(0, TILE), tl.arange(0, HALF_PAD)
@@ -120,6 +119,8 @@ def list_candidates(
     mean_score = tl.load(numbers + 4, mask=valid, other=0.0)
     if HARD:
         in_errors = tl.load(numbers + 3, mask=valid, other=0.0)
+    best = tl.full([TILE, query_low.shape[1]], LOWEST, tl.float32)
+    mass = tl.zeros([TILE, query_low.shape[1]], tl.float32)
     listed = 0
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         position = start + offset
@@ -155,7 +156,8 @@ def list_candidates(
             scores = softcapped(scores, softcap)
         scores = tl.where(visible & (~some)[:, None], scores, -float("inf"))
         best, mass = softmax_step(best, mass, scores)
-    return listed, best, mass, candidate_count
+    level, all_mass = softmax_of(best, mass)
+    return listed, level, all_mass, candidate_count
 
 
 @triton.jit
@@ -177,8 +179,6 @@ def keep_candidates(
     same_row,
     scale,
     softcap,
-    best,  # [CANDIDATES, COLUMNS]
-    mass,  # [CANDIDATES, COLUMNS]
     kept_count,  # int32 [CANDIDATES]
     read_count,  # int32 [CANDIDATES]
     reached,  # int32 [CANDIDATES, COLUMNS]
@@ -202,10 +202,12 @@ def keep_candidates(
     iterations, which may be under way, have higher ones.
 
     Returns:
-        How many are kept; best score, mass and counts.
+        How many are kept; best score and mass [COLUMNS] of all candidates; counts.
     """
     rank, dim = tl.arange(0, CANDIDATES), tl.arange(0, q.shape[0])
     column = tl.arange(0, q.shape[1])
+    best = tl.full([CANDIDATES, q.shape[1]], LOWEST, tl.float32)
+    mass = tl.zeros([CANDIDATES, q.shape[1]], tl.float32)
     kept = 0
     for start in tl.range(0, listed, CANDIDATES, num_stages=STAGES):
         inside = start + rank < listed
@@ -253,4 +255,5 @@ def keep_candidates(
         )
         kept += more
         best, mass = softmax_step(best, mass, scores)
-    return kept, best, mass, kept_count, read_count, reached
+    level, all_mass = softmax_of(best, mass)
+    return kept, level, all_mass, kept_count, read_count, reached

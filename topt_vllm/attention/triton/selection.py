@@ -73,3 +73,10 @@ def softmax_step(best, mass, scores):
     new_best = tl.maximum(best, scores)
     mass = mass * tl.exp2((best - new_best) * LOG2E) + tl.exp2((scores - new_best) * LOG2E)
     return new_best, mass
+
+
+@triton.jit
+def softmax_of(best, mass):
+    """Best score of a tile's columns and their mass relative to it: what threads hold crosses warps."""
+    level = tl.max(best, axis=0)
+    return level, tl.sum(mass * tl.exp2((best - level[None, :]) * LOG2E), axis=0)
