@@ -243,7 +243,10 @@ def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, C
     finish = finish_call(step.cache, step.cache.value_sums, step.batch)
     launches = {"decode": decode, "merge": merge, "finish": finish}
     if step.screen is not None:
-        launches |= {"queries": queries[0], "codes": codes_call(step.cache, step.screen, step.batch, launch.programs)}
+        launches |= {
+            "queries": queries[0],
+            "codes": codes_call(step.cache, step.screen, step.batch, launch.programs),
+        }
     return launch, launches
 
 

@@ -123,7 +123,10 @@ def choose(
         if not single and item_bytes == 1:
             tile = 32
     if limits.tensor_memory and columns >= MATRIX_ROWS:
-        tile, candidates = min(tile, 32), min(candidates, 32)  # Triton 3.7 can't compile more with such products
+        tile, candidates = (
+            min(tile, 32),
+            min(candidates, 32),
+        )  # Triton 3.7 can't compile more with such products
     entry_bytes = (8 if screened else 4) + 4 * rows * group
     list_keys = max(tile, power_of_two(_LIST_BYTES // entry_bytes + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
