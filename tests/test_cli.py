@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from topt_vllm.cli.examples import EXAMPLES
 from topt_vllm.cli.main import build_parser, main
 from topt_vllm.table.command import calibrate_command, default_output, serve_command
 from topt_vllm.table.file import dump, load
+from topt_vllm.table.schema import KeyStatistics, LayerKeys
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +232,29 @@ def test_inspect(tmp_path, capsys):
     assert facts["budgets"][0]["dense_layers"] == [0]
     assert facts["budgets"][0]["quality"]["kept_over_k"] == {"p5": 0.5, "p50": 1.0, "p95": 2.0}
     assert "layers" not in facts["budgets"][0]
+    assert facts["key_statistics"] is None
 
     assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
     text = capsys.readouterr().out
     for part in ("tiny (LlamaForCausalLM)", "256, 512, 1024 tokens", "25.0%", "sliding window"):
         assert part in text
+    assert "K screen     no statistics of K; topt-vllm calibrate --k-screen-only adds them" in text
+
+
+def test_inspect_says_what_k_screens_let_through(tmp_path, capsys):
+    table = make_table()
+    quality = table.budgets[1].quality.model_copy(update={"layer_candidates": [1.0, 1.0, 0.0625]})
+    budgets = [table.budgets[0], table.budgets[1].model_copy(update={"quality": quality})]
+    keys = [LayerKeys(layer=layer, mean=[[0.0] * 16] * 2, scale=[[1.0] * 16] * 2) for layer in (0, 2)]
+    statistics = KeyStatistics(seed=7, layers=keys)
+    dump(table.model_copy(update={"budgets": budgets, "key_statistics": statistics}), tmp_path / "t.yaml")
+    assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
+    text = capsys.readouterr().out
+    assert "K screen     statistics of K in 2 layers, seed 7" in text
+    # Layer 0 is dense, and the other budget wasn't measured.
+    assert re.search("candidates at 4 bits .*\n *128 +6.2%, at most 6.2% in layer 2\n\n", text)
+    assert main(["inspect", str(tmp_path / "t.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["key_statistics"] == {"seed": 7, "layers": [0, 2]}
 
 
 def test_inspect_of_a_broken_table(tmp_path, capsys):

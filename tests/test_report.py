@@ -123,6 +123,24 @@ def test_the_page_says_what_the_files_say(folder, capsys):
     assert "yet. With" not in texts.all
 
 
+def test_k_screens_are_told_apart(folder):
+    screened = {"k_screen": "int4", "candidates": 0.1231, "kv_bytes_read": 0.1757}
+    plain = {"k_screen": "off", "candidates": 1.0, "kv_bytes_read": 0.5511}
+    records = [evaluated("toptheta", 0.25, **plain), evaluated("toptheta", 0.27, **screened)]
+    grids = [needles() | plain, needles() | screened]
+    write(folder, "e.json", [*records, evaluated("topk", 1.95), *grids])
+    assert report(folder, *everything(folder)) == 0
+    texts = Texts(page(folder))
+    for part in (
+        "toptheta, K screen int4 10 % of V rows 10.2 % 12.3 % 17.6 % +0.27 ± 0.31 %",
+        "toptheta 10 % of V rows 10.2 % 100.0 % 55.1 % +0.25 ± 0.31 %",
+        "topk 10 % of V rows 10.2 % – – +1.95 ± 0.31 %",
+        "toptheta loses +0.25 ± 0.31 % at 10.2 %, and the best other rule, topk",
+        "toptheta, K screen int4, k=64",
+    ):
+        assert part in texts.all.replace("\u00a0", " "), part
+
+
 def test_every_drawing_says_what_it_shows(folder):
     assert report(folder, *everything(folder)) == 0
     texts = Texts(page(folder))

@@ -192,8 +192,8 @@ class FakeEngine:
         }
 
 
-def outcome(model: Path, thresholds: str | None, run: Any) -> dict[str, Any]:
-    return {check.name: check for check in verify(str(model), thresholds, run)}
+def outcome(model: Path, thresholds: str | None, run: Any, k_screen: str | None = None) -> dict[str, Any]:
+    return {check.name: check for check in verify(str(model), thresholds, run, k_screen)}
 
 
 @pytest.mark.slow
@@ -205,9 +205,21 @@ def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
     ]  # fmt: skip
     assert all(check.passed for check in found.values()), found
     assert run.settings == [None, {"toptheta": {"thresholds": "none"}}, {"toptheta": {}}]
+    screened = FakeEngine()
+    outcome(smollm2, None, screened, "int4+4")
+    assert screened.settings == [
+        None,
+        {"toptheta": {"thresholds": "none"}},
+        {"toptheta": {"k_screen": "int4+4"}},
+    ]
     without = outcome(smollm2, "none", FakeEngine())
     assert list(without) == ["install", "entry_points", "kernel", "table", "engine", "tokens"]
     assert all(check.passed for check in without.values())
+
+
+def test_a_k_screen_needs_thresholds(capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", "--model", "m", "--thresholds", "none", "--k-screen", "int4"]) == 2
+    assert "--k-screen int4: θ = −inf leaves nothing to screen" in capsys.readouterr().err
 
 
 @pytest.mark.slow

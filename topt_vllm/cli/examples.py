@@ -4,12 +4,14 @@ EXAMPLES = {
     "calibrate": (
         "--model MODEL --dataset play.txt code.txt --budget auto --max-loss 1% --target-rows 10%",
         "--model MODEL --dataset play.txt --k 64 128 256 --output table.yaml --resume",
+        "--model MODEL --dataset play.txt code.txt --output table.yaml --k-screen-only",
     ),
     "inspect": ("table.yaml", "table.yaml --json", "table.yaml --plot table.png"),
     "evaluate": (
         "--model MODEL --dataset play.txt code.txt --rows 0.05 0.1 --json out.json --plot out.png",
         "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --lengths 2048 8192",
         "--model MODEL --dataset play.txt --rules toptheta topk sift-context --rows 0.1 --needles 4096",
+        "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --k-screen off int4 int4+4",
     ),
     "report": ("table.yaml --evaluation out.json --bench decode.json serve.json -o report.html",),
     "verify": ("--model MODEL", "--model MODEL --thresholds table.yaml --json"),

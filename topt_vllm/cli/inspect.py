@@ -44,6 +44,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(table: "ThresholdTable") -> dict[str, Any]:
-    facts = table.model_dump(exclude={"budgets"})
+    facts = table.model_dump(exclude={"budgets", "key_statistics"})
+    statistics = table.key_statistics
+    facts["key_statistics"] = statistics and {
+        "seed": statistics.seed,
+        "layers": [entry.layer for entry in statistics.layers],
+    }
     facts["budgets"] = [budget.model_dump(exclude={"layers"}) for budget in table.budgets]
     return facts
