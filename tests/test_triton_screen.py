@@ -122,9 +122,7 @@ def assert_same(case: Case, programs: int = 3, **options: Any) -> torch.Tensor:
     ("heads", "kv_heads", "head_dim"), [(2, 2, 64), (6, 2, 96), (4, 1, 128), (8, 1, 256)], ids=str
 )
 def test_decode_is_the_reference_s(heads: int, kv_heads: int, head_dim: int, margin: float | None):
-    case = random_case(
-        [(1, 300), (0, 0), (1, 33)], heads, kv_heads, head_dim, dtype=torch.float32, keep=0.05
-    )
+    case = random_case([(1, 300), (0, 0), (1, 33)], heads, kv_heads, head_dim, dtype=torch.float32, keep=0.05)
     case = replace(case, batch=replace(case.batch, max_query_rows=1))
     counted = assert_same(with_screen(case, "triton", margin=margin))
     assert 0 < counted[Stat.CANDIDATES] == counted[Stat.K_ROWS_READ] < counted[Stat.V_ROWS]

@@ -27,8 +27,8 @@ def stored(part: torch.Tensor) -> tuple[torch.Tensor, int]:
 def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     """As ``screen_bytes`` of :class:`topt_vllm.attention.api.Implementation`.
 
-    Codes [P, D / 2], channel 2p in the lower bits of byte p and 2p + 1 in the upper ones, each 8 more than plane one;
-    then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
+    Codes [P, D / 2], each 8 more than plane one: channel 2p in the lower bits of byte p, 2p + 1 in the upper ones.
+    Then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
 
     Raises:
         ValueError: Another format than ``int4``, or heads whose rows don't fill words.
@@ -36,7 +36,9 @@ def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     if format != "int4":
         raise ValueError(f"the triton kernel has no K screen {format!r}; it has int4")
     if head_dim % 8:
-        raise ValueError(f"the triton kernel's K screen takes head dimensions that are multiples of 8, got {head_dim}")
+        raise ValueError(
+            f"the triton kernel's K screen takes head dimensions that are multiples of 8, got {head_dim}"
+        )
     return block_size * (head_dim // 2 + 4)
 
 
@@ -104,7 +106,9 @@ def _check_screen(screen: KeyScreen, key: torch.Tensor) -> None:
     for name in ("mean", "scale", "signs"):
         part = getattr(transform, name)
         if not part.is_contiguous() or part.device != codes.device:
-            _refuse(f"key_screen: {name}", f"contiguous on {codes.device}", f"{part.stride()} on {part.device}")
+            _refuse(
+                f"key_screen: {name}", f"contiguous on {codes.device}", f"{part.stride()} on {part.device}"
+            )
 
 
 def _check_contiguous(**tensors: torch.Tensor) -> None:

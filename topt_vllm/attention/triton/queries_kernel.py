@@ -47,7 +47,9 @@ def _topt_queries_kernel(
     dim_mask = dim < HEAD_DIM
     mask = written[:, None] & dim_mask[None, :]
     q = tl.load(
-        query + (row * query_stride_row + head * query_stride_head)[:, None] + dim[None, :], mask=mask, other=0.0
+        query + (row * query_stride_row + head * query_stride_head)[:, None] + dim[None, :],
+        mask=mask,
+        other=0.0,
     ).to(tl.float32)
     channel = (head // GROUP * HEAD_DIM)[:, None] + dim[None, :]
     offset = tl.sum(q * tl.load(mean + channel, mask=mask, other=0.0), axis=1)

@@ -6,7 +6,14 @@ import triton.language as tl
 from topt_vllm.attention.triton.primitives import LOWEST, decode_stored, ranks, softcapped
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 from topt_vllm.attention.triton.rotation import float_of
-from topt_vllm.attention.triton.selection import forced_keys, place_of, rows_with, select, softmax_of, softmax_step
+from topt_vllm.attention.triton.selection import (
+    forced_keys,
+    place_of,
+    rows_with,
+    select,
+    softmax_of,
+    softmax_step,
+)
 
 
 @triton.jit
