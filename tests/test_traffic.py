@@ -7,10 +7,12 @@ import pytest
 import torch
 from attention_cases import random_case
 from device import interpreter_only
+from screen_cases import with_screen
 from triton.runtime import interpreter
 
 from topt_vllm.attention.common import Stat, choose_rows_per_state, new_statistics
 from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton.workspace import Parts
 from topt_vllm.benchmarks.cases import Shape
 from topt_vllm.benchmarks.traffic import GPUS, dense_traffic, predictions, traffic
 
@@ -85,10 +87,48 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     assert meter.bytes["query"] + meter.bytes["out"] == expected.rows
 
 
+@interpreter_only
+def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 64)
+    case = with_screen(random_case([(1, 300)] * 2, 6, 2, 80, keep=0.05), "triton")
+    screen = case.cache.key_screen
+    assert screen is not None
+    key, query, out = case.cache.key.contiguous(), case.query.contiguous(), torch.empty_like(case.query)
+    cache, statistics = replace(case.cache, key=key), new_statistics()
+    workspace = launcher.allocate_workspace(2, 1, 6, 2, 80, torch.device("cpu"), programs=3)
+    chosen = launch.choose(1, 6, 2, 80, 2, LIMITS, 3, screened=True)
+    parts = Parts.of(chosen, 2, 6, 2, 80, 80).cut(workspace.memory)
+    tensors = {"key": key, "codes": screen.codes, "query": query, "out": out}
+    # The last but one part of the workspace; behind it are the coefficients.
+    meter = Meter(monkeypatch, tensors | {"queries": parts["query_codes"]})
+    launcher.Bound(workspace).decode(
+        query,
+        cache,
+        replace(case.batch, max_query_rows=1),
+        case.thetas,
+        case.selection,
+        case.scale,
+        case.softcap,
+        out,
+        statistics,
+    )
+    shape = Shape((300,) * 2, 6, 2, 80, 32, torch.bfloat16)
+    counted = statistics[0].int().tolist()
+    rows, candidates = counted[Stat.V_ROWS_READ], counted[Stat.K_ROWS_READ]
+    expected = traffic(shape, rows, LIMITS, programs=3, k_rows_read=candidates)
+    assert rows < candidates < counted[Stat.V_ROWS]
+    assert meter.bytes["key"] == expected.key
+    assert meter.bytes["codes"] == expected.codes
+    assert sum(meter.bytes[name] for name in ("query", "out", "queries")) == expected.rows
+
+
 def test_predictions_approach_the_ceiling_of_skipping_v():
     """Without partial results and sums, a kept share f leaves (1 + f) / 2 of the bytes."""
     for record in predictions([16], [131072], keep=0.1, block_size=128):
         assert 1.75 < record["ratio"] < 2 / 1.1
+    # A quarter of K's bytes and 4 more per row, and a tenth of K.
+    for record in predictions([16], [131072], keep=0.05, block_size=128, candidates=0.1):
+        assert 4.5 < record["ratio"] < 2 / (68 / 256 + 0.15)
     shape = Shape((8192,), 32, 8, 128, 16, torch.bfloat16)
     dense = dense_traffic(shape, GPUS[0].limits)
     assert dense.key == dense.value == 8 * 8192 * 256

@@ -227,10 +227,10 @@ def test_programs_fill_the_device_once_whatever_the_batch():
 def test_lists_do_not_grow_with_batch_or_context():
     words = [
         launcher.allocate_workspace(sequences, 1, 32, 8, 128, torch.device("meta")).memory.numel()
-        for sequences in (1, 1024)
+        for sequences in (1024, 2047)
     ]
-    partials = 1023 * 8 * 4 * (128 + 4)
-    assert words[1] - words[0] == partials
+    partials, queries = 1023 * 8 * 4 * (128 + 4), 1023 * 32 * (128 // 4 + 5)
+    assert words[1] - words[0] == partials + queries
 
 
 def test_drafted_rows_share_tiles_of_16_columns():

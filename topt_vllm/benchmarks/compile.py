@@ -31,7 +31,8 @@ from topt_vllm.attention.common import (
 )
 from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.attention.triton.arguments import screen_bytes
-from topt_vllm.attention.triton.calls import Call, DecodeStep, codes_call, finish_call
+from topt_vllm.attention.triton.calls import Call, DecodeStep
+from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
 from topt_vllm.attention.triton.launch import GpuLimits, Launch
 from topt_vllm.attention.triton.launcher import interpreted, new_statistics
 

@@ -12,6 +12,15 @@ memory and how many blocks a multiprocessor holds: the worst of each head dimens
 record. Everything takes half an hour; options narrow it. The exit status is 1 if anything spills."""
 _TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 _HEAD_DIMS = (64, 80, 128, 192, 256, 512)
+# (kernel, whether for a K screen): a line of each. Merge kernels hardly differ with one.
+_LINES = (
+    ("decode", False),
+    ("decode", True),
+    ("merge", False),
+    ("finish", False),
+    ("queries", True),
+    ("codes", True),
+)
 _DTYPES = ("bfloat16", "float16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -35,12 +44,13 @@ def _run(args: argparse.Namespace) -> int:
 
     origin = provenance()
     records: list[dict[str, Any]] = []
-    print("target   kernel  head dim  configurations  registers  spills  shared bytes  blocks")
+    print("target   kernel          head dim  configurations  registers  spills  shared bytes  blocks")
     for target in args.targets:
         for head_dim in args.head_dims:
             found = list(compile_all(shipped([head_dim], args.dtypes), [target]))
-            for kernel in ("decode", "merge", "finish"):
-                print(_line([each for each in found if each["kernel"] == kernel]), flush=True)
+            for kernel, screen in _LINES:
+                same = [each for each in found if each["kernel"] == kernel and each["screen"] == screen]
+                print(_line(same), flush=True)
             records += found
     write_json(args.json, [{**record, "provenance": origin} for record in records])
     spilling = [record for record in records if record["spills"]]
@@ -52,9 +62,10 @@ def _run(args: argparse.Namespace) -> int:
 def _line(records: list[dict[str, Any]]) -> str:
     """The worst of each number."""
     first = records[0]
+    name = first["kernel"] + (", K screen" if first["screen"] else "")
     most = {key: max(record[key] for record in records) for key in ("registers", "spills", "shared_bytes")}
     return (
-        f"{first['target']:8s} {first['kernel']:6s} {first['head_dim']:9d} {len(records):15d}"
+        f"{first['target']:8s} {name:16s}{first['head_dim']:9d} {len(records):15d}"
         f" {most['registers']:10d} {most['spills']:7d} {most['shared_bytes']:13d}"
         f" {min(record['occupancy'] for record in records):7d}"
     )

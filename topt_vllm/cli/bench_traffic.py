@@ -19,6 +19,11 @@ def add_mode(modes: Any) -> None:
     add("--batch", type=int, nargs="+", default=[1, 16, 64], help="sequences (default 1 16 64)")
     add("--seq-lens", type=int, nargs="+", default=[8192, 32768, 131072], help="context lengths")
     add("--keep", type=float, default=0.1, help="share of V rows read (default %(default)s)")
+    add(
+        "--candidates",
+        type=float,
+        help="with a K screen, the share of keys that it lets through (default: no screen)",
+    )
     add("--block-size", type=int, default=64, help="tokens of a KV block (default %(default)s)")
     add(
         "--json", type=Path, metavar="FILE", help="write one record per GPU and case; the file must not exist"
@@ -31,7 +36,11 @@ def _run(args: argparse.Namespace) -> int:
 
     if not 0 < args.keep <= 1:
         raise UserError(f"--keep {args.keep}: a share lies above 0 and up to 1")
-    records = predictions(args.batch, args.seq_lens, args.keep, args.block_size)
+    if args.candidates is not None and not args.keep <= args.candidates <= 1:
+        raise UserError(
+            f"--candidates {args.candidates}: they hold what is kept, so a share from --keep up to 1"
+        )
+    records = predictions(args.batch, args.seq_lens, args.keep, args.block_size, args.candidates)
     print("GPU         B       n     MB  dense MB   us at peak  dense us  dense / ours   (predicted)")
     for r in records:
         print(

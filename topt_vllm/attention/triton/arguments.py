@@ -27,8 +27,8 @@ def stored(part: torch.Tensor) -> tuple[torch.Tensor, int]:
 def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     """As ``screen_bytes`` of :class:`topt_vllm.attention.api.Implementation`.
 
-    Codes [P, D / 2], channel 2p in the lower bits of byte p and 2p + 1 in the upper ones, each 8 more than plane one;
-    then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
+    Codes [P, D / 2], each 8 more than plane one: channel 2p in the lower bits of byte p, 2p + 1 in the upper ones.
+    Then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
 
     Raises:
         ValueError: Another format than ``int4``, or heads whose rows don't fill words.

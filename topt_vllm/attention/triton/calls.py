@@ -1,4 +1,4 @@
-"""From the operator's arguments to kernel launches: shapes and strides decide, never contents."""
+"""From the arguments of a decode call to kernel launches: shapes and strides decide, never contents."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,7 @@ import triton.language as tl
 from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache, RowThetas, Selection, Thetas
 from topt_vllm.attention.screen import NOISE, hadamard_block
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
-from topt_vllm.attention.triton.codes_kernel import _topt_codes_kernel
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.finish_kernel import _topt_finish_kernel
 from topt_vllm.attention.triton.launch import MATRIX_ROWS, GpuLimits, Launch, choose, power_of_two
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
 from topt_vllm.attention.triton.queries_kernel import _topt_queries_kernel
@@ -19,10 +17,8 @@ from topt_vllm.attention.triton.workspace import Parts
 
 # Elements of V that the merge and the finish kernel add at a time, in this many rows at least.
 _VALUE_ELEMENTS, _VALUE_ROWS = 8192, 16
-# Depth of the pipeline of the finish kernel's loop, and sequences that it looks at together.
-_FINISH_STAGES, _SEQUENCES_AT_ONCE = 3, 128
-# Elements of K that the codes kernel takes at a time, and of queries that one program of the queries kernel does.
-_CODE_ELEMENTS, _QUERY_ELEMENTS = 2048, 1024
+# Elements of the queries that one program of the queries kernel takes.
+_QUERY_ELEMENTS = 1024
 # int8 products take so many elements of a row at least.
 _MATRIX_BYTES = 32
 
@@ -259,7 +255,7 @@ class DecodeStep:
             "programs": launch.programs,
             "max_rows": self.max_query_rows,
             "SEGMENTS": 64 if shared["VALUE_PAD"] <= 128 else 32,
-            "TAIL": _value_rows(shared["VALUE_PAD"]),
+            "TAIL": value_rows(shared["VALUE_PAD"]),
             "SINKS": self.sinks is not None,
             "SCALED_VALUE": scale is not None,
             "num_warps": 4,
@@ -273,85 +269,6 @@ def items_pad(items: int) -> int:
     return next(size for size in (256 << 3 * step for step in range(8)) if items <= size)
 
 
-def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Call:
-    """The kernel that writes V sums; arguments as of ``finish`` of the launcher, ``sums`` being the cache's."""
-    value, form = stored(cache.value)
-    _, num_kv_heads, block_size, value_dim = cache.value.shape
-    state_rows = cache.rows_per_state or block_size
-    value_pad = power_of_two(value_dim)
-    arguments = {
-        "value": value,
-        "value_sums": sums,
-        "query_start_loc": batch.query_start_loc,
-        "seq_lens": batch.seq_lens,
-        "block_table": batch.block_table,
-        "value_stride_block": value.stride(0),
-        "value_stride_head": value.stride(1),
-        "value_stride_slot": value.stride(2),
-        "sums_stride_block": sums.stride(0),
-        "sums_stride_head": sums.stride(1),
-        "sums_stride_state": sums.stride(2),
-        "table_stride": batch.block_table.stride(0),
-        "sequences": batch.seq_lens.shape[0],
-        "VALUE_DIM": value_dim,
-        "VALUE_PAD": value_pad,
-        "BLOCK_SIZE": block_size,
-        "STATE_ROWS": state_rows,
-        "TILE": min(power_of_two(state_rows), _value_rows(value_pad)),
-        "AT_ONCE": _SEQUENCES_AT_ONCE,
-        "STAGES": _FINISH_STAGES,
-        "FORMAT": form,
-        "num_warps": 4,
-    }
-    return Call(_topt_finish_kernel, (batch.seq_lens.shape[0], num_kv_heads), arguments)
-
-
-def codes_call(cache: PagedCache, screen: KeyScreen, batch: DecodeBatch, programs: int) -> Call:
-    """The kernel that writes a K screen's codes; arguments as of ``finish`` of the launcher.
-
-    Args:
-        cache: Of the layer.
-        screen: The cache's.
-        batch: Rows that were written.
-        programs: Of each KV head; the rows are shared out on the device.
-    """
-    key, form = stored(cache.key)
-    _, num_kv_heads, block_size, head_dim = key.shape
-    sequences, dim_pad = batch.seq_lens.shape[0], power_of_two(head_dim)
-    arguments = {
-        "key": key,
-        "codes": screen.codes,
-        "words": screen.codes.view(torch.int32),
-        "mean": screen.transform.mean,
-        "channel_scale": screen.transform.scale,
-        "signs": screen.transform.signs,
-        "key_scale": batch.seq_lens if cache.key_scale is None else cache.key_scale,
-        "query_start_loc": batch.query_start_loc,
-        "seq_lens": batch.seq_lens,
-        "block_table": batch.block_table,
-        "key_stride_block": key.stride(0),
-        "key_stride_head": key.stride(1),
-        "key_stride_slot": key.stride(2),
-        "key_stride_dim": key.stride(3),
-        "codes_stride_block": screen.codes.stride(0),
-        "codes_stride_head": screen.codes.stride(1),
-        "table_stride": batch.block_table.stride(0),
-        "sequences": sequences,
-        "first_jump": power_of_two(sequences) // 2,
-        "HEAD_DIM": head_dim,
-        "DIM_PAD": dim_pad,
-        "ROTATED": hadamard_block(head_dim),
-        "BLOCK_SIZE": block_size,
-        "ROWS": max(1, _CODE_ELEMENTS // dim_pad),
-        "SCALED_KEY": cache.key_scale is not None,
-        "FORMAT": form,
-        "num_warps": 4,
-        # A product and a sum in one rounding would give other codes than the specification.
-        "enable_fp_fusion": False,
-    }
-    return Call(_topt_codes_kernel, (programs, num_kv_heads), arguments)
-
-
-def _value_rows(value_pad: int) -> int:
-    """V rows that are added at a time."""
+def value_rows(value_pad: int) -> int:
+    """V rows that the merge and the finish kernel add at a time."""
     return max(_VALUE_ROWS, _VALUE_ELEMENTS // value_pad)

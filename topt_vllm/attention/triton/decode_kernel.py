@@ -23,17 +23,7 @@ from topt_vllm.attention.triton.screen_phases import (
     load_queries,
     without_softcap,
 )
-from topt_vllm.attention.triton.selection import place_of, select, softmax_step
-
-
-@triton.jit
-def _to_wide(values, column, wide, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """[COLUMNS] as [WIDE]."""
-    if COLUMNS == WIDE:
-        wide_values = values
-    else:
-        wide_values = tl.sum(tl.where(column[:, None] == wide[None, :], values[:, None], 0.0), axis=0)
-    return wide_values
+from topt_vllm.attention.triton.selection import place_of, select, softmax_step, to_wide
 
 
 @triton.jit(
@@ -358,9 +348,9 @@ def _topt_decode_kernel(
                 all_mass += exact_mass * tl.exp2((exact_level - new_reference) * LOG2E)
             else:
                 new_reference = tl.maximum(reference, tl.max(best, axis=0))
-            shrink = _to_wide(tl.exp2((reference - new_reference) * LOG2E), column, wide, COLUMNS, WIDE)
+            shrink = to_wide(tl.exp2((reference - new_reference) * LOG2E), column, wide, COLUMNS, WIDE)
             reference = new_reference
-            level = _to_wide(reference, column, wide, COLUMNS, WIDE)
+            level = to_wide(reference, column, wide, COLUMNS, WIDE)
             out *= shrink[:, None]
             kept *= shrink[None, :]
             for start in tl.range(0, listed, GATHER, num_stages=VALUE_STAGES):

@@ -115,18 +115,10 @@ def choose(
         tile = max(16, tile // 2)
     candidates = min(tile, 64)
     if screened:
-        # Codes are a quarter of K, so a tile may have more keys; scores take the same registers though.
-        few_registers = columns > MATRIX_COLUMNS or (item_bytes == 1 and dim_pad >= 256)
-        tile = 64 if few_registers else 128
-        if columns > MATRIX_COLUMNS and dim_pad >= 256:
-            candidates = 16
-        if not single and item_bytes == 1:
-            tile = 32
+        tile, candidates = _screen_tiles(columns, dim_pad, item_bytes, single, candidates)
     if limits.tensor_memory and columns >= MATRIX_ROWS:
-        tile, candidates = (
-            min(tile, 32),
-            min(candidates, 32),
-        )  # Triton 3.7 can't compile more with such products
+        tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
+        candidates = min(candidates, 32)
     entry_bytes = (8 if screened else 4) + 4 * rows * group
     list_keys = max(tile, power_of_two(_LIST_BYTES // entry_bytes + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
@@ -153,6 +145,21 @@ def choose(
         max_registers=None if limits.amd else 255,
         four_at_once=not limits.amd,
     )
+
+
+def _screen_tiles(
+    columns: int, dim_pad: int, item_bytes: int, single: bool, candidates: int
+) -> tuple[int, int]:
+    """Keys whose codes, and candidates whose K are read at a time: as many as registers allow without spills.
+
+    Codes are a quarter of K, so a tile may have more of them, but its scores take the same registers.
+    """
+    many = columns > MATRIX_COLUMNS
+    if many and item_bytes == 1 and not single:
+        tile = 32
+    else:
+        tile = 64 if many or (item_bytes == 1 and dim_pad >= 256) else 128
+    return tile, min(candidates, 16) if many and dim_pad >= 256 else candidates
 
 
 def _stages(tile_bytes: int, beside: int, single: bool, limits: GpuLimits) -> int:

@@ -10,13 +10,14 @@ from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, Ro
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton.arguments import check, check_cache
 from topt_vllm.attention.triton.arguments import screen_bytes as screen_bytes
-from topt_vllm.attention.triton.calls import DecodeStep, codes_call, finish_call
+from topt_vllm.attention.triton.calls import DecodeStep
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
+from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
 from topt_vllm.attention.triton.launch import PROGRAMS_PER_MULTIPROCESSOR, limits_of
 from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
 
-# By bytes a screen pays below 73 % of candidates; gathers are taken to run at half the rate of a stream, and the rest
-# is left to what else candidates cost. Not measured on a GPU yet.
+# By bytes a screen pays below 73 % of candidates; their K is gathered, which is taken to run at half the rate of a
+# stream. Not measured on a GPU yet.
 capabilities = Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}, graphs=True)
 
 _STATISTICS_SLOTS = 32

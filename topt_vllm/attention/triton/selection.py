@@ -1,4 +1,4 @@
-"""Device functions that say where keys are and which of them are kept."""
+"""Device functions that the phases of the decode kernel share: where keys are, what is kept, and softmax."""
 
 import triton
 import triton.language as tl
@@ -80,3 +80,13 @@ def softmax_of(best, mass):
     """Best score of a tile's columns and their mass relative to it: what threads hold crosses warps."""
     level = tl.max(best, axis=0)
     return level, tl.sum(mass * tl.exp2((best - level[None, :]) * LOG2E), axis=0)
+
+
+@triton.jit
+def to_wide(values, column, wide, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """[COLUMNS] as [WIDE]."""
+    if COLUMNS == WIDE:
+        wide_values = values
+    else:
+        wide_values = tl.sum(tl.where(column[:, None] == wide[None, :], values[:, None], 0.0), axis=0)
+    return wide_values
