@@ -30,7 +30,8 @@ def screened(impl: str, case: Case, margin: float | None = 2.5) -> Case:
 def in_gaps(case: Case) -> Thetas:
     """θ of every head and length in the middle of the widest gap among the 20 scores around it."""
     screen, thetas = case.cache.key_screen, case.thetas
-    assert screen is not None and isinstance(thetas, Thetas)
+    assert screen is not None
+    assert isinstance(thetas, Thetas)
     moved = thetas.theta.clone()
     for column, length in enumerate(thetas.lengths.tolist()):
         scores = []
@@ -67,7 +68,7 @@ def check(impl: str, case: Case, shared: bool = False) -> torch.Tensor:
     mass = float(expected[0, Stat.DROPPED_MASS])
     error = 5e-2 if shared else 1e-3
     assert float(got[0, Stat.DROPPED_MASS]) == pytest.approx(mass, rel=error, abs=error / 10, nan_ok=True)
-    # Codes are the same on both sides: what differs is the order of sums, a query of 16 bits, and how outputs round.
+    # Codes are the same on both sides: what differs is the order of sums, a query of 16 bits, and outputs' bits.
     rounding = 2 * torch.finfo(case.query.dtype).eps
     torch.testing.assert_close(out, wanted, rtol=rounding + error, atol=rounding + error / 10, equal_nan=True)
     return got[0]
@@ -77,7 +78,9 @@ def decoded(case: Case, sequence: int, n: int) -> EncodedKeys:
     """What the CPU kernel has stored of a context, rows [Hkv, n]; csrc/screen_block.h has the layout."""
     assert case.cache.key_screen is not None
     _, _, size, dim = case.cache.key.shape
-    memory = case.cache.key_screen.codes[case.batch.block_table[sequence, : -(-n // size)].long()].transpose(0, 1)
+    memory = case.cache.key_screen.codes[case.batch.block_table[sequence, : -(-n // size)].long()].transpose(
+        0, 1
+    )
     groups, rest = memory.split([size // 16 * (8 * dim + 64), size * dim // 2], dim=2)
     groups = groups.unflatten(2, (size // 16, 8 * dim + 64))
     words = groups[..., : 8 * dim].unflatten(3, (dim // 16, 16, 8)).transpose(3, 4).flatten(1, 3)
@@ -131,7 +134,9 @@ def test_codes_do_not_depend_on_how_rows_came(chunk: int) -> None:
     at_once = with_screen(random_case([(1, 100)]), "cpu", "int4+4")
     assert at_once.cache.key_screen is not None
     codes = torch.randint_like(at_once.cache.key_screen.codes, 256)
-    made = replace(at_once.cache, key_screen=replace(at_once.cache.key_screen, codes=codes), key=at_once.cache.key)
+    made = replace(
+        at_once.cache, key_screen=replace(at_once.cache.key_screen, codes=codes), key=at_once.cache.key
+    )
     batch, table = at_once.batch, at_once.batch.block_table
     for begin in range(0, 100, chunk):
         end = min(100, begin + chunk)
@@ -162,7 +167,9 @@ def test_rows_outside_a_batch_keep_their_codes() -> None:
 @pytest.mark.parametrize("margin", [None, 0.0, 1.0, 2.5], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 80, 128, 192])
 def test_head_dims_and_margins(impl: str, head_dim: int, margin: float | None) -> None:
-    case = random_case([(1, 700), (1, 128), (1, 15)], 4, 2, head_dim, 64, query_dtype=torch.float32, keep=0.03)
+    case = random_case(
+        [(1, 700), (1, 128), (1, 15)], 4, 2, head_dim, 64, query_dtype=torch.float32, keep=0.03
+    )
     assert check(impl, screened(impl, case, margin))[Stat.K_ROWS_READ] == 2 * 15
 
 
@@ -196,7 +203,7 @@ def test_compensations_and_softcap(impl: str, compensation: Any, softcap: float)
 @pytest.mark.parametrize("rows", [2, 8, 11])
 def test_rows_of_one_sequence(impl: str, rows: int) -> None:
     """A hard bound keeps the same keys whoever shares candidates, and a huge margin makes all keys some."""
-    case = screened(impl, random_case([(rows, 300), (1, 257), (rows, 66)], 6, 2, keep=0.02), 1e4)
+    case = screened(impl, random_case([(rows, 150), (1, 257), (rows, 66)], 6, 2, keep=0.02), 1e4)
     check(impl, case)
     case = screened(impl, case, None)
     expected = new_statistics()
