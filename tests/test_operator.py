@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topt_vllm.attention import api, posit
-from topt_vllm.attention.common import DecodeBatch, KeyScreen, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import DecodeBatch, Selection, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
 KERNELS = [name for name in IMPLS if name != "reference"]
@@ -220,7 +220,7 @@ def test_statistics_count_rows_pairs_and_mass(impl: str) -> None:
     statistics = new_statistics() + 1
     hand_case(scores, replace(PLAIN, group_keep="union"), [2.0, 2.0]).run(impl, statistics)
     p = softmax(scores[0])
-    expected = [1, 8, 4, 4, 3, 2 * float(p[2]), 4]
+    expected = [1, 8, 4, 4, 3, 2 * float(p[2]), 4, 4]
     close(statistics - 1, torch.tensor([expected], dtype=torch.float64))
 
 
@@ -288,6 +288,7 @@ def check_against_oracle(impl: str, case: Case) -> None:
         Stat.V_ROWS: sum(part.numel() for part in read),
         Stat.V_ROWS_READ: sum(int(part.sum()) for part in read),
         Stat.K_ROWS_READ: sum(part.numel() for part in read),
+        Stat.CANDIDATES: sum(part.numel() for part in read),
     }
     assert {stat: int(statistics[0, stat]) for stat in expected} == expected
     mass = sum(
@@ -434,12 +435,6 @@ REFUSED_BYTES = {
     "unmarked": (
         lambda case: replace(case, cache=replace(case.cache, posit8=False)),
         "posits are stored as torch.uint8",
-    ),
-    "screen": (
-        lambda case: replace(
-            case, cache=replace(case.cache, key_screen=KeyScreen("int8", torch.zeros(1, 1, 1)))
-        ),
-        "key_screen: expected none for K of 8 bits",
     ),
     "scale": (
         lambda case: replace(case, cache=replace(case.cache, value_scale=torch.ones(2))),

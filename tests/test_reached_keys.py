@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import Case, finish, implementation, random_case
+from attention_cases import Case, random_case
 from device import TRITON
 
-from topt_vllm.attention.common import KeyScreen, Selection
+from topt_vllm.attention.common import Selection
 
 IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
 SELECTIONS = {
@@ -55,17 +55,6 @@ def test_heads_and_lengths_without_thresholds_count_nothing(impl: str):
     assert reached.tolist() == expected(case)
     assert reached[1].tolist() == [0, 0, 0, 0]
     assert (reached[0] > 0).tolist() == [True, False, True, True]
-
-
-def test_a_key_screen_changes_no_count():
-    case = random_case([(1, 1000), (1, 300)], keep=0.02, block_size=128)
-    size = implementation("cpu").screen_bytes("int8", 64, 128)
-    codes = torch.zeros(case.cache.key.shape[0], 2, size, dtype=torch.uint8)
-    cache = replace(case.cache, key_screen=KeyScreen("int8", codes))
-    finish(cache, case.batch.block_table, case.batch.seq_lens.tolist(), "cpu")
-    reached = torch.zeros(2, 4, dtype=torch.int64)
-    replace(case, cache=cache).run("cpu", reached=reached)
-    assert reached.tolist() == expected(case)
 
 
 @pytest.mark.parametrize("impl", ["cpu", TRITON])

@@ -321,11 +321,8 @@ class Decoder {
       for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
         const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
         const uint32_t marks = candidates[at / kLanes];
-        for (uint32_t left = marks; left; left &= left - 1) {
-          const int row = std::countr_zero(left);
-          refine_row(s.screen, codes.group(word), row, codes.plane_two(word * kLanes + row), p.softcap, scores + at + row,
+        refine_group(s.screen, codes.group(word), marks, codes.plane_two(word * kLanes), p.softcap, scores + at,
                      tile_tokens(p));
-        }
         for (int row = 0; row < item.rows; ++row) {
           counts.candidates += std::popcount(marks & below(s.rules[row * group].n - start));
         }
@@ -372,7 +369,7 @@ class Decoder {
         if (!screened) score = score * Vec16(p.scale * p.key_scale);
         if (!screened && p.softcap > 0) score = softcap16(score, p.softcap);
         if (valid != 0xffff) score = select16(score, valid, -kInfinity);
-        store16(at, score);
+        if (!screened || valid != 0xffff) store16(at, score);
         best[m] = max16(score, best[m]);
         uint32_t mask = ge16(score, rules[m].theta) & let_through;
         reached[m] += std::popcount(mask);

@@ -60,7 +60,10 @@ inline void encode_query(const Problem& p, int kv_head, const float* wide, float
   const bool sound = whole > 0 && std::isfinite(32767.0f / whole);
   const float step = whole / 127.0f, inverse = sound ? 127.0f / whole : 0.0f;
   const float fine_step = whole / 32767.0f, fine_inverse = sound ? 32767.0f / whole : 0.0f;
-  int32_t sum = 0, fine_sum = 0;
+  if (!std::isfinite(whole)) std::fill_n(q.rotated, dim, 0.0f);
+  int8_t* codes = q.codes + static_cast<int64_t>(m) * dim;
+  int16_t* fine_codes = q.fine + static_cast<int64_t>(m) * dim;
+  Vec16 sums(0.0f), fine_sums(0.0f);
   for (int d = 0; d < dim; d += kLanes) {
     const Vec16 rotated = load16(q.rotated + d);
     const auto rounded = [&](float inverse) {
@@ -68,20 +71,18 @@ inline void encode_query(const Problem& p, int kv_head, const float* wide, float
     };
     const Vec16 code = rounded(inverse), left = rotated - code * Vec16(step);
     unseen = fma16(left, left, unseen);
-    alignas(64) float codes[kLanes], fine[kLanes];
-    store16(codes, code), store16(fine, rounded(fine_inverse));
-    int8_t* to = q.codes + static_cast<int64_t>(m) * dim + d;
-    int16_t* fine_to = q.fine + static_cast<int64_t>(m) * dim;
-    for (int i = 0; i < kLanes && sound; ++i) sum += to[i] = static_cast<int8_t>(static_cast<int32_t>(codes[i]));
-    for (int half = 0; half < kLanes; half += kWordBytes) {
-      int16_t* part = fine_to + fine_place(d + half, dim);
-      for (int i = 0; i < kWordBytes && sound; ++i) {
-        fine_sum += part[i] = static_cast<int16_t>(static_cast<int32_t>(fine[half + i]));
-      }
-      if (!sound) std::fill_n(part, kWordBytes, 0);
-    }
-    if (!sound) std::fill_n(to, kLanes, 0);
+    const Vec16 fine = rounded(fine_inverse);
+    sums = sums + code, fine_sums = fine_sums + fine;
+    alignas(64) float lanes[kLanes];
+    store16(lanes, code);
+    for (int i = 0; i < kLanes; ++i) codes[d + i] = static_cast<int8_t>(static_cast<int32_t>(lanes[i]));
+    store16(lanes, fine);
+    int16_t *low = fine_codes + fine_place(d, dim), *high = fine_codes + fine_place(d + kWordBytes, dim);
+    for (int i = 0; i < kWordBytes; ++i) low[i] = static_cast<int16_t>(static_cast<int32_t>(lanes[i]));
+    for (int i = 0; i < kWordBytes; ++i) high[i] = static_cast<int16_t>(static_cast<int32_t>(lanes[kWordBytes + i]));
   }
+  // Sums of up to 512 integers of 16 bits: exact.
+  const auto sum = static_cast<int32_t>(sum16(sums)), fine_sum = static_cast<int32_t>(sum16(fine_sums));
   ScreenQuery& of = q.of[m];
   of.bias = static_cast<float>(-8 * sum) + 0.5f * static_cast<float>(sum);
   of.factor = p.scale * step, of.offset = p.scale * sum16(offset);
@@ -136,19 +137,27 @@ inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, f
   return candidates;
 }
 
-// The scores of one row of a group by both planes, in place of the approximate ones; `scores` is [M], strided.
-inline void refine_row(const ScreenQueries& q, const ScreenGroup& group, int row, const uint8_t* plane_two,
-                       float softcap, float* scores, int64_t score_stride) {
-  const float step = group.steps[row];
+// Scores by both planes of the rows `marks` of a group, in place of the approximate ones, [M, 16]. `plane_two` is that of
+// the group's first row.
+inline void refine_group(const ScreenQueries& q, const ScreenGroup& group, uint32_t marks, const uint8_t* plane_two,
+                         float softcap, float* scores, int64_t score_stride) {
   in_register_tiles<4>(q.count, [&](auto vectors, int m) {
-    Sums4 sums;
-    float fine[4];
-    dot_row<vectors()>(group.codes + row * kWordBytes, plane_two, q.fine + static_cast<int64_t>(m) * q.dim, q.dim, sums);
-    finish_sums(sums, q.fine_bias + m, q.fine_half + m, q.fine_factor + m, step, q.offset + m, fine);
-    for (int i = 0; i < vectors(); ++i) scores[(m + i) * score_stride] = fine[i];
+    const int16_t* query = q.fine + static_cast<int64_t>(m) * q.dim;
+    for (uint32_t left = marks; left; left &= left - 1) {
+      const int row = std::countr_zero(left);
+      Sums4 sums;
+      float fine[4];
+      dot_row<vectors()>(group.codes + row * kWordBytes, plane_two + row * q.dim / 2, query, q.dim, sums);
+      finish_sums(sums, q.fine_bias + m, q.fine_half + m, q.fine_factor + m, group.steps[row], q.offset + m, fine);
+      TOPT_UNROLL
+      for (int i = 0; i < vectors(); ++i) scores[(m + i) * score_stride + row] = fine[i];
+    }
   });
   for (int m = 0; m < q.count && softcap > 0; ++m) {
-    scores[m * score_stride] = softcap * std::tanh(scores[m * score_stride] / softcap);
+    for (uint32_t left = marks; left; left &= left - 1) {
+      float& score = scores[m * score_stride + std::countr_zero(left)];
+      score = softcap * std::tanh(score / softcap);
+    }
   }
 }
 
