@@ -43,7 +43,7 @@ class ScreenedTopTheta(TopTheta):
         theta = self.theta(rows)
         seen, upper = keys.scores(rows, self.margin)
         found = candidates(rows, upper, theta)
-        found[:, torch.arange(len(rows.contexts)), rows.contexts - 1] = True
+        found[:, torch.arange(len(rows.contexts), device=found.device), rows.contexts - 1] = True
         better = rows.scores
         if self.format == "int4+4":
             # Where a head keeps everything, its group isn't screened.
