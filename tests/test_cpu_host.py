@@ -57,8 +57,8 @@ def test_vllm_s_cpu_kernels_take_the_layout_that_packs_a_block_s_layers():
     ("environment", "changes", "idle"),
     [
         ({}, {}, (1, 4)),
-        ({}, {"connector": object()}, (2, 4)),
-        ({}, {"world_size": 2, "connector": object()}, None),
+        ({}, {"connector": "some"}, (2, 4)),
+        ({}, {"world_size": 2, "connector": "some"}, None),
         ({}, {"executor": "uni"}, None),
         ({"VLLM_CPU_OMP_THREADS_BIND": "auto"}, {}, (1, 4)),
         ({"VLLM_CPU_OMP_THREADS_BIND": "0-3"}, {}, None),
