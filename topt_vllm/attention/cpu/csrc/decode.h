@@ -280,26 +280,41 @@ class Decoder {
     }
   }
 
-  // Approximate scores of a tile; marks candidates and asks for the rest of their codes.
   void screen(const Item& item, int tile, int end_tile, const Item* after) {
     turn_to(tile);
+    if (p.screen.hard) {
+      screen_tile<true>(item, tile, end_tile, after);
+    } else {
+      screen_tile<false>(item, tile, end_tile, after);
+    }
+  }
+
+  // Approximate scores of a tile; marks candidates and asks for the rest of their codes.
+  template <bool hard>
+  void screen_tile(const Item& item, int tile, int end_tile, const Item* after) {
+    // By value, so that stores of scores leave it in registers.
+    const ScreenQueries q = s.screen;
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
-    const int words = p.block_size / kLanes, end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
-    const int distance = std::max(1, kScreenAhead / p.block_size);
+    const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
+    const int distance = std::max(1, kScreenAhead / p.block_size), stride = tile_tokens(p), half = q.dim / 2;
+    const int64_t group_bytes = ScreenBlock::group_bytes(q.dim);
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
       const char* ahead = later_codes(item, block + distance, end, after);
-      for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
-        const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
-        const char* next = ahead ? ahead + word * ScreenBlock::group_bytes(p.head_dim) : nullptr;
-        const auto screen = p.screen.hard ? screen_group<true> : screen_group<false>;
-        uint32_t marks = screen(s.screen, codes.group(word), p.softcap, scores + at, tile_tokens(p), next);
-        marks |= below(forced_below - start) | ~below(forced_from - start);
-        marks &= below(item.context - start);
-        candidates[at / kLanes] = marks;
+      float* to = scores + (block - first) * p.block_size;
+      uint32_t* marks_to = candidates + (block - first) * (p.block_size / kLanes);
+      const int start = block * p.block_size, tokens = std::min(p.block_size, item.context - start);
+      const int low = forced_below - start, high = forced_from - start;
+      for (int t = 0; t < tokens; t += kLanes) {
+        uint32_t marks = screen_group<hard>(q, codes.group(t / kLanes), p.softcap, to + t, stride, ahead);
+        if (ahead) ahead += group_bytes;
+        marks |= below(low - t) | ~below(high - t);
+        marks &= below(tokens - t);
+        marks_to[t / kLanes] = marks;
+        const uint8_t* rows = codes.plane_two(t);
         for (; marks; marks &= marks - 1) {
-          const uint8_t* row = codes.plane_two(word * kLanes + std::countr_zero(marks));
-          for (int byte = 0; byte < p.head_dim / 2; byte += kLineBytes) ask(row + byte);
+          const uint8_t* row = rows + std::countr_zero(marks) * half;
+          for (int byte = 0; byte < half; byte += kLineBytes) ask(row + byte);
         }
       }
     }
@@ -314,18 +329,19 @@ class Decoder {
 
   // Scores of a screened tile's candidates by both planes.
   void refine(const Item& item, int tile, Counts& counts) {
-    const int first = tile * p.blocks_per_tile, words = p.block_size / kLanes;
-    const int last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+    const ScreenQueries q = s.screen;
+    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
-      for (int word = 0; word < words && block * p.block_size + word * kLanes < item.context; ++word) {
-        const int start = block * p.block_size + word * kLanes, at = (block - first) * p.block_size + word * kLanes;
-        const uint32_t marks = candidates[at / kLanes];
-        refine_group(s.screen, codes.group(word), marks, codes.plane_two(word * kLanes), p.softcap, scores + at,
-                     tile_tokens(p));
-        for (int row = 0; row < item.rows; ++row) {
-          counts.candidates += std::popcount(marks & below(s.rules[row * group].n - start));
-        }
+      float* to = scores + (block - first) * p.block_size;
+      const uint32_t* marks = candidates + (block - first) * (p.block_size / kLanes);
+      const int start = block * p.block_size, tokens = std::min(p.block_size, item.context - start);
+      for (int t = 0; t < tokens; t += kLanes) {
+        refine_group(q, codes.group(t / kLanes), marks[t / kLanes], codes.plane_two(t), p.softcap, to + t, tile_tokens(p));
+      }
+      for (int row = 0; row < item.rows; ++row) {
+        const int seen = s.rules[row * group].n - start;
+        for (int t = 0; t < tokens; t += kLanes) counts.candidates += std::popcount(marks[t / kLanes] & below(seen - t));
       }
     }
   }

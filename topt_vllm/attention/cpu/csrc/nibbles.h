@@ -26,7 +26,7 @@ using RowSums = __m512i;
 inline Vec16 to_float(const RowSums& sums) { return Vec16(Vec(_mm512_cvtepi32_ps(sums))); }
 
 template <int MT>
-inline void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
+TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
   const __m512i lower = _mm512_set1_epi8(0x0f), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
   // Of the lower nibbles, and 16 times those of the upper ones.
   __m512i low[MT][2], high[MT][2];
@@ -74,7 +74,7 @@ inline Vec16 to_float(const RowSums& sums) {
 #if defined(__AVX2__)
 
 template <int MT>
-inline void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
+TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
   const __m256i lower = _mm256_set1_epi8(0x0f), ones = _mm256_set1_epi16(1);
   // Four rows at a time.
   for (int row = 0; row < kLanes; row += 4) {
@@ -109,7 +109,7 @@ inline void dot_group(const uint8_t* codes, const int8_t* query, int dim, const 
 #else
 
 template <int MT>
-inline void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
+TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
   for (int m = 0; m < MT; ++m) {
     for (int row = 0; row < kLanes; ++row) {
       int32_t sum = 0;
@@ -165,7 +165,7 @@ inline __m128i load_word(const uint8_t* word) { return _mm_loadl_epi64(reinterpr
 
 #if TOPT_AVX512 && defined(__AVX512VNNI__)
 template <int MT>
-inline void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m512i (&sum)[MT]) {
+TOPT_INLINE void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m512i (&sum)[MT]) {
   constexpr int next = kLanes * kWordBytes;
   const __m256i lower = _mm256_set1_epi8(0x0f);
   const __m256i first = _mm256_set_m128i(_mm_unpacklo_epi64(load_word(one + 2 * next), load_word(one + 3 * next)),
@@ -184,7 +184,7 @@ inline void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* que
 }
 #else
 template <int MT>
-inline void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m256i (&sum)[MT]) {
+TOPT_INLINE void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m256i (&sum)[MT]) {
   constexpr int next = kLanes * kWordBytes;
   for (int pair = 0; pair < 2; ++pair) {
     const uint8_t* words = one + 2 * pair * next;
@@ -203,7 +203,7 @@ inline void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* que
 #endif
 
 template <int MT>
-inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
+TOPT_INLINE void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
   int d = 0;
 #if TOPT_AVX512 && defined(__AVX512VNNI__)
   __m512i wide[MT];
@@ -253,7 +253,7 @@ inline void finish_sums(const Sums4& sums, const int32_t* bias, const float* hal
 }
 
 template <int MT>
-inline void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
+TOPT_INLINE void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
   uint32_t sum[4] = {};
   for (int d = 0; d < dim; d += kWordChannels) {
     const int16_t *low = query + fine_place(d, dim), *high = query + fine_place(d + kWordBytes, dim);

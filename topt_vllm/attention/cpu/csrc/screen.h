@@ -99,7 +99,7 @@ inline void encode_query(const Problem& p, int kv_head, const float* wide, float
 // Scores of MT vectors from `first` on for the 16 rows of a group, without softcap; returns the lanes that may reach
 // theta.
 template <int MT, bool hard>
-inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup& group, float* scores,
+TOPT_INLINE uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup& group, float* scores,
                             int64_t score_stride, const char* ahead) {
   RowSums sums[MT];
   dot_group<MT>(group.codes, q.codes + static_cast<int64_t>(first) * q.dim, q.dim, ahead, sums);
@@ -123,7 +123,7 @@ inline uint32_t screen_rows(const ScreenQueries& q, int first, const ScreenGroup
 
 // A group's approximate scores, [M, 16], for all vectors; returns its candidates. `ahead` is a group to ask for, or null.
 template <bool hard>
-inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, float softcap, float* scores,
+TOPT_INLINE uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, float softcap, float* scores,
                              int64_t score_stride, const char* ahead) {
   uint32_t candidates = 0;
   if (ahead) ask(ahead + 8 * q.dim);
@@ -139,7 +139,7 @@ inline uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& group, f
 
 // Scores by both planes of the rows `marks` of a group, in place of the approximate ones, [M, 16]. `plane_two` is that of
 // the group's first row.
-inline void refine_group(const ScreenQueries& q, const ScreenGroup& group, uint32_t marks, const uint8_t* plane_two,
+TOPT_INLINE void refine_group(const ScreenQueries& q, const ScreenGroup& group, uint32_t marks, const uint8_t* plane_two,
                          float softcap, float* scores, int64_t score_stride) {
   in_register_tiles<4>(q.count, [&](auto vectors, int m) {
     const int16_t* query = q.fine + static_cast<int64_t>(m) * q.dim;

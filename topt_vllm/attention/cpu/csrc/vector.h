@@ -16,6 +16,8 @@
 
 // Loops over register tiles: rolled, the compiler keeps their accumulators in memory (2.3 times slower).
 #define TOPT_UNROLL _Pragma("GCC unroll 8")
+// Parts of inner loops that the compiler would call.
+#define TOPT_INLINE [[gnu::always_inline]] inline
 
 namespace topt {
 
