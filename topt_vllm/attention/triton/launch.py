@@ -154,12 +154,10 @@ def _screen_tiles(
 
     Codes are a quarter of K, so a tile may have more of them, but its scores take the same registers.
     """
-    many = columns > MATRIX_COLUMNS
-    if many and item_bytes == 1 and not single:
-        tile = 32
-    else:
-        tile = 64 if many or (item_bytes == 1 and dim_pad >= 256) else 128
-    return tile, min(candidates, 16) if many and dim_pad >= 256 else candidates
+    wide, fp8 = dim_pad >= 256, item_bytes == 1
+    if columns == MATRIX_COLUMNS:
+        return 64 if wide and fp8 else 128, candidates
+    return 32 if wide else 64, min(candidates, 16) if wide or (fp8 and not single) else candidates
 
 
 def _stages(tile_bytes: int, beside: int, single: bool, limits: GpuLimits) -> int:
