@@ -67,6 +67,7 @@ def rows(lengths: list[int], layers: int = 1, **reasons: float) -> dict[str, flo
         "toptheta:v_rows_total": keys * NUM_KV_HEADS,
         "toptheta:v_rows_read_total": keys * NUM_KV_HEADS,
         "toptheta:k_rows_read_total": keys * NUM_KV_HEADS,
+        "toptheta:k_candidates_total": keys * NUM_KV_HEADS,
         "toptheta:dropped_mass_count": number * NUM_HEADS,
         "toptheta:decode_rows_total": number,
     } | {f"{kind}:{reason}": n for reason, n in reasons.items() for kind in ("dense_rows", "platform_rows")}
