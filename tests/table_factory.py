@@ -74,7 +74,7 @@ def make_key_statistics(identity: ModelIdentity) -> KeyStatistics:
         layers=[
             LayerKeys(layer=layer, mean=[[0.0] * channels] * heads, scale=[[1.0] * channels] * heads)
             for layer in range(identity.num_layers)
-            if layer not in identity.sliding_window_layers
+            if layer in identity.full_layers
         ],
     )
 
@@ -103,7 +103,7 @@ def _budget(identity: ModelIdentity, k: int, lengths: list[int], dense_layers: l
             ],
         )
         for layer in range(identity.num_layers)
-        if layer not in identity.sliding_window_layers
+        if layer in identity.full_layers
     ]
     quality = Quality(
         kept_over_k=Spread(p5=0.5, p50=1.0, p95=2.0), v_rows_read=0.25, dropped_mass=0.03, tokens=lengths[-1]
