@@ -18,4 +18,4 @@ export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # Tests on real models need them in the cache folder, which is fresh.
 .venv/bin/python -m pytest -q -p no:cacheprovider tests/test_operator.py tests/test_key_screen.py tests/test_running_sums.py \
-  -k "not triton and not real_caches" "$@"
+  -k "not triton" "$@"

@@ -73,7 +73,7 @@ def test_v_narrower_than_k_is_refused_by_name():
 
 CAPABILITIES = {
     "reference": Capabilities(sinks=True, narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0}),
-    "cpu": Capabilities(screens={"int4+4": 0.5}),
+    "cpu": Capabilities(screens={"int4+4": 0.2}),
     "triton": Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}, graphs=True),
 }
 
