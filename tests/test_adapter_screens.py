@@ -135,7 +135,7 @@ def with_means(means: torch.Tensor, head_dim: int) -> Any:
 @ON_CPUS
 def test_layers_that_do_not_gain_have_none(make_rig: Any):
     """Dense layers, windows, and those in which most keys would pass."""
-    table = Table(theta=2.0, dense_layers=(0,), candidates=[0.0, 0.9, 0.4])
+    table = Table(theta=2.0, dense_layers=(0,), candidates=[0.0, 0.9, 0.1])
     rig = make_rig(CPU, table, layers=3, settings={"k_screen": "int4+4"})
     assert [rig.bound(index).key_screen is not None for index in range(3)] == [False, False, True]
     assert [rig.states(index).key_screen is not None for index in range(3)] == [False, False, True]
