@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 from topt_vllm.attention.common import Compensation, GroupKeep, Selection
-from topt_vllm.attention.screen import ScreenFormat
+from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -151,7 +151,7 @@ class TopThetaConfig:
     group_keep: GroupKeep = "union"
     compensation: Compensation = "vmean"
     k_screen: Literal["off"] | ScreenFormat = "off"
-    k_screen_margin: float | Literal["hard"] = 2.5
+    k_screen_margin: float | Literal["hard"] = DEFAULT_MARGIN
     adapt: bool = False
     sift_tau: float = 0.95
     sift_warmup: int = 32

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
-from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
+from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat, ScreenTransform
 
 GroupKeep = Literal["head", "union"]
 Compensation = Literal["none", "vmean"]
@@ -171,7 +171,7 @@ class KeyScreen:
     format: ScreenFormat
     transform: ScreenTransform
     codes: torch.Tensor
-    margin: float | None = 2.5
+    margin: float | None = DEFAULT_MARGIN
 
     def __post_init__(self) -> None:
         if self.format not in get_args(ScreenFormat):

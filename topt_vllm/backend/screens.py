@@ -42,12 +42,11 @@ def choose_screens(
             f"them, with a text of the kind that you serve:\n  {k_screen_command(model, path)}\nor leave k_screen "
             "out."
         )
-    shares = budget.quality.layer_candidates if budget.quality is not None else None
     limit = implementation.capabilities.screens[format]
     return {
         layer: transform
         for layer, transform in table.key_statistics.transforms().items()
-        if layer not in budget.dense_layers and (shares is None or shares[layer] <= limit)
+        if layer not in budget.dense_layers and budget.candidates.get(layer, 0.0) <= limit
     }
 
 

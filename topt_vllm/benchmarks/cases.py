@@ -192,20 +192,40 @@ def paged_inputs(
     return inputs
 
 
-def placed_inputs(
-    shape: Shape,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> Inputs:
-    """As :meth:`topt_vllm.benchmarks.devices.Cpu.placed`."""
-    rows = torch.cat([key.transpose(2, 3).reshape(value.shape), value], dim=2)
-    memory = torch.empty(shape.total_blocks, *rows.shape[1:], dtype=key.dtype)
-    memory[table.long()] = rows.expand(shape.batch, *rows.shape)
-    return paged_inputs(shape, query, memory, table, scale, softcap)
+@dataclass(frozen=True)
+class SharedRows:
+    """A batch whose sequences all have the same K and V, before they are laid out as some cache has them.
+
+    Attributes:
+        shape: Dimensions.
+        query: [S, H, D].
+        key: [blocks of a sequence, Hkv, P, D].
+        value: As ``key``.
+        table: int32 [S, blocks].
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+    """
+
+    shape: Shape
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor
+    scale: float
+    softcap: float
+
+    def scattered(self, blocks: torch.Tensor) -> torch.Tensor:
+        """A cache's memory [B, …] from what it has of one sequence's blocks, [blocks, …]."""
+        memory = blocks.new_empty(self.shape.total_blocks, *blocks.shape[1:])
+        memory[self.table.long()] = blocks.expand(self.shape.batch, *blocks.shape)
+        return memory
+
+
+def placed_inputs(rows: SharedRows) -> Inputs:
+    """The batch on the layout of vLLM's CPU cache."""
+    keys = rows.key.transpose(2, 3).reshape(rows.value.shape)
+    memory = rows.scattered(torch.cat([keys, rows.value], dim=2))
+    return paged_inputs(rows.shape, rows.query, memory, rows.table, rows.scale, rows.softcap)
 
 
 def make_inputs(shape: Shape, seed: int = 0) -> Inputs:

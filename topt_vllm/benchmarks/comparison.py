@@ -96,8 +96,8 @@ def compare(
     }
     columns: list[_Column] = []
     for target in targets:
-        counts = count(module, layers, target.thetas, selection)
         if target.dense:
+            counts = count(module, layers, target.thetas, selection)
             columns.append(_Column(keep_all, layers, target, OFF, dense_error, counts, 0.0))
             continue
         expected = [

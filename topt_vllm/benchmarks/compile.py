@@ -29,7 +29,7 @@ from topt_vllm.attention.common import (
     Thetas,
     choose_rows_per_state,
 )
-from topt_vllm.attention.screen import ScreenTransform
+from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenTransform
 from topt_vllm.attention.triton.arguments import screen_bytes
 from topt_vllm.attention.triton.calls import Call, DecodeStep
 from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
@@ -182,7 +182,7 @@ class Configuration:
         transform = ScreenTransform(channels, channels, channels[0])
         size = screen_bytes("int4", self.head_dim, self.block_size)
         codes = _empty(blocks, _KV_HEADS, size, dtype=torch.uint8)
-        return KeyScreen("int4", transform, codes, None if self.hard else 2.5)
+        return KeyScreen("int4", transform, codes, None if self.hard else DEFAULT_MARGIN)
 
 
 def shipped(head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Configuration]:

@@ -7,7 +7,7 @@ import torch
 
 from topt_vllm.attention.common import PagedCache
 from topt_vllm.attention.triton import launcher
-from topt_vllm.benchmarks.cases import Inputs, Shape
+from topt_vllm.benchmarks.cases import Inputs, Shape, SharedRows
 
 # Blocks of random numbers that are made at a time.
 _BLOCKS_AT_ONCE = 256
@@ -32,20 +32,10 @@ def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     return _inputs(shape, query.to(shape.dtype), memory, table, shape.head_dim**-0.5, 0.0)
 
 
-def placed_device_inputs(
-    shape: Shape,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    table: torch.Tensor,
-    scale: float,
-    softcap: float,
-) -> Inputs:
-    """As :meth:`topt_vllm.benchmarks.devices.Cpu.placed`."""
-    rows = torch.cat([key, value], dim=3).transpose(1, 2)
-    memory = torch.empty(shape.total_blocks, *rows.shape[1:], dtype=key.dtype, device=key.device)
-    memory[table.long()] = rows.expand(shape.batch, *rows.shape)
-    return _inputs(shape, query, memory, table, scale, softcap)
+def placed_device_inputs(rows: SharedRows) -> Inputs:
+    """The batch where its tensors are."""
+    memory = rows.scattered(torch.cat([rows.key, rows.value], dim=3).transpose(1, 2))
+    return _inputs(rows.shape, rows.query, memory, rows.table, rows.scale, rows.softcap)
 
 
 def _inputs(

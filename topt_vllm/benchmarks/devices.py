@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from topt_vllm.attention.api import Implementation, load_implementation
-from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, placed_inputs
+from topt_vllm.benchmarks.cases import Inputs, Shape, SharedRows, make_inputs, placed_inputs
 from topt_vllm.benchmarks.kernels import platform_kernel
 from topt_vllm.benchmarks.rivals import rivals
 from topt_vllm.benchmarks.timing import Call, Variant, streaming_read
@@ -24,28 +24,9 @@ class Cpu:
         """A synthetic case on the layout of the device's cache."""
         return make_inputs(shape)
 
-    def placed(
-        self,
-        shape: Shape,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        table: torch.Tensor,
-        scale: float,
-        softcap: float,
-    ) -> Inputs:
-        """A case whose sequences all have the same rows, on the layout of the device's cache.
-
-        Args:
-            shape: Dimensions.
-            query: [S, H, D].
-            key: [blocks of a sequence, Hkv, P, D].
-            value: As ``key``.
-            table: int32 [S, blocks].
-            scale: Factor of q·k.
-            softcap: Logits softcap, 0 for none.
-        """
-        return placed_inputs(shape, query, key, value, table, scale, softcap)
+    def placed(self, rows: SharedRows) -> Inputs:
+        """A batch on the layout of the device's cache."""
+        return placed_inputs(rows)
 
     def implementation(self, inputs: Inputs) -> Implementation:
         """Ours, for calls like this one."""
@@ -93,21 +74,12 @@ class Gpu:
 
         return device_inputs(shape, self.device)
 
-    def placed(
-        self,
-        shape: Shape,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        table: torch.Tensor,
-        scale: float,
-        softcap: float,
-    ) -> Inputs:
+    def placed(self, rows: SharedRows) -> Inputs:
         """As :meth:`Cpu.placed`."""
         from topt_vllm.benchmarks.device_cases import placed_device_inputs
 
-        query, key, value, table = (part.to(self.device) for part in (query, key, value, table))
-        return placed_device_inputs(shape, query, key, value, table, scale, softcap)
+        moved = {name: getattr(rows, name).to(self.device) for name in ("query", "key", "value", "table")}
+        return placed_device_inputs(replace(rows, **moved))
 
     def implementation(self, inputs: Inputs) -> Implementation:
         """As :meth:`Cpu.implementation`: the Triton kernel on a workspace for this shape, as a graph needs it."""

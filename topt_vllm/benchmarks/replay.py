@@ -7,7 +7,7 @@ import torch
 
 from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cache_file import CapturedCache
-from topt_vllm.benchmarks.cases import Inputs, Shape
+from topt_vllm.benchmarks.cases import Inputs, Shape, SharedRows
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import CPU, Device
 from topt_vllm.benchmarks.screens import NO_SCREEN, OFF, Screens, plain_transform
@@ -113,4 +113,4 @@ def layer_inputs(
     padded[0, :, :n], padded[1, :, :n] = layer.key, layer.value
     key, value = padded.unflatten(2, (shape.blocks, block_size)).transpose(1, 2)
     query = layer.query.expand(batch, -1, -1).contiguous()
-    return device.placed(shape, query, key, value, table, captured.scale, captured.softcap)
+    return device.placed(SharedRows(shape, query, key, value, table, captured.scale, captured.softcap))

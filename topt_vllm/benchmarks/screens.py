@@ -8,7 +8,7 @@ import torch
 
 from topt_vllm.attention import api, reference
 from topt_vllm.attention.common import KeyScreen, Selection, Stat, Thetas
-from topt_vllm.attention.screen import ScreenFormat, ScreenTransform, rotation_signs
+from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat, ScreenTransform, rotation_signs
 from topt_vllm.benchmarks.cases import Inputs, Shape
 
 OFF = "off"
@@ -24,7 +24,7 @@ class Screens:
     """
 
     names: Sequence[str] = (OFF,)
-    margin: float | None = 2.5
+    margin: float | None = DEFAULT_MARGIN
 
 
 NO_SCREEN = Screens()

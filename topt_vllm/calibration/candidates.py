@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from topt_vllm.attention.screen import ScreenTransform
+from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenTransform
 from topt_vllm.calibration.collect import late_rows, observed
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.replay.model import Subject
@@ -11,9 +11,6 @@ from topt_vllm.replay.rule import rows_of
 from topt_vllm.replay.scores import LayerCall, true_per_row
 from topt_vllm.replay.screening import ScreenedKeys, candidates
 from topt_vllm.table.schema import Budget
-
-# Standard deviations; what the backend's default is.
-MARGIN = 2.5
 
 
 def with_candidates(
@@ -47,7 +44,7 @@ def with_candidates(
         found = [0] * len(budgets)
         for part in call.chunks(rows):
             chunk = rows_of(call, rows[part].to(call.key.device), None)
-            _, upper = screened.scores(chunk, MARGIN)
+            _, upper = screened.scores(chunk, DEFAULT_MARGIN)
             for index, by_layer in enumerate(thetas):
                 if call.layer in by_layer:
                     theta = by_layer[call.layer].to(upper.device).at_each(chunk.contexts)

@@ -33,11 +33,7 @@ def describe_screen(table: ThresholdTable) -> list[str]:
         return ["K screen     no statistics of K; topt-vllm calibrate --k-screen-only adds them"]
     layers = len(table.key_statistics.layers)
     lines = [f"K screen     statistics of K in {layers} layers, seed {table.key_statistics.seed}"]
-    known = [
-        (budget, candidates)
-        for budget in table.budgets
-        if budget.quality is not None and (candidates := _candidates(table, budget))
-    ]
+    known = [(budget, candidates) for budget in table.budgets if (candidates := _candidates(budget))]
     if known:
         width = max(len(str(budget.key)) for budget, _ in known)
         lines.append("             candidates at 4 bits and the default margin, in sparse layers:")
@@ -47,11 +43,10 @@ def describe_screen(table: ThresholdTable) -> list[str]:
     return lines
 
 
-def _candidates(table: ThresholdTable, budget: Budget) -> dict[int, float]:
+def _candidates(budget: Budget) -> dict[int, float]:
     """Shares by sparse layer."""
-    shares = budget.quality.layer_candidates if budget.quality is not None else None
-    layers = (entry.layer for entry in budget.layers if entry.layer not in budget.dense_layers)
-    return {layer: shares[layer] for layer in layers} if shares is not None else {}
+    sparse = {entry.layer for entry in budget.layers} - {*budget.dense_layers}
+    return {layer: share for layer, share in budget.candidates.items() if layer in sparse}
 
 
 def _spread(shares: dict[int, float]) -> str:

@@ -12,7 +12,7 @@ from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.rules.adaptive import TopThetaAdapt
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean
-from topt_vllm.evaluation.screens import Screen, measured_shares, sampled_shares, screens_of
+from topt_vllm.evaluation.screens import Screen, sampled_shares, screens_of
 from topt_vllm.evaluation.tuning import Sample, sample, spread_rows, tune
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.rule import Rule
@@ -73,7 +73,7 @@ def _budget_jobs(plan: Plan) -> list[Job]:
         for name in OURS:
             if name in options.rules:
                 facts = _facts(name, None, k, budget.dense_layers, None, None)
-                shares = measured_shares(budget)
+                shares = budget.candidates
                 jobs += _screened_jobs(plan, facts, rules[name], ks, lambda *_, shares=shares: shares)
     return jobs
 

@@ -13,7 +13,7 @@ from topt_vllm.evaluation.tuning import Sample
 from topt_vllm.replay.rule import Rule
 from topt_vllm.replay.screening import ScreenedKeys, candidates
 from topt_vllm.replay.top_theta import TopTheta
-from topt_vllm.table.schema import Budget, ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 # Of int4, which GPUs have: gathers of K run at half of what streaming it does.
 _LARGEST_SHARE = 0.37
@@ -74,12 +74,6 @@ def screens_of(formats: tuple[str, ...], margin: float | None, table: ThresholdT
     transforms = table.key_statistics.transforms() if table.key_statistics is not None else {}
     found = (cast(ScreenFormat, format) if format != NO_SCREEN else None for format in formats)
     return [Screen(format, margin, transforms) for format in found]
-
-
-def measured_shares(budget: Budget) -> dict[int, float]:
-    """What the table says of a budget's candidates, by layer; {} where nothing was measured."""
-    shares = budget.quality.layer_candidates if budget.quality is not None else None
-    return dict(enumerate(shares or ()))
 
 
 def sampled_shares(found: Sample, rule: TopTheta, screen: Screen) -> dict[int, float]:

@@ -45,8 +45,12 @@ class DensePass:
         self.length = len(tokens)
         self.model = CausalLM(model)
         self._subject = subject
-        # Where layers attend to K and V of earlier ones, all have to run.
-        self._layers = [] if subject.shares_kv else _decoder_layers(model, subject.identity.num_layers)
+        # Where layers attend to K and V of earlier ones, or states are handed on, all have to run.
+        self._layers = (
+            []
+            if subject.shares_kv or subject.stateful
+            else _decoder_layers(model, subject.identity.num_layers)
+        )
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}

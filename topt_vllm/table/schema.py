@@ -154,6 +154,11 @@ class Budget(_Strict):
         """What chooses it: its k or its name."""
         return self.k if self.k is not None else str(self.name)
 
+    @property
+    def candidates(self) -> dict[int, float]:
+        """Share of keys that a K screen would let through, by layer; {} where that wasn't measured."""
+        return dict(enumerate((self.quality.layer_candidates if self.quality else None) or ()))
+
     def ks(self) -> dict[int, list[int]]:
         """Keys that each query head should keep, by layer, for the sparse layers where that is said."""
         known = {}
