@@ -17,7 +17,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
 
     Args:
         model: Folder or hub id.
-        dataset: Text files, JSONL files, or hub datasets, as for calibrating.
+        dataset: Texts, as for calibrating.
         seq_len: Tokens.
         device: As for calibrating.
 
@@ -57,7 +57,7 @@ def _check_context(model: str, seq_len: int) -> None:
 
 def _tokens(model: str, dataset: tuple[str, ...], seq_len: int) -> tuple[list[int], str]:
     """The first tokens of the text, with those that the tokenizer puts before it, and the text's name."""
-    documents, sources = read_texts(dataset, seq_len)
+    documents, sources = read_texts(dataset, seq_len, stretches=1)
     tokens = load_tokenizer(model)("".join(documents), verbose=False)["input_ids"]
     if len(tokens) < seq_len:
         raise ReplayError(f"the text has {len(tokens)} tokens; --seq-len is {seq_len}. Add text or lower it")

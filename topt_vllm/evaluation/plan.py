@@ -95,7 +95,9 @@ def prepare(options: EvaluationOptions) -> Plan:
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
     # Needles hide in the first text.
     names = options.dataset[:1] if options.needles_only else options.dataset
-    texts = [_text(options, tokenizer, name, length, calibrated) for name in names]
+    # Once, for it may be a pipe.
+    apart = _tuning_text(options, tokenizer, length)
+    texts = [_text(options, tokenizer, name, length, calibrated, apart) for name in names]
     needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
     return Plan(options, subject, length, table, path, texts, needles, dense)
 
@@ -179,15 +181,26 @@ def _dense_layers(
 
 
 def _text(
-    options: EvaluationOptions, tokenizer: Any, name: str, length: int, calibrated: set[str | None]
+    options: EvaluationOptions,
+    tokenizer: Any,
+    name: str,
+    length: int,
+    calibrated: set[str | None],
+    apart: tuple[list[int], str] | None,
 ) -> Text:
     documents, sources = read_texts((name,), (options.num_samples + 1) * length)
     # The part held back of a text is what its parameters are tuned on, unless another text serves for that.
     found = cut_sequences(tokenizer, documents, options.num_samples, length)
-    source = sources[0]
-    seen = source.sha256 in calibrated
+    named = sources[0].name if len(sources) == 1 else name
+    seen = any(source.sha256 in calibrated for source in sources)
+    tuning, tuned_on = apart or (found.held_back, f"the end of {named}")
+    return Text(named, found.calibration, tuning, tuned_on, seen)
+
+
+def _tuning_text(options: EvaluationOptions, tokenizer: Any, length: int) -> tuple[list[int], str] | None:
+    """The sequence of ``--tune-on``, and its text's name."""
     if options.tune_on is None:
-        return Text(source.name, found.calibration, found.held_back, f"the end of {source.name}", seen)
-    documents, others = read_texts((options.tune_on,), 2 * length)
-    tuning = cut_sequences(tokenizer, documents, 1, length).calibration[0]
-    return Text(source.name, found.calibration, tuning, others[0].name, seen)
+        return None
+    documents, sources = read_texts((options.tune_on,), 2 * length)
+    found = cut_sequences(tokenizer, documents, 1, length)
+    return found.calibration[0], sources[0].name if len(sources) == 1 else options.tune_on

@@ -1,17 +1,25 @@
 """From files to token sequences: what is calibrated on, and what is held back."""
 
 import hashlib
-import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.replay import text_formats
 from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.text_files import TEXT_SUFFIXES, files_of, known_size, open_text
 from topt_vllm.table.schema import TextSource
 
 # Enough characters of a hub dataset for the tokens needed, whatever the tokenizer: dense scripts take fewer.
 _CHARACTERS_PER_TOKEN = 16
+# Of files twice that, so that the sequences have some text between them, and never less than a play or two.
+_BYTES_PER_TOKEN = 32
+_READ_WHOLE = 1 << 20
+# Parts of a large file, evenly spread.
+_STRETCHES = 16
+_LARGEST_DIGESTED = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -29,56 +37,78 @@ class Sequences:
     tuning: list[list[int]]
 
 
-def read_texts(names: tuple[str, ...], tokens_needed: int) -> tuple[list[str], list[TextSource]]:
+def read_texts(
+    names: tuple[str, ...], tokens_needed: int, stretches: int = _STRETCHES
+) -> tuple[list[str], list[TextSource]]:
     """Documents of all data sets in order, and where they came from.
 
+    They are read whole where all together have 1 MiB, or 32 bytes for each token needed. Of larger ones each file
+    gives its share of that, the small ones all they have: the beginning, or stretches that lie evenly over the file
+    (see ``text_formats.py``). Chance has no part in it: the same files and sizes give the same documents.
+
     Args:
-        names: Existing files, or hub datasets as ``name[:config[:split]]``.
-        tokens_needed: Bounds how much of a hub dataset is read; files are read whole.
+        names: Files, folders of files and pipes, or hub datasets as ``name[:config[:split]]``.
+        tokens_needed: Bounds how much is read.
+        stretches: Of a large file; with 1 its beginning is read.
 
     Raises:
         ReplayError: A file or dataset can't be read.
     """
+    most = max(_READ_WHOLE, tokens_needed * _BYTES_PER_TOKEN)
+    places = [place for name in names for place in _places(name, most)]
+    sizes = [known_size(place) if isinstance(place, Path) else 0 for place in places]
+    share = _fair_share([most if size is None else size for size in sizes], most)
     documents: list[str] = []
     sources: list[TextSource] = []
-    for name in names:
-        path = Path(name)
-        if path.is_file():
-            found = _read_file(path)
-            sources.append(TextSource(name=path.name, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    for place in places:
+        if isinstance(place, Path):
+            with open_text(place) as file:
+                documents += text_formats.documents(file, share, stretches)
+            sources.append(TextSource(name=_source_name(place), sha256=_digest(place)))
         else:
-            found = _read_hub(name, tokens_needed * _CHARACTERS_PER_TOKEN)
-            sources.append(TextSource(name=name, sha256=None))
-        documents += found
+            documents += _read_hub(place, tokens_needed * _CHARACTERS_PER_TOKEN)
+            sources.append(TextSource(name=place, sha256=None))
     return documents, sources
 
 
-def _read_file(path: Path) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReplayError(f"{path}: can't be read as UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        return [content]
-    return [
-        _record_text(line, f"{path}:{number}")
-        for number, line in enumerate(content.split("\n"), 1)
-        if line.strip()
-    ]
+def _places(name: str, most: int) -> list[Path | str]:
+    """Files, evenly chosen where a folder has many more than are needed, or a hub dataset."""
+    path = Path(name)
+    if not path.exists():
+        return [name]
+    files = files_of(path)
+    size = sum(file.stat().st_size for file in files)
+    wanted = max(_STRETCHES, -(-len(files) * most // max(size, 1)))
+    return list(files[:: max(1, len(files) // wanted)])
 
 
-def _record_text(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ReplayError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ReplayError(f'{where}: an object with a string "text" was expected')
-    return record["text"]
+def _fair_share(sizes: list[int], most: int) -> int:
+    """The largest number of bytes of each file, at most, with which all together are no more than ``most``."""
+    left = most
+    for index, size in enumerate(sorted(sizes)):
+        share = left // (len(sizes) - index)
+        if size > share:
+            return share
+        left -= size
+    return most
+
+
+def _source_name(path: Path) -> str:
+    """A pipe's own name says nothing; names of files are bytes, and needn't be text."""
+    name = path.name if path.is_file() else str(path)
+    return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def _digest(path: Path) -> str | None:
+    """Of the file as it lies there; None for a pipe, and where that would take longer than what follows."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_DIGESTED:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_hub(name: str, characters: int) -> list[str]:
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith((".txt", ".jsonl")):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.lower().endswith(TEXT_SUFFIXES):
         raise ReplayError(f"--dataset {name}: no such file")
     try:
         import datasets
@@ -128,9 +158,10 @@ def cut_sequences(
         ReplayError: The text is too short.
     """
     prefix = _prefix(tokenizer)
-    stream: list[int] = []
+    # A list of numbers takes ten times as much.
+    stream = array("I")
     for document in documents:
-        stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
     body = length - len(prefix)
     total = count + tuning
     needed = (total + 1) * body
@@ -141,8 +172,8 @@ def cut_sequences(
         )
     slack = len(stream) - needed
     starts = [i * body + (slack * i // (total - 1) if total > 1 else 0) for i in range(total)]
-    sequences = [prefix + stream[start : start + body] for start in starts]
-    return Sequences(sequences[:count], prefix + stream[-body:], sequences[count:])
+    sequences = [prefix + stream[start : start + body].tolist() for start in starts]
+    return Sequences(sequences[:count], prefix + stream[-body:].tolist(), sequences[count:])
 
 
 def _prefix(tokenizer: Any) -> list[int]:
