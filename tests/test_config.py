@@ -19,6 +19,28 @@ def test_defaults_are_the_operators():
     assert TopThetaConfig.from_additional_config({"other_plugin": {"x": 1}}) == TopThetaConfig()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"k": 32, "thresholds": "/nonexistent.yaml"},
+            """k (value 32) stands beside "toptheta".* --additional-config '{"toptheta": {"k": 32}}'""",
+        ),
+        ({"toptheta": {"budget": 64}, "min_seq_len": 9}, 'min_seq_len (value 9) stands beside "toptheta"'),
+        (
+            {"topTheta": {"k": 32}},
+            'topTheta is not the key of TOPTHETA\'s settings; it is written "toptheta"',
+        ),
+        ({"top-theta": {}}, 'it is written "toptheta"'),
+        ({"topthetha": {}}, 'it is written "toptheta"'),
+    ],
+    ids=str,
+)
+def test_settings_outside_of_their_level_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        TopThetaConfig.from_additional_config(given)
+
+
 def test_settings_reach_the_policy():
     config = TopThetaConfig.from_additional_config(
         {"toptheta": {"min_seq_len": 99, "sink_tokens": 4, "recent_tokens": 8, "group_keep": "head"}}

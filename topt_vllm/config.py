@@ -3,8 +3,10 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
@@ -74,6 +76,9 @@ _RULES = {
 }
 
 
+# How people also write "toptheta", in letters alone.
+_NAMES = ("toptheta", "topt", "toptvllm")
+
 # What a configuration without thresholds contradicts, and why.
 _NEEDS_THRESHOLDS = {
     "budget": "has no budgets",
@@ -103,6 +108,20 @@ def _renamed(section: Mapping[Any, Any]) -> dict[Any, Any]:
     _check("k", value, _RULES["budget"])
     _warn_of_k(value)
     return {"budget" if key == "k" else key: setting for key, setting in section.items()}
+
+
+def _refuse_outside(additional_config: Mapping[Any, Any]) -> None:
+    """Settings without their level, or with its name misspelt, would be ignored, and defaults run."""
+    for key, value in additional_config.items():
+        if key in _RULES or key == "k":
+            example = json.dumps({"toptheta": {key: value}}, ensure_ascii=False, default=str)
+            raise ConfigError(
+                f'{key} (value {value!r}) stands beside "toptheta", where it would have no effect. Settings of '
+                f"TOPTHETA stand inside it: --additional-config '{example}'"
+            )
+        letters = re.sub("[^a-z]", "", str(key).lower())
+        if key != "toptheta" and get_close_matches(letters, _NAMES, cutoff=0.85):
+            raise ConfigError(f'{key} is not the key of TOPTHETA\'s settings; it is written "toptheta"')
 
 
 @lru_cache(maxsize=1)
@@ -230,8 +249,10 @@ class TopThetaConfig:
         There ``budget`` may still have its former name ``k``; the log then says so.
 
         Raises:
-            ConfigError: An unknown key, a wrong type or contradictory values.
+            ConfigError: An unknown key, a wrong type or contradictory values; or settings outside of ``toptheta``.
         """
+        if isinstance(additional_config, Mapping):
+            _refuse_outside(additional_config)
         section = additional_config.get("toptheta", {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(section, Mapping):
             raise ConfigError(

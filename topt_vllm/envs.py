@@ -1,6 +1,7 @@
 """Every environment variable that topt_vllm reads, in one table; read on access, never at import."""
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,8 @@ VARIABLES = {
     ),
     "TOPT_CACHE_DIR": Variable(
         "~/.cache/topt_vllm",
-        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset. Kernels are only "
+        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset; "
+        "without a home folder it is topt_vllm-UID in that of temporary files. Kernels are only "
         "loaded from a folder that no other user but root owns or can write to.",
     ),
     "TOPT_CPU_CAPABILITY": Variable(
@@ -42,4 +44,8 @@ def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
     if base and not os.environ.get("TOPT_CACHE_DIR"):
         return Path(base) / "topt_vllm"
-    return Path(get("TOPT_CACHE_DIR")).expanduser()
+    try:
+        return Path(get("TOPT_CACHE_DIR")).expanduser()
+    except RuntimeError:
+        # A container's user may have no entry in passwd, and no HOME.
+        return Path(tempfile.gettempdir()) / f"topt_vllm-{os.getuid()}"

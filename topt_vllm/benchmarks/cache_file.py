@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from topt_vllm.table.file import in_one_step
 from topt_vllm.table.identity import ModelIdentity
 
 FORMAT = "topt-vllm-cache-1"
@@ -58,7 +58,11 @@ class CapturedCache:
     layers: dict[int, CapturedLayer]
 
     def save(self, path: Path) -> None:
-        """Writes the file."""
+        """Writes the file in one step.
+
+        Raises:
+            OSError: It exists, or can't be written.
+        """
         from safetensors.torch import save_file
 
         tensors = {
@@ -75,7 +79,8 @@ class CapturedCache:
             "softcap": repr(self.softcap),
             "layers": json.dumps(list(self.layers)),
         }
-        save_file(tensors, path, metadata=facts)
+        with in_one_step(path) as temporary:
+            save_file(tensors, temporary, metadata=facts)
 
 
 def load(path: Path) -> CapturedCache:
@@ -86,12 +91,15 @@ def load(path: Path) -> CapturedCache:
     """
     from safetensors import SafetensorError, safe_open
 
+    # A device or a pipe may never end.
+    if not path.is_file():
+        raise CacheFileError(f"{path}: not a captured cache: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             if facts.get("format") != FORMAT:
-                raise CacheFileError(
-                    f"{path}: format is {facts.get('format')!r}, {FORMAT!r} expected; make it with "
+                raise ValueError(
+                    f"format is {facts.get('format')!r:.100}, {FORMAT!r} expected; make it with "
                     "`topt-vllm bench capture`"
                 )
             cache = CapturedCache(
@@ -102,8 +110,9 @@ def load(path: Path) -> CapturedCache:
                 softcap=float(facts["softcap"]),
                 layers={index: _layer(file, index) for index in json.loads(facts["layers"])},
             )
-    except (OSError, SafetensorError, KeyError, ValidationError) as error:
-        raise CacheFileError(f"{path}: not a captured cache: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = str(error).replace("\n", " ")[:300]
+        raise CacheFileError(f"{path}: not a captured cache: {reason}") from error
     _check(cache, path)
     return cache
 

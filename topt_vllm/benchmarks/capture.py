@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
 from topt_vllm.replay.capture import captured
 from topt_vllm.replay.causal_lm import CausalLM
+from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import examine, load_causal_lm, load_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
@@ -26,6 +27,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
     """
     subject = examine(model, decoded=False)
     _check_context(model, seq_len)
+    check_weights(model)
     tokens, text = _tokens(model, dataset, seq_len)
     weights = load_causal_lm(model, device, "auto")
     layers: dict[int, CapturedLayer] = {}

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +20,7 @@ from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
 from topt_vllm.replay.model import load_causal_lm
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import SCHEMA_VERSION, Budget, KeyStatistics, Producer, Provenance, ThresholdTable
 from topt_vllm.version import __version__
@@ -26,26 +28,39 @@ from topt_vllm.version import __version__
 __all__ = ["Plan", "calibrate", "prepare"]
 
 
-def calibrate(plan: Plan) -> ThresholdTable:
-    """Runs the plan; shows its progress on stderr. Intermediate results stay beside the output until it returns.
+def calibrate(plan: Plan, write: Callable[[ThresholdTable], None] | None = None) -> ThresholdTable:
+    """Runs the plan; shows its progress on stderr. Intermediate results stay beside the output until all is done.
+
+    Args:
+        plan: What to do.
+        write: Keeps the table; called before intermediate results are removed.
 
     Raises:
-        CalibrationError: The weights can't be loaded, the model's scores can't be used, or memory runs out.
+        CalibrationError: The weights can't be loaded, the model's scores can't be used, memory runs out, or another
+            process is making the same table.
     """
     partial = Partial(plan)
     options = plan.options
     model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
-    try:
-        budgets, statistics = _budgets(model, plan, partial)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise CalibrationError(_out_of_memory(plan)) from error
-    except RuntimeError as error:
-        # What torch's CPU allocator raises has no class of its own.
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    # What can't be loaded leaves nothing behind.
+    with partial.held():
+        try:
+            budgets, statistics = _budgets(model, plan, partial)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise CalibrationError(_out_of_memory(plan)) from error
+        except RuntimeError as error:
+            # What torch's CPU allocator raises has no class of its own.
+            if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+                raise
+            raise CalibrationError(_out_of_memory(plan)) from error
+        except ReplayError:
+            # The model's scores can't be used, and a resumed run would see the same.
+            partial.remove()
             raise
-        raise CalibrationError(_out_of_memory(plan)) from error
-    table = _table(plan, str(model.dtype).removeprefix("torch."), model.device.type, budgets, statistics)
-    partial.remove()
+        table = _table(plan, str(model.dtype).removeprefix("torch."), model.device.type, budgets, statistics)
+        if write is not None:
+            write(table)
+        partial.remove()
     return table
 
 

@@ -8,10 +8,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from topt_vllm.calibration.key_statistics import SKIPPED_TOKENS
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
@@ -21,31 +24,54 @@ from topt_vllm.version import __version__
 
 # What a run may change without changing its results.
 _FREE = {"output", "force", "resume"}
+_LOCK = "lock"
 
 
 class Partial:
     """The folder of intermediate results of one run."""
 
     def __init__(self, plan: Plan) -> None:
-        """Takes up what a run before left, with ``resume``, or starts with an empty folder.
+        """Nothing is written before :meth:`held`.
 
         Raises:
             CalibrationError: What is there comes from other options.
         """
         output = plan.options.output
         self.folder = output.with_name(output.name + ".partial")
-        digest = _digest(plan)
-        if self.folder.exists() and plan.options.resume:
+        self._digest = _digest(plan)
+        self._taken_up = self.folder.exists() and plan.options.resume
+        if self._taken_up:
             found = self.folder / "digest"
-            if not found.exists() or found.read_text(encoding="utf-8") != digest:
+            if not found.exists() or found.read_text(encoding="utf-8") != self._digest:
                 raise CalibrationError(
                     f"--resume: {self.folder} was left by a run with another model, text or options; "
                     "repeat that run's command, or leave --resume out to start over"
                 )
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
-        (self.folder / "digest").write_text(digest, encoding="utf-8")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes out; takes up what a run before left, with ``resume``, or starts anew.
+
+        Raises:
+            CalibrationError: Another process is making the same table.
+        """
+        self.folder.mkdir(exist_ok=True)
+        lock = FileLock(self.folder / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CalibrationError(
+                f"{self.folder}: another calibration is making this table; wait for it, or name another --output"
+            ) from error
+        try:
+            if not self._taken_up:
+                for path in self.folder.iterdir():
+                    if path.name != _LOCK:
+                        path.unlink()
+                (self.folder / "digest").write_text(self._digest, encoding="utf-8")
+            yield
+        finally:
+            lock.release()
 
     def load(self, name: str) -> Any:
         """A result by its name, or None."""
@@ -60,7 +86,7 @@ class Partial:
         os.replace(temporary, self.folder / f"{name}.pt")
 
     def remove(self) -> None:
-        """Deletes everything, once the table is written."""
+        """Deletes everything, once the table is made, or where a resumed run would fail as this one."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

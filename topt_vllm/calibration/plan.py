@@ -1,12 +1,12 @@
 """What a calibration run will do, once everything that can fail without the weights has been checked."""
 
-import os
 from dataclasses import dataclass
 
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
+from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
-from topt_vllm.table.file import refuse_overwrite
+from topt_vllm.table.file import not_writable, refuse_overwrite
 from topt_vllm.table.schema import TextSource
 
 # Query rows of a sequence on which heads' errors are measured, and how many sequences.
@@ -70,13 +70,13 @@ def prepare(options: CalibrationOptions) -> Plan:
         CalibrationError: An option, the model or the text can't be used.
         FileExistsError: The output exists and may not be replaced.
     """
-    refuse_overwrite(options.output, options.force)
-    _check_output_folder(options)
+    _check_output(options)
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     lengths = calibrated_lengths(subject.max_seq_length(options.max_seq_length), options.ks[-1])
     dense, length = _dense_layers(options, subject.full_layers), lengths[-1]
     tuning = _TUNING_SEQUENCES if options.targets else 0
+    check_weights(options.model)
     documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
@@ -105,14 +105,10 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _check_output_folder(options: CalibrationOptions) -> None:
-    folder = options.output.resolve().parent
-    if not folder.is_dir():
-        raise CalibrationError(f"--output {options.output}: the folder {folder} does not exist")
-    if options.output.is_dir():
-        raise CalibrationError(f"--output {options.output} is a folder; name a file")
-    if not os.access(folder, os.W_OK):
-        raise CalibrationError(f"--output {options.output}: the folder {folder} can't be written to")
+def _check_output(options: CalibrationOptions) -> None:
+    if problem := not_writable(options.output):
+        raise CalibrationError(f"--output {options.output}: {problem}")
+    refuse_overwrite(options.output, options.force)
 
 
 def check_vocabulary(sequences: Sequences, subject: Subject, model: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import CalibrationError
+from topt_vllm.table.file import in_one_step
 from topt_vllm.table.schema import Budget, ThresholdTable
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def plot(table: ThresholdTable, path: Path) -> None:
     _draw_losses(loss, table)
     figure.suptitle(f"{table.model.id}: {table.calibration.max_seq_length} tokens, {table.calibration.date}")
     try:
-        figure.savefig(path, dpi=110)
+        with in_one_step(path, force=True) as temporary:
+            figure.savefig(temporary, dpi=110)
     except ValueError as error:
         raise CalibrationError(f"--plot {path}: {error}") from error
 

@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 from topt_vllm.cli import UserError
-from topt_vllm.cli.bench_output import refuse_existing
+from topt_vllm.cli.bench_output import check_output
 from topt_vllm.engines.process import EngineError
 
 _MODES = ("decode", "capture", "formats", "compile", "traffic", "autotune", "engine", "serve")
@@ -21,9 +21,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs one mode and returns its exit status; what it writes must not exist, which is checked first."""
-    refuse_existing(args.output if args.mode == "capture" else args.json)
+    """Runs one mode and returns its exit status; what it writes is checked first."""
+    check_output(args.output if args.mode == "capture" else args.json)
     try:
         return args.bench(args)
-    except (ValueError, EngineError) as error:
+    except (ValueError, OSError, EngineError) as error:
         raise UserError(str(error)) from error

@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
-
 _CAPTURE = """Runs a model once over the beginning of a text and writes K and V of every full-attention layer and
 the last token's query to a file, bfloat16, for `topt-vllm bench decode --cache`."""
 
@@ -25,8 +23,6 @@ def add_mode(modes: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.capture import capture
 
-    if not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: the folder {args.output.parent} does not exist")
     cache = capture(args.model, tuple(args.dataset), args.seq_len, args.device)
     cache.save(args.output)
     print(

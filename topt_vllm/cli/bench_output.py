@@ -12,14 +12,18 @@ from topt_vllm.cli import UserError
 from topt_vllm.version import __version__
 
 
-def refuse_existing(path: Path | None) -> None:
+def check_output(path: Path | None) -> None:
     """Call it before the long work.
 
     Raises:
-        UserError: The file exists.
+        UserError: The file exists, or can't be written.
     """
-    if path and path.exists():
+    from topt_vllm.table.file import not_writable
+
+    if path and os.path.lexists(path):
         raise UserError(f"{path} exists; name another file")
+    if path and (problem := not_writable(path)):
+        raise UserError(f"{path}: {problem}")
 
 
 def refuse_interpreter() -> None:
@@ -43,8 +47,10 @@ def provenance() -> dict[str, Any]:
 
 def write_json(path: Path | None, content: Any) -> None:
     """Writes the file, if one was asked for."""
+    from topt_vllm.table.file import write_text
+
     if path:
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        write_text(json.dumps(content, indent=1) + "\n", path)
 
 
 def _commit() -> str | None:

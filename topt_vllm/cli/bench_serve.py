@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 
 _SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
@@ -17,7 +16,13 @@ def add_mode(modes: Any) -> None:
     parser = modes.add_parser("serve", help="the whole engine", description=_SERVE)
     add = parser.add_argument
     add("--model", required=True, help="folder or hub id")
-    add("--dataset", type=Path, nargs="+", required=True, metavar="TEXT", help="text files for the prompts")
+    add(
+        "--dataset",
+        nargs="+",
+        required=True,
+        metavar="TEXT",
+        help="texts for the prompts, as for calibrating",
+    )
     add("--concurrency", type=int, default=8, help="requests sent at once (default %(default)s)")
     add("--prompt-tokens", type=int, default=7000, help="of each prompt (default %(default)s)")
     add("--max-tokens", type=int, default=128, help="of each answer (default %(default)s)")
@@ -29,12 +34,14 @@ def add_mode(modes: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.serve import ServeBenchmark
+    from topt_vllm.replay.checkpoint import check_files
+    from topt_vllm.replay.texts import read_texts
 
-    missing = [path for path in args.dataset if not path.is_file()]
-    if missing:
-        raise UserError(f"--dataset {missing[0]} is no file")
+    check_files(args.model)
+    tokens = args.concurrency * args.prompt_tokens
+    documents, _ = read_texts(tuple(args.dataset), tokens, stretches=1)
+    text = "\n\n".join(documents)
     origin = provenance()
-    text = "\n\n".join(path.read_text(encoding="utf-8") for path in args.dataset)
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
     benchmark = ServeBenchmark(args.model, text, *sizes, args.toptheta)
     outcome = benchmark.run(lambda line: print(line, flush=True))

@@ -50,8 +50,7 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
     if dry_run:
         print(_resolved(plan))
         return
-    table = calibrate(plan)
-    dump(table, options.output, options.force)
+    table = calibrate(plan, lambda table: dump(table, options.output, options.force))
     print(describe(table))
     default = table.budgets[-1].key
     print(f"\nwrote {options.output}\nserve it with\n\n  {serve_command(options.model, options.output)}\n")

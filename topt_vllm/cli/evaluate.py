@@ -46,6 +46,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     from topt_vllm.evaluation.plot import plot
     from topt_vllm.evaluation.records import HEADER, line
     from topt_vllm.evaluation.run import evaluate
+    from topt_vllm.table.file import write_text
 
     plan = prepare(options)
     print(_resolved(plan))
@@ -64,7 +65,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
         records.append({**record, "provenance": origin})
         if options.json:
             # After each record, so that a run that is stopped leaves what it has found.
-            options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            write_text(json.dumps(records, indent=1) + "\n", options.json, force=True)
     if options.plot:
         plot(records, options.plot)
 

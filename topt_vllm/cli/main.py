@@ -6,8 +6,13 @@ the parser, so they import what is heavy inside ``run``.
 
 import argparse
 import importlib
+import io
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from topt_vllm.cli import UserError
 from topt_vllm.cli.examples import epilog
@@ -32,19 +37,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files needn't be text, and θ is in no narrow locale.
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _ended_as_by_ctrl_c():
+            return args.run(args)
     except UserError as error:
         print(f"topt-vllm: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("topt-vllm: interrupted", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
         # `topt-vllm inspect … | head`: nobody reads any more. Python's own flush at exit would complain again.
         sys.stderr.close()
         return 141
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Lets SIGTERM, and SIGHUP of a closed terminal, end what was started and remove what is half written."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    # Only the main thread may; and nohup has SIGHUP ignored.
+    allowed = threading.current_thread() is threading.main_thread()
+    numbers = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if allowed and signal.getsignal(n) == signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

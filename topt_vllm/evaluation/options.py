@@ -1,12 +1,14 @@
 """What an evaluation is asked to do, and what can be refused before a model is touched."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
+from topt_vllm.table.file import not_writable
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.
@@ -210,8 +212,9 @@ class EvaluationOptions:
         require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for flag, path in (("--json", self.json), ("--plot", self.plot)):
             if path is not None:
-                require(not path.exists(), f"{flag} {path} exists; name another file")
-                require(path.resolve().parent.is_dir(), f"{flag} {path}: the folder does not exist")
+                require(not os.path.lexists(path), f"{flag} {path} exists; name another file")
+                problem = not_writable(path)
+                require(problem is None, f"{flag} {path}: {problem}")
 
 
 def _listed(values: tuple[object, ...]) -> str:

@@ -9,8 +9,9 @@ import torch
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
-from topt_vllm.evaluation.plot import require_matplotlib
+from topt_vllm.evaluation.plot import check_plot
 from topt_vllm.evaluation.rules.toptheta import ladder
+from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import cut_sequences, read_texts
 from topt_vllm.table.command import k_screen_command
@@ -80,7 +81,7 @@ def prepare(options: EvaluationOptions) -> Plan:
         CalibrationError: An option, the model, its table or a text can't be used.
     """
     if options.plot:
-        require_matplotlib()
+        check_plot(options.plot)
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
@@ -91,6 +92,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     for k in options.ks:
         _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
+    check_weights(options.model)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
     # Needles hide in the first text.

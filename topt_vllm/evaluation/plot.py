@@ -4,18 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.evaluation.options import EvaluationError
+from topt_vllm.table.file import in_one_step
 
 
-def require_matplotlib() -> None:
+def check_plot(path: Path) -> None:
     """Call it before the long work.
 
     Raises:
-        EvaluationError: It isn't installed.
+        EvaluationError: matplotlib isn't installed, or doesn't know the format.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise EvaluationError("--plot needs matplotlib: pip install 'topt-vllm[plot]'") from error
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise EvaluationError(f"--plot {path}: no format of pictures; take .png, .svg or .pdf")
 
 
 def plot(records: list[dict[str, Any]], path: Path) -> None:
@@ -55,7 +58,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     panels[0].set_ylabel("perplexity over dense (%)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    figure.savefig(path, dpi=130)
+    with in_one_step(path) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 def _points(records: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

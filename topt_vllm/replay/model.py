@@ -12,6 +12,7 @@ import transformers
 from transformers.quantizers.auto import get_hf_quantizer
 
 from topt_vllm.replay.capture import can_be_captured
+from topt_vllm.replay.checkpoint import check_files, lacks_tokenizer, tokenizer_files
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.layers import STATEFUL, layer_heads, layer_kinds, layer_value
@@ -108,6 +109,7 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
     Raises:
         ReplayError: The model can't be read or isn't supported.
     """
+    check_files(model)
     config = _read(transformers.AutoConfig, model, trust_remote_code=trust_remote_code)
     try:
         identity = identify(config, Path(model.rstrip("/")).name, getattr(config, "_commit_hash", None))
@@ -162,7 +164,20 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     Raises:
         ReplayError: There is none.
     """
-    return _read(transformers.AutoTokenizer, model, trust_remote_code=trust_remote_code)
+    try:
+        found = _read(transformers.AutoTokenizer, model, trust_remote_code=trust_remote_code)
+        works = bool(found("a b")["input_ids"])
+    except ReplayError:
+        if not lacks_tokenizer(model):
+            raise
+        works = False
+    if not works:
+        # transformers makes an empty one where there are no files.
+        raise ReplayError(
+            f"--model {model}: no tokenizer: the folder has none of {tokenizer_files()}. Copy them from where the "
+            "weights came from"
+        )
+    return found
 
 
 def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code: bool = False) -> Any:
@@ -180,13 +195,21 @@ def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # device_map needs accelerate; one device does without.
-    spread = {"device_map": "auto"} if device == "auto" else {}
+    spread: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
     reader = transformers.AutoModelForCausalLM
-    more = {"trust_remote_code": trust_remote_code, "output_loading_info": True, **spread}
-    loaded, found = _read(reader, model, dtype=kind, **more)
+    # It would make weights up in place of those whose shapes differ; without that its error doesn't name them.
+    more = {"output_loading_info": True, "ignore_mismatched_sizes": True, **spread}
+    with _quiet():
+        loaded, found = _read(reader, model, trust_remote_code, dtype=kind, **more)
     if found["missing_keys"]:
         # transformers makes up what a checkpoint lacks, or what is compressed in a way that it doesn't know.
         raise ReplayError(f"--model {model}: the weights lack {', '.join(sorted(found['missing_keys'])[:3])}")
+    if found["mismatched_keys"]:
+        name, given, wanted = min(found["mismatched_keys"])
+        raise ReplayError(
+            f"--model {model}: {name} has the shape {list(given)}, and config.json says {list(wanted)}; the "
+            "configuration belongs to another checkpoint"
+        )
     return loaded.eval() if spread else loaded.to(device).eval()
 
 
@@ -201,11 +224,14 @@ def check_device(device: str | None) -> None:
         raise ReplayError(f"--device {device} can't be used here: {reason}") from error
 
 
-def _read(loader: Any, model: str, **arguments: Any) -> Any:
+def _read(loader: Any, model: str, trust_remote_code: bool = False, **arguments: Any) -> Any:
     try:
-        return loader.from_pretrained(model, **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return loader.from_pretrained(model, trust_remote_code=trust_remote_code, **arguments)
+    # Broken files raise anything, out of several libraries. Code of the model's own is its author's to mend.
+    except Exception as error:
+        if trust_remote_code and not isinstance(error, OSError | ValueError | ImportError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; add --trust-remote-code to run that"
         raise ReplayError(f"--model {model}: {reason}") from error

@@ -145,8 +145,8 @@ def _open(path: Path, held: ExitStack) -> TextFile:
         foreign = "a tar archive"
     if foreign is not None:
         raise ReplayError(
-            f"{path}: can't be read as UTF-8 text: it is {foreign}. Unpack or convert it; JSON, CSV and Parquet are "
-            "read too, and what is compressed with gzip, bzip2 or xz"
+            f"{path}: can't be read as UTF-8 text: it is {foreign}. Unpack or convert it; JSON, CSV and Parquet "
+            "are read too, and what is compressed with gzip, bzip2 or xz"
         )
     return TextFile(str(path), suffix, head, _from_start(head, file, size), size)
 

@@ -238,9 +238,8 @@ def _csv(file: TextFile) -> Iterator[str]:
 
 def _require_column(file: TextFile, columns: list[str]) -> None:
     if _TEXT not in columns:
-        raise ReplayError(
-            f'{file.name}: no column "{_TEXT}", only {", ".join(map(repr, columns))[:200]}; rename what has the texts'
-        )
+        found = ", ".join(map(repr, columns))[:200]
+        raise ReplayError(f'{file.name}: no column "{_TEXT}", only {found}; rename what has the texts')
 
 
 def _parquet(file: TextFile) -> Iterator[str]:

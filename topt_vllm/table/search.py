@@ -1,5 +1,6 @@
 """Where the threshold table of a served model comes from."""
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def find_table(
     if chooses_no_table(config):
         return None
     named = config.thresholds or envs.get("TOPT_THRESHOLDS")
-    candidates = [Path(named).expanduser()] if named else _model_folder(model, revision) or _shipped(identity)
+    candidates = (
+        [Path(os.path.expanduser(named))] if named else _model_folder(model, revision) or _shipped(identity)
+    )
     if not candidates:
         if config.on_missing == "dense":
             return None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
+from topt_vllm.replay.checkpoint import check_files
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
@@ -52,9 +53,14 @@ def no_table() -> dict[str, Any]:
 
 
 def read_model(name: str) -> Model:
-    """Configuration and tokenizer."""
+    """Configuration and tokenizer.
+
+    Raises:
+        ReplayError: There is no checkpoint in Hugging Face's format.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
+    check_files(name)
     config = AutoConfig.from_pretrained(name)
     text = resources.files("topt_vllm.verify").joinpath("text.txt").read_text(encoding="utf-8")
     tokens = AutoTokenizer.from_pretrained(name)(text, verbose=False)["input_ids"]

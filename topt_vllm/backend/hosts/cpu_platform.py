@@ -37,6 +37,15 @@ def note_idle_cores(idle: tuple[int, int] | None) -> None:
         )
 
 
+@cache
+def warn_of_unused_settings() -> None:
+    """Says in the log that TOPTHETA's settings have no effect; once in a process."""
+    logger.warning(
+        'TOPTHETA: --additional-config has settings of "toptheta", but another attention backend runs, and they '
+        "have no effect. Add --attention-backend TOPTHETA, or remove them."
+    )
+
+
 class TopThetaCpuPlatform(_CpuPlatform):
     """The CPU platform in force (plain or Zen) plus TOPTHETA."""
 
@@ -50,6 +59,8 @@ class TopThetaCpuPlatform(_CpuPlatform):
             if resolve(vllm_config).config.sift is not None:
                 compat.name_requests(vllm_config)
             note_idle_cores(compat.cores_left_idle(vllm_config))
+        elif isinstance(others := vllm_config.additional_config, dict) and "toptheta" in others:
+            warn_of_unused_settings()
 
     @classmethod
     def get_attn_backend_cls(
