@@ -1,13 +1,12 @@
 """Runs a model once over a text and keeps what its attention layers saw, for replays of real caches."""
 
 import torch
-from transformers import AutoConfig
 
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
 from topt_vllm.replay.capture import captured
 from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.checkpoint import check_weights
-from topt_vllm.replay.model import examine, load_causal_lm, load_tokenizer
+from topt_vllm.replay.model import examine, load_causal_lm, load_config, load_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import read_texts
@@ -50,7 +49,7 @@ def capture(model: str, dataset: tuple[str, ...], seq_len: int, device: str | No
 
 
 def _check_context(model: str, seq_len: int) -> None:
-    limit = getattr(AutoConfig.from_pretrained(model).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(load_config(model).get_text_config(), "max_position_embeddings", None)
     if seq_len < 1:
         raise ReplayError(f"--seq-len is {seq_len}; it must be at least 1")
     if limit is not None and seq_len > limit:

@@ -69,9 +69,9 @@ class ServeBenchmark:
         return outcome | {"ratio_decode": ratio, "settings": settings}
 
     def _prompts(self) -> list[list[int]]:
-        from transformers import AutoTokenizer
+        from topt_vllm.replay.model import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        tokenizer = load_tokenizer(self.model)
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         needed = self.concurrency * self.prompt_tokens
         if len(ids) < needed:
@@ -80,10 +80,10 @@ class ServeBenchmark:
 
     def _options(self) -> list[str]:
         """Of both servers."""
-        from transformers import AutoConfig
+        from topt_vllm.replay.model import load_config
 
         context = self.prompt_tokens + self.max_tokens
-        identity = identify(AutoConfig.from_pretrained(self.model), self.model)
+        identity = identify(load_config(self.model), self.model)
         size = cache_bytes(identity, self.concurrency * context)
         options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
         return [*options, "--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", str(size)]

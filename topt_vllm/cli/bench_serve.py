@@ -34,10 +34,8 @@ def add_mode(modes: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.serve import ServeBenchmark
-    from topt_vllm.replay.checkpoint import check_files
     from topt_vllm.replay.texts import read_texts
 
-    check_files(args.model)
     tokens = args.concurrency * args.prompt_tokens
     documents, _ = read_texts(tuple(args.dataset), tokens, stretches=1)
     text = "\n\n".join(documents)

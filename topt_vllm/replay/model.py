@@ -109,8 +109,7 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
     Raises:
         ReplayError: The model can't be read or isn't supported.
     """
-    check_files(model)
-    config = _read(transformers.AutoConfig, model, trust_remote_code=trust_remote_code)
+    config = load_config(model, trust_remote_code)
     try:
         identity = identify(config, Path(model.rstrip("/")).name, getattr(config, "_commit_hash", None))
     except ValueError as error:
@@ -156,6 +155,16 @@ def _kv_heads(skeleton: Any, config: Any, identity: ModelIdentity) -> tuple[int,
         if part.layer_idx in windowed and (groups := getattr(part, "num_key_value_groups", None)):
             found[part.layer_idx] = layer_heads(config, part.layer_idx).query // groups
     return tuple(found) if set(found) != {identity.num_kv_heads} else ()
+
+
+def load_config(model: str, trust_remote_code: bool = False) -> Any:
+    """The model's configuration.
+
+    Raises:
+        ReplayError: There is none.
+    """
+    check_files(model)
+    return _read(transformers.AutoConfig, model, trust_remote_code)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:

@@ -125,8 +125,12 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 
 def not_writable(path: Path) -> str | None:
     """Why a file can't be made there, or None; call it before the long work."""
-    folder = path.resolve().parent
-    if not folder.is_dir():
+    try:
+        folder = path.resolve().parent
+        exists = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # pathlib's own, of links in a circle
+        return str(getattr(error, "strerror", None) or error)
+    if not exists:
         return f"the folder {folder} does not exist"
     if len(os.fsencode(path.name)) > _LONGEST_NAME:
         return "the file's name is too long; take a shorter one"

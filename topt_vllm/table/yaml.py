@@ -57,7 +57,7 @@ def read(path: Path) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ThresholdTableError(f"{path}: not valid YAML: {str(error)[:500]}") from None
+        raise ThresholdTableError(f"{path}: not valid YAML: {' '.join(str(error).split())[:500]}") from None
 
 
 def _read_text(path: Path) -> str:
