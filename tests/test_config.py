@@ -24,7 +24,7 @@ def test_defaults_are_the_operators():
     [
         (
             {"k": 32, "thresholds": "/nonexistent.yaml"},
-            """k (value 32) stands beside "toptheta".* --additional-config '{"toptheta": {"k": 32}}'""",
+            """k (value 32) stands beside "toptheta".* --additional-config '{"toptheta": {"k": 32, "thresh""",
         ),
         ({"toptheta": {"budget": 64}, "min_seq_len": 9}, 'min_seq_len (value 9) stands beside "toptheta"'),
         (

@@ -112,13 +112,14 @@ def _renamed(section: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _refuse_outside(additional_config: Mapping[Any, Any]) -> None:
     """Settings without their level, or with its name misspelt, would be ignored, and defaults run."""
-    for key, value in additional_config.items():
-        if key in _RULES or key == "k":
-            example = json.dumps({"toptheta": {key: value}}, ensure_ascii=False, default=str)
-            raise ConfigError(
-                f'{key} (value {value!r}) stands beside "toptheta", where it would have no effect. Settings of '
-                f"TOPTHETA stand inside it: --additional-config '{example}'"
-            )
+    ours = {key: value for key, value in additional_config.items() if key in _RULES or key == "k"}
+    if ours:
+        first, example = next(iter(ours)), json.dumps({"toptheta": ours}, ensure_ascii=False, default=str)
+        raise ConfigError(
+            f'{first} (value {ours[first]!r}) stands beside "toptheta", where it would have no effect. Settings of '
+            f"TOPTHETA stand inside it: --additional-config '{example}'"
+        )
+    for key in additional_config:
         letters = re.sub("[^a-z]", "", str(key).lower())
         if key != "toptheta" and get_close_matches(letters, _NAMES, cutoff=0.85):
             raise ConfigError(f'{key} is not the key of TOPTHETA\'s settings; it is written "toptheta"')

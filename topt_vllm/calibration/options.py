@@ -55,7 +55,8 @@ class CalibrationOptions:
     model: str = option(REQUIRED, "folder or hub id of a decoder-only model")
     dataset: tuple[str, ...] = option(
         REQUIRED,
-        'text files, JSONL files (key "text"), or hub datasets as name[:config[:split]]',
+        "texts: plain, JSON, CSV or Parquet, compressed or not; folders and pipes of them; or hub datasets as "
+        "name[:config[:split]] (docs/texts.md)",
         metavar="TEXT",
     )
     num_samples: int = option(4, "sequences to calibrate on (default %(default)s)")

@@ -36,7 +36,7 @@ class TextSource(_Strict):
 
     Attributes:
         name: File name or hub id.
-        sha256: Digest of the text; None for a hub dataset.
+        sha256: Digest of the file; None for hub datasets, pipes, and files that are too large for one.
     """
 
     name: str
