@@ -314,7 +314,7 @@ def test_needles_alone(folder, tmp_path):
         (["--depths", "2"], "--depths 2.0: 0 is the start"),
         (["--num-samples", "9"], "the text has 1400 tokens"),
         (["--thresholds", "none"], "an evaluation needs thresholds"),
-        (["--json", "/nowhere/at/all.json"], "the folder does not exist"),
+        (["--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),
         (["--tune-on", "absent.txt"], "no such file"),
     ],
 )

@@ -29,6 +29,8 @@ from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
 from topt_vllm.verify import run as verify_run
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20.0
 MEGABYTES = 400
 tried = 0

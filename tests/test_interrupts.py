@@ -12,12 +12,13 @@ import pytest
 from tiny_models import SMALL, save_model, save_text
 from transformers import LlamaConfig
 
+from topt_vllm import output as output_module
 from topt_vllm.calibration import calibrate as calibrate_module
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.cli.main import main
-from topt_vllm.table import file as table_file
-from topt_vllm.table.file import in_one_step, load, write_text
+from topt_vllm.output import in_one_step, write_text
+from topt_vllm.table.file import load
 
 # What a command does at each stage, stopped there by a signal to its own process.
 STAGES = (
@@ -89,7 +90,7 @@ def test_a_failed_write_keeps_what_was_found(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(table_file, "_link", full)
+        patch.setattr(output_module, "_link", full)
         assert main(command(folder, tmp_path / "t.yaml")) == 2
     assert capsys.readouterr().err.endswith("topt-vllm: error: [Errno 28] No space left on device\n")
     assert [path.name for path in tmp_path.iterdir()] == ["t.yaml.partial"]

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
+from topt_vllm.output import not_writable, refuse_overwrite
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
-from topt_vllm.table.file import not_writable, refuse_overwrite
 from topt_vllm.table.schema import TextSource
 
 # Query rows of a sequence on which heads' errors are measured, and how many sequences.

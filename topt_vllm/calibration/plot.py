@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.table.file import in_one_step
+from topt_vllm.output import in_one_step
 from topt_vllm.table.schema import Budget, ThresholdTable
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli import UserError
+from topt_vllm.output import not_writable, write_text
 from topt_vllm.version import __version__
 
 
@@ -18,8 +19,6 @@ def check_output(path: Path | None) -> None:
     Raises:
         UserError: The file exists, or can't be written.
     """
-    from topt_vllm.table.file import not_writable
-
     if path and os.path.lexists(path):
         raise UserError(f"{path} exists; name another file")
     if path and (problem := not_writable(path)):
@@ -47,8 +46,6 @@ def provenance() -> dict[str, Any]:
 
 def write_json(path: Path | None, content: Any) -> None:
     """Writes the file, if one was asked for."""
-    from topt_vllm.table.file import write_text
-
     if path:
         write_text(json.dumps(content, indent=1) + "\n", path)
 

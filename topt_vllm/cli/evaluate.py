@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from topt_vllm.cli import UserError
 from topt_vllm.cli.options import add_options, read_options
 from topt_vllm.evaluation.options import EvaluationOptions
+from topt_vllm.output import write_text
 from topt_vllm.replay.options import ReplayError
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     from topt_vllm.evaluation.plot import plot
     from topt_vllm.evaluation.records import HEADER, line
     from topt_vllm.evaluation.run import evaluate
-    from topt_vllm.table.file import write_text
 
     plan = prepare(options)
     print(_resolved(plan))

@@ -28,9 +28,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Reads everything, then writes the page in one step."""
+    from topt_vllm.output import refuse_overwrite, write_text
     from topt_vllm.report.inputs import ReportError, read
     from topt_vllm.report.page import render
-    from topt_vllm.table.file import refuse_overwrite, write_text
     from topt_vllm.table.schema import ThresholdTableError
 
     try:

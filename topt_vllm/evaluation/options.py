@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.output import not_writable
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
-from topt_vllm.table.file import not_writable
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.

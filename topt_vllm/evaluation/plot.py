@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.evaluation.options import EvaluationError
-from topt_vllm.table.file import in_one_step
+from topt_vllm.output import in_one_step
 
 
 def check_plot(path: Path) -> None:

@@ -8,23 +8,18 @@ A table may come from a stranger: ``yaml.py`` says what of YAML is refused.
 """
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
+from topt_vllm.output import write_text
 from topt_vllm.table.check import check, clipped
 from topt_vllm.table.schema import SCHEMA_VERSION, ThresholdTable, ThresholdTableError
 from topt_vllm.table.yaml import read
 
 _HEADER = "# Thresholds of Top-Theta attention; written by `topt-vllm calibrate`. θ is in scaled logits.\n"
-
-# Of a file system's 255 bytes, with room for a suffix.
-_LONGEST_NAME = 240
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -62,79 +57,6 @@ def dump(table: ThresholdTable, path: str | os.PathLike[str], force: bool = Fals
     path = Path(path)
     check(table, path)
     write_text(dumps(table), path, force)
-
-
-def write_text(text: str, path: Path, force: bool = False) -> None:
-    """Writes a file in one step: a reader sees the old file or the whole new one.
-
-    Raises:
-        OSError: The file exists and ``force`` is not set, or it can't be written.
-    """
-    with in_one_step(path, force) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def in_one_step(path: Path, force: bool = False) -> Iterator[Path]:
-    """Gives a file beside ``path`` to write, which takes its place once the block has ended well.
-
-    Raises:
-        OSError: The file exists and ``force`` is not set, or it can't be written.
-    """
-    refuse_overwrite(path, force)
-    # Names may be as long as the file system allows.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".topt-vllm-", suffix=path.suffix[:9])
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        if force:
-            os.replace(name, path)
-        else:
-            _link(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _link(name: str, path: Path) -> None:
-    """The file under its name, if nothing else has got that meanwhile."""
-    try:
-        os.link(name, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        # Not all file systems have hard links: then the name is taken before the file is put there.
-        path.touch(exist_ok=False)
-        os.replace(name, path)
-
-
-def _umask() -> int:
-    """There is no way to ask without setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raises FileExistsError when ``path`` exists and ``force`` is not set; call it before the long work."""
-    if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path} exists; give another --output, or --force to replace it")
-    if path.exists() and not path.is_file():
-        raise FileExistsError(f"{path} is a folder, a device or a pipe; name a file")
-
-
-def not_writable(path: Path) -> str | None:
-    """Why a file can't be made there, or None; call it before the long work."""
-    try:
-        folder = path.resolve().parent
-        exists = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # pathlib's own, of links in a circle
-        return str(getattr(error, "strerror", None) or error)
-    if not exists:
-        return f"the folder {folder} does not exist"
-    if len(os.fsencode(path.name)) > _LONGEST_NAME:
-        return "the file's name is too long; take a shorter one"
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"the folder {folder} can't be written to"
 
 
 def _parse(content: Any, path: Path) -> ThresholdTable:
