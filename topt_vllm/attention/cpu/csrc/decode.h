@@ -43,8 +43,8 @@ struct Softmax {
 constexpr float kMaxSlack = 8.0f;
 // V rows that make it worth loading the accumulators.
 constexpr int kFlushRows = 32;
-// Tokens between those that are screened and those whose codes are asked for, and those whose pages are touched.
-constexpr int kScreenAhead = 128, kTouchAhead = 384;
+// Tokens between those that are screened and those whose codes are asked for.
+constexpr int kScreenAhead = 128;
 
 // Everything one thread needs, carved from one allocation that outlives the call.
 template <typename T>
@@ -317,14 +317,13 @@ class Decoder {
     const ScreenQueries q = s.screen;
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
-    const int distance = std::max(1, kScreenAhead / p.block_size), touched = std::max(2, kTouchAhead / p.block_size);
+    const int distance = std::max(1, kScreenAhead / p.block_size);
     const int stride = tile_tokens(p);
     const int64_t group_bytes = ScreenBlock::group_bytes(q.dim);
     int count = 0;
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
       const char* ahead = later_codes(item, block + distance, end, after);
-      touch_codes(later_codes(item, block + touched, end, after));
       float* to = scores + (block - first) * p.block_size;
       uint32_t* marks_to = candidates + (block - first) * (p.block_size / kLanes);
       const int start = block * p.block_size, tokens = std::min(p.block_size, item.context - start);
@@ -344,12 +343,6 @@ class Decoder {
 
   void ask_plane_two(const ScreenBlock& codes, int row) const {
     for (int byte = 0; byte < p.head_dim / 2; byte += kLineBytes) ask(codes.plane_two(row) + byte);
-  }
-
-  // As look_up_pages, for both planes.
-  void touch_codes(const char* block) const {
-    const int64_t bytes = ScreenBlock::bytes(p.head_dim, p.block_size);
-    for (int64_t at = 0; at < bytes && block; at += kPageBytes) ask(block + at);
   }
 
   // As later_key, for plane one.

@@ -35,7 +35,7 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
   for (int d = 0; d < dim; d += kWordChannels) {
     const uint8_t* word = codes + d * kLanes / 2;
     const __m512i rows[2] = {_mm512_loadu_si512(word), _mm512_loadu_si512(word + 64)};
-    if (ahead) ask_near(ahead + d * kLanes / 2), ask_near(ahead + d * kLanes / 2 + 64);
+    if (ahead) ask(ahead + d * kLanes / 2), ask(ahead + d * kLanes / 2 + 64);
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       int64_t first, second;
@@ -84,7 +84,7 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
     for (int d = 0; d < dim; d += kWordChannels) {
       const int at = d * kLanes / 2 + row * kWordBytes;
       const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + at));
-      if (ahead && at % kLineBytes == 0) ask_near(ahead + at);
+      if (ahead && at % kLineBytes == 0) ask(ahead + at);
       const __m256i low = _mm256_and_si256(word, lower), high = _mm256_and_si256(_mm256_srli_epi16(word, 4), lower);
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
@@ -115,7 +115,7 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
       int32_t sum = 0;
       for (int d = 0; d < dim; d += kWordChannels) {
         const uint8_t* word = codes + d * kLanes / 2 + row * kWordBytes;
-        if (ahead && m == 0 && row % 8 == 0) ask_near(ahead + (word - codes));
+        if (ahead && m == 0 && row % 8 == 0) ask(ahead + (word - codes));
         const int8_t* q = query + m * dim + d;
         for (int i = 0; i < kWordBytes; ++i) sum += (word[i] & 15) * q[i] + (word[i] >> 4) * q[i + kWordBytes];
       }
