@@ -50,7 +50,7 @@ stock = CpuPlatform.get_attn_backend_cls(None, attn_selector_config=config)
 assert select(None) == select("CPU_ATTN") == stock, select(None)
 assert select("TOPTHETA").endswith("TopThetaBackend")
 assert select("TOPTHETA", attn_type="encoder_only") == stock
-refusals = ({"use_mla": True}, {"has_sink": True}, {"attn_type": "encoder_decoder"})
+refusals = ({"use_mla": True}, {"attn_type": "encoder_decoder"})
 for options in refusals:
     try:
         select("TOPTHETA", **options)
