@@ -15,7 +15,10 @@ FOLDER = Path(__file__).parent
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_vector_instructions(capability: str):
     # What is left out differs in dtypes and shapes only; the whole suite takes minutes without AVX-512.
-    part = "test_groups or test_compensations or test_head_dims or test_softcap or test_codes_are or part_ways or sinks"
+    part = (
+        "test_groups or test_compensations or test_head_dims or test_softcap or test_codes_are or part_ways "
+        "or sinks"
+    )
     files = [str(FOLDER / name) for name in ("test_operator.py", "test_key_screen.py")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", part],
