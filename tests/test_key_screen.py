@@ -204,7 +204,7 @@ def test_compensations_and_softcap(impl: str, compensation: Any, softcap: float)
 def test_sinks_stand_beside_a_screen(impl: str, compensation: Any) -> None:
     selection = Selection(compensation=compensation)
     sinks = torch.tensor([5.0, 7.0, 6.0, 8.0])
-    case = random_case([(1, 5000), (1, 15)], 4, 2, keep=0.03, selection=selection, sinks=sinks)
+    case = random_case([(1, 3000), (1, 15)], 4, 2, keep=0.03, selection=selection, sinks=sinks)
     case = screened(impl, case)
     check(impl, case)
     plain, out = replace(case, sinks=None).run(impl).float(), case.run(impl).float()
