@@ -190,7 +190,8 @@ class Decoder {
         const int m = row * group + g, head = item.kv_head * group + g;
         const float* acc = softmax.acc + static_cast<int64_t>(m) * p.head_dim;
         const float lost = sum16(load16(softmax.dropped + m * kLanes));
-        const float total = sum16(load16(softmax.used + m * kLanes)) + lost;
+        // Here alone, where all parts of the context are merged, so that a sink counts once.
+        const float total = sum16(load16(softmax.used + m * kLanes)) + lost + sink_weight(p, head, softmax.max[m]);
         const float share = n > 0 ? lost / total : 0.0f;
         const float norm = n > 0 ? p.value_scale / total : 0.0f;
         dropped += share;
