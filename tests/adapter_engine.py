@@ -30,6 +30,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
@@ -83,6 +84,7 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path:
         prefixes: Sequence[str] = (),
         rank: tuple[int, int] = (0, 1),
         drafts: int = 0,
+        head_size: int = HEAD_DIM,
         settings: dict[str, Any] | None = None,
         **options: Any,
     ) -> Rig:
@@ -99,6 +101,7 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path:
             prefixes: Names of the first layers, where they aren't those of the model.
             rank: This tensor-parallel rank and their number.
             drafts: Tokens that are drafted for each request.
+            head_size: D.
             settings: Of ``toptheta``. On GPUs' hosts a kernel is named, so that it decodes dense layers too.
             options: Of vLLM's ``Attention``.
         """
@@ -127,6 +130,9 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path:
         for name, value in cache.items():
             monkeypatch.setattr(vllm_config.cache_config, name, value)
         names = [*prefixes, *map(layer_name, range(len(prefixes), layers))]
+        options["head_size"] = head_size
+        # What vLLM asks FlashAttention, where there is one; here torch takes its place.
+        monkeypatch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
         made = _layers(host, vllm_config, names, rank[1], windows, backend or host.backend, options)
         rig = _plan(host, vllm_config, made)
         if host.on_gpus:
@@ -163,9 +169,8 @@ def _layers(
         layers = [
             Attention(
                 NUM_HEADS // ranks,
-                HEAD_DIM,
-                SCALE,
-                max(1, NUM_KV_HEADS // ranks),
+                scale=SCALE,
+                num_kv_heads=max(1, NUM_KV_HEADS // ranks),
                 cache_config=config.cache_config,
                 prefix=name,
                 attn_backend=backend,

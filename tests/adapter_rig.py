@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from adapter_cases import FP8, HEAD_DIM, SCALE, BatchSpec, Host
+from adapter_cases import FP8, SCALE, BatchSpec, Host
 from device import captured
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -150,12 +150,12 @@ class Rig:
     def write(self, index: int, slot_mapping: torch.Tensor) -> None:
         """Random K and V into the slots of a layer, through the implementation."""
         layer = self.layers[index]
-        key, value = self.random(2, len(slot_mapping), layer.num_kv_heads, HEAD_DIM)
+        key, value = self.random(2, len(slot_mapping), layer.num_kv_heads, layer.head_size)
         layer.impl.do_kv_cache_update(layer, key, value, self.caches[index], slot_mapping)
 
     def attend(self, index: int, metadata: Any, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Random queries of a layer, and its output in a buffer full of NaN; each [rows, H, D]."""
-        query = self.random(rows, self.layers[index].num_heads, HEAD_DIM)
+        query = self._queries(index, rows)
         output = torch.full_like(query, torch.nan)
         self._forward(index, query, metadata, output)
         return query, output
@@ -164,7 +164,7 @@ class Rig:
         self, index: int, metadata: Any, rows: int
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """A layer's part of a CUDA graph, and what replays it as :meth:`attend`; without a GPU, the call anew."""
-        query = self.random(rows, self.layers[index].num_heads, HEAD_DIM)
+        query = self._queries(index, rows)
         output = torch.empty_like(query)
         replay = captured(lambda: self._forward(index, query, metadata, output))
 
@@ -197,7 +197,9 @@ class Rig:
         reference.finish(cache, DecodeBatch(whole, batch.seq_lens, batch.block_table))
         query = step.query[: step.metadata.num_decode_rows]
         out = torch.empty_like(query, dtype=torch.float32)
-        reference.decode(query, cache, batch, thetas, selection, SCALE, 0.0, out, None)
+        reference.decode(
+            query, cache, batch, thetas, selection, SCALE, 0.0, out, None, sinks=self._sinks(index)
+        )
         return out
 
     def dense(self, step: Step, index: int = 0) -> torch.Tensor:
@@ -221,7 +223,11 @@ class Rig:
                 query[start:end].float().transpose(0, 1).unflatten(0, (len(keys), -1))
             )  # [Hkv, group, rows, D]
             scores = (rows @ keys[:, None].transpose(2, 3) * SCALE).masked_fill(later, -torch.inf)
-            out[start:end] = (scores.softmax(dim=-1) @ values[:, None]).flatten(0, 1).transpose(0, 1)
+            if (sinks := self._sinks(index)) is not None:
+                columns = sinks.view(*scores.shape[:2], 1, 1).expand(-1, -1, end - start, 1)
+                scores = torch.cat([scores, columns], dim=-1)
+            weights = scores.softmax(dim=-1)[..., :n]
+            out[start:end] = (weights @ values[:, None]).flatten(0, 1).transpose(0, 1)
         return out
 
     def stored(self, index: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,16 +238,25 @@ class Rig:
             scales = (1.0, 1.0) if cache.key_scale is None else (cache.key_scale, cache.value_scale)
             return cache.key.float() * scales[0], cache.value.float() * scales[1]
         if kv_cache.dtype == torch.uint8:
-            key, value = kv_cache.view(FP8).float().split(HEAD_DIM, dim=-1)
+            key, value = kv_cache.view(FP8).float().chunk(2, dim=-1)
             return key * layer._k_scale, value * layer._v_scale
-        key, value = kv_cache.float().split(HEAD_DIM, dim=-1)
+        key, value = kv_cache.float().chunk(2, dim=-1)
         return key, value
 
     def random(self, *shape: int) -> torch.Tensor:
         """Normal numbers in bfloat16, the same on every device."""
         return torch.randn(*shape).bfloat16().to(self.host.device)
 
+    def _queries(self, index: int, rows: int) -> torch.Tensor:
+        layer = self.layers[index]
+        return self.random(rows, layer.num_heads, layer.head_size)
+
+    def _sinks(self, index: int) -> torch.Tensor | None:
+        """Of a layer as its model has them, float32 [H]."""
+        sinks = self.layers[index].impl.sinks
+        return None if sinks is None else sinks.float()
+
     def _forward(self, index: int, query: torch.Tensor, metadata: Any, output: torch.Tensor) -> None:
         layer = self.layers[index]
-        key, value = query.new_zeros(2, len(query), layer.num_kv_heads, HEAD_DIM)
+        key, value = query.new_zeros(2, len(query), layer.num_kv_heads, layer.head_size)
         layer.impl.forward(layer, query, key, value, self.caches[index], metadata, output)

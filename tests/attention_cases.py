@@ -46,6 +46,7 @@ class Case:
         selection: Selection and compensation.
         scale: Factor of q·k.
         softcap: 0 for none.
+        sinks: float32 [H], or None for none.
     """
 
     query: torch.Tensor
@@ -55,6 +56,7 @@ class Case:
     selection: Selection
     scale: float
     softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     def run(
         self, name: str, statistics: torch.Tensor | None = None, reached: torch.Tensor | None = None
@@ -73,6 +75,7 @@ class Case:
             out,
             statistics,
             reached,
+            self.sinks,
         )
 
     def rows(self) -> list[tuple[int, int, int]]:
@@ -103,6 +106,12 @@ class Case:
         query = self.query[row].double().view(key.shape[0], -1, key.shape[2])
         scores = (query @ key.double().transpose(1, 2)).flatten(0, 1) * self.scale
         return self.softcap * torch.tanh(scores / self.softcap) if self.softcap else scores
+
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the keys, [H, n]: beside a sink they sum to less than 1."""
+        if self.sinks is None:
+            return scores.softmax(dim=-1)
+        return torch.cat([scores, self.sinks.to(scores.dtype)[:, None]], dim=1).softmax(dim=-1)[:, :-1]
 
 
 def paged_cache(key: torch.Tensor, value: torch.Tensor, state_rows: int = 16) -> PagedCache:
@@ -143,6 +152,7 @@ def random_case(
     softcap: float = 0.0,
     seed: int = 0,
     state_rows: int = 16,
+    sinks: torch.Tensor | None = None,
 ) -> Case:
     """Sequences scattered over a block table; whatever lies outside them is NaN or an absurd block number.
 
@@ -159,6 +169,7 @@ def random_case(
         softcap: 0 for none.
         seed: Of the generator.
         state_rows: T.
+        sinks: float32 [H], or None for none.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-context // block_size) for _, context in contexts]
@@ -192,6 +203,7 @@ def random_case(
         selection or Selection(),
         head_dim**-0.5,
         softcap,
+        sinks,
     )
     return case if keep is None else replace(case, thetas=thetas_in_gaps(case, keep))
 
@@ -259,7 +271,7 @@ def attend(case: Case, dtype: torch.dtype) -> torch.Tensor:
         query = case.query[row].to(dtype).view(key.shape[0], group, -1)
         scores = (query @ key.transpose(1, 2)) * case.scale
         scores = case.softcap * torch.tanh(scores / case.softcap) if case.softcap else scores
-        probabilities = torch.softmax(scores, dim=-1).flatten(0, 1)
+        probabilities = case.probabilities(scores.flatten(0, 1))
         weights = (probabilities * used).to(dtype).view(key.shape[0], group, n)
         result = (weights @ value).flatten(0, 1)
         if case.selection.compensation == "vmean" and not bool(used.all()):

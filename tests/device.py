@@ -99,7 +99,7 @@ def triton_implementation(
     return SimpleNamespace(
         decode=on_device(decode),
         finish=finish and on_device(finish),
-        capabilities=Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}),
+        capabilities=Capabilities(narrow_values=True, screens={"int4": 0.37}),
         screen_bytes=screen_bytes,
     )
 

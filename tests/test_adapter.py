@@ -83,6 +83,23 @@ def test_speculative_rows_decode_together(make_rig: Any, host: Host):
     torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("host", HOSTS)
+def test_heads_of_512(make_rig: Any, host: Host, sparse: bool):
+    """Of prefill and decoding; Gemma 4's layers with full attention have such."""
+    torch.manual_seed(8)
+    rig = make_rig(host, Table(theta=3.0) if sparse else None, head_size=512)
+    batch = BatchSpec("mixed", [200, 50], [1, 50])
+    rig.write_contexts(batch)
+    step = rig.step(batch)
+    dense = rig.dense(step)
+    expected = rig.sparse(step, rig.thetas(), rig.selection) if sparse else dense[:1]
+    torch.testing.assert_close(step.output[:1].float(), expected, **CLOSE)
+    torch.testing.assert_close(step.output[1:].float(), dense[1:], **CLOSE)
+    read = rig.statistics()[Stat.V_ROWS_READ] / rig.statistics()[Stat.V_ROWS]
+    assert 0.1 < read < 0.7 if sparse else read == 1
+
+
 FP8_NAMES = ["fp8", "fp8_e4m3", "fp8_e5m2"]
 
 
@@ -163,8 +180,6 @@ def test_pooled_prompts_are_dense_to_their_last_token(
         pytest.param(*host.values, option, value, marks=host.marks, id=f"{host.id}-{option}")
         for option, value, hosts in (
             ("alibi_slopes", [0.5] * NUM_HEADS, EVERY_HOST),
-            # vLLM's FlashAttention asks for a GPU before it takes sinks.
-            ("sinks", torch.zeros(NUM_HEADS), [EVERY_HOST[0], EVERY_HOST[2]]),
             ("kv_sharing_target_layer_name", layer_name(0), EVERY_HOST[1:]),
         )
         for host in hosts
@@ -173,6 +188,13 @@ def test_pooled_prompts_are_dense_to_their_last_token(
 def test_layers_that_would_be_wrong_are_refused_by_name(make_rig: Any, host: Host, option: str, value: Any):
     with pytest.raises((NotImplementedError, ValueError), match=option):
         make_rig(host, **{option: value})
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_heads_of_v_that_are_narrower_are_refused(make_rig: Any, host: Host):
+    """Models with such heads name other backends of vLLM in their code, whose caches differ."""
+    with pytest.raises(NotImplementedError, match="needs heads of K and V of one size, not 32 and 16"):
+        make_rig(host, head_size_v=16)
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

@@ -41,15 +41,14 @@ def selection(**changes: Any) -> dict[str, Any]:
 
 REFUSED = [
     ({"dtype": torch.float32}, "dtype not supported (torch.float32; allowed: --dtype bfloat16 or float16"),
-    ({"head_size": 24}, "head_size not supported (24; allowed: multiples of 8 from 32 to 256)"),
-    ({"head_size": 512}, "head_size not supported (512;"),
+    ({"head_size": 24}, "head_size not supported (24; allowed: multiples of 8 from 32 to "),
+    ({"head_size": 520}, "head_size not supported (520; allowed: multiples of 8 from 32 to "),
     ({"block_size": 24}, "block_size not supported (24;"),
     (
         {"kv_cache_dtype": "int8_per_token_head"},
         "kv_cache_dtype not supported (int8_per_token_head; allowed:",
     ),
     ({"use_mla": True}, "MLA not supported"),
-    ({"has_sink": True}, "attention sinks not supported"),
     ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
     ({"attn_type": "encoder_only"}, "attention type encoder_only not supported (only decoder layers;"),
@@ -79,6 +78,36 @@ def test_what_is_supported_is_not_refused(vllm_config: Any, backend: type):
         assert backend.validate_configuration(**selection(**option)) == [], option
     fp8 = backend.validate_configuration(**selection(kv_cache_dtype="fp8"))
     assert bool(fp8) == (backend is FlashTopThetaBackend)
+
+
+def flash_attention(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Has vLLM find this version of it."""
+    for name, answer in (
+        ("is_flash_attn_varlen_func_available", lambda: True),
+        ("flash_attn_supports_sinks", lambda: version > 2),
+        ("is_fa_version_supported", lambda asked: asked <= version),
+    ):
+        monkeypatch.setattr(flash_attn, name, answer, raising=False)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_and_large_heads_are_served_where_the_platform_s_prefill_can(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, backend: type, version: int
+):
+    """Triton attention can do both; FlashAttention by its version and the GPU."""
+    flash_attention(monkeypatch, version)
+    on_flash = backend is FlashTopThetaBackend
+    sinks = backend.validate_configuration(**selection(has_sink=True))
+    large = backend.validate_configuration(**selection(head_size=512))
+    assert bool(sinks) == (on_flash and version < 3)
+    assert bool(large) == (on_flash and version < 4)
+    if sinks:
+        assert sinks == ["attention sinks not supported (FlashAttention takes them from version 3 on)"]
+    if large:
+        assert large == ["head_size not supported (512; allowed: multiples of 8 from 32 to 256)"]
+    ampere = selection(has_sink=True, device_capability=DeviceCapability(8, 0))
+    assert bool(backend.validate_configuration(**ampere)) == on_flash
 
 
 @pytest.mark.parametrize(

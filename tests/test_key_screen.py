@@ -107,7 +107,7 @@ def check_codes(case: Case) -> None:
         torch.testing.assert_close(got.error, expected.error, rtol=2e-3, atol=1e-7, equal_nan=True)
 
 
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 96, 112, 128, 192, 256, 512])
 def test_codes_are_those_of_the_transform(head_dim: int) -> None:
     check_codes(with_screen(random_case([(1, 37), (1, 64)], head_dim=head_dim), "cpu", "int4+4"))
 
@@ -165,7 +165,7 @@ def test_rows_outside_a_batch_keep_their_codes() -> None:
 
 @every_implementation
 @pytest.mark.parametrize("margin", [None, 0.0, 1.0, 2.5], ids=str)
-@pytest.mark.parametrize("head_dim", [32, 80, 128, 192])
+@pytest.mark.parametrize("head_dim", [32, 80, 128, 192, 512])
 def test_head_dims_and_margins(impl: str, head_dim: int, margin: float | None) -> None:
     case = random_case(
         [(1, 700), (1, 128), (1, 15)], 4, 2, head_dim, 64, query_dtype=torch.float32, keep=0.03
@@ -197,6 +197,18 @@ def test_compensations_and_softcap(impl: str, compensation: Any, softcap: float)
     contexts = [(1, 900), (1, 300), (1, 301), (0, 0), (1, 7)]
     case = random_case(contexts, selection=selection, softcap=softcap, keep=0.03, query_dtype=torch.float32)
     check(impl, screened(impl, case))
+
+
+@every_implementation
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_sinks_stand_beside_a_screen(impl: str, compensation: Any) -> None:
+    selection = Selection(compensation=compensation)
+    sinks = torch.tensor([5.0, 7.0, 6.0, 8.0])
+    case = random_case([(1, 3000), (1, 15)], 4, 2, keep=0.03, selection=selection, sinks=sinks)
+    case = screened(impl, case)
+    check(impl, case)
+    plain, out = replace(case, sinks=None).run(impl).float(), case.run(impl).float()
+    assert float((out - plain).abs().mean()) > 0.1 * float(plain.abs().mean())
 
 
 @every_implementation
@@ -285,6 +297,7 @@ def test_screens_that_the_cpu_kernel_has_not() -> None:
     for head_dim, block_size, message in (
         (72, 32, "head dimension that is a multiple of 16, got 72"),
         (64, 24, "block size that is a multiple of 16, got 24"),
+        (528, 32, "takes head dimensions up to 512, got 528"),
     ):
         with pytest.raises(ValueError, match=message):
             implementation("cpu").screen_bytes("int4+4", head_dim, block_size)

@@ -292,7 +292,7 @@ def check_against_oracle(impl: str, case: Case) -> None:
     }
     assert {stat: int(statistics[0, stat]) for stat in expected} == expected
     mass = sum(
-        float((case.scores64(*row).softmax(dim=-1) * ~used).sum())
+        float((case.probabilities(case.scores64(*row)) * ~used).sum())
         for row, (_, used) in zip(case.rows(), sets, strict=True)
     )
     assert float(statistics[0, Stat.DROPPED_MASS]) == pytest.approx(mass, rel=1e-4, abs=1e-5)
@@ -313,8 +313,38 @@ def test_groups(impl: str, heads: int, kv_heads: int, group_keep: str) -> None:
     check_against_oracle(impl, random_case([(1, 300), (1, 65)], heads, kv_heads, selection=selection))
 
 
+def sinks_beside(case: Case, share: list[float]) -> Case:
+    """The case with sinks that take about these shares of the probability of its longest row, of each head."""
+    mass = case.scores64(*max(case.rows(), key=lambda row: row[2])).logsumexp(dim=1)
+    return replace(case, sinks=(mass + torch.tensor(share).double().logit()).float())
+
+
+@cpu_kernels_only
+@pytest.mark.parametrize(("group_keep", "compensation"), [("head", "none"), ("union", "vmean")])
+def test_sinks(impl: str, group_keep: Any, compensation: Any) -> None:
+    """One more score in the denominator, once, also where parts of a context are merged."""
+    selection = Selection(group_keep=group_keep, compensation=compensation, min_seq_len=70)
+    contexts = [(1, 2000), (3, 70), (3, 301), (1, 1)]
+    case = random_case(contexts, dtype=torch.float32, selection=selection)
+    case = sinks_beside(case, [0.1, 0.5, 0.3, 0.9])
+    check_against_oracle(impl, case)
+    check_against_oracle(impl, replace(case, thetas=None))
+    plain = replace(case, sinks=None).run(impl)
+    assert float((case.run(impl) - plain).abs().mean()) > 0.2 * float(plain.abs().mean())
+
+
 @kernels_only
-@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 112, 128, 256])
+@pytest.mark.parametrize("sink", [-math.inf, -1e4, 60.0, 1e4])
+def test_sinks_far_from_the_scores(impl: str, sink: float) -> None:
+    """They leave everything to the keys, or nothing."""
+    case = random_case([(1, 200), (2, 40)], dtype=torch.float32)
+    out, plain = replace(case, sinks=torch.full((4,), sink)).run(impl), case.run(impl)
+    expected = plain if sink < 0 else torch.zeros_like(plain)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-7)
+
+
+@kernels_only
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 112, 128, 256, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dims(impl: str, head_dim: int, dtype: torch.dtype) -> None:
     check_against_oracle(impl, random_case([(1, 200)], head_dim=head_dim, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What some implementations of the operator take beyond the others: sinks, V narrower than K, large heads."""
+"""What models have seldom: sinks, V narrower than K, large heads; and what an implementation does beyond others."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,8 +11,7 @@ from device import DEVICE, TRITON
 from topt_vllm.attention import api
 from topt_vllm.attention.common import Capabilities, PagedCache, Selection, Stat, new_statistics
 
-triton_only = pytest.mark.parametrize("impl", [TRITON])
-IMPLS = ["reference", TRITON]
+NARROW = ["reference", TRITON]
 
 
 def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
@@ -21,7 +20,7 @@ def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
     return api.decode(implementation(impl), *step, **options)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["reference", "cpu", "cpu-scalar", TRITON])
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any):
     """As a key whose V row is zero; what thresholds drop is compensated, the sink's share is not."""
@@ -40,12 +39,18 @@ def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any
     assert with_sinks[0, Stat.DROPPED_MASS] < statistics[0, Stat.DROPPED_MASS]
 
 
-def test_sinks_are_refused_by_name():
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_sinks_of_another_shape_are_refused(impl: str):
     case = random_case([(1, 40)])
-    with pytest.raises(ValueError, match="takes no attention sinks; triton and reference do"):
-        decode(case, "cpu", sinks=torch.zeros(4))
     with pytest.raises(ValueError, match=r"sinks \(3,\) of torch.float32 must be float32 \[H=4\]"):
-        decode(case, "reference", sinks=torch.zeros(3))
+        decode(case, impl, sinks=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"sinks \(4,\) of torch.bfloat16 must be float32 \[H=4\]"):
+        decode(case, impl, sinks=torch.zeros(4, dtype=torch.bfloat16))
+
+
+def test_the_kernel_reads_sinks_one_after_the_other():
+    with pytest.raises(RuntimeError, match="sinks: expected a contiguous last dimension"):
+        decode(random_case([(1, 40)]), "cpu", sinks=torch.zeros(8)[::2])
 
 
 def narrow(case: Case, value_dim: int) -> Case:
@@ -56,7 +61,7 @@ def narrow(case: Case, value_dim: int) -> Case:
     return replace(case, cache=part)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", NARROW)
 @pytest.mark.parametrize("value_dim", [32, 40])
 def test_v_may_be_narrower_than_k(impl: str, value_dim: int):
     case = random_case([(1, 300), (2, 70)], head_dim=80, dtype=torch.float32)
@@ -72,9 +77,9 @@ def test_v_narrower_than_k_is_refused_by_name():
 
 
 CAPABILITIES = {
-    "reference": Capabilities(sinks=True, narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0}),
+    "reference": Capabilities(narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0}),
     "cpu": Capabilities(screens={"int4+4": 0.2}),
-    "triton": Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}, graphs=True),
+    "triton": Capabilities(narrow_values=True, screens={"int4": 0.37}, graphs=True),
 }
 
 
@@ -98,7 +103,7 @@ def test_statistics_of_another_shape_are_refused(shape: tuple[int, ...]):
         decode(random_case([(1, 40)]), "cpu", statistics=torch.zeros(shape, dtype=torch.float64))
 
 
-@triton_only
+@pytest.mark.parametrize("impl", ["cpu", "cpu-scalar", TRITON])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_heads_of_512(impl: str, dtype: torch.dtype):
     case = random_case([(1, 100), (2, 40)], 4, 2, 512, 32, dtype, torch.float32)

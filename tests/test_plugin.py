@@ -49,8 +49,9 @@ config = AttentionSelectorConfig(64, torch.bfloat16, "auto", None)
 stock = CpuPlatform.get_attn_backend_cls(None, attn_selector_config=config)
 assert select(None) == select("CPU_ATTN") == stock, select(None)
 assert select("TOPTHETA").endswith("TopThetaBackend")
+assert select("TOPTHETA", has_sink=True) == select("TOPTHETA")
 assert select("TOPTHETA", attn_type="encoder_only") == stock
-refusals = ({"use_mla": True}, {"has_sink": True}, {"attn_type": "encoder_decoder"})
+refusals = ({"use_mla": True}, {"use_per_head_quant_scales": True}, {"attn_type": "encoder_decoder"})
 for options in refusals:
     try:
         select("TOPTHETA", **options)
@@ -62,7 +63,7 @@ for options in refusals:
     assert run.returncode == 0, run.stderr[-2000:]
     refusals = [line for line in run.stdout.splitlines() if line.startswith("refused")]
     assert len(refusals) == 3
-    for line, reason in zip(refusals, ("MLA", "sinks", "encoder_decoder"), strict=True):
+    for line, reason in zip(refusals, ("MLA", "per-head", "encoder_decoder"), strict=True):
         assert reason in line
 
 

@@ -53,8 +53,9 @@ class Implementation(Protocol):
         out: torch.Tensor,
         statistics: torch.Tensor | None,
         reached: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """As :func:`decode`. With the capability ``sinks``, they may follow."""
+        """As :func:`decode`."""
         ...
 
     def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
@@ -138,7 +139,6 @@ def load_implementation(name: str, device_type: str) -> tuple[str, Implementatio
 def require(
     implementation: Implementation,
     *,
-    sinks: bool = False,
     narrow_values: bool = False,
     screen: ScreenFormat | None = None,
     graphs: bool = False,
@@ -150,7 +150,6 @@ def require(
     """
     offered = implementation.capabilities
     lacks = [
-        (sinks and not offered.sinks, "takes no attention sinks; triton and reference do"),
         (
             narrow_values and not offered.narrow_values,
             "needs heads of K and V of one size; triton and reference don't",
@@ -197,7 +196,7 @@ def decode(
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
             that are dense for their length add nothing. Not with thresholds by row.
         sinks: float32 [H], a logit of each query head that takes probability as one more key would, has no V row
-            and is compensated by nothing; None for none. Not every implementation takes them.
+            and is compensated by nothing; None for none.
 
     Returns:
         ``out``.
@@ -212,22 +211,17 @@ def decode(
         raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
     require(
         implementation,
-        sinks=sinks is not None,
         narrow_values=cache.key.shape[3] != cache.value.shape[3],
         screen=cache.key_screen.format if cache.key_screen is not None else None,
     )
-    options = {}
-    if sinks is not None:
-        if sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32:
-            raise ValueError(
-                f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]"
-            )
-        options["sinks"] = sinks
+    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32):
+        raise ValueError(f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]")
     if out is None:
         out = query.new_empty(*query.shape[:2], cache.value.shape[3])
     if query.shape[0]:
-        arguments = query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached
-        implementation.decode(*arguments, **options)
+        implementation.decode(
+            query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
+        )
     return out
 
 

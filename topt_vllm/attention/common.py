@@ -42,14 +42,12 @@ class Capabilities:
     """What an implementation of the operator does beyond what all of them do.
 
     Attributes:
-        sinks: Takes logits of attention sinks.
         narrow_values: Takes heads of V that are smaller than those of K.
         screens: Formats of the K screens that it has, each with the share of candidates up to which it beats
             reading K in full: in layers that let more through it is left out.
         graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
     """
 
-    sinks: bool = False
     narrow_values: bool = False
     screens: Mapping[ScreenFormat, float] = field(default_factory=dict)
     graphs: bool = False

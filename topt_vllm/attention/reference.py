@@ -37,7 +37,7 @@ from topt_vllm.attention.common import (
 from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.screen import ScreenFormat, refined_scores, screen_scores
 
-capabilities = Capabilities(sinks=True, narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0})
+capabilities = Capabilities(narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0})
 
 
 def prepare(device_type: str) -> None:

@@ -54,10 +54,6 @@ class TopThetaBackend(_Platform):
         return attn_type == AttentionType.DECODER
 
     @classmethod
-    def supports_sink(cls) -> bool:
-        return False
-
-    @classmethod
     def supports_alibi_sqrt(cls) -> bool:
         return False
 

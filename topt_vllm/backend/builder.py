@@ -186,5 +186,6 @@ def _refuse(spec: Any) -> None:
         raise NotImplementedError("TOPTHETA doesn't support chunked local attention (attention_chunk_size)")
     if spec.head_size_v != spec.head_size:
         raise NotImplementedError(
-            f"TOPTHETA needs heads of K and V of one size, not {spec.head_size} and {spec.head_size_v}"
+            f"TOPTHETA needs heads of K and V of one size, not {spec.head_size} and {spec.head_size_v}; "
+            "use another --attention-backend"
         )

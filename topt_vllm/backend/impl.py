@@ -24,6 +24,10 @@ class TopThetaImpl(_Platform):
     platform_reason: str | None = None
     # Whether it was looked at for what it stores beside its cache.
     states_known: bool = False
+    # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without.
+    sinks: torch.Tensor | None
+    # The same as the operator takes them, float32.
+    operator_sinks: torch.Tensor | None = None
     logits_soft_cap: float
     # Every rank would need all of a context's V sums.
     supports_dcp: bool = False
@@ -40,7 +44,7 @@ class TopThetaImpl(_Platform):
     @classmethod
     def refused_options(cls) -> dict[str, str]:
         """Attributes of vLLM's implementation that must not be set, and what they are."""
-        return {"alibi_slopes": "ALiBi", "sinks": "attention sinks"}
+        return {"alibi_slopes": "ALiBi"}
 
     def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
         """K, V and their scales in vLLM's cache [B, Hkv, P, 2D]."""
@@ -49,8 +53,17 @@ class TopThetaImpl(_Platform):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """As the platform does; and vLLM has not planned the cache yet, but made all layers of the model."""
         super().process_weights_after_loading(act_dtype)
+        if self.sinks is not None:
+            self._take_sinks(self.sinks)
         if not self.states_known:
             register(self._vllm_config)
+
+    def _take_sinks(self, sinks: torch.Tensor) -> None:
+        """Weights may be loaded again, and graphs point to where the sinks were."""
+        if self.operator_sinks is None:
+            self.operator_sinks = sinks.detach().to(torch.float32, copy=True)
+        else:
+            self.operator_sinks.copy_(sinks)
 
     def forward(
         self,
@@ -112,6 +125,7 @@ class TopThetaImpl(_Platform):
                 out,
                 bound.statistics,
                 thresholds.reached(len(query)),
+                self.operator_sinks,
             )
 
         if bound.group.warm_up is not None:

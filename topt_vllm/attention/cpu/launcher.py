@@ -55,6 +55,7 @@ def decode(
     out: torch.Tensor,
     statistics: torch.Tensor | None,
     reached: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     scalar: bool = False,
 ) -> None:
     """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
@@ -71,6 +72,7 @@ def decode(
         out: [R, H, D], written.
         statistics: float64 [slots, 8] to add to, or None.
         reached: int64 [R, H] to add to, or None.
+        sinks: float32 [H], or None.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
     of_heads = thetas if isinstance(thetas, Thetas) else None
@@ -98,6 +100,7 @@ def decode(
         *_screen(cache),
         cache.key_screen.margin if cache.key_screen else None,
         reached,
+        sinks,
         cache.key_scale,
         cache.value_scale,
         cache.posit8,
@@ -135,6 +138,11 @@ def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     for name, value in (("head dimension", head_dim), ("block size", block_size)):
         if value <= 0 or value % 16:
             raise ValueError(f"the cpu kernel needs a {name} that is a multiple of 16, got {value}")
+    # Beyond, sums of a query's 16-bit codes times those of K don't fit their 32 bits.
+    if head_dim > 512:
+        raise ValueError(
+            f"the cpu kernel's K screen takes head dimensions up to 512, got {head_dim}; leave k_screen out"
+        )
     return _operators().screen_bytes(head_dim, block_size)
 
 

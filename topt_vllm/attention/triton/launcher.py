@@ -18,7 +18,7 @@ from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
 
 # By bytes a screen pays below 73 % of candidates; their K is gathered, which is taken to run at half the rate of a
 # stream. Not measured on a GPU yet.
-capabilities = Capabilities(sinks=True, narrow_values=True, screens={"int4": 0.37}, graphs=True)
+capabilities = Capabilities(narrow_values=True, screens={"int4": 0.37}, graphs=True)
 
 _STATISTICS_SLOTS = 32
 

@@ -123,8 +123,9 @@ class CpuTopThetaBackend(TopThetaBackend, CPUAttentionBackend):
         return CpuTopThetaBuilder
 
     @classmethod
-    def get_supported_head_sizes(cls) -> list[int]:
-        return [size for size in super().get_supported_head_sizes() if size <= 256]
+    def supports_sink(cls) -> bool:
+        """Yes: vLLM's implementation hands them to its kernel, though its backend doesn't say so (0.32)."""
+        return True
 
     @classmethod
     def explanations(cls, options: dict[str, Any]) -> dict[str, str]:

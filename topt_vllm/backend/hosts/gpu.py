@@ -11,7 +11,8 @@ from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.states import PREFERRED_BLOCK_SIZE
 
-_HEAD_SIZES = range(32, 257, 8)
+# Those that the kernel is compiled and looked at for; the platform's may take fewer.
+_HEAD_SIZES = range(32, 513, 8)
 
 
 class GpuBackend(TopThetaBackend):
@@ -27,7 +28,8 @@ class GpuBackend(TopThetaBackend):
     def explanations(cls, options: dict[str, Any]) -> dict[str, str]:
         capability = options["device_capability"].as_version_str()
         return super().explanations(options) | {
-            "head_size not supported": f"{options['head_size']}; allowed: multiples of 8 from 32 to 256",
+            "head_size not supported": f"{options['head_size']}; allowed: multiples of 8 from 32 to "
+            f"{max(filter(cls.supports_head_size, _HEAD_SIZES))}",
             "dtype not supported": f"{options['dtype']}; allowed: --dtype bfloat16 or float16",
             "compute capability not supported": f"{capability}; allowed: NVIDIA 8.0 and later, AMD gfx94x",
         }

@@ -190,6 +190,14 @@ void set_reached(topt::Problem& p, const Tensor& query, const optional<Tensor>& 
   p.reached = reached->data_ptr<int64_t>();
 }
 
+void set_sinks(topt::Problem& p, const optional<Tensor>& sinks) {
+  p.sinks = nullptr;
+  if (!sinks) return;
+  check(*sinks, "sinks", 1, at::kFloat);
+  TORCH_CHECK(sinks->size(0) == p.num_heads, "sinks: expected [", p.num_heads, "], got ", sinks->sizes());
+  p.sinks = sinks->const_data_ptr<float>();
+}
+
 void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped, bool scalar) {
   if (scalar) return topt::run_scalar(p, cache, counts, dropped);
   // One workspace per calling thread; it grows to the largest call and stays.
@@ -233,8 +241,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             bool keep_union, bool vmean, double scale, double softcap, Tensor out, const optional<Tensor>& statistics,
             const optional<Tensor>& screen_codes, const optional<Tensor>& screen_mean,
             const optional<Tensor>& screen_scale, const optional<Tensor>& screen_signs, optional<double> screen_margin,
-            const optional<Tensor>& reached, const optional<Tensor>& key_scale, const optional<Tensor>& value_scale,
-            bool posit8, bool scalar) {
+            const optional<Tensor>& reached, const optional<Tensor>& sinks, const optional<Tensor>& key_scale,
+            const optional<Tensor>& value_scale, bool posit8, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -255,6 +263,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
               "query_start_loc: expected rows up to ", query.size(0), ", got ", p.query_start_loc[p.num_sequences]);
   set_thetas(p, lengths, theta, law);
   set_row_theta(p, query, row_theta);
+  set_sinks(p, sinks);
   p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
   p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
@@ -352,8 +361,8 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, Tensor? row_theta, int min_seq_len, "
       "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, Tensor? screen_codes, Tensor? screen_mean, Tensor? screen_scale, "
-      "Tensor? screen_signs, float? screen_margin, Tensor(c!)? reached, Tensor? key_scale, Tensor? value_scale, "
-      "bool posit8, bool scalar) -> ()");
+      "Tensor? screen_signs, float? screen_margin, Tensor(c!)? reached, Tensor? sinks, Tensor? key_scale, "
+      "Tensor? value_scale, bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def(
       "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? screen_codes, Tensor? screen_mean, "

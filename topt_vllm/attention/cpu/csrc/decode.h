@@ -44,7 +44,7 @@ constexpr float kMaxSlack = 8.0f;
 // V rows that make it worth loading the accumulators.
 constexpr int kFlushRows = 32;
 // Tokens between those that are screened and those whose codes are asked for.
-constexpr int kScreenAhead = 256;
+constexpr int kScreenAhead = 128;
 
 // Everything one thread needs, carved from one allocation that outlives the call.
 template <typename T>
@@ -53,6 +53,8 @@ struct Scratch {
   c10::BFloat16* pairs;
   const T** rows;
   uint32_t *kept, *read, *candidates;
+  int32_t *listed, *ends;
+  float* fine;
   KeepRule* rules;
   ScreenQueries screen;
   int count[kMaxItemRows];
@@ -65,8 +67,9 @@ struct Scratch {
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 16 * (vectors + 4) + 4 * p.head_dim;
-    return (total + 20 * 64 + 4095) / 4096 * 4096;
+    total += 4 * (2 * (tile + kLanes) + 2 * p.blocks_per_tile + vectors * tile);
+    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * 16 * (vectors + 4) + 4 * p.head_dim;
+    return (total + 24 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
@@ -85,14 +88,17 @@ struct Scratch {
     carve(kept, tile / kLanes * p.group());
     carve(read, tile / kLanes);
     carve(candidates, 2 * (tile / kLanes));
+    carve(listed, 2 * (tile + kLanes));
+    carve(ends, 2 * p.blocks_per_tile);
+    carve(fine, vectors * tile);
     carve(rules, vectors);
     carve(screen.codes, vectors * p.head_dim);
     carve(screen.fine, vectors * p.head_dim);
     carve(screen.of, vectors);
-    carve(screen.fine_bias, vectors + 4);
-    carve(screen.fine_half, vectors + 4);
-    carve(screen.fine_factor, vectors + 4);
-    carve(screen.offset, vectors + 4);
+    carve(screen.fine_bias, kFineRows * (vectors + 4));
+    carve(screen.fine_half, kFineRows * (vectors + 4));
+    carve(screen.fine_factor, kFineRows * (vectors + 4));
+    carve(screen.offset, kFineRows * (vectors + 4));
     carve(screen.rotated, p.head_dim);
     screen.dim = p.head_dim;
   }
@@ -134,6 +140,15 @@ inline void store_row(const Rows& rows, int64_t row, int64_t head, int dim, cons
   });
 }
 
+// The keys of a tile that a row selects from, in the order of their positions: all that it sees, or candidates alone.
+struct Keys {
+  int start;              // position of the first, where they follow each other
+  const int32_t* listed;  // or the positions
+  int count, seen;        // here, and in all
+  int low, high;          // those outside [low, high) are kept whatever their score
+  float* scores;          // [M, tile]
+};
+
 template <typename T>
 class Decoder {
  public:
@@ -155,8 +170,10 @@ class Decoder {
       }
       for (int row = 0; row < item.rows; ++row) {
         if (s.count[row] >= kFlushRows) flush(row, softmax);
-        const int n = s.rules[row * group].n, start = tile * tile_tokens(p);
-        if (n > start) select(item, row, start, std::min(n - start, tile_tokens(p)), softmax, counts);
+        const int start = tile * tile_tokens(p), seen = std::min(s.rules[row * group].n - start, tile_tokens(p));
+        if (seen <= 0) continue;
+        if (screened) drop_rest(row, seen, softmax);
+        select(item, row, screened ? candidates_of(row, start, seen) : all_keys(row, start, seen), softmax, counts);
       }
     }
     for (int row = 0; row < item.rows; ++row) flush(row, softmax);
@@ -173,7 +190,8 @@ class Decoder {
         const int m = row * group + g, head = item.kv_head * group + g;
         const float* acc = softmax.acc + static_cast<int64_t>(m) * p.head_dim;
         const float lost = sum16(load16(softmax.dropped + m * kLanes));
-        const float total = sum16(load16(softmax.used + m * kLanes)) + lost;
+        // Here alone, where all parts of the context are merged, so that a sink counts once.
+        const float total = sum16(load16(softmax.used + m * kLanes)) + lost + sink_weight(p, head, softmax.max[m]);
         const float share = n > 0 ? lost / total : 0.0f;
         const float norm = n > 0 ? p.value_scale / total : 0.0f;
         dropped += share;
@@ -197,8 +215,10 @@ class Decoder {
   const T* next_key = nullptr;            // the block of K to ask for, a tile ahead, or null
   bool dense = false;     // every head of every row keeps everything
   bool screened = false;  // by the copy of K, which stands for it
-  float* scores = nullptr;                // of the tile in turn, [M, tile]
-  uint32_t* candidates = nullptr;         // of the tile in turn, a bit per token
+  // Of the tile in turn.
+  float* scores = nullptr;         // [M, tile]
+  uint32_t* candidates = nullptr;  // a bit per token
+  int32_t *listed = nullptr, *ends = nullptr;  // their positions, and how many up to the end of each block
   int forced_below = 0, forced_from = 0;  // tokens outside [forced_below, forced_from) are candidates
 
   // With a screen, tiles alternate between two sets of scores.
@@ -206,6 +226,8 @@ class Decoder {
     const int set = screened ? tile & 1 : 0;
     scores = s.scores + set * static_cast<int64_t>(queries.count) * tile_tokens(p);
     candidates = s.candidates + set * (tile_tokens(p) / kLanes);
+    listed = s.listed + set * (tile_tokens(p) + kLanes);
+    ends = s.ends + set * p.blocks_per_tile;
   }
 
   void load_queries(const Item& item) {
@@ -289,15 +311,17 @@ class Decoder {
     }
   }
 
-  // Approximate scores of a tile; marks candidates and asks for the rest of their codes.
+  // Approximate scores of a tile; lists candidates and asks for the rest of their codes.
   template <bool hard>
   void screen_tile(const Item& item, int tile, int end_tile, const Item* after) {
     // By value, so that stores of scores leave it in registers.
     const ScreenQueries q = s.screen;
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
     const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
-    const int distance = std::max(1, kScreenAhead / p.block_size), stride = tile_tokens(p), half = q.dim / 2;
+    const int distance = std::max(1, kScreenAhead / p.block_size);
+    const int stride = tile_tokens(p);
     const int64_t group_bytes = ScreenBlock::group_bytes(q.dim);
+    int count = 0;
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
       const char* ahead = later_codes(item, block + distance, end, after);
@@ -311,13 +335,15 @@ class Decoder {
         marks |= below(low - t) | ~below(high - t);
         marks &= below(tokens - t);
         marks_to[t / kLanes] = marks;
-        const uint8_t* rows = codes.plane_two(t);
-        for (; marks; marks &= marks - 1) {
-          const uint8_t* row = rows + std::countr_zero(marks) * half;
-          for (int byte = 0; byte < half; byte += kLineBytes) ask(row + byte);
-        }
+        count += list_lanes(marks, start + t, listed + count);
       }
+      for (int i = block == first ? 0 : ends[block - first - 1]; i < count; ++i) ask_plane_two(codes, listed[i] - start);
+      ends[block - first] = count;
     }
+  }
+
+  void ask_plane_two(const ScreenBlock& codes, int row) const {
+    for (int byte = 0; byte < p.head_dim / 2; byte += kLineBytes) ask(codes.plane_two(row) + byte);
   }
 
   // As later_key, for plane one.
@@ -331,52 +357,105 @@ class Decoder {
   void refine(const Item& item, int tile, Counts& counts) {
     const ScreenQueries q = s.screen;
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
+    const int stride = tile_tokens(p);
+    int from = 0;
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
-      float* to = scores + (block - first) * p.block_size;
-      const uint32_t* marks = candidates + (block - first) * (p.block_size / kLanes);
-      const int start = block * p.block_size, tokens = std::min(p.block_size, item.context - start);
-      for (int t = 0; t < tokens; t += kLanes) {
-        refine_group(q, codes.group(t / kLanes), marks[t / kLanes], codes.plane_two(t), p.softcap, to + t, tile_tokens(p));
-      }
-      for (int row = 0; row < item.rows; ++row) {
-        const int seen = s.rules[row * group].n - start;
-        for (int t = 0; t < tokens; t += kLanes) counts.candidates += std::popcount(marks[t / kLanes] & below(seen - t));
-      }
+      const int to = ends[block - first], start = block * p.block_size;
+      refine_rows(q, codes, start, listed + from, to - from, s.fine + from, stride);
+      from = to;
     }
+    for (int m = 0; m < q.count && p.softcap > 0; ++m) {
+      float* score = s.fine + m * stride;
+      for (int i = 0; i < from; i += kLanes) store16(score + i, softcap16(load16(score + i), p.softcap));
+    }
+    for (int row = 0; row < item.rows; ++row) counts.candidates += listed_below(s.rules[row * group].n, from);
   }
 
-  // Selection, softmax sums and survivors of `count` scored tokens from `start` on, for one query row.
-  void select(const Item& item, int row, int start, int count, Softmax& softmax, Counts& counts) {
-    const int words = (count + kLanes - 1) / kLanes;
+  // Of `count` candidates those at positions below `limit`.
+  int listed_below(int limit, int count) const {
+    if (count == 0 || limit > listed[count - 1]) return count;
+    return static_cast<int>(std::lower_bound(listed, listed + count, limit) - listed);
+  }
+
+  // What a row selects from that sees `seen` keys of the tile in turn.
+  Keys all_keys(int row, int start, int seen) const {
+    const KeepRule& rule = s.rules[row * group];
+    return {start, nullptr, seen, seen, rule.low - start, rule.high - start, scores};
+  }
+  Keys candidates_of(int row, int start, int seen) const {
+    const KeepRule& rule = s.rules[row * group];
+    const int all = ends[(seen - 1) / p.block_size];
+    const auto index = [&](int position) { return listed_below(position, all); };
+    const int count = index(start + seen);
+    return {0, listed, count, seen, std::min(index(rule.low), count), std::min(index(rule.high), count), s.fine};
+  }
+
+  // The keys of a row that are no candidates: into the sum of dropped probability by their approximate scores. What pass
+  // one left of the codes to come is asked for meanwhile.
+  void drop_rest(int row, int seen, Softmax& softmax) {
+    in_register_tiles(group, [&](auto heads, int g) { drop<heads()>(row, row * group + g, seen, softmax); });
+  }
+
+  template <int MT>
+  void drop(int row, int first, int seen, Softmax& softmax) {
+    const int stride = tile_tokens(p), words = (seen + kLanes - 1) / kLanes;
+    const float* scores = this->scores + static_cast<int64_t>(first) * stride;
+    const auto rest = [&](int word) { return ~candidates[word] & below(seen - word * kLanes); };
+    Vec16 best[MT], sum[MT];
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) best[m] = Vec16(-kInfinity);
+    for (int word = 0; word < words; ++word) {
+      TOPT_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        best[m] = max16(select16(load16(scores + m * stride + word * kLanes), rest(word), -kInfinity), best[m]);
+      }
+    }
+    for (int m = 0; m < MT; ++m) raise_to(row, first + m, max_lane16(best[m]), softmax);
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      best[m] = Vec16(softmax.max[first + m]), sum[m] = load16(softmax.dropped + (first + m) * kLanes);
+    }
+    for (int word = 0; word < words; ++word) {
+      TOPT_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        sum[m] = add_lanes16(sum[m], rest(word), exp16(load16(scores + m * stride + word * kLanes) - best[m]));
+      }
+    }
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) store16(softmax.dropped + (first + m) * kLanes, sum[m]);
+  }
+
+  // Selection, softmax sums and survivors of scored keys, for one query row.
+  void select(const Item& item, int row, const Keys& keys, Softmax& softmax, Counts& counts) {
+    const int words = (keys.count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, start, count, softmax, counts); });
+    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, keys, softmax, counts); });
     const int pending = s.count[row];
-    gather(item, row, start, words, counts);
-    if (s.count[row] - pending < count) softmax.skipped[row] += 1;
+    gather(item, row, keys, words, counts);
+    if (s.count[row] - pending < keys.seen) softmax.skipped[row] += 1;
     in_register_tiles(group, [&](auto heads, int g) {
       // What scoring left of the next block to ask for.
       const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
-      softmax.skipped[row] += weigh<heads()>(row, g, words, pending, asks, softmax);
+      softmax.skipped[row] += weigh<heads()>(row, g, keys.scores, words, pending, asks, softmax);
     });
   }
 
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
   template <int MT>
-  void mark(const Item& item, int row, int g, int start, int count, Softmax& softmax, Counts& counts) {
-    const int first = row * group + g, stride = tile_tokens(p);
+  void mark(const Item& item, int row, int g, const Keys& keys, Softmax& softmax, Counts& counts) {
+    const int first = row * group + g, stride = tile_tokens(p), count = keys.count;
     const KeepRule* rules = s.rules + first;
-    float* scores = this->scores + static_cast<int64_t>(first) * stride;
-    bool forced = false;
+    float* scores = keys.scores + static_cast<int64_t>(first) * stride;
+    bool forced = keys.low > 0 || keys.high < count;
     Vec16 best[MT];
     int reached[MT] = {};
     for (int m = 0; m < MT; ++m) {
       best[m] = Vec16(-kInfinity);
-      forced |= rules[m].dense || start < rules[m].low || start + count > rules[m].high;
+      forced |= rules[m].dense;
     }
     for (int t = 0; t < count; t += kLanes) {
       const uint32_t valid = below(count - t);
-      const uint32_t let_through = screened ? candidates[t / kLanes] : 0xffff;
       uint32_t read = s.read[t / kLanes];
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
@@ -387,11 +466,11 @@ class Decoder {
         if (valid != 0xffff) score = select16(score, valid, -kInfinity);
         if (!screened || valid != 0xffff) store16(at, score);
         best[m] = max16(score, best[m]);
-        uint32_t mask = ge16(score, rules[m].theta) & let_through;
+        uint32_t mask = ge16(score, rules[m].theta);
         reached[m] += std::popcount(mask);
         if (forced) {
           const int before = std::popcount(mask);
-          mask |= rules[m].dense ? 0xffff : below(rules[m].low - start - t) | ~below(rules[m].high - start - t);
+          mask |= rules[m].dense ? 0xffff : below(keys.low - t) | ~below(keys.high - t);
           mask &= valid;
           counts.kept += std::popcount(mask) - before;
         }
@@ -403,11 +482,15 @@ class Decoder {
     for (int m = 0; m < MT; ++m) {
       counts.kept += reached[m];
       if (p.reached && !rules[m].dense) count_reached(item.row + row, item.kv_head * group + g + m, reached[m]);
-      const float largest = max_lane16(best[m]);
-      if (largest > softmax.max[first + m] + kMaxSlack) {
-        flush(row, softmax);
-        raise(first + m, largest, softmax);
-      }
+      raise_to(row, first + m, max_lane16(best[m]), softmax);
+    }
+  }
+
+  // Raises a reference that scores leave behind; queued rows are added first, for their weights refer to it.
+  void raise_to(int row, int m, float largest, Softmax& softmax) {
+    if (largest > softmax.max[m] + kMaxSlack) {
+      flush(row, softmax);
+      raise(m, largest, softmax);
     }
   }
 
@@ -434,14 +517,17 @@ class Decoder {
 
   // Queues the V rows that some head keeps and asks for them, a line of each in turns, for requests in bursts to one
   // place are dropped. Where every row is kept, they are asked for as they are added.
-  void gather(const Item& item, int row, int start, int words, Counts& counts) {
+  void gather(const Item& item, int row, const Keys& keys, int words, Counts& counts) {
     const T** rows = s.rows + row * s.capacity(p);
     int pending = s.count[row];
     for (int word = 0; word < words; ++word) {
       if (!s.read[word]) continue;
-      const T* base = value_row<T>(p, item.sequence, item.kv_head, start + word * kLanes);
+      const int index = word * kLanes;
+      const T* base = keys.listed ? nullptr : value_row<T>(p, item.sequence, item.kv_head, keys.start + index);
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
-        rows[pending++] = base + std::countr_zero(left) * p.value_token_stride;
+        const int lane = std::countr_zero(left);
+        rows[pending++] = keys.listed ? value_row<T>(p, item.sequence, item.kv_head, keys.listed[index + lane])
+                                      : base + lane * p.value_token_stride;
       }
     }
     const int asked = dense ? std::min(pending, s.count[row] + kRowsAhead) : pending;
@@ -455,9 +541,9 @@ class Decoder {
   // Adds the exponentials of MT heads to their sums and writes the weights of the queued rows behind the `pending`
   // ones; returns whether a head drops a row that is read.
   template <int MT>
-  bool weigh(int row, int g, int words, int pending, Asks asks, Softmax& softmax) {
+  bool weigh(int row, int g, const float* of, int words, int pending, Asks asks, Softmax& softmax) {
     const int first = row * group + g, stride = tile_tokens(p);
-    const float* scores = this->scores + static_cast<int64_t>(first) * stride;
+    const float* scores = of + static_cast<int64_t>(first) * stride;
     float* weights = s.weights + first * s.capacity(p) + pending;
     Vec16 reference[MT], used_sum[MT], dropped_sum[MT];
     TOPT_UNROLL

@@ -12,7 +12,7 @@
 
 namespace topt {
 
-// Channels of the words that dot_row takes at once, where so many are left.
+// Channels of the words that dot_rows takes at once, where so many are left.
 constexpr int kChunkChannels = 64;
 
 // Sums of plane one of 16 rows with MT vectors: sums[m][row] = sum over channels of (floor code + 8) query.
@@ -127,30 +127,120 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
 #endif
 #endif
 
-// Where a channel's 16-bit code lies: dot_row takes whole chunks of words, first the lower nibbles of all.
+// Where a channel's 16-bit code lies: dot_rows takes whole chunks of words, first the lower nibbles of all.
 inline int fine_place(int d, int dim) {
   const int chunk = d / kChunkChannels * kChunkChannels, word = d % kChunkChannels / kWordChannels;
   if (chunk + kChunkChannels > dim) return d;
   return chunk + d % kWordChannels / kWordBytes * (kChunkChannels / 2) + word * kWordBytes + d % kWordBytes;
 }
 
-// Sums of both planes of one row with MT vectors: sums[m] = sum over channels of (8-bit code + 128) query, modulo 2^32.
-//   one    the row's first word of plane one; the others follow at the distance of a group's rows
-//   two    its words of plane two
+// Rows that both planes are read of at a time: so many share the loads of queries and one sum across lanes.
+constexpr int kFineRows = 4;
+
+// Their first words of plane one, which the others follow at the distance of a group's rows, and of plane two.
+struct FineRows {
+  const uint8_t *one[kFineRows], *two[kFineRows];
+};
+
+// Sums of both planes of four rows with MT vectors, at 4 vector + row: of (8-bit code + 128) query over channels, modulo
+// 2^32.
 //   query  int16 [MT, D], each chunk of 64 channels with those of its words' lower nibbles first
-// Always writes four sums; those behind MT are anything.
-#if defined(__AVX2__)
+// Sums of vectors behind MT are anything.
+#if TOPT_AVX512 && defined(__AVX512VNNI__)
 
-using Sums4 = __m128i;
-
-// (sum + bias + half) factor step + offset of four sums, into `out`; sum + bias modulo 2^32.
-inline void finish_sums(Sums4 sums, const int32_t* bias, const float* half, const float* factor, float step,
-                        const float* offset, float* out) {
-  const __m128i whole = _mm_add_epi32(sums, _mm_load_si128(reinterpret_cast<const __m128i*>(bias)));
-  const __m128 sum = _mm_add_ps(_mm_cvtepi32_ps(whole), _mm_load_ps(half));
-  const __m128 scaled = _mm_mul_ps(_mm_mul_ps(sum, _mm_load_ps(factor)), _mm_set1_ps(step));
-  _mm_storeu_ps(out, _mm_add_ps(scaled, _mm_load_ps(offset)));
+inline RowSums plus(const RowSums& sums, const int32_t* other) {
+  return _mm512_add_epi32(sums, _mm512_loadu_si512(other));
 }
+
+inline __m128i load_word(const uint8_t* word) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(word)); }
+
+// Codes in 16 bits of the 64 channels whose words begin here: those of the lower nibbles, and of the upper ones.
+TOPT_INLINE void fine_codes(const uint8_t* one, const uint8_t* two, __m512i (&codes)[2]) {
+  constexpr int next = kLanes * kWordBytes;
+  const __m256i lower = _mm256_set1_epi8(0x0f);
+  const __m256i first = _mm256_set_m128i(_mm_unpacklo_epi64(load_word(one + 2 * next), load_word(one + 3 * next)),
+                                         _mm_unpacklo_epi64(load_word(one), load_word(one + next)));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
+  // a where the mask is set, else b: bit by bit.
+  constexpr int choose = 0xca;
+  const __m256i low = _mm256_ternarylogic_epi32(lower, second, _mm256_slli_epi16(first, 4), choose);
+  const __m256i high = _mm256_ternarylogic_epi32(lower, _mm256_srli_epi16(second, 4), first, choose);
+  codes[0] = _mm512_cvtepu8_epi16(low), codes[1] = _mm512_cvtepu8_epi16(high);
+}
+
+// The same of one word's 16 channels, in their order, below.
+TOPT_INLINE __m512i fine_codes(const uint8_t* one, const uint8_t* two) {
+  const __m128i lower = _mm_set1_epi8(0x0f), first = load_word(one), second = load_word(two);
+  constexpr int choose = 0xca;
+  const __m128i low = _mm_ternarylogic_epi32(lower, second, _mm_slli_epi16(first, 4), choose);
+  const __m128i high = _mm_ternarylogic_epi32(lower, _mm_srli_epi16(second, 4), first, choose);
+  return _mm512_zextsi256_si512(_mm256_cvtepu8_epi16(_mm_unpacklo_epi64(low, high)));
+}
+
+// Sums of neighbouring lanes of 128 bits: of a's, and of b's.
+template <int even, int odd>
+TOPT_INLINE __m512i halves(__m512i a, __m512i b) {
+  return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, even), _mm512_shuffle_i64x2(a, b, odd));
+}
+
+template <int MT>
+TOPT_INLINE RowSums dot_rows(const FineRows& rows, const int16_t* query, int dim) {
+  __m512i sum[MT][kFineRows];
+  TOPT_UNROLL
+  for (int m = 0; m < MT; ++m) {
+    TOPT_UNROLL
+    for (int row = 0; row < kFineRows; ++row) sum[m][row] = _mm512_setzero_si512();
+  }
+  int d = 0;
+  for (; d + kChunkChannels <= dim; d += kChunkChannels) {
+    __m512i codes[kFineRows][2];
+    TOPT_UNROLL
+    for (int row = 0; row < kFineRows; ++row) {
+      fine_codes(rows.one[row] + d * kLanes / 2, rows.two[row] + d / 2, codes[row]);
+    }
+    TOPT_UNROLL
+    for (int m = 0; m < MT; ++m) {
+      TOPT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const __m512i q = _mm512_loadu_si512(query + m * dim + d + 32 * i);
+        TOPT_UNROLL
+        for (int row = 0; row < kFineRows; ++row) sum[m][row] = _mm512_dpwssd_epi32(sum[m][row], codes[row][i], q);
+      }
+    }
+  }
+  for (; d < dim; d += kWordChannels) {
+    TOPT_UNROLL
+    for (int row = 0; row < kFineRows; ++row) {
+      const __m512i codes = fine_codes(rows.one[row] + d * kLanes / 2, rows.two[row] + d / 2);
+      TOPT_UNROLL
+      for (int m = 0; m < MT; ++m) {
+        const auto* q = reinterpret_cast<const __m256i*>(query + m * dim + d);
+        sum[m][row] = _mm512_dpwssd_epi32(sum[m][row], codes, _mm512_zextsi256_si512(_mm256_loadu_si256(q)));
+      }
+    }
+  }
+  // First across the 32-bit lanes, which leaves the four rows in each 128 bits, then across those.
+  __m512i of[4];
+  TOPT_UNROLL
+  for (int m = 0; m < 4; ++m) {
+    const __m512i* s = sum[m < MT ? m : 0];
+    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]), _mm512_unpackhi_epi32(s[0], s[1]));
+    const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]), _mm512_unpackhi_epi32(s[2], s[3]));
+    of[m] = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  }
+  return halves<0x88, 0xdd>(halves<0x44, 0xee>(of[0], of[1]), halves<0x44, 0xee>(of[2], of[3]));
+}
+
+#else
+
+inline RowSums plus(RowSums sums, const int32_t* other) {
+  for (int i = 0; i < kLanes; ++i) {
+    sums.row[i] = static_cast<int32_t>(static_cast<uint32_t>(sums.row[i]) + static_cast<uint32_t>(other[i]));
+  }
+  return sums;
+}
+
+#if defined(__AVX2__)
 
 // 8-bit codes of nibbles of both planes, as they lie.
 inline __m128i lower_codes(__m128i one, __m128i two) {
@@ -163,111 +253,72 @@ inline __m128i upper_codes(__m128i one, __m128i two) {
 }
 inline __m128i load_word(const uint8_t* word) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(word)); }
 
-#if TOPT_AVX512 && defined(__AVX512VNNI__)
 template <int MT>
-TOPT_INLINE void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m512i (&sum)[MT]) {
+TOPT_INLINE RowSums dot_rows(const FineRows& rows, const int16_t* query, int dim) {
   constexpr int next = kLanes * kWordBytes;
-  const __m256i lower = _mm256_set1_epi8(0x0f);
-  const __m256i first = _mm256_set_m128i(_mm_unpacklo_epi64(load_word(one + 2 * next), load_word(one + 3 * next)),
-                                         _mm_unpacklo_epi64(load_word(one), load_word(one + next)));
-  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
-  // a where the mask is set, else b: bit by bit.
-  constexpr int choose = 0xca;
-  const __m256i low = _mm256_ternarylogic_epi32(lower, second, _mm256_slli_epi16(first, 4), choose);
-  const __m256i high = _mm256_ternarylogic_epi32(lower, _mm256_srli_epi16(second, 4), first, choose);
-  const __m512i codes[2] = {_mm512_cvtepu8_epi16(low), _mm512_cvtepu8_epi16(high)};
-  TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) {
-    TOPT_UNROLL
-    for (int i = 0; i < 2; ++i) sum[m] = _mm512_dpwssd_epi32(sum[m], codes[i], _mm512_loadu_si512(query + m * dim + 32 * i));
-  }
-}
-#else
-template <int MT>
-TOPT_INLINE void dot_chunk(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, __m256i (&sum)[MT]) {
-  constexpr int next = kLanes * kWordBytes;
-  for (int pair = 0; pair < 2; ++pair) {
-    const uint8_t* words = one + 2 * pair * next;
-    const __m128i first = _mm_unpacklo_epi64(load_word(words), load_word(words + next));
-    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(two + 2 * pair * kWordBytes));
-    const __m256i codes[2] = {_mm256_cvtepu8_epi16(lower_codes(first, second)),
-                              _mm256_cvtepu8_epi16(upper_codes(first, second))};
-    for (int m = 0; m < MT; ++m) {
-      for (int i = 0; i < 2; ++i) {
-        const auto* q = reinterpret_cast<const __m256i*>(query + m * dim + 32 * i + 16 * pair);
-        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(codes[i], _mm256_loadu_si256(q)));
+  RowSums sums;
+  for (int row = 0; row < kFineRows; ++row) {
+    const uint8_t *one = rows.one[row], *two = rows.two[row];
+    __m256i sum[4];
+    for (__m256i& s : sum) s = _mm256_setzero_si256();
+    int d = 0;
+    for (; d + kChunkChannels <= dim; d += kChunkChannels) {
+      for (int pair = 0; pair < 2; ++pair) {
+        const uint8_t* words = one + d * kLanes / 2 + 2 * pair * next;
+        const __m128i first = _mm_unpacklo_epi64(load_word(words), load_word(words + next));
+        const auto* second = reinterpret_cast<const __m128i*>(two + d / 2 + 2 * pair * kWordBytes);
+        const __m256i codes[2] = {_mm256_cvtepu8_epi16(lower_codes(first, _mm_loadu_si128(second))),
+                                  _mm256_cvtepu8_epi16(upper_codes(first, _mm_loadu_si128(second)))};
+        for (int m = 0; m < MT; ++m) {
+          for (int i = 0; i < 2; ++i) {
+            const auto* q = reinterpret_cast<const __m256i*>(query + m * dim + d + 32 * i + 16 * pair);
+            sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(codes[i], _mm256_loadu_si256(q)));
+          }
+        }
       }
     }
-  }
-}
-#endif
-
-template <int MT>
-TOPT_INLINE void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
-  int d = 0;
-#if TOPT_AVX512 && defined(__AVX512VNNI__)
-  __m512i wide[MT];
-  TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) wide[m] = _mm512_setzero_si512();
-  for (; d + kChunkChannels <= dim; d += kChunkChannels) {
-    dot_chunk<MT>(one + d * kLanes / 2, two + d / 2, query + d, dim, wide);
-  }
-  __m256i sum[MT];
-  TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) {
-    sum[m] = _mm256_add_epi32(_mm512_castsi512_si256(wide[m]), _mm512_extracti64x4_epi64(wide[m], 1));
-  }
-#else
-  __m256i sum[MT];
-  for (int m = 0; m < MT; ++m) sum[m] = _mm256_setzero_si256();
-  for (; d + kChunkChannels <= dim; d += kChunkChannels) {
-    dot_chunk<MT>(one + d * kLanes / 2, two + d / 2, query + d, dim, sum);
-  }
-#endif
-  for (; d < dim; d += kWordChannels) {
-    const __m128i first = load_word(one + d * kLanes / 2), second = load_word(two + d / 2);
-    const __m256i codes = _mm256_cvtepu8_epi16(_mm_unpacklo_epi64(lower_codes(first, second), upper_codes(first, second)));
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query + m * dim + d));
-      sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(codes, q));
-    }
-  }
-  const __m256i all = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[MT > 1 ? 1 : 0]),
-                                        _mm256_hadd_epi32(sum[MT > 2 ? 2 : 0], sum[MT > 3 ? 3 : 0]));
-  sums = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-}
-
-#else
-
-struct Sums4 {
-  uint32_t sum[4];
-};
-
-inline void finish_sums(const Sums4& sums, const int32_t* bias, const float* half, const float* factor, float step,
-                        const float* offset, float* out) {
-  for (int m = 0; m < 4; ++m) {
-    const auto whole = static_cast<int32_t>(sums.sum[m] + static_cast<uint32_t>(bias[m]));
-    out[m] = (static_cast<float>(whole) + half[m]) * factor[m] * step + offset[m];
-  }
-}
-
-template <int MT>
-TOPT_INLINE void dot_row(const uint8_t* one, const uint8_t* two, const int16_t* query, int dim, Sums4& sums) {
-  uint32_t sum[4] = {};
-  for (int d = 0; d < dim; d += kWordChannels) {
-    const int16_t *low = query + fine_place(d, dim), *high = query + fine_place(d + kWordBytes, dim);
-    for (int i = 0; i < kWordBytes; ++i) {
-      const int first = one[d * kLanes / 2 + i], second = two[d / 2 + i];
+    for (; d < dim; d += kWordChannels) {
+      const __m128i first = load_word(one + d * kLanes / 2), second = load_word(two + d / 2);
+      const __m128i both = _mm_unpacklo_epi64(lower_codes(first, second), upper_codes(first, second));
+      const __m256i codes = _mm256_cvtepu8_epi16(both);
       for (int m = 0; m < MT; ++m) {
-        sum[m] += static_cast<uint32_t>(((first & 15) << 4 | (second & 15)) * low[m * dim + i]);
-        sum[m] += static_cast<uint32_t>(((first & 0xf0) | second >> 4) * high[m * dim + i]);
+        const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query + m * dim + d));
+        sum[m] = _mm256_add_epi32(sum[m], _mm256_madd_epi16(codes, q));
       }
     }
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sum[0], sum[1]), _mm256_hadd_epi32(sum[2], sum[3]));
+    alignas(16) int32_t of[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(of),
+                    _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+    for (int m = 0; m < MT; ++m) sums.row[kFineRows * m + row] = of[m];
   }
-  for (int m = 0; m < 4; ++m) sums.sum[m] = sum[m];
+  return sums;
 }
 
+#else
+
+template <int MT>
+TOPT_INLINE RowSums dot_rows(const FineRows& rows, const int16_t* query, int dim) {
+  RowSums sums;
+  for (int m = 0; m < MT; ++m) {
+    for (int row = 0; row < kFineRows; ++row) {
+      uint32_t sum = 0;
+      for (int d = 0; d < dim; d += kWordChannels) {
+        const uint8_t *one = rows.one[row] + d * kLanes / 2, *two = rows.two[row] + d / 2;
+        const int16_t* low = query + m * dim + fine_place(d, dim);
+        const int16_t* high = query + m * dim + fine_place(d + kWordBytes, dim);
+        for (int i = 0; i < kWordBytes; ++i) {
+          sum += static_cast<uint32_t>(((one[i] & 15) << 4 | (two[i] & 15)) * low[i]);
+          sum += static_cast<uint32_t>(((one[i] & 0xf0) | two[i] >> 4) * high[i]);
+        }
+      }
+      sums.row[kFineRows * m + row] = static_cast<int32_t>(sum);
+    }
+  }
+  return sums;
+}
+
+#endif
 #endif
 
 }  // namespace topt

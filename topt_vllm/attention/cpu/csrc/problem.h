@@ -55,6 +55,7 @@ struct Problem {
   int num_lengths;
   const float* row_theta;  // [R, H], in place of lengths, theta and law; or null
   int64_t* reached;        // [R, H], keys that reach theta are added where a row has one; or null
+  const float* sinks;      // [H], logits that take probability and have no V row; or null
 
   int num_sequences, num_heads, num_kv_heads, head_dim, block_size;
   int min_seq_len, sink_tokens, recent_tokens;
@@ -101,6 +102,12 @@ inline float theta_at(const Problem& p, int head, int n) {
   const float weight = static_cast<float>(std::log2(n / low) / std::log2(p.lengths[right] / low));
   const float start = theta[right - 1], end = theta[right];
   return weight < 0.5f ? std::fma(weight, end - start, start) : std::fma(weight - 1.0f, end - start, end);
+}
+
+// exp of a head's sink relative to `reference`, which takes probability as one more key would; 0 without one. Beyond the
+// range of floats it is infinite: no key has probability beside it then.
+inline float sink_weight(const Problem& p, int head, float reference) {
+  return p.sinks ? std::exp(p.sinks[head] - reference) : 0.0f;
 }
 
 // First of the rows behind the last V sum that a row with context n reads. One that ends a state doesn't need it.

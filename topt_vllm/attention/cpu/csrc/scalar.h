@@ -63,7 +63,7 @@ void decode_scalar(const Problem& p, Counts& counts, double& dropped_mass) {
             (use ? used : dropped) += weight;
             for (int d = 0; d < p.head_dim && use; ++d) acc[d] += weight * static_cast<float>(value_at(j)[d]);
           }
-          const double total = used + dropped;
+          const double total = used + dropped + sink_weight(p, kv_head * group + g, largest);
           if (n > 0) dropped_mass += dropped / total;
           for (int d = 0; d < p.head_dim; ++d) {
             double value = n > 0 ? acc[d] / total : 0.0;

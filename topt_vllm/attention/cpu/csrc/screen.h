@@ -28,7 +28,7 @@ struct ScreenQueries {
   int8_t* codes;   // [M, D]
   ScreenQuery* of; // [M]
   // The same for both planes, whose codes are stored as code + 128, and for the query in 16 bits: finer than what K's 8
-  // bits leave. Of four vectors at a time, so [M up to a multiple of 4].
+  // bits leave. What follows is there once for each of the rows that are taken at a time: [M up to a multiple of 4, 4].
   int16_t* fine;  // [M, D]
   int32_t* fine_bias;
   float *fine_half, *fine_factor, *offset;
@@ -92,8 +92,10 @@ inline void encode_query(const Problem& p, int kv_head, const float* wide, float
   // A softcap rises with its argument, so theta is taken back through it once instead of capping every upper end.
   const float cap = p.softcap;
   of.limit = cap > 0 ? theta >= cap ? kInfinity : theta <= -cap ? -kInfinity : cap * std::atanh(theta / cap) : theta;
-  q.fine_bias[m] = -128 * fine_sum, q.fine_half[m] = 0.5f * static_cast<float>(fine_sum);
-  q.fine_factor[m] = p.scale * fine_step / 16.0f, q.offset[m] = of.offset;
+  for (int i = kFineRows * m; i < kFineRows * (m + 1); ++i) {
+    q.fine_bias[i] = -128 * fine_sum, q.fine_half[i] = 0.5f * static_cast<float>(fine_sum);
+    q.fine_factor[i] = p.scale * fine_step / 16.0f, q.offset[i] = of.offset;
+  }
 }
 
 // Scores of MT vectors from `first` on for the 16 rows of a group, without softcap; returns the lanes that may reach
@@ -137,27 +139,30 @@ TOPT_INLINE uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& gro
   return candidates;
 }
 
-// Scores by both planes of the rows `marks` of a group, in place of the approximate ones, [M, 16]. `plane_two` is that of
-// the group's first row.
-TOPT_INLINE void refine_group(const ScreenQueries& q, const ScreenGroup& group, uint32_t marks, const uint8_t* plane_two,
-                         float softcap, float* scores, int64_t score_stride) {
-  in_register_tiles<4>(q.count, [&](auto vectors, int m) {
-    const int16_t* query = q.fine + static_cast<int64_t>(m) * q.dim;
-    for (uint32_t left = marks; left; left &= left - 1) {
-      const int row = std::countr_zero(left);
-      Sums4 sums;
-      float fine[4];
-      dot_row<vectors()>(group.codes + row * kWordBytes, plane_two + row * q.dim / 2, query, q.dim, sums);
-      finish_sums(sums, q.fine_bias + m, q.fine_half + m, q.fine_factor + m, group.steps[row], q.offset + m, fine);
-      TOPT_UNROLL
-      for (int i = 0; i < vectors(); ++i) scores[(m + i) * score_stride + row] = fine[i];
+// Scores by both planes of `count` rows of a block that begins at `start`, whose positions are listed, without softcap: [M, count up to a
+// multiple of 4].
+TOPT_INLINE void refine_rows(const ScreenQueries& q, const ScreenBlock& block, int start, const int32_t* listed,
+                             int count, float* scores, int64_t score_stride) {
+  for (int i = 0; i < count; i += kFineRows) {
+    FineRows rows;
+    alignas(64) float steps[kLanes], fine[kLanes];
+    TOPT_UNROLL
+    for (int j = 0; j < kFineRows; ++j) {
+      const int row = listed[std::min(i + j, count - 1)] - start, lane = row % kLanes;
+      const ScreenGroup group = block.group(row / kLanes);
+      rows.one[j] = group.codes + lane * kWordBytes, rows.two[j] = block.plane_two(row);
+      const float step = group.steps[lane];
+      for (int m = 0; m < kLanes; m += kFineRows) steps[m + j] = step;
     }
-  });
-  for (int m = 0; m < q.count && softcap > 0; ++m) {
-    for (uint32_t left = marks; left; left &= left - 1) {
-      float& score = scores[m * score_stride + std::countr_zero(left)];
-      score = softcap * std::tanh(score / softcap);
-    }
+    in_register_tiles<4>(q.count, [&](auto vectors, int m) {
+      const RowSums sums = dot_rows<vectors()>(rows, q.fine + static_cast<int64_t>(m) * q.dim, q.dim);
+      const int at = kFineRows * m;
+      const Vec16 sum = to_float(plus(sums, q.fine_bias + at)) + load16(q.fine_half + at);
+      store16(fine, sum * load16(q.fine_factor + at) * load16(steps) + load16(q.offset + at));
+      for (int v = 0; v < vectors(); ++v) {
+        std::memcpy(scores + (m + v) * score_stride + i, fine + kFineRows * v, kFineRows * sizeof(float));
+      }
+    });
   }
 }
 

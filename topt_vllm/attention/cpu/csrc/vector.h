@@ -29,9 +29,12 @@ constexpr int kParts = kLanes / Vec::size();
 
 // Like at::vec::VectorizedN, whose arrays the compiler does not keep in registers.
 struct Vec16 {
-  Vec part[kParts];
+  // In a union, so that nothing is constructed: the loop that sets an array of them to zero keeps it in memory for good.
+  union {
+    Vec part[kParts];
+  };
 
-  Vec16() = default;
+  Vec16() {}
   // Only where one vector has all lanes.
   template <int parts = kParts>
     requires(parts == 1)
@@ -137,6 +140,15 @@ inline uint32_t not_below16(const Vec16& v, float limit) {
   return _mm512_cmp_ps_mask(v[0], _mm512_set1_ps(limit), _CMP_NLT_UQ);
 }
 
+// Writes first + lane of every lane of `mask` to `list`, which has room for 16; returns how many. No branch: which lanes
+// are in the mask can't be foretold.
+inline int list_lanes(uint32_t mask, int first, int32_t* list) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), places));
+  return std::popcount(mask);
+}
+
 // Lanes outside `mask` become `fill`.
 inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
   return Vec16(Vec(_mm512_mask_mov_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(mask), v[0])));
@@ -155,6 +167,11 @@ inline Vec16 butterflies16(const Vec16& v) {
   const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
   const __m512 swapped = _mm512_permutexvar_ps(other, v[0]);
   return Vec16(Vec(_mm512_mask_sub_ps(_mm512_add_ps(v[0], swapped), upper, swapped, v[0])));
+}
+
+// Adds the lanes `mask` of v.
+inline Vec16 add_lanes16(const Vec16& sum, uint32_t mask, const Vec16& v) {
+  return Vec16(Vec(_mm512_mask_add_ps(sum[0], static_cast<__mmask16>(mask), sum[0], v[0])));
 }
 
 // exp for x <= 88, relative error below 3e-7; NaN stays NaN and -inf gives 0.
@@ -235,6 +252,14 @@ inline Vec16 butterflies16(const Vec16& v) {
   }
   return load16(lanes);
 }
+
+inline int list_lanes(uint32_t mask, int first, int32_t* list) {
+  int count = 0;
+  for (; mask; mask &= mask - 1) list[count++] = first + std::countr_zero(mask);
+  return count;
+}
+
+inline Vec16 add_lanes16(const Vec16& sum, uint32_t mask, const Vec16& v) { return sum + select16(v, mask, 0.0f); }
 
 inline Vec16 exp16(const Vec16& x) {
   return Vec16::of([&](int i) { return x[i].exp(); });
