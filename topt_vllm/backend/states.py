@@ -219,7 +219,8 @@ class LayerStates:
 def register(vllm_config: VllmConfig) -> None:
     """Gives each layer that may skip rows its states; call it with all layers made, before vLLM plans the cache.
 
-    It does nothing for layers that were there at an earlier call: weights may be loaded again.
+    Layers whose windows no context outgrows lose them first, so that vLLM caches them as what they are, full
+    attention. It does nothing for layers that were there at an earlier call: weights may be loaded again.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     new = {name: layer for name, layer in layers.items() if not getattr(layer.impl, "states_known", True)}
@@ -230,6 +231,8 @@ def register(vllm_config: VllmConfig) -> None:
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in new.items():
         layer.impl.states_known = True
+        if layer.impl.sees_all:
+            layer.sliding_window = None
         _, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
         if reason is None:
             screened = screen_of(layer, name, resolved, tensor_parallel_size) is not None
