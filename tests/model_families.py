@@ -241,6 +241,14 @@ REFUSED = {
         transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2),
         "does not call its AttentionInterface",
     ),
+    "diffllama": (transformers.DiffLlamaConfig(**SMALL), "attend twice for each token"),
+    "jetmoe": (
+        transformers.JetMoeConfig(
+            hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, vocab_size=257
+        ),
+        "routes each token to experts with query heads of their own",
+    ),
+    "inkling": (transformers.InklingTextConfig(num_hidden_layers=2), "adds a bias by position to the scores"),
     "mistral": (
         transformers.MistralConfig(**SMALL, sliding_window=8),
         "every layer has a sliding window; there is nothing to calibrate",

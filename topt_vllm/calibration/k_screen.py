@@ -43,7 +43,7 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
         CalibrationError: There is no table of the model, or an option, the model or the text can't be used.
     """
     check_device(options.device)
-    subject = examine(options.model)
+    subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     table = _table(options, subject)
     length = subject.max_seq_length(options.max_seq_length)
     if length < table.lengths[0]:
@@ -52,7 +52,8 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
             "use longer sequences"
         )
     documents, _ = read_texts(options.dataset, (options.num_samples + 1) * length)
-    sequences = cut_sequences(load_tokenizer(options.model), documents, options.num_samples, length)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    sequences = cut_sequences(tokenizer, documents, options.num_samples, length)
     check_vocabulary(sequences, subject, options.model)
     return ScreenPlan(options, subject, table, sequences)
 
@@ -90,7 +91,7 @@ def add_key_statistics(plan: ScreenPlan) -> ThresholdTable:
         CalibrationError: The weights can't be loaded, or the model's keys can't be used.
     """
     options, subject = plan.options, plan.subject
-    model = load_causal_lm(options.model, options.device, options.dtype)
+    model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
     sequences = plan.sequences.calibration
     passes = len(sequences) + 1
     with tqdm(total=passes * len(subject.full_layers), desc="statistics of K", unit="layer") as bar:

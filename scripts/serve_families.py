@@ -4,11 +4,12 @@
 For each family: stock vLLM answers; TOPTHETA at θ = −inf gives its tokens; TOPTHETA with a table that was
 calibrated for it skips V rows. What is refused is asked for its reason. About a minute for a family.
 
-Usage: scripts/model_families.py [FAMILY ...]    all families without one; the others' outcomes are kept
+Usage: scripts/serve_families.py [FAMILY ...]    all families without one; the others' outcomes are kept
 """
 
 import argparse
 import json
+import math
 import random
 import re
 import sys
@@ -128,14 +129,17 @@ def stock_verdict(engines: dict[str, dict[str, Any]]) -> str:
     if kinds < _KINDS_OF_TOKENS:
         return f"yes, but its answers have {kinds} different tokens"
     steps = [step for answer in stock["logits"] for step in answer]
-    ties = sum(is_near_tie(*step, stock["dtype"]) for step in steps)
+    if not all(math.isfinite(logit) for step in steps for logit in step):
+        del engines["stock"]
+        return "answers with logits that are no numbers"
+    ties = sum(is_near_tie(first, second, stock["dtype"]) for first, second in steps)
     return "yes" if ties <= len(steps) // 10 else f"yes, but {ties} of {len(steps)} tokens are near ties"
 
 
 def dense_verdict(engines: dict[str, dict[str, Any]]) -> str:
     """``equal`` where TOPTHETA's tokens are stock's, up to near ties, which are said."""
     if "stock" not in engines:
-        return "answers; stock doesn't"
+        return "answers, with nothing to compare"
     ours, stock = engines["dense"], engines["stock"]
     found = compare(ours["tokens"], stock["tokens"], stock["logits"], stock["dtype"])
     if found.wrong:
@@ -159,8 +163,10 @@ _VERDICTS: dict[str, Callable[[dict[str, dict[str, Any]]], str]] = {
 
 def reason(words: str) -> str:
     """The error that ended an engine, in its log."""
-    found = re.findall(r"^((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", words, re.MULTILINE)
-    return found[-1] if found else words.strip()[-300:]
+    found = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception)\b: (.+(?:\n  .+)?)$", words, re.MULTILINE)
+    message = " ".join((found[-1] if found else words[-300:]).split())
+    # Behind them pydantic and TOPTHETA show everything that they were given.
+    return re.split(r" \[type=|\. Use another --attention-backend", message)[0]
 
 
 def refusal(config: Any) -> str:
