@@ -26,7 +26,7 @@ OUTCOMES = ROOT / "docs" / "model_families.json"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import engine_forks  # noqa: E402
-from model_families import FAMILIES, REFUSED, Family  # noqa: E402
+from model_families import FAMILIES, REFUSED, Family, served_config  # noqa: E402
 from tiny_models import save_model, save_text  # noqa: E402
 
 from topt_vllm.cli.main import main as topt_vllm  # noqa: E402
@@ -36,37 +36,16 @@ from topt_vllm.replay.options import ReplayError  # noqa: E402
 from topt_vllm.verify.engine import Request  # noqa: E402
 from topt_vllm.verify.near_ties import compare, is_near_tie  # noqa: E402
 
-# vLLM's CPU attention has heads of 32 channels and more, and those of the tests have 8.
-_WIDTHS = ("head_dim", "hidden_size", "n_embd", "word_embed_proj_dim", "v_head_dim")
-_FACTOR = 4
-_LINEAR = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-_GEMMA4 = {"global_head_dim": 64}
-_OTHERS: dict[str, dict[str, int]] = {
-    "qwen3-next": _LINEAR,
-    "qwen3.5": _LINEAR,
-    "gemma4": _GEMMA4 | {"num_global_key_value_heads": 1},
-    "gemma4, shared K and V": _GEMMA4,
-    "granite hybrid": {"mamba_n_heads": 32},
-}
 # Greedy answers agree by chance where a model says the same whatever it is told.
 _ANSWER, _KINDS_OF_TOKENS = 16, 4
 _ENGINE_SECONDS = 600.0
-
-
-def engine_config(name: str, family: Family) -> Any:
-    """The family's configuration, large enough for vLLM's kernels."""
-    facts = family.config.to_dict()
-    wide = {key: facts[key] * _FACTOR for key in _WIDTHS if isinstance(facts.get(key), int)}
-    for key in ("architectures", "transformers_version", "per_layer_config"):
-        facts.pop(key, None)
-    return type(family.config)(**facts | wide | _OTHERS.get(name, {}))
 
 
 def outcome(name: str, family: Family) -> dict[str, str]:
     """What each step came to, by column of the table."""
     found = {"architecture": "", "vllm": metadata.version("vllm")}
     with TemporaryDirectory() as folder:
-        model = save_model(Path(folder) / "model", engine_config(name, family))
+        model = save_model(Path(folder) / "model", served_config(name))
         found["architecture"] = json.loads((model / "config.json").read_text())["architectures"][0]
         found["calibrate"], found["evaluate"] = calibrated(model)
         dtype = "bfloat16" if family.free else "float32"

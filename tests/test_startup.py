@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("transformers")
 
 from table_factory import make_key_statistics, make_table
-from transformers import Gemma2Config, LlamaConfig, Phi3Config
+from transformers import Gemma2Config, Gemma4TextConfig, LlamaConfig, Phi3Config
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.cpu import launcher as cpu
 from topt_vllm.backend import compat
+from topt_vllm.backend.layers import kv_replicas
 from topt_vllm.backend.skipping import why_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
@@ -283,6 +284,18 @@ def test_sift_needs_no_table(start: Any):
         in resolved.description
     )
     assert resolved.table_labels["name"] == "none"
+
+
+def test_kv_heads_are_each_layer_s_own(start: Any):
+    """Gemma 4 has fewer in its layers with full attention; vLLM repeats heads where there are more ranks."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    gemma = Gemma4TextConfig(**sizes, **kinds, num_global_key_value_heads=1, attention_k_eq_v=True)
+    resolved = start({"thresholds": "none"}, hf_config=gemma)
+    assert resolved.kv_heads == {0: 4, 1: 1, 2: 1}
+    for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
+        layer = SimpleNamespace(num_kv_heads=heads)
+        assert kv_replicas(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks) == replicas
 
 
 PHI = {"num_hidden_layers": 2, "max_position_embeddings": 4096, "pad_token_id": 0}
