@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuant
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import choose_rows_per_state
 from topt_vllm.attention.screen import ScreenFormat
-from topt_vllm.backend import connectors
+from topt_vllm.backend import compat, connectors
 from topt_vllm.backend.layers import screen_of, thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
 
@@ -237,6 +237,8 @@ def register(vllm_config: VllmConfig) -> None:
         if reason is None:
             screened = screen_of(layer, name, resolved, tensor_parallel_size) is not None
             owner = layer.kv_sharing_target_layer_name or name
+            if owner != name:
+                compat.let_caches_be_shared_beside_states()
             context.update(states_for(owner, layer, resolved, vllm_config, screened))
 
 
