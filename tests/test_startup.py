@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from table_factory import make_key_statistics, make_table
-from transformers import Gemma2Config, Gemma4TextConfig, LlamaConfig, Phi3Config
+from transformers import FalconH1Config, Gemma2Config, Gemma4TextConfig, LlamaConfig, Phi3Config
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.cpu import launcher as cpu
@@ -296,6 +296,15 @@ def test_kv_heads_are_each_layer_s_own(start: Any):
     for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
         layer = SimpleNamespace(num_kv_heads=heads)
         assert kv_replicas(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks) == replicas
+
+
+def test_what_vllm_writes_into_a_configuration_changes_no_fingerprint(start: Any):
+    """Once a layer of Falcon-H1 is made its table would be another model's."""
+    falcon = FalconH1Config(num_hidden_layers=2)
+    before = start({"thresholds": "none"}, hf_config=falcon).identity
+    falcon.rope_parameters["partial_rotary_factor"] = 1.0
+    assert identify(falcon, "a model").fingerprint != before.fingerprint
+    assert start({"thresholds": "none"}, hf_config=falcon).identity == before
 
 
 PHI = {"num_hidden_layers": 2, "max_position_embeddings": 4096, "pad_token_id": 0}

@@ -182,6 +182,19 @@ def unasked_backend_of_layer(options: dict[str, Any]) -> Any:
     )
 
 
+def as_configured(hf_config: Any) -> Any:
+    """A model's configuration without what vLLM's model has written into it, for a fingerprint goes by all of it.
+
+    FalconH1's layers set how much of a head is rotated, which is all of it and stands in no configuration (0.32).
+    """
+    rope = getattr(hf_config, "rope_parameters", None)
+    if getattr(hf_config, "model_type", None) != "falcon_h1" or "partial_rotary_factor" not in (rope or {}):
+        return hf_config
+    found = copy.deepcopy(hf_config)
+    del found.rope_parameters["partial_rotary_factor"]
+    return found
+
+
 def let_caches_be_shared_beside_states() -> None:
     """Has vLLM know the specs of layers that share a cache, also in groups whose pages are of several sizes.
 

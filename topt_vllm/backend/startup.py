@@ -82,7 +82,8 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     if not dense_on_platform:
         _refuse(vllm_config, config)
     model_config = vllm_config.model_config
-    identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
+    hf_config = compat.as_configured(model_config.hf_config)
+    identity = identify(hf_config, Path(model_config.model).name, model_config.revision)
     name, implementation = load_implementation(config.implementation, device_type)
     if device_type != "cpu" and not implementation.capabilities.graphs:
         raise ConfigError(
@@ -127,7 +128,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         thetas,
         f"TOPTHETA: {served_by}, {rows}",
         labels,
-        _kv_heads(model_config.hf_config),
+        _kv_heads(hf_config),
         screens,
         keys,
         dense_on_platform,
