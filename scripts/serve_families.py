@@ -59,7 +59,7 @@ def outcome(name: str, family: Family) -> dict[str, str]:
                 engines[column] = engine_forks.run(request(model, dtype, settings), _ENGINE_SECONDS)
                 found[column] = _VERDICTS[column](engines)
             except EngineError as error:
-                found[column] = reason(str(error))
+                found[column] = f"fails: {reason(str(error))}"
             print(f"{name}: {column}: {found[column]}", flush=True)
     return found
 
@@ -151,11 +151,12 @@ def reason(words: str) -> str:
 def refusal(config: Any) -> str:
     """What calibrate says of a model."""
     with TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
+        model = str(Path(folder) / "MODEL")
+        config.save_pretrained(model)
         try:
-            examine(folder)
+            examine(model)
         except ReplayError as error:
-            return str(error).removeprefix(f"{folder}: ").replace(folder, "MODEL")
+            return str(error).removeprefix(f"{model}: ")
     raise RuntimeError(f"{type(config).__name__} isn't refused")
 
 

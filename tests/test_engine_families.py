@@ -19,7 +19,7 @@ DECODED = 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma4", "phi-3"])
+@pytest.mark.parametrize("name", ["gemma4, shared K and V", "phi-3"])
 def test_layers_with_full_attention_skip_rows(tmp_path: Path, name: str):
     config = served_config(name)
     model = save_model(tmp_path, config)
