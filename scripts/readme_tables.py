@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Writes the README's tables that the code knows better: what TOPTHETA refuses, and the models with a table.
+"""Writes tables that the code and measurements know better than people: what TOPTHETA refuses, models with a table,
+and in docs/models.md the families that scripts/serve_families.py has served.
 
 Usage: scripts/readme_tables.py [--write | --check]    without either, the tables are printed
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from topt_vllm.table.file import load
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+FAMILIES, OUTCOMES = ROOT / "docs" / "models.md", ROOT / "docs" / "model_families.json"
 HOPPER = DeviceCapability(9, 0)
 
 PLAIN: dict[str, Any] = {
@@ -106,28 +109,62 @@ def models() -> Iterator[str]:
                 yield f"| {model.id} | {shape} | {heads} | {key} | {read.replace('%', ' %')} | {loss} |"
 
 
-def rendered(text: str) -> str:
-    """The README with its generated tables as the code has them."""
-    for name, make in (("layers", layers), ("models", models)):
+def _outcomes() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    return found
+
+
+def families() -> Iterator[str]:
+    """Families that were served, and what came of it."""
+    columns = ("calibrate", "evaluate", "stock", "dense", "sparse", "vllm")
+    yield "| family | architecture | `calibrate` | `evaluate` | stock vLLM | θ = −inf | its table | vLLM |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, found in _outcomes()["families"].items():
+        # What fails in stock vLLM fails behind it, and is said once.
+        cells = [
+            "–" if found[column] == found["stock"] != "yes" and column != "stock" else found[column]
+            for column in columns
+        ]
+        yield f"| {name} | {found['architecture']} | {' | '.join(cells)} |"
+
+
+def refused() -> Iterator[str]:
+    """Families that can't be calibrated, and what the command says."""
+    yield "| family | `calibrate` says |"
+    yield "|---|---|"
+    for name, words in _outcomes()["refused"].items():
+        yield f"| {name} | {words} |"
+
+
+FILES = {
+    README: {"layers": layers, "models": models},
+    FAMILIES: {"families": families, "refused": refused},
+}
+
+
+def rendered(path: Path) -> str:
+    """A file with its generated tables as they should be."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in FILES[path].items():
         begin, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
         before, found, rest = text.partition(begin)
         if not found:
-            raise SystemExit(f"{README.name} has no line {begin!r}")
+            raise SystemExit(f"{path.name} has no line {begin!r}")
         text = before + begin + "\n".join(make()) + "\n" + end + rest.partition(end)[2]
     return text
 
 
 def main() -> None:
-    """Prints the tables, writes them into the README, or fails where that has others."""
-    text = README.read_text(encoding="utf-8")
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(rendered(text), encoding="utf-8")
-        return
-    if sys.argv[1:] == ["--check"]:
-        if rendered(text) != text:
-            raise SystemExit(f"{README.name} is out of date; run scripts/readme_tables.py --write")
-        return
-    print("\n".join([*layers(), "", *models()]))
+    """Prints the tables, writes them into their files, or fails where those have others."""
+    for path, tables in FILES.items():
+        if sys.argv[1:] == ["--write"]:
+            path.write_text(rendered(path), encoding="utf-8")
+        elif sys.argv[1:] == ["--check"]:
+            if rendered(path) != path.read_text(encoding="utf-8"):
+                raise SystemExit(f"{path.name} is out of date; run scripts/readme_tables.py --write")
+        else:
+            for make in tables.values():
+                print("\n".join([*make(), ""]))
 
 
 if __name__ == "__main__":

@@ -217,6 +217,30 @@ FAMILIES = {
     ),
 }
 
+# vLLM's CPU attention has heads of 32 channels and more, and those of the tests have 8.
+_WIDTHS = ("head_dim", "hidden_size", "n_embd", "word_embed_proj_dim", "v_head_dim")
+_FACTOR = 4
+_LINEAR = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+_GEMMA4 = {"global_head_dim": 64}
+_OTHERS: dict[str, dict[str, int]] = {
+    "qwen3-next": _LINEAR,
+    "qwen3.5": _LINEAR,
+    "gemma4": _GEMMA4 | {"num_global_key_value_heads": 1},
+    "gemma4, shared K and V": _GEMMA4,
+    "granite hybrid": {"mamba_n_heads": 32},
+}
+
+
+def served_config(name: str) -> PretrainedConfig:
+    """A family's configuration, large enough for vLLM's CPU kernels."""
+    config = FAMILIES[name].config
+    facts = config.to_dict()
+    wide = {key: facts[key] * _FACTOR for key in _WIDTHS if isinstance(facts.get(key), int)}
+    for key in ("architectures", "transformers_version", "per_layer_config"):
+        facts.pop(key, None)
+    return type(config)(**facts | wide | _OTHERS.get(name, {}))
+
+
 # What can't be calibrated, and what the message says.
 REFUSED = {
     "deepseek-v3": (
@@ -241,6 +265,14 @@ REFUSED = {
         transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2),
         "does not call its AttentionInterface",
     ),
+    "diffllama": (transformers.DiffLlamaConfig(**SMALL), "attend twice for each token"),
+    "jetmoe": (
+        transformers.JetMoeConfig(
+            hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, vocab_size=257
+        ),
+        "routes each token to experts with query heads of their own",
+    ),
+    "inkling": (transformers.InklingTextConfig(num_hidden_layers=2), "adds a bias by position to the scores"),
     "mistral": (
         transformers.MistralConfig(**SMALL, sliding_window=8),
         "every layer has a sliding window; there is nothing to calibrate",

@@ -30,6 +30,7 @@ from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat
 from topt_vllm.backend.metrics import recorder
+from topt_vllm.backend.skipping import _warn
 
 __all__ = ["make_rig", "vllm_config"]
 
@@ -141,6 +142,33 @@ def test_sliding_window_layers_stay_with_vllm_and_are_counted(make_rig: Any, hos
     assert after["dense_rows:sliding_window"] - before.get("dense_rows:sliding_window", 0) == 2
     read = after["toptheta:v_rows_read_total"] - before["toptheta:v_rows_read_total"]
     assert read == (64 + 20) * NUM_KV_HEADS
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_window_that_no_context_outgrows_is_none(make_rig: Any, vllm_config: Any, host: Host):
+    """As Phi-4-mini has one; vLLM caches such a layer with those that have full attention."""
+    torch.manual_seed(5)
+    longest = vllm_config.model_config.max_model_len
+    rig = make_rig(host, layers=3, windows=(longest, None, longest - 1))
+    assert rig.builders[0] is rig.builders[1]
+    assert rig.layers[2].impl.platform_reason == "sliding_window"
+    batch = BatchSpec("decode", [300, 20], [1, 1])
+    rig.write_contexts(batch)
+    step = rig.step(batch)
+    torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
+    assert rig.statistics()[Stat.V_ROWS_READ] < 0.7 * rig.statistics()[Stat.V_ROWS]
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_a_server_that_will_skip_nothing_warns_once(
+    make_rig: Any, host: Host, caplog: pytest.LogCaptureFixture
+):
+    _warn.cache_clear()
+    make_rig(host)
+    assert "will skip no V rows" not in caplog.text
+    for _ in range(2):
+        make_rig(host, layers=2, windows=(64,), settings={"min_seq_len": 4096})
+    assert caplog.text.count("TOPTHETA will skip no V rows: toptheta.min_seq_len is 4096") == 1
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

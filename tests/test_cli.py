@@ -21,6 +21,7 @@ from topt_vllm.cli.main import build_parser, main
 from topt_vllm.table.command import calibrate_command, default_output, serve_command
 from topt_vllm.table.file import dump, load
 from topt_vllm.table.schema import KeyStatistics, LayerKeys
+from topt_vllm.verify.run import verify
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,43 @@ def test_calibrate_ends_with_quality_and_the_command_to_serve(folder, capsys):
     table = load(folder / "done.yaml")
     assert [budget.k for budget in table.budgets] == [16, 32]
     assert table.calibration.data[0].name == "text.txt"
+
+
+def test_calibrate_warns_of_a_table_that_skips_nothing(tmp_path, capsys):
+    """Of a single layer, which is dense by default."""
+    save_model(tmp_path / "model", LlamaConfig(**SMALL | {"num_hidden_layers": 1}))
+    save_text(tmp_path / "text.txt", 1300)
+    sizes = ("--num-samples", "1", "--max-seq-length", "300", "--k", "16")
+    assert main(calibrate(tmp_path, *sizes)) == 0
+    assert "warning: nothing is skipped with budget 16: all layers" in capsys.readouterr().err
+    assert main(calibrate(tmp_path, *sizes, "--force", "--dense-layers")) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_code_that_comes_with_a_model_is_run_where_it_is_asked_for(tmp_path, capsys):
+    """By every command that loads a model."""
+    config = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "own.py").write_text("raise ValueError('it was run')", encoding="utf-8")
+    text = save_text(tmp_path / "text.txt", 100)
+    model = ["--model", str(tmp_path)]
+    given = [*model, "--dataset", str(text)]
+    for command in (
+        ["calibrate", *given],
+        ["calibrate", *given, "--k-screen-only"],
+        ["evaluate", *given, "--rows", "0.1"],
+        ["bench", "capture", *given, "--output", str(tmp_path / "cache")],
+        ["bench", "serve", *given],
+        ["bench", "engine", *model],
+    ):
+        assert main(command) == 2
+        assert "it comes with code of its own; add --trust-remote-code" in capsys.readouterr().err
+        assert main([*command, "--trust-remote-code"]) == 2
+        assert "it was run" in capsys.readouterr().err
+    (check,) = (c for c in verify(str(tmp_path), "none", run=pytest.fail) if c.name == "table")
+    assert "add --trust-remote-code" in check.detail
+    found = verify(str(tmp_path), "none", run=pytest.fail, trust_remote_code=True)
+    assert "it was run" in next(check.detail for check in found if check.name == "table")
 
 
 def test_inspect(tmp_path, capsys):

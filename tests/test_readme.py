@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from model_families import FAMILIES, REFUSED
 
 from topt_vllm import envs
 from topt_vllm.config import TopThetaConfig
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table_rows(*heads: str) -> dict[str, str]:
@@ -38,10 +40,16 @@ def test_every_environment_variable_is_listed():
     assert list(table_rows("variable", "default", "effect")) == list(envs.VARIABLES)
 
 
+def test_the_table_of_families_names_those_that_are_tested():
+    outcomes = json.loads((ROOT / "docs" / "model_families.json").read_text(encoding="utf-8"))
+    assert [name for name in FAMILIES if name in outcomes["families"]] == list(outcomes["families"])
+    assert list(outcomes["refused"]) == list(REFUSED)
+
+
 @pytest.mark.slow
 def test_generated_tables_are_the_code_s():
     """In a process of its own: which platform vLLM is on is settled once."""
-    script = Path(__file__).parent.parent / "scripts" / "readme_tables.py"
+    script = ROOT / "scripts" / "readme_tables.py"
     run = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=300
     )

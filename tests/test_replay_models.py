@@ -9,7 +9,7 @@ import torch
 import transformers
 from model_families import FAMILIES, REFUSED, Family
 from tiny_models import SMALL, save_model, save_text
-from transformers import DiffLlamaConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from topt_vllm.calibration.head_errors import output_projection
 from topt_vllm.cli.main import main
@@ -79,9 +79,10 @@ def test_what_the_configuration_does_not_say_is_seen_by_the_dense_pass(tmp_path)
     model = load(tmp_path, REFUSED["llama4"][0])
     with pytest.raises(ReplayError, match="layer 0 attends with a mask that isn't its window's"):
         Replay(model, examine(str(tmp_path), decoded=False), TOKENS.tolist(), ROWS)
-    model = load(tmp_path / "twice", DiffLlamaConfig(**SMALL))
+    model = load(tmp_path / "twice", REFUSED["diffllama"][0])
+    FAMILIES["llama"].config.save_pretrained(tmp_path / "once")
     with pytest.raises(ReplayError, match="layer 0 attends more than once for each token"):
-        Replay(model, examine(str(tmp_path / "twice")), TOKENS.tolist(), ROWS)
+        Replay(model, examine(str(tmp_path / "once")), TOKENS.tolist(), ROWS)
 
 
 def test_v_rows_are_counted_by_each_layers_own_heads(tmp_path):

@@ -14,11 +14,13 @@ import pytest
 pytest.importorskip("transformers")
 
 from table_factory import make_key_statistics, make_table
-from transformers import LlamaConfig
+from transformers import FalconH1Config, Gemma2Config, Gemma4TextConfig, LlamaConfig, Phi3Config
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.cpu import launcher as cpu
 from topt_vllm.backend import compat
+from topt_vllm.backend.layers import kv_replicas
+from topt_vllm.backend.skipping import why_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
 from topt_vllm.table import search
@@ -54,28 +56,31 @@ def start(model: Path, hf_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch) 
     """Calls resolve() as the platform hook does, for the tiny model and given settings."""
     monkeypatch.delenv("TOPT_THRESHOLDS", raising=False)
 
-    def start(settings: object, **options: Any) -> Any:
-        return resolve(
-            SimpleNamespace(
-                additional_config={"toptheta": settings},
-                model_config=SimpleNamespace(
-                    hf_config=hf_config,
-                    model=str(model),
-                    revision=None,
-                    max_model_len=options.get("max_model_len", 1024),
-                ),
-                kv_transfer_config=options.get("kv_transfer_config"),
-                speculative_config=options.get("speculative_config"),
-                cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
-                device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
-                parallel_config=SimpleNamespace(
-                    use_ubatching=options.get("use_ubatching", False),
-                    worker_cls=options.get("worker_cls", "vllm.v1.worker.gpu_worker.Worker"),
-                ),
-            )
-        )
+    return lambda settings, **options: resolve(
+        vllm_config(settings, model, **{"hf_config": hf_config} | options)
+    )
 
-    return start
+
+def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -> Any:
+    """vLLM's configuration, as far as it is asked."""
+    return SimpleNamespace(
+        additional_config={"toptheta": settings},
+        model_config=SimpleNamespace(
+            hf_config=hf_config,
+            model=str(model),
+            revision=None,
+            max_model_len=options.get("max_model_len", 1024),
+            runner_type=options.get("runner_type", "generate"),
+        ),
+        kv_transfer_config=options.get("kv_transfer_config"),
+        speculative_config=options.get("speculative_config"),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
+        device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
+        parallel_config=SimpleNamespace(
+            use_ubatching=options.get("use_ubatching", False),
+            worker_cls=options.get("worker_cls", "vllm.v1.worker.gpu_worker.Worker"),
+        ),
+    )
 
 
 def test_the_key_wins_then_the_environment_then_the_folder(
@@ -279,6 +284,100 @@ def test_sift_needs_no_table(start: Any):
         in resolved.description
     )
     assert resolved.table_labels["name"] == "none"
+
+
+def test_kv_heads_are_each_layer_s_own(start: Any):
+    """Gemma 4 has fewer in its layers with full attention; vLLM repeats heads where there are more ranks."""
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+    kinds = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    gemma = Gemma4TextConfig(**sizes, **kinds, num_global_key_value_heads=1, attention_k_eq_v=True)
+    resolved = start({"thresholds": "none"}, hf_config=gemma)
+    assert resolved.kv_heads == {0: 4, 1: 1, 2: 1}
+    for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
+        layer = SimpleNamespace(num_kv_heads=heads)
+        assert kv_replicas(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks) == replicas
+
+
+def test_what_vllm_writes_into_a_configuration_changes_no_fingerprint(start: Any):
+    """Once a layer of Falcon-H1 is made its table would be another model's."""
+    falcon = FalconH1Config(num_hidden_layers=2)
+    before = start({"thresholds": "none"}, hf_config=falcon).identity
+    falcon.rope_parameters["partial_rotary_factor"] = 1.0
+    assert identify(falcon, "a model").fingerprint != before.fingerprint
+    assert start({"thresholds": "none"}, hf_config=falcon).identity == before
+
+
+PHI = {"num_hidden_layers": 2, "max_position_embeddings": 4096, "pad_token_id": 0}
+WINDOWS = {"sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+def test_sift_says_in_how_many_layers_it_skips(start: Any):
+    """A window skips nothing, unless no context outgrows it."""
+    for hf_config, words in (
+        (Phi3Config(**PHI, sliding_window=4096), "95.0% of the keys"),
+        (Phi3Config(**PHI, sliding_window=1024), "95.0% of the keys"),
+        (Phi3Config(**PHI, sliding_window=1023), "95.0% of the keys in 0 of 2 layers"),
+        (Gemma2Config(num_hidden_layers=2, **WINDOWS), "95.0% of the keys in 1 of 2 layers"),
+    ):
+        assert start({"policy": "sift"}, hf_config=hf_config).description.endswith(words)
+
+
+SKIPS_NOTHING: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no table wanted": ({"thresholds": "none"}, {}, 'thresholds "none" was asked for'),
+    "no table found": ({"on_missing": "dense"}, {}, "there is no threshold table"),
+    "dense layers": ({"dense_layers": (0, 1)}, {}, "budget 128 of toptheta.yaml has dense layers alone"),
+    "lengths": (
+        {},
+        {"max_model_len": 255},
+        "has thresholds from 256 tokens on, and contexts have at most 255",
+    ),
+    "min_seq_len": (
+        {"min_seq_len": 1024},
+        {},
+        "toptheta.min_seq_len is 1024, and contexts have at most 1024",
+    ),
+    "always kept": (
+        {"sink_tokens": 24, "recent_tokens": 1000},
+        {},
+        "toptheta.sink_tokens and recent_tokens together is 1024",
+    ),
+    "pooling": ({}, {"runner_type": "pooling"}, "--runner pooling decodes nothing"),
+    "sift, windows": (
+        {"policy": "sift"},
+        {"hf_config": Phi3Config(**PHI, sliding_window=1023)},
+        "no layer attends to more than a window of its context, and contexts have at most 1024 tokens",
+    ),
+    "sift, warm-up": ({"policy": "sift", "sift_warmup": 1024}, {}, "toptheta.sift_warmup is 1024"),
+}
+
+
+@pytest.mark.parametrize(("settings", "options", "reason"), SKIPS_NOTHING.values(), ids=SKIPS_NOTHING.keys())
+def test_why_a_server_will_skip_nothing(
+    model: Path,
+    hf_config: LlamaConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    reason: str,
+):
+    monkeypatch.delenv("TOPT_THRESHOLDS", raising=False)
+    settings = {"implementation": "reference"} | settings
+    dense_layers = settings.pop("dense_layers", (0,))
+    if not {"policy", "thresholds", "on_missing"} & set(settings):
+        dump(make_table(identify(hf_config, "a model"), dense_layers=dense_layers), model / "toptheta.yaml")
+    config = vllm_config(settings, model, **{"hf_config": hf_config} | options)
+    (found,) = why_nothing_is_skipped(resolve(config), config)
+    assert reason in found
+
+
+def test_a_server_that_skips_gives_no_reason(
+    model: Path, hf_config: LlamaConfig, table: ThresholdTable, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TOPT_THRESHOLDS", raising=False)
+    dump(table, model / "toptheta.yaml")
+    for settings in ({}, {"min_seq_len": 1023}, {"policy": "sift"}):
+        config = vllm_config({"implementation": "reference"} | settings, model, hf_config)
+        assert list(why_nothing_is_skipped(resolve(config), config)) == []
 
 
 def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):

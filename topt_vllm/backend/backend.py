@@ -44,6 +44,8 @@ class TopThetaBackend(_Platform):
             "block_size not supported": f"{options['block_size']}; allowed: --block-size of "
             f"{cls.get_supported_kernel_block_sizes()}",
             "batch invariance not supported": "unset VLLM_BATCH_INVARIANT",
+            "partial multimodal token full attention not supported": "tokens of an image attend to those behind "
+            "them; with --language-model-only the model serves text, causally",
             "DCP not supported": "remove --decode-context-parallel-size",
             f"attention type {options['attn_type']} not supported": "only decoder layers; keep the others on "
             "another backend with --attention-config.backend_per_kind",

@@ -15,6 +15,7 @@ from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import describe_rank
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
+from topt_vllm.backend.skipping import warn_if_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import describe, states_of
 
@@ -57,6 +58,7 @@ class TopThetaBuilder(_Platform):
         layers = {name: layer for name, layer in attention.items() if isinstance(layer.impl, TopThetaImpl)}
         max_rows = self._max_sequences * self._max_query_rows
         self._bound = bind_layers(layers, resolved, kv_cache_spec.block_size, max_rows, vllm_config, device)
+        warn_if_nothing_is_skipped(resolved, vllm_config)
         if self._bound.group is not None:
             logger.info(resolved.description)
             states = [states_of(name, layer, vllm_config) for name, layer in layers.items()]

@@ -5,6 +5,7 @@ import copyreg
 import logging
 import os
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import psutil
@@ -179,6 +180,43 @@ def unasked_backend_of_layer(options: dict[str, Any]) -> Any:
     return resolve_obj_by_qualname(
         current_platform.get_attn_backend_cls(None, attn_selector_config=AttentionSelectorConfig(**asked))
     )
+
+
+def as_configured(hf_config: Any) -> Any:
+    """A model's configuration without what vLLM's model has written into it, for a fingerprint goes by all of it.
+
+    FalconH1's layers set how much of a head is rotated, which is all of it and stands in no configuration (0.32).
+    """
+    rope = getattr(hf_config, "rope_parameters", None)
+    if getattr(hf_config, "model_type", None) != "falcon_h1" or "partial_rotary_factor" not in (rope or {}):
+        return hf_config
+    found = copy.deepcopy(hf_config)
+    del found.rope_parameters["partial_rotary_factor"]
+    return found
+
+
+def let_caches_be_shared_beside_states() -> None:
+    """Has vLLM know the specs of layers that share a cache, also in groups whose pages are of several sizes.
+
+    vLLM (0.32) adds such a layer to the group of the layer whose cache it shares, and then looks for its spec among
+    the group's: KeyError. No hook lies between. Goes when vLLM adds the spec too.
+    """
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+    from vllm.v1.worker import gpu_model_runner
+
+    add = gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups
+    if hasattr(add, "__wrapped__"):
+        return
+
+    @wraps(add)
+    def add_with_specs(shared: dict[str, str], groups: list[Any], *others: Any) -> None:
+        add(shared, groups, *others)
+        for group in groups:
+            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+                specs = group.kv_cache_spec.kv_cache_specs
+                specs |= {layer: specs[owner] for layer, owner in shared.items() if owner in specs}
+
+    gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups = add_with_specs
 
 
 def is_draft_layer(layer_name: str) -> bool:

@@ -22,6 +22,8 @@ class TopThetaImpl(_Platform):
     bound: TopThetaLayer | None = None
     # Why the platform's kernel decodes in this layer too; None where the operator does. Set as `bound` is.
     platform_reason: str | None = None
+    # Whether it was made without its window, which no context outgrows.
+    sees_all: bool = False
     # Whether it was looked at for what it stores beside its cache.
     states_known: bool = False
     # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without.
@@ -32,9 +34,23 @@ class TopThetaImpl(_Platform):
     # Every rank would need all of a context's V sums.
     supports_dcp: bool = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         self._vllm_config = get_current_vllm_config()
+        if sliding_window is not None and sliding_window >= self._vllm_config.model_config.max_model_len:
+            self.sees_all, sliding_window = True, None
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs
+        )
         for option, meaning in self.refused_options().items():
             if getattr(self, option, None) is not None:
                 raise NotImplementedError(

@@ -32,9 +32,10 @@ def kv_replicas(layer: Any, layer_name: str, resolved: Resolved, tensor_parallel
     vLLM repeats KV heads where there are more ranks than heads. A draft model's heads aren't known here; its rows
     are counted as if each rank had heads of its own.
     """
-    if compat.is_draft_layer(layer_name):
+    known = resolved.kv_heads.get(extract_layer_index(layer_name))
+    if known is None or compat.is_draft_layer(layer_name):
         return 1.0
-    return max(1.0, layer.num_kv_heads * tensor_parallel_size / resolved.identity.num_kv_heads)
+    return max(1.0, layer.num_kv_heads * tensor_parallel_size / known)
 
 
 def thresholds_of(
@@ -63,7 +64,8 @@ def thresholds_of(
     if not resolved.thetas:
         return None, "no_thresholds"
     if index not in resolved.thetas:
-        return None, "dense_layer"
+        windowed = index in resolved.identity.sliding_window_layers
+        return None, "sliding_window" if windowed else "dense_layer"
     heads = _heads(layer, layer_name, resolved, tensor_parallel_size)
     thetas = resolved.thetas[index]
     return (thetas if tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None

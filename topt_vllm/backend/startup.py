@@ -12,6 +12,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.screens import choose_screens, describe_screens
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
+from topt_vllm.table.layers import ATTENTION_FREE, FULL, layer_heads, layer_kinds
 from topt_vllm.table.schema import Budget
 from topt_vllm.table.search import chooses_no_table, find_table
 
@@ -32,6 +33,7 @@ class Resolved:
         description: One line for the log.
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
         screens: What a K screen knows of the K of each layer that has one, over all KV heads.
+        kv_heads: KV heads of each layer with attention, over all tensor-parallel ranks.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
@@ -44,6 +46,7 @@ class Resolved:
     thetas: dict[int, Thetas]
     description: str
     table_labels: dict[str, str]
+    kv_heads: dict[int, int]
     screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
@@ -79,7 +82,8 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     if not dense_on_platform:
         _refuse(vllm_config, config)
     model_config = vllm_config.model_config
-    identity = identify(model_config.hf_config, Path(model_config.model).name, model_config.revision)
+    hf_config = compat.as_configured(model_config.hf_config)
+    identity = identify(hf_config, Path(model_config.model).name, model_config.revision)
     name, implementation = load_implementation(config.implementation, device_type)
     if device_type != "cpu" and not implementation.capabilities.graphs:
         raise ConfigError(
@@ -124,6 +128,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         thetas,
         f"TOPTHETA: {served_by}, {rows}",
         labels,
+        _kv_heads(hf_config),
         screens,
         keys,
         dense_on_platform,
@@ -154,10 +159,28 @@ def _resolve_sift(
             f"toptheta.policy is 'sift', but speculation is {speculative.method!r}: a draft model's steps would "
             "count as those of the requests. Use ngram, or policy toptheta."
         )
+    hf_config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
     rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
     rows += f"{config.sift_tau:.1%} of the keys"
+    if (sparse := len(layers_that_see_all(hf_config, longest))) < identity.num_layers:
+        rows += f" in {sparse} of {identity.num_layers} layers"
     labels = _labels(identity, budget=f"sift {config.sift_tau}")
-    return Resolved(config, identity, name, implementation, {}, f"TOPTHETA: {name} kernel, {rows}", labels)
+    description = f"TOPTHETA: {name} kernel, {rows}"
+    return Resolved(config, identity, name, implementation, {}, description, labels, _kv_heads(hf_config))
+
+
+def layers_that_see_all(hf_config: Any, context: int) -> list[int]:
+    """Layers whose rows attend to all keys of contexts up to so many tokens."""
+    kinds = layer_kinds(hf_config.get_text_config(), context)
+    return [layer for layer, kind in enumerate(kinds) if kind in FULL]
+
+
+def _kv_heads(hf_config: Any) -> dict[int, int]:
+    config = hf_config.get_text_config()
+    kinds = layer_kinds(config)
+    return {
+        layer: layer_heads(config, layer).kv for layer, kind in enumerate(kinds) if kind not in ATTENTION_FREE
+    }
 
 
 def _labels(

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVQuant
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import choose_rows_per_state
 from topt_vllm.attention.screen import ScreenFormat
-from topt_vllm.backend import connectors
+from topt_vllm.backend import compat, connectors
 from topt_vllm.backend.layers import screen_of, thresholds_of
 from topt_vllm.backend.startup import Resolved, resolve
 
@@ -219,7 +219,8 @@ class LayerStates:
 def register(vllm_config: VllmConfig) -> None:
     """Gives each layer that may skip rows its states; call it with all layers made, before vLLM plans the cache.
 
-    It does nothing for layers that were there at an earlier call: weights may be loaded again.
+    Layers whose windows no context outgrows lose them first, so that vLLM caches them as what they are, full
+    attention. It does nothing for layers that were there at an earlier call: weights may be loaded again.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     new = {name: layer for name, layer in layers.items() if not getattr(layer.impl, "states_known", True)}
@@ -230,10 +231,14 @@ def register(vllm_config: VllmConfig) -> None:
     context = vllm_config.compilation_config.static_forward_context
     for name, layer in new.items():
         layer.impl.states_known = True
+        if layer.impl.sees_all:
+            layer.sliding_window = None
         _, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
         if reason is None:
             screened = screen_of(layer, name, resolved, tensor_parallel_size) is not None
             owner = layer.kv_sharing_target_layer_name or name
+            if owner != name:
+                compat.let_caches_be_shared_beside_states()
             context.update(states_for(owner, layer, resolved, vllm_config, screened))
 
 

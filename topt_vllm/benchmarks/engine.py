@@ -13,6 +13,7 @@ from topt_vllm.benchmarks.engine_record import Contender
 from topt_vllm.benchmarks.model_shapes import has_weights
 from topt_vllm.benchmarks.share_table import budget_name, share_table
 from topt_vllm.engines.process import EngineError, ask
+from topt_vllm.replay.model import read_config
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import ModelIdentity, identify
 
@@ -99,9 +100,7 @@ class EngineBenchmark:
     @cached_property
     def _identity(self) -> ModelIdentity:
         """The model's; what can't be measured is refused."""
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.model)
+        config = read_config(str(self.model), bool(self.engine.get("trust_remote_code")))
         longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and self.context + self.tokens > longest:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, measure
 from topt_vllm.benchmarks.server import picked_backend, serve
+from topt_vllm.replay.model import load_tokenizer, read_config
 from topt_vllm.table.identity import identify
 
 
@@ -26,6 +27,7 @@ class ServeBenchmark:
         rounds: How often both are served.
         toptheta: The plugin's settings.
         dtype: Of weights and cache.
+        trust_remote_code: Whether to run code that comes with the model.
     """
 
     model: str
@@ -36,6 +38,7 @@ class ServeBenchmark:
     rounds: int
     toptheta: dict[str, Any]
     dtype: str = "bfloat16"
+    trust_remote_code: bool = False
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Serves both backends ``rounds`` times in turns.
@@ -46,8 +49,8 @@ class ServeBenchmark:
         Returns:
             ``platform`` and ``toptheta`` (medians and every round), ``ratio_decode`` and the settings.
         """
-        prompts = self._prompts()
         options = self._options()
+        prompts = self._prompts()
         measured: dict[str, list[Measurement]] = {"platform": [], "toptheta": []}
         backends: dict[str, str] = {}
         for round_number in range(self.rounds):
@@ -69,9 +72,7 @@ class ServeBenchmark:
         return outcome | {"ratio_decode": ratio, "settings": settings}
 
     def _prompts(self) -> list[list[int]]:
-        from topt_vllm.replay.model import load_tokenizer
-
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model, self.trust_remote_code)
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         needed = self.concurrency * self.prompt_tokens
         if len(ids) < needed:
@@ -80,12 +81,11 @@ class ServeBenchmark:
 
     def _options(self) -> list[str]:
         """Of both servers."""
-        from topt_vllm.replay.model import load_config
-
         context = self.prompt_tokens + self.max_tokens
-        identity = identify(load_config(self.model), self.model)
+        identity = identify(read_config(self.model, self.trust_remote_code), self.model)
         size = cache_bytes(identity, self.concurrency * context)
         options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
+        options += ["--trust-remote-code"] if self.trust_remote_code else []
         return [*options, "--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", str(size)]
 
     def _measure(

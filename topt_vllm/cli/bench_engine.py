@@ -9,6 +9,7 @@ from typing import Any
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
+from topt_vllm.cli.options import add_trust_remote_code
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -47,6 +48,7 @@ def add_mode(modes: Any) -> None:
         metavar="JSON",
         help="more arguments of vllm.LLM, for all engines",
     )
+    add_trust_remote_code(parser)
     add("--json", type=Path, metavar="FILE", help="write the result; the file must not exist")
     parser.set_defaults(bench=_run)
 
@@ -83,7 +85,8 @@ def _run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or write_checkpoint(args.shape, Path(folder))
         sizes = (args.batch, args.context, args.tokens, tuple(args.keep), our_kernel())
-        benchmark = EngineBenchmark(model, *sizes, args.rounds, args.turns, args.engine)
+        trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+        benchmark = EngineBenchmark(model, *sizes, args.rounds, args.turns, args.engine | trust)
         outcome = benchmark.run(lambda line: print(line, flush=True))
     _print(outcome)
     write_json(args.json, {**outcome, "provenance": origin})

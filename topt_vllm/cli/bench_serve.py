@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli.bench_output import provenance, write_json
+from topt_vllm.cli.options import add_trust_remote_code
 
 _SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
 prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
@@ -28,6 +29,7 @@ def add_mode(modes: Any) -> None:
     add("--max-tokens", type=int, default=128, help="of each answer (default %(default)s)")
     add("--rounds", type=int, default=1, help="how often both are served (default %(default)s)")
     add("--toptheta", type=json.loads, default={}, metavar="JSON", help="settings, as in --additional-config")
+    add_trust_remote_code(parser)
     add("--json", type=Path, metavar="FILE", help="write the result; the file must not exist")
     parser.set_defaults(bench=_run)
 
@@ -41,7 +43,9 @@ def _run(args: argparse.Namespace) -> int:
     text = "\n\n".join(documents)
     origin = provenance()
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
-    benchmark = ServeBenchmark(args.model, text, *sizes, args.toptheta)
+    benchmark = ServeBenchmark(
+        args.model, text, *sizes, args.toptheta, trust_remote_code=args.trust_remote_code
+    )
     outcome = benchmark.run(lambda line: print(line, flush=True))
     print("            tokens/s   ms between tokens   ms to first token   (medians)")
     for name in ("platform", "toptheta"):

@@ -1,6 +1,7 @@
 """``topt-vllm calibrate``: makes the threshold table of a model."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import CalibrationOptions
@@ -52,6 +53,14 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
         return
     table = calibrate(plan, lambda table: dump(table, options.output, options.force))
     print(describe(table))
+    if idle := [
+        str(budget.key) for budget in table.budgets if len(budget.dense_layers) == len(budget.layers)
+    ]:
+        print(
+            f"warning: nothing is skipped with budget {', '.join(idle)}: all layers with full attention are dense. "
+            "Layer 0 is by default; --dense-layers without a number means none",
+            file=sys.stderr,
+        )
     default = table.budgets[-1].key
     print(f"\nwrote {options.output}\nserve it with\n\n  {serve_command(options.model, options.output)}\n")
     if len(table.budgets) > 1:

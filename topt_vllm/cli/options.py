@@ -25,6 +25,11 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str | No
     return groups
 
 
+def add_trust_remote_code(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument to a command that loads a model and whose options are no dataclass."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
 def read_options(options: type, args: argparse.Namespace, **known: Any) -> Any:
     """The options as they were given.
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from topt_vllm.cli import UserError
+from topt_vllm.cli.options import add_trust_remote_code
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--k-screen", choices=("int4", "int4+4"), help="decode the built-in text with a K screen"
     )
+    add_trust_remote_code(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: passed, and the checks")
     return parser
 
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
             f"--k-screen {args.k_screen}: θ = −inf leaves nothing to screen; leave --thresholds none out"
         )
     checks = []
-    for check in verify(args.model, args.thresholds, k_screen=args.k_screen):
+    options = {"k_screen": args.k_screen, "trust_remote_code": args.trust_remote_code}
+    for check in verify(args.model, args.thresholds, **options):
         checks.append(check)
         if not args.json:
             print(f"{'PASS' if check.passed else 'FAIL'} {check.name}: {check.detail}", flush=True)

@@ -19,6 +19,13 @@ from topt_vllm.table.layers import STATEFUL, layer_heads, layer_kinds, layer_val
 
 _DEFAULT_MAX_SEQ_LENGTH = 8192
 
+# By ``model_type``: layers that attend in a way of their own, which their configuration doesn't show.
+_OWN_ATTENTION = {
+    "diffllama": "its layers attend twice for each token and subtract the one from the other",
+    "jetmoe": "it routes each token to experts with query heads of their own, so that no head sees all tokens",
+    "inkling_text": "it adds a bias by position to the scores, which a threshold on q·k doesn't know",
+}
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -109,12 +116,14 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
     Raises:
         ReplayError: The model can't be read or isn't supported.
     """
-    config = load_config(model, trust_remote_code)
+    config = read_config(model, trust_remote_code)
     try:
         identity = identify(config, Path(model.rstrip("/")).name, getattr(config, "_commit_hash", None))
     except ValueError as error:
         raise ReplayError(str(error)) from error
     text = config.get_text_config()
+    if (own := _OWN_ATTENTION.get(text.model_type)) is not None:
+        raise ReplayError(f"{model}: {own}; this architecture can't be calibrated")
     kinds = layer_kinds(text)
     if decoded and "chunked_attention" in kinds:
         raise ReplayError(
@@ -157,7 +166,7 @@ def _kv_heads(skeleton: Any, config: Any, identity: ModelIdentity) -> tuple[int,
     return tuple(found) if set(found) != {identity.num_kv_heads} else ()
 
 
-def load_config(model: str, trust_remote_code: bool = False) -> Any:
+def read_config(model: str, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Raises:

@@ -25,10 +25,14 @@ class Heads(NamedTuple):
         return f"{self.query} query heads, {self.kv} KV heads and head_dim {self.dim}"
 
 
-def layer_kinds(config: Any) -> list[str]:
+def layer_kinds(config: Any, context: int | None = None) -> list[str]:
     """The kind of every layer, out of the sets above.
 
-    A window as long as the model's context is none, so that such layers have full attention.
+    A window as long as the context is none, so that such layers have full attention.
+
+    Args:
+        config: A transformers configuration.
+        context: Longest context (tokens); the model's own by default.
 
     Raises:
         ValueError: A layer is of another kind.
@@ -40,7 +44,7 @@ def layer_kinds(config: Any) -> list[str]:
             f"layers of the kind {', '.join(unknown)} choose what they attend to by themselves; thresholds are for "
             "full attention"
         )
-    context = getattr(config, "max_position_embeddings", None)
+    context = context or getattr(config, "max_position_embeddings", None)
     for layer, kind in enumerate(kinds):
         if kind == "sliding_attention":
             window = layer_value(config, layer, "sliding_window")

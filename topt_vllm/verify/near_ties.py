@@ -47,8 +47,7 @@ def compare(
             equal += 1
             continue
         first, second = logits[step]
-        spacing = 2.0 ** (math.floor(math.log2(abs(first))) - _MANTISSA_BITS[dtype])
-        if first - second <= 2 * spacing:
+        if is_near_tie(first, second, dtype):
             ties += 1
         else:
             wrong.append(
@@ -56,3 +55,9 @@ def compare(
                 f"whose logits {first} against {second} are no near tie"
             )
     return Comparison(equal, ties, wrong)
+
+
+def is_near_tie(first: float, second: float, dtype: str) -> bool:
+    """Whether two logits, the larger one first, are within two steps of the dtype."""
+    spacing = 2.0 ** (math.floor(math.log2(abs(first))) - _MANTISSA_BITS[dtype])
+    return first - second <= 2 * spacing

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
-from topt_vllm.replay.checkpoint import check_files
+from topt_vllm.replay.model import load_tokenizer, read_config
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
@@ -34,12 +34,14 @@ class Model:
         identity: For the table.
         max_length: Longest context (tokens).
         tokens: Of the built-in text, with what the tokenizer puts before a text.
+        trust_remote_code: Whether to run code that comes with the model.
     """
 
     name: str
     identity: ModelIdentity
     max_length: int
     tokens: list[int]
+    trust_remote_code: bool = False
 
 
 def no_table() -> dict[str, Any]:
@@ -52,20 +54,18 @@ def no_table() -> dict[str, Any]:
     return {"thresholds": NO_THRESHOLDS, **named}
 
 
-def read_model(name: str) -> Model:
+def read_model(name: str, trust_remote_code: bool = False) -> Model:
     """Configuration and tokenizer.
 
     Raises:
-        ReplayError: There is no checkpoint in Hugging Face's format.
+        ReplayError: The model can't be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    check_files(name)
-    config = AutoConfig.from_pretrained(name)
+    config = read_config(name, trust_remote_code)
     text = resources.files("topt_vllm.verify").joinpath("text.txt").read_text(encoding="utf-8")
-    tokens = AutoTokenizer.from_pretrained(name)(text, verbose=False)["input_ids"]
+    tokens = load_tokenizer(name, trust_remote_code)(text, verbose=False)["input_ids"]
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or len(tokens)
-    return Model(name, identify(config, Path(name.rstrip("/")).name, None), longest, tokens)
+    identity = identify(config, Path(name.rstrip("/")).name, None)
+    return Model(name, identity, longest, tokens, trust_remote_code)
 
 
 def read_table(model: Model, thresholds: str | None) -> tuple[ThresholdTable | None, str]:
@@ -139,6 +139,7 @@ def _arguments(
         "enforce_eager": True,
         "logprobs_mode": logprobs_mode,
         "seed": 0,
+        "trust_remote_code": model.trust_remote_code,
     }
     if toptheta is not None:
         arguments |= {"attention_backend": "TOPTHETA", "additional_config": {"toptheta": toptheta}}

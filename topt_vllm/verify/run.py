@@ -17,7 +17,11 @@ Run = Callable[[Request, float], dict[str, Any]]
 
 
 def verify(
-    model: str, thresholds: str | None, run: Run = run_engine, k_screen: str | None = None
+    model: str,
+    thresholds: str | None,
+    run: Run = run_engine,
+    k_screen: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[Check]:
     """Makes the checks one by one.
 
@@ -26,6 +30,7 @@ def verify(
         thresholds: Path of the table, ``none`` for θ = −inf, None for the one that a server would find.
         run: Runs one engine; tests give another.
         k_screen: Format of a K screen with which the text is decoded; None for none.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Yields:
         Each check when it is made.
@@ -36,7 +41,7 @@ def verify(
     found: dict[str, Any] = {}
 
     def table() -> str:
-        found["model"] = plan.read_model(model)
+        found["model"] = plan.read_model(model, trust_remote_code)
         found["table"], words = plan.read_table(found["model"], thresholds)
         return words
 

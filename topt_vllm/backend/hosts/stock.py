@@ -16,6 +16,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.binding import count_platform_layers
 from topt_vllm.backend.layers import describe_rank
 from topt_vllm.backend.rows import few_rows, row_lengths
+from topt_vllm.backend.skipping import warn_if_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class StockBuilder(_Platform):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **options)
         resolved = resolve(vllm_config)
         logger.info(resolved.description)
+        warn_if_nothing_is_skipped(resolved, vllm_config)
         tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
         describe_rank(resolved, tensor_parallel_size)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)

@@ -1,0 +1,35 @@
+"""Engines on models whose layers differ in heads, or have windows that no context outgrows: some rows are skipped.
+
+scripts/serve_families.py compares the tokens of all families with stock's; docs/models.md has what came of it.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+from model_families import FAMILIES, served_config
+from scenario_runs import run, sparse_rows, toptheta
+from table_factory import save_flat_table
+from tiny_models import save_model
+
+pytestmark = pytest.mark.engine
+
+ENGINE = {"max_model_len": 1024, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 1 << 28}
+DECODED = 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma4, shared K and V", "phi-3"])
+def test_layers_with_full_attention_skip_rows(tmp_path: Path, name: str):
+    config = served_config(name)
+    model = save_model(tmp_path, config)
+    backend = toptheta(thresholds=str(save_flat_table(config, tmp_path / "table.yaml", 1.0)))
+    prompts = [random.Random(0).choices(range(256), k=length) for length in (300, 700)]
+    asked = {"run": "batch", "prompts": prompts, "max_tokens": DECODED + 1}
+    counted = run(model, backend, ENGINE, {"sparse": asked})["sparse"]["toptheta"]
+    windowed = config.num_hidden_layers - len(FAMILIES[name].full)
+    assert counted.get("dense_rows:sliding_window", 0) == windowed * len(prompts) * DECODED
+    assert (
+        sparse_rows(counted, allowed=["sliding_window"]) == len(FAMILIES[name].full) * len(prompts) * DECODED
+    )
+    assert counted["toptheta:v_rows_read_total"] < counted["toptheta:v_rows_total"]
