@@ -1,6 +1,7 @@
 """Fixtures that several test files share: what scripts/prepare_demo.py puts into the cache folder."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import device  # first, for it decides whether Triton's interpreter is used
@@ -36,6 +37,16 @@ def shared_engine_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
     """pytest-xdist gives each of its processes a folder in the session's own."""
     base = tmp_path_factory.getbasetemp()
     engine_runs.folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture
+def screens_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K screens for rows of any length, also where reading K would be faster: made contexts are short."""
+    from topt_vllm.attention.common import ScreenLimits
+    from topt_vllm.attention.cpu import launcher
+
+    offered = replace(launcher.capabilities, screens={"int4+4": ScreenLimits()})
+    monkeypatch.setattr(launcher, "capabilities", offered)
 
 
 @pytest.fixture(scope="session")

@@ -53,6 +53,7 @@ def settings_of(implementation: str, screen: str, **others: Any) -> dict[str, An
     return {"implementation": implementation, "k_screen": screen} | others
 
 
+@pytest.mark.usefixtures("screens_anywhere")
 @pytest.mark.parametrize(("host", "implementation", "screen"), SCREENS)
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_screened_step_reads_less_of_k_and_keeps_the_rows(
@@ -79,6 +80,7 @@ def assert_as_the_reference(rig: Rig, step: Step) -> None:
     torch.testing.assert_close(found, rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
 
 
+@pytest.mark.usefixtures("screens_anywhere")
 @pytest.mark.parametrize(("host", "implementation", "screen"), STORED)
 def test_codes_follow_the_cache(make_rig: Any, host: Host, implementation: str, screen: str):
     """Chunks of a prompt, blocks that are used again, drafts that are rejected, and blocks of another's prefix."""
@@ -95,6 +97,15 @@ def test_codes_follow_the_cache(make_rig: Any, host: Host, implementation: str, 
     rig.step(BatchSpec("after a hit", [2 * BLOCK_SIZE + 70], [70]), rows=[1])
     assert_as_the_reference(rig, rig.step(BatchSpec("decode", [217, 2 * BLOCK_SIZE + 71], [1, 1])))
     assert 0 < rig.statistics()[Stat.CANDIDATES] < 0.6 * rig.statistics()[Stat.V_ROWS]
+
+
+@ON_CPUS
+def test_short_contexts_have_no_screen(make_rig: Any):
+    """On CPUs, where reading K of a thousand keys is as fast."""
+    rig = make_rig(CPU, THETA, settings=settings_of("cpu", "int4+4"))
+    rig.write_contexts(DECODE)
+    assert_as_the_reference(rig, rig.step(DECODE))
+    assert rig.statistics()[Stat.K_ROWS_READ] == rig.statistics()[Stat.V_ROWS]
 
 
 @ON_CPUS

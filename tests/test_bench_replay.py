@@ -144,6 +144,7 @@ def test_every_sequence_has_blocks_of_its_own(captured: CapturedCache):
     assert inputs.cache.key.stride(2) == 1
 
 
+@pytest.mark.usefixtures("screens_anywhere")
 def test_replay_reports_every_budget_and_screen(
     folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -125,9 +125,9 @@ def test_a_k_screen_reads_less_of_k_and_answers_alike(smollm2: Path, unseen_play
     )
     assert plain["totals"]["toptheta:k_rows_read_total"] == plain["totals"]["toptheta:k_candidates_total"]
     assert plain["totals"]["toptheta:k_rows_read_total"] == plain["totals"]["toptheta:v_rows_total"]
-    # Layer 0 is dense, and so are contexts below the table's lengths; of the others no K is read.
-    assert 1 / 30 < k_rows / v_rows < 0.15
-    assert k_rows < candidates < 0.35 * v_rows
+    # Layer 0 is dense, and contexts of up to 1024 tokens have no screen; of the others no K is read.
+    assert 1 / 30 < k_rows / v_rows < 0.25
+    assert k_rows < candidates < 0.4 * v_rows
     assert v_rows_read < candidates
     # Greedy texts part for good at a near tie.
     same = [ours == plain for ours, plain in zip(screened["tokens"], plain["tokens"], strict=False)]

@@ -238,6 +238,16 @@ def test_rows_of_one_sequence_that_part_ways(impl: str) -> None:
 
 
 @every_implementation
+def test_rows_of_short_contexts_read_k(impl: str) -> None:
+    case = screened(impl, random_case([(1, 40), (4, 102), (1, 100), (1, 101)]), None)
+    assert case.cache.key_screen is not None
+    short = replace(case.cache, key_screen=replace(case.cache.key_screen, min_seq_len=100))
+    counts = check(impl, replace(case, cache=short), shared=True)
+    # Two KV heads; the second sequence's rows have 99 to 102 keys.
+    assert counts[Stat.K_ROWS_READ] == 2 * (40 + 99 + 100 + 100)
+
+
+@every_implementation
 @pytest.mark.parametrize("theta", [-math.inf, math.inf])
 def test_thetas_without_an_end(impl: str, theta: float) -> None:
     case = with_screen(random_case([(1, 300), (1, 20)]), impl, IMPLS[impl])
@@ -289,6 +299,20 @@ def test_any_number_of_threads() -> None:
     case = random_case([(1, 3000), (1, 70), (3, 900)], dtype=torch.float32, keep=0.03)
     check("cpu", screened("cpu", case, None), shared=True)
     check_codes(screened("cpu", case))
+
+
+@every_implementation
+def test_tiles_without_a_candidate_behind_rows_that_read_k(impl: str) -> None:
+    """In one thread, whose state goes from the one to the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        case = screened(impl, random_case([(1, 40), (1, 900)], keep=0.004), None)
+        assert case.cache.key_screen is not None
+        part = replace(case.cache, key_screen=replace(case.cache.key_screen, min_seq_len=100))
+        check(impl, replace(case, cache=part))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_screens_that_the_cpu_kernel_has_not() -> None:

@@ -9,7 +9,7 @@ from attention_cases import Case, implementation, random_case
 from device import DEVICE, TRITON
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Capabilities, PagedCache, Selection, Stat, new_statistics
+from topt_vllm.attention.common import Capabilities, PagedCache, ScreenLimits, Selection, Stat, new_statistics
 
 NARROW = ["reference", TRITON]
 
@@ -77,9 +77,9 @@ def test_v_narrower_than_k_is_refused_by_name():
 
 
 CAPABILITIES = {
-    "reference": Capabilities(narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0}),
-    "cpu": Capabilities(screens={"int4+4": 0.2}),
-    "triton": Capabilities(narrow_values=True, screens={"int4": 0.37}, graphs=True),
+    "reference": Capabilities(narrow_values=True, screens={"int4": ScreenLimits(), "int4+4": ScreenLimits()}),
+    "cpu": Capabilities(screens={"int4+4": ScreenLimits(0.2, 1024)}),
+    "triton": Capabilities(narrow_values=True, screens={"int4": ScreenLimits(0.37)}, graphs=True),
 }
 
 

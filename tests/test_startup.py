@@ -17,6 +17,7 @@ from table_factory import make_key_statistics, make_table
 from transformers import FalconH1Config, Gemma2Config, Gemma4TextConfig, LlamaConfig, Phi3Config
 
 from topt_vllm.attention import reference
+from topt_vllm.attention.common import ScreenLimits
 from topt_vllm.attention.cpu import launcher as cpu
 from topt_vllm.backend import compat
 from topt_vllm.backend.layers import kv_replicas
@@ -464,7 +465,7 @@ def test_layers_in_which_a_screen_does_not_pay_go_without(
     start: Any, table: ThresholdTable, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     settings = {"implementation": "reference", "k_screen": "int4+4", "k_screen_margin": "hard"}
-    capabilities = replace(reference.capabilities, screens={"int4+4": 0.3})
+    capabilities = replace(reference.capabilities, screens={"int4+4": ScreenLimits(0.3)})
     monkeypatch.setattr(reference, "capabilities", capabilities)
     dump(screened(table, [0.4, 0.3]), model / "toptheta.yaml")
     resolved = start(settings)

@@ -38,18 +38,30 @@ def new_statistics(device: torch.device | str = "cpu", slots: int = 1) -> torch.
 
 
 @dataclass(frozen=True)
+class ScreenLimits:
+    """Where a K screen beats reading K in full; elsewhere it is left out.
+
+    Attributes:
+        largest_share: Of candidates among the keys, in a layer.
+        min_seq_len: Rows with n <= min_seq_len read K in full (tokens).
+    """
+
+    largest_share: float = 1.0
+    min_seq_len: int = 0
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What an implementation of the operator does beyond what all of them do.
 
     Attributes:
         narrow_values: Takes heads of V that are smaller than those of K.
-        screens: Formats of the K screens that it has, each with the share of candidates up to which it beats
-            reading K in full: in layers that let more through it is left out.
+        screens: Formats of the K screens that it has, and where each pays.
         graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
     """
 
     narrow_values: bool = False
-    screens: Mapping[ScreenFormat, float] = field(default_factory=dict)
+    screens: Mapping[ScreenFormat, ScreenLimits] = field(default_factory=dict)
     graphs: bool = False
 
 
@@ -164,12 +176,14 @@ class KeyScreen:
             Rows count once ``finish`` has seen them; until then their codes may be anything, and aren't used.
         margin: Standard deviations of plane one's error that a score may lie below θ; None for a hard bound, which
             misses nothing.
+        min_seq_len: Rows with n <= min_seq_len read K in full, as if there were no screen (tokens).
     """
 
     format: ScreenFormat
     transform: ScreenTransform
     codes: torch.Tensor
     margin: float | None = DEFAULT_MARGIN
+    min_seq_len: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in get_args(ScreenFormat):

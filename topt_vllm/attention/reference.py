@@ -30,6 +30,7 @@ from topt_vllm.attention.common import (
     KeyScreen,
     PagedCache,
     RowThetas,
+    ScreenLimits,
     Selection,
     Stat,
     Thetas,
@@ -37,7 +38,7 @@ from topt_vllm.attention.common import (
 from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.screen import ScreenFormat, refined_scores, screen_scores
 
-capabilities = Capabilities(narrow_values=True, screens={"int4": 1.0, "int4+4": 1.0})
+capabilities = Capabilities(narrow_values=True, screens={"int4": ScreenLimits(), "int4+4": ScreenLimits()})
 
 
 def prepare(device_type: str) -> None:
@@ -159,7 +160,7 @@ def attend_row(
     scores = scaled_scores(query, key, scale, softcap)
     always = forced(n, selection, n if dense_from is None else dense_from, key.device)
     candidates = exact = torch.ones(num_kv_heads, n, dtype=torch.bool, device=key.device)
-    if key_screen is not None and theta is not None:
+    if key_screen is not None and theta is not None and len(always) > key_screen.min_seq_len:
         scores, candidates, exact = screened(scores, query, key, key_screen, theta, always, scale, softcap)
     kept = select(scores, theta, always)
     # A margin of 0 or so lets rounding tell a survivor from a candidate.

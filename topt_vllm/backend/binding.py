@@ -167,11 +167,12 @@ def _key_screen(
     layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int, device: torch.device
 ) -> KeyScreen | None:
     """The K screen of a layer that may skip rows, without codes; None for none."""
-    transform = screen_of(layer, layer_name, resolved, tensor_parallel_size)
-    if transform is None or resolved.config.screen is None:
+    transform, format = screen_of(layer, layer_name, resolved, tensor_parallel_size), resolved.config.screen
+    if transform is None or format is None:
         return None
     codes = torch.empty(0, dtype=torch.uint8, device=device)
-    return KeyScreen(resolved.config.screen, transform.to(device), codes, resolved.config.screen_margin)
+    limits = resolved.implementation.capabilities.screens[format]
+    return KeyScreen(format, transform.to(device), codes, resolved.config.screen_margin, limits.min_seq_len)
 
 
 def count_platform_layers(

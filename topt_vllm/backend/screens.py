@@ -42,7 +42,7 @@ def choose_screens(
             f"them, with a text of the kind that you serve:\n  {k_screen_command(model, path)}\nor leave k_screen "
             "out."
         )
-    limit = implementation.capabilities.screens[format]
+    limit = implementation.capabilities.screens[format].largest_share
     return {
         layer: transform
         for layer, transform in table.key_statistics.transforms().items()

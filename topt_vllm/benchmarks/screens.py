@@ -55,7 +55,10 @@ def with_screen(
     size = implementation.screen_bytes(format, shape.head_dim, shape.block_size)
     device = inputs.query.device
     codes = torch.zeros(shape.total_blocks, shape.kv_heads, size, dtype=torch.uint8, device=device)
-    cache = replace(inputs.cache, key_screen=KeyScreen(format, transform.to(device), codes, margin))
+    min_seq_len = implementation.capabilities.screens[format].min_seq_len
+    cache = replace(
+        inputs.cache, key_screen=KeyScreen(format, transform.to(device), codes, margin, min_seq_len)
+    )
     implementation.finish(cache, inputs.written)
     return replace(inputs, cache=cache)
 
@@ -72,5 +75,8 @@ def bytes_read(inputs: Inputs, counts: torch.Tensor) -> int:
     screen, dim = inputs.cache.key_screen, inputs.shape.head_dim
     if screen is None:
         return 0
-    refined = int(counts[Stat.CANDIDATES]) * dim // 2 if screen.format == "int4+4" else 0
-    return int(counts[Stat.V_ROWS]) * (dim // 2 + 4) + refined
+    if screen.format == "int4":
+        return int(counts[Stat.V_ROWS]) * (dim // 2 + 4)
+    # Rows of short contexts read K, and nothing of the copy.
+    read, refined = (int(counts[stat] - counts[Stat.K_ROWS_READ]) for stat in (Stat.V_ROWS, Stat.CANDIDATES))
+    return read * (dim // 2 + 4) + refined * dim // 2

@@ -65,7 +65,7 @@ class Screen:
         """Candidates up to which a server screens a layer."""
         if self.format == "int4+4":
             # Compiles nothing.
-            return import_module(IMPLEMENTATIONS["cpu"]).capabilities.screens[self.format]
+            return import_module(IMPLEMENTATIONS["cpu"]).capabilities.screens[self.format].largest_share
         return _LARGEST_SHARE
 
 

@@ -11,6 +11,7 @@ from topt_vllm.attention.common import (
     DecodeBatch,
     PagedCache,
     RowThetas,
+    ScreenLimits,
     Selection,
     Thetas,
 )
@@ -19,7 +20,8 @@ from topt_vllm.attention.cpu import jit
 from topt_vllm.attention.screen import ScreenFormat
 
 # About where it stopped gaining in decode calls with 10 % of V; not measured closer.
-capabilities = Capabilities(screens={"int4+4": 0.2})
+# A row of a thousand keys fits the caches, and the query's transform costs what reading less of K spares.
+capabilities = Capabilities(screens={"int4+4": ScreenLimits(largest_share=0.2, min_seq_len=1024)})
 
 _FOLDER = Path(__file__).parent / "csrc"
 
@@ -99,6 +101,7 @@ def decode(
         statistics,
         *_screen(cache),
         cache.key_screen.margin if cache.key_screen else None,
+        cache.key_screen.min_seq_len if cache.key_screen else 0,
         reached,
         sinks,
         cache.key_scale,

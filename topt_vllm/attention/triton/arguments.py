@@ -99,6 +99,8 @@ def _check_screen(screen: KeyScreen, key: torch.Tensor) -> None:
     blocks, num_kv_heads, block_size, head_dim = key.shape
     shape = (blocks, num_kv_heads, screen_bytes(screen.format, head_dim, block_size))
     codes, transform = screen.codes, screen.transform
+    if screen.min_seq_len:
+        _refuse("key_screen: min_seq_len", "0", screen.min_seq_len)
     if codes.dtype != torch.uint8 or codes.shape != shape:
         _refuse("key_screen: codes", f"torch.uint8 {list(shape)}", f"{codes.dtype} {list(codes.shape)}")
     if codes.stride(2) != 1 or any(offset % 4 for offset in (*codes.stride()[:2], codes.storage_offset())):

@@ -6,7 +6,15 @@ import torch
 import triton
 
 from topt_vllm.attention import common
-from topt_vllm.attention.common import Capabilities, DecodeBatch, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.common import (
+    Capabilities,
+    DecodeBatch,
+    PagedCache,
+    RowThetas,
+    ScreenLimits,
+    Selection,
+    Thetas,
+)
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton.arguments import check, check_cache
 from topt_vllm.attention.triton.arguments import screen_bytes as screen_bytes
@@ -18,7 +26,9 @@ from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
 
 # By bytes a screen pays below 73 % of candidates; their K is gathered, which is taken to run at half the rate of a
 # stream. Not measured on a GPU yet.
-capabilities = Capabilities(narrow_values=True, screens={"int4": 0.37}, graphs=True)
+capabilities = Capabilities(
+    narrow_values=True, screens={"int4": ScreenLimits(largest_share=0.37)}, graphs=True
+)
 
 _STATISTICS_SLOTS = 32
 

@@ -241,8 +241,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             bool keep_union, bool vmean, double scale, double softcap, Tensor out, const optional<Tensor>& statistics,
             const optional<Tensor>& screen_codes, const optional<Tensor>& screen_mean,
             const optional<Tensor>& screen_scale, const optional<Tensor>& screen_signs, optional<double> screen_margin,
-            const optional<Tensor>& reached, const optional<Tensor>& sinks, const optional<Tensor>& key_scale,
-            const optional<Tensor>& value_scale, bool posit8, bool scalar) {
+            int64_t screen_min_seq_len, const optional<Tensor>& reached, const optional<Tensor>& sinks,
+            const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, bool posit8, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -255,6 +255,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
   TORCH_CHECK(!p.screen.codes || !scalar, "key_screen: expected none for the scalar kernel");
   p.screen.hard = !screen_margin;
+  p.screen.min_seq_len = static_cast<int>(screen_min_seq_len);
   p.screen.margin = static_cast<float>(screen_margin.value_or(0));
   TORCH_CHECK(query.size(2) == p.head_dim && p.num_heads % p.num_kv_heads == 0, "query: expected [R, multiple of ",
               p.num_kv_heads, ", ", p.head_dim, "], got ", query.sizes());
@@ -361,8 +362,8 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "Tensor block_table, Tensor? lengths, Tensor? theta, Tensor? law, Tensor? row_theta, int min_seq_len, "
       "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, Tensor? screen_codes, Tensor? screen_mean, Tensor? screen_scale, "
-      "Tensor? screen_signs, float? screen_margin, Tensor(c!)? reached, Tensor? sinks, Tensor? key_scale, "
-      "Tensor? value_scale, bool posit8, bool scalar) -> ()");
+      "Tensor? screen_signs, float? screen_margin, int screen_min_seq_len, Tensor(c!)? reached, Tensor? sinks, "
+      "Tensor? key_scale, Tensor? value_scale, bool posit8, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def(
       "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? screen_codes, Tensor? screen_mean, "

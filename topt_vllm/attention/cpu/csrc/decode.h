@@ -233,6 +233,7 @@ class Decoder {
   void load_queries(const Item& item) {
     dense = true;
     screened = item.screened;
+    next_key = nullptr;
     forced_below = 0, forced_from = item.context;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
     for (int row = 0; row < item.rows; ++row) {

@@ -28,6 +28,7 @@ struct KeyScreen {
   const float* factor;        // [Hkv, D], signs / scale; for writing alone
   float margin;               // standard deviations, unless the bound is a hard one
   bool hard;
+  int min_seq_len;  // rows with n <= it aren't screened
 };
 
 struct Problem {
@@ -131,7 +132,7 @@ inline KeepRule keep_rule(const Problem& p, int row, int head, int n) {
 
 // Whether the heads of one KV head all have something to drop in a row with context n; K is read where they don't.
 inline bool is_screened(const Problem& p, int row, int kv_head, int n) {
-  bool screened = p.screen.codes != nullptr;
+  bool screened = p.screen.codes && n > p.screen.min_seq_len;
   for (int g = 0; g < p.group() && screened; ++g) {
     const KeepRule rule = keep_rule(p, row, kv_head * p.group() + g, n);
     screened = !rule.dense && rule.low < rule.high;
