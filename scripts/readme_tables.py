@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes tables that the code and measurements know better than people: what TOPTHETA refuses, models with a table,
-and in docs/models.md the families that scripts/serve_families.py has served.
+"""Writes tables that the code and measurements know better than people: in docs/features.md what TOPTHETA refuses, in
+docs/models.md the models with a table and the families that scripts/serve_families.py has served.
 
 Usage: scripts/readme_tables.py [--write | --check]    without either, the tables are printed
 """
@@ -23,8 +23,8 @@ from topt_vllm.backend import compat
 from topt_vllm.table.file import load
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-FAMILIES, OUTCOMES = ROOT / "docs" / "models.md", ROOT / "docs" / "model_families.json"
+DOCS = ROOT / "docs"
+FEATURES, MODELS, OUTCOMES = DOCS / "features.md", DOCS / "models.md", DOCS / "model_families.json"
 HOPPER = DeviceCapability(9, 0)
 
 PLAIN: dict[str, Any] = {
@@ -137,8 +137,8 @@ def refused() -> Iterator[str]:
 
 
 FILES = {
-    README: {"layers": layers, "models": models},
-    FAMILIES: {"families": families, "refused": refused},
+    FEATURES: {"layers": layers},
+    MODELS: {"models": models, "families": families, "refused": refused},
 }
 
 
