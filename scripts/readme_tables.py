@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes tables that the code and measurements know better than people: in docs/features.md what TOPTHETA refuses, in
-docs/models.md the models with a table and the families that scripts/serve_families.py has served.
+"""Writes tables that the code and measurements know better than people: what TOPTHETA refuses, in docs/features.md;
+models with a table and the families that scripts/serve_families.py has served, in docs/models.md.
 
 Usage: scripts/readme_tables.py [--write | --check]    without either, the tables are printed
 """
