@@ -41,10 +41,16 @@ class SparseDrafter:
         self._tokens = vllm_config.speculative_config.num_speculative_tokens
         self._max_model_len = vllm_config.model_config.max_model_len
         self._model: Any = None
+        self._runner: Any = None
 
     def load_model(self, model: Any) -> None:
-        """Takes the served model, which is the drafter too."""
+        """Takes the served model, which is the drafter too.
+
+        Raises:
+            RuntimeError: Another worker than TOPTHETA's runs it.
+        """
         self._model = model
+        self._runner = requests.runner("drafting")
 
     @torch.inference_mode()
     def propose(
@@ -62,8 +68,7 @@ class SparseDrafter:
             token_ids: int [S, n], the tokens.
             slot_mappings: Of that step; not needed.
         """
-        runner = requests.runner("drafting")
-        tables = runner.input_batch.block_table.block_tables
+        tables = self._runner.input_batch.block_table.block_tables
         count = len(sampled_token_ids)
         # The first row is that of the last token, which has no K and V yet.
         first = torch.from_numpy(num_tokens[:count].astype(np.int64)) - 1
@@ -76,20 +81,16 @@ class SparseDrafter:
             if not rows:
                 break
             last = [drafts[row][-1] if index else int(token_ids[row, first[row]]) for row in rows]
-            for row, token in zip(
-                rows, self._next(runner, rows, last, first[rows] + index, index), strict=True
-            ):
+            for row, token in zip(rows, self._next(rows, last, first[rows] + index, index), strict=True):
                 drafts[row].append(token)
         return drafts
 
-    def _next(
-        self, runner: Any, rows: list[int], tokens: list[int], positions: torch.Tensor, index: int
-    ) -> list[int]:
+    def _next(self, rows: list[int], tokens: list[int], positions: torch.Tensor, index: int) -> list[int]:
         """The likeliest next tokens of some rows of the runner's batch; positions int64 [rows]."""
         metadata: dict[str, Any] = {}
         slots: dict[str, torch.Tensor] = {}
-        tables = runner.input_batch.block_table.block_tables
-        for table, groups in zip(tables, runner.attn_groups, strict=True):
+        tables = self._runner.input_batch.block_table.block_tables
+        for table, groups in zip(tables, self._runner.attn_groups, strict=True):
             common = _batch(table.get_cpu_tensor()[rows], table.block_size, positions)
             for group in groups:
                 built = compat.drafting_metadata(group, common, index)
