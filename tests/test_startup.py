@@ -72,13 +72,18 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
             revision=None,
             max_model_len=options.get("max_model_len", 1024),
             runner_type=options.get("runner_type", "generate"),
+            is_multimodal_model=False,
+            uses_mrope=False,
         ),
+        lora_config=options.get("lora_config"),
         kv_transfer_config=options.get("kv_transfer_config"),
         speculative_config=options.get("speculative_config"),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
         device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
         parallel_config=SimpleNamespace(
             use_ubatching=options.get("use_ubatching", False),
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
             worker_cls=options.get("worker_cls", "vllm.v1.worker.gpu_worker.Worker"),
         ),
     )
@@ -385,6 +390,27 @@ def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
     with pytest.raises(ConfigError, match="speculation is 'eagle'"):
         start({"policy": "sift"}, speculative_config=SimpleNamespace(method="eagle"))
     start({"policy": "sift"}, speculative_config=SimpleNamespace(method="ngram"))
+
+
+DRAFTS = SimpleNamespace(method="custom_class", model=compat.DRAFTER)
+
+
+def test_the_model_drafts_for_itself_where_it_can(start: Any, table: ThresholdTable, model: Path):
+    dump(table, model / "toptheta.yaml")
+    resolved = start({}, speculative_config=DRAFTS)
+    assert resolved.drafts
+    assert "sparse rows draft, dense rows verify" in resolved.description
+    assert not start({}, speculative_config=SimpleNamespace(method="ngram")).drafts
+    for settings, options, reason in (
+        ({"thresholds": "none"}, {}, "without a threshold table"),
+        ({"adapt": True}, {}, "with toptheta.adapt"),
+        ({}, {"lora_config": object()}, "with LoRA adapters"),
+        ({}, {"device_type": "cuda"}, "on GPUs"),
+    ):
+        with pytest.raises(ConfigError, match=f"doesn't work {reason}.* Leave --speculative-config out"):
+            start(settings, speculative_config=DRAFTS, **options)
+    with pytest.raises(ConfigError, match="speculation is 'custom_class'"):
+        start({"policy": "sift"}, speculative_config=DRAFTS)
 
 
 def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):

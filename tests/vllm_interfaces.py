@@ -149,7 +149,14 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "save_kv_layer": "self layer_name kv_layer attn_metadata **kwargs",
         "wait_for_layer_load": "self layer_name",
     },
-    ("forward_context.py", ""): {"get_forward_context": ""},
+    ("forward_context.py", ""): {
+        "get_forward_context": "",
+        "set_forward_context": "attn_metadata vllm_config num_tokens num_tokens_across_dp cudagraph_runtime_mode "
+        "batch_descriptor ubatch_slices slot_mapping skip_compiled is_padding",
+    },
+    ("v1/spec_decode/custom_class_proposer.py", ""): {"create_custom_proposer": "vllm_config"},
+    ("v1/worker/utils.py", "AttentionGroup"): {"get_metadata_builder": "self ubatch_id"},
+    ("v1/worker/block_table.py", "BlockTable"): {"get_cpu_tensor": "self"},
     ("v1/worker/worker_base.py", "WorkerBase"): {
         "execute_model": "self scheduler_output",
         "init_device": "self",
@@ -197,7 +204,7 @@ NAMES: dict[tuple[str, str], str] = {
     ("platforms/interface.py", "Platform"): "device_name device_type",
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config compilation_config "
     "device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config "
-    "use_v2_model_runner",
+    "lora_config use_v2_model_runner",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill",
@@ -205,16 +212,22 @@ NAMES: dict[tuple[str, str], str] = {
     "kv_connector_extra_config kv_connector_module_path",
     ("forward_context.py", "ForwardContext"): "attn_metadata",
     ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm runner_type "
-    "logits_processors logprobs_mode",
+    "logits_processors logprobs_mode is_multimodal_model uses_mrope",
     ("sampling_params.py", "SamplingParams"): "extra_args logprobs prompt_logprobs trace_decode_token_ids",
-    ("config/parallel.py", "ParallelConfig"): "tensor_parallel_size use_ubatching worker_cls",
+    (
+        "config/parallel.py",
+        "ParallelConfig",
+    ): "tensor_parallel_size pipeline_parallel_size data_parallel_size use_ubatching worker_cls",
     ("config/compilation.py", "CompilationConfig"): "static_forward_context",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
-    ("config/speculative.py", "SpeculativeConfig"): "method num_speculative_tokens",
-    # Names of a batch's requests, in either model runner.
+    ("config/speculative.py", "SpeculativeConfig"): "method model num_speculative_tokens",
+    # Names of a batch's requests, in either model runner, and its block tables in the first.
     ("v1/core/sched/output.py", "SchedulerOutput"): "finished_req_ids",
-    ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): "input_batch",
-    ("v1/worker/gpu_input_batch.py", "InputBatch"): "req_ids",
+    ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): "attn_groups input_batch",
+    ("v1/worker/gpu_input_batch.py", "InputBatch"): "block_table req_ids",
+    ("v1/worker/block_table.py", "MultiGroupBlockTable"): "block_tables",
+    ("v1/worker/block_table.py", "BlockTable"): "block_size num_blocks_per_row",
+    ("v1/worker/utils.py", "AttentionGroup"): "layer_names",
     ("v1/worker/gpu/model_runner.py", "GPUModelRunner"): "req_states",
     ("v1/worker/gpu/states.py", "RequestState"): "index_to_req_id",
 }

@@ -18,6 +18,7 @@ from topt_vllm.backend.startup import Resolved
 from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
     AdaptingThresholds,
+    DraftingThresholds,
     LayerThresholds,
     SiftingThresholds,
     Thresholds,
@@ -56,7 +57,7 @@ class BoundLayers:
     Attributes:
         group: What the layers that decode with the operator share; None without any.
         model: What the host counts of a step of the model.
-        drafts: What it counts of a step of the draft model.
+        drafts: What it counts of a step of the draft model, or of the model's own drafts.
     """
 
     group: LayerGroup | None
@@ -92,6 +93,10 @@ def bind_layers(
     found = _sort(layers, resolved, tensor_parallel_size)
     model = HostCounters(found.dense, sum(found.sparse), found.platform, resolved.dense_up_to)
     drafts = HostCounters(found.draft_dense, 0, found.draft_platform, resolved.dense_up_to)
+    if resolved.drafts:
+        drafts = model
+        verifying = found.dense + Counter(verifies_drafts=sum(found.sparse))
+        model = HostCounters(verifying, 0, found.platform, resolved.dense_up_to)
     if all(map(compat.is_draft_layer, layers)):  # the draft model's own builder
         model = drafts
     if not found.layers:
@@ -153,6 +158,8 @@ def _thresholds(
     if resolved.config.sift is not None:
         return SiftingThresholds(found.sparse, num_heads, resolved.config.sift, device)
     thetas = [each and each.to(device) for each in found.thetas]
+    if resolved.drafts:
+        return DraftingThresholds(thetas)
     keys = [
         promised
         for (name, layer), sparse in zip(found.layers.items(), found.sparse, strict=True)

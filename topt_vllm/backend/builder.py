@@ -98,7 +98,7 @@ class TopThetaBuilder(_Platform):
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
     ) -> TopThetaMetadata:
-        """Builds the metadata of a step of the draft model, whose layers alone run in it."""
+        """Builds the metadata of a step of the draft model, whose layers alone run in it, or of its own drafts."""
         return self._build_step(common_attn_metadata, True, self._bound.drafts, of_model=False)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TopThetaMetadata:
@@ -136,6 +136,8 @@ class TopThetaBuilder(_Platform):
         if group is not None and of_model:
             metadata.thresholds = group.thresholds.before(common, starts, lengths)
             warming = group.thresholds.rows_before_known(metadata.thresholds, self._dense_up_to)
+        elif group is not None:
+            metadata.thresholds = group.thresholds.of_drafts()
         counters.count(int(starts[-1]), lengths, warming)
         if lengths is not None:
             self._extrapolation.see(lengths)

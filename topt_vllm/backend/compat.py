@@ -14,6 +14,7 @@ import torch
 BACKEND_NAME = "TOPTHETA"
 BACKEND_PATH = "topt_vllm.backend.choice.TopThetaBackend"
 GPU_WORKER = "topt_vllm.backend.hosts.gpu_worker.TopThetaWorker"
+DRAFTER = "topt_vllm.backend.drafting.SparseDrafter"
 
 logger = logging.getLogger("vllm.topt_vllm")
 
@@ -114,6 +115,22 @@ def uses_v2_runner(arguments: Mapping[str, Any]) -> bool:
     return bool(EngineArgs(**arguments).create_engine_config().use_v2_model_runner)
 
 
+def drafts_sparsely(vllm_config: Any) -> bool:
+    """Whether the model is to draft for itself with sparse attention (options as in 0.31 to 0.33)."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and speculative.method == "custom_class" and speculative.model == DRAFTER
+
+
+def drafting_metadata(group: Any, common: Any, index: int) -> Any:
+    """Metadata of an attention group of the runner for a step that drafts.
+
+    0.32 and 0.33 also map block tables to the blocks of kernels with smaller ones; 0.31 has those in its tables.
+    """
+    if hasattr(group, "build_metadata_for_drafting"):
+        return group.build_metadata_for_drafting(common, index)
+    return group.get_metadata_builder().build_for_drafting(common, index)
+
+
 def cores_left_idle(vllm_config: Any) -> tuple[int, int] | None:
     """Cores that vLLM's CPU workers leave to its other processes, and of how many; None where none is set aside.
 
@@ -134,7 +151,8 @@ def cores_left_idle(vllm_config: Any) -> tuple[int, int] | None:
 def name_requests(vllm_config: Any) -> None:
     """Has the engine run by the worker that knows requests by name, unless the user named another one.
 
-    Goes when a metadata builder is given the names of a batch's requests (0.32 gives none).
+    Goes when a metadata builder is given the names of a batch's requests, and a custom drafter its batch (0.32
+    gives neither).
     """
     parallel = vllm_config.parallel_config
     if parallel.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker":

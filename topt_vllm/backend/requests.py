@@ -1,7 +1,8 @@
-"""Which requests a step's rows belong to, and which have ended; for state that belongs to requests.
+"""Which requests a step's rows belong to, and which have ended; for state that belongs to requests, and for drafts.
 
-vLLM gives a metadata builder a batch without names (0.32). The worker knows both; TOPTHETA's own
-(:mod:`topt_vllm.backend.worker`) tells this module. One engine worker per process, so one module's state.
+vLLM gives a metadata builder a batch without names, and a custom drafter none (0.32). The worker knows both;
+TOPTHETA's own (:mod:`topt_vllm.backend.worker`) tells this module. One engine worker per process, so one module's
+state.
 """
 
 from collections.abc import Iterable
@@ -18,6 +19,23 @@ def follow(runner: Any) -> None:
     """Takes the process's model runner, of either version that vLLM has."""
     global _runner
     _runner = runner
+
+
+def runner(who: str) -> Any:
+    """The process's model runner.
+
+    Args:
+        who: Needs it, for the message.
+
+    Raises:
+        RuntimeError: Another worker than TOPTHETA's runs the model.
+    """
+    if _runner is None:
+        raise RuntimeError(
+            f"{who} needs TOPTHETA's worker, but --worker-cls names another. Leave --worker-cls out, or do without "
+            f"{who}."
+        )
+    return _runner
 
 
 def watch(table: SiftRequests) -> None:
@@ -38,11 +56,7 @@ def of_batch(common: Any, count: int) -> list[str]:
     Raises:
         RuntimeError: Another worker than TOPTHETA's runs the model.
     """
-    if _runner is None:
-        raise RuntimeError(
-            "policy sift needs TOPTHETA's worker, but --worker-cls names another. Leave --worker-cls out, or use "
-            "policy toptheta."
-        )
+    found = runner("policy sift")
     if common.req_idx is not None:  # vLLM's second model runner keeps requests in a table
-        return [_runner.req_states.index_to_req_id[int(index)] for index in common.req_idx[:count]]
-    return list(_runner.input_batch.req_ids[:count])
+        return [found.req_states.index_to_req_id[int(index)] for index in common.req_idx[:count]]
+    return list(found.input_batch.req_ids[:count])

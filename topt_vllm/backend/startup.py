@@ -37,6 +37,7 @@ class Resolved:
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
+        drafts: Whether thresholds are for drafts of the model, and every row of its own steps is kept.
     """
 
     config: TopThetaConfig
@@ -50,6 +51,7 @@ class Resolved:
     screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
+    drafts: bool = False
 
     @property
     def all_on_platform(self) -> bool:
@@ -113,6 +115,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     if config.screen is not None:
         screens = choose_screens(config.screen, found, budget, implementation, model_config.model)
         rows += f"; {describe_screens(config, screens, thetas)}"
+    drafts = compat.drafts_sparsely(vllm_config)
+    if drafts:
+        _check_drafting(vllm_config, config, identity, thetas)
+        rows += "; sparse rows draft, dense rows verify"
     keys = _promised_keys(config, budget, vllm_config.parallel_config)
     rows += "; thresholds adapt to the traffic" if keys else ""
     if dense_on_platform and thetas:
@@ -132,6 +138,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         screens,
         keys,
         dense_on_platform,
+        drafts,
     )
 
 
@@ -222,6 +229,31 @@ def _promised_keys(
             f"{silent[0]} should keep. Choose a budget with a k, or leave adapt out."
         )
     return keys
+
+
+def _check_drafting(
+    vllm_config: "VllmConfig", config: TopThetaConfig, identity: ModelIdentity, thetas: dict[int, Thetas]
+) -> None:
+    """Raises ConfigError where the model can't draft for itself (:mod:`topt_vllm.backend.drafting`)."""
+    model_config, parallel_config = vllm_config.model_config, vllm_config.parallel_config
+    reasons = {
+        "on GPUs": vllm_config.device_config.device_type != "cpu",
+        "without a threshold table, for drafts would be dense": not thetas,
+        "with toptheta.adapt, for drafts are not the traffic": config.adapt,
+        "for models with state-space or linear-attention layers": identity.attention_free_layers,
+        "for multimodal models": model_config.is_multimodal_model or model_config.uses_mrope,
+        "with LoRA adapters": vllm_config.lora_config is not None,
+        "with KV connectors": vllm_config.kv_transfer_config is not None,
+        "with pipeline or data parallelism": max(
+            parallel_config.pipeline_parallel_size, parallel_config.data_parallel_size
+        )
+        > 1,
+    }
+    if refused := [reason for reason, applies in reasons.items() if applies]:
+        raise ConfigError(
+            f"--speculative-config names {compat.DRAFTER}, which doesn't work {'; nor '.join(refused)}. Leave "
+            "--speculative-config out."
+        )
 
 
 def _refuse(vllm_config: "VllmConfig", config: TopThetaConfig) -> None:

@@ -1,4 +1,4 @@
-"""Thresholds of the layers of one metadata builder: as calibrated, following the traffic, or by request.
+"""Thresholds of the layers of one metadata builder: as calibrated, for drafts, by the traffic, or by request.
 
 What changes them runs where a step's metadata is built: a CUDA graph is replayed without the layers' Python. Only
 ``policy: sift`` looks into single layers, and declares that no graph may hold them. Everything is on the cache's
@@ -74,12 +74,35 @@ class Thresholds:
             What the step's metadata carries to the layers.
         """
 
+    def of_drafts(self) -> Any:
+        """As :meth:`before`, for a step that drafts."""
+
     def rows_before_known(self, step: Any, dense_up_to: int) -> int:
         """Rows of a step with longer contexts than that, which are dense for want of thresholds."""
         return 0
 
     def forget(self) -> None:
         """Forgets the rows that the layers saw since the last step, for they were none: a graph was captured."""
+
+
+class _DraftingLayer(LayerThresholds):
+    def of_rows(self, step: bool | None, rows: int) -> Thetas | None:
+        return self.thetas if step else None
+
+
+class DraftingThresholds(Thresholds):
+    """For steps that draft (:mod:`topt_vllm.backend.drafting`); in those of the model every row is kept.
+
+    Args:
+        thetas: Of each layer, as calibrated, on the cache's device; None for θ = −inf.
+    """
+
+    def __init__(self, thetas: Sequence[Thetas | None]) -> None:
+        super().__init__([_DraftingLayer(each) for each in thetas])
+
+    def of_drafts(self) -> bool:
+        """True: the step drafts."""
+        return True
 
 
 class _AdaptingLayer(LayerThresholds):

@@ -1,4 +1,4 @@
-"""What TOPTHETA's workers add to vLLM's: they know requests by name; for ``policy: sift`` only."""
+"""What TOPTHETA's workers add to vLLM's: they know requests by name; for ``policy: sift``, and drafts."""
 
 from typing import Any
 

@@ -56,7 +56,8 @@ class TopThetaCpuPlatform(_CpuPlatform):
         if vllm_config.model_config is not None and compat.is_chosen(vllm_config):
             from topt_vllm.backend.startup import resolve
 
-            if resolve(vllm_config).config.sift is not None:
+            resolved = resolve(vllm_config)
+            if resolved.config.sift is not None or resolved.drafts:
                 compat.name_requests(vllm_config)
             note_idle_cores(compat.cores_left_idle(vllm_config))
         elif isinstance(others := vllm_config.additional_config, dict) and "toptheta" in others:

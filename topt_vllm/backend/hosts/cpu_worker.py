@@ -1,4 +1,5 @@
-"""vLLM's CPU worker, which also tells TOPTHETA whose rows a step has; chosen for ``policy: sift`` only."""
+"""vLLM's CPU worker, which also tells TOPTHETA whose rows a step has; chosen for ``policy: sift`` and
+drafts only."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
