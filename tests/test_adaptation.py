@@ -127,6 +127,7 @@ def start(tmp_path: Path) -> Any:
                     hf_config=hf_config, model=str(tmp_path), revision=None, max_model_len=1024
                 ),
                 kv_transfer_config=None,
+                speculative_config=None,
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
                 device_config=SimpleNamespace(device_type="cpu"),
                 parallel_config=SimpleNamespace(use_ubatching=False),

@@ -63,7 +63,10 @@ print(jit.load(tiny_library(Path(sys.argv[1]))).stat().st_mode & 0o777)
 
 def test_two_commands_share_a_cache_folder_under_any_umask(tmp_path: Path):
     """Both compile at once, or one waits; the path has spaces and letters of other scripts."""
-    environment = os.environ | {"TOPT_CACHE_DIR": str(tmp_path / "cäche 温")}
+    environment = os.environ | {
+        "TOPT_CACHE_DIR": str(tmp_path / "cäche 温"),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
     running = [
         subprocess.Popen(
             [sys.executable, "-c", _LOAD, str(tmp_path / f"csrc {number}")],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,21 @@ def stopped_at(stage: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None
             monkeypatch.setattr(place, name, stop)
 
 
+@pytest.fixture
+def signals_as_in_a_shell() -> Iterator[None]:
+    """Tests that run in the background, or under nohup, ignore some, and so would what they start."""
+    wanted = {
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_as_in_a_shell")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda n: n.name)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_at_any_stage_leaves_a_run_that_can_go_on(
