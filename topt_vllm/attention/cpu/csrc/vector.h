@@ -29,21 +29,25 @@ constexpr int kParts = kLanes / Vec::size();
 
 // Like at::vec::VectorizedN, whose arrays the compiler does not keep in registers.
 struct Vec16 {
-  // In a union, so that nothing is constructed: the loop that sets an array of them to zero keeps it in memory for good.
-  union {
-    Vec part[kParts];
-  };
+  // Without a constructor where one vector has all lanes: the loop that would set an array of them to zero keeps it in
+  // memory for good.
+#if TOPT_AVX512
+  using Part = __m512;
+#else
+  using Part = Vec;
+#endif
+  Part part[kParts];
 
-  Vec16() {}
+  Vec16() = default;
   // Only where one vector has all lanes.
   template <int parts = kParts>
     requires(parts == 1)
   explicit Vec16(Vec whole) : part{whole} {}
   explicit Vec16(float lane) {
-    for (Vec& v : part) v = Vec(lane);
+    for (Part& v : part) v = Vec(lane);
   }
-  Vec& operator[](int i) { return part[i]; }
-  const Vec& operator[](int i) const { return part[i]; }
+  Part& operator[](int i) { return part[i]; }
+  Vec operator[](int i) const { return part[i]; }
 
   template <typename F>
   static Vec16 of(F each) {
@@ -52,13 +56,13 @@ struct Vec16 {
     return out;
   }
   friend Vec16 operator+(const Vec16& a, const Vec16& b) {
-    return of([&](int i) { return a.part[i] + b.part[i]; });
+    return of([&](int i) { return a[i] + b[i]; });
   }
   friend Vec16 operator-(const Vec16& a, const Vec16& b) {
-    return of([&](int i) { return a.part[i] - b.part[i]; });
+    return of([&](int i) { return a[i] - b[i]; });
   }
   friend Vec16 operator*(const Vec16& a, const Vec16& b) {
-    return of([&](int i) { return a.part[i] * b.part[i]; });
+    return of([&](int i) { return a[i] * b[i]; });
   }
 };
 
