@@ -99,7 +99,7 @@ def files_of(path: Path) -> list[Path]:
 
 def _is_text(path: Path) -> bool:
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _COMPRESSED_SUFFIXES]
-    return not path.name.startswith(".") and suffixes[-1:] != [] and suffixes[-1] in TEXT_SUFFIXES
+    return not path.name.startswith(".") and bool(suffixes) and suffixes[-1] in TEXT_SUFFIXES
 
 
 def known_size(path: Path) -> int | None:
@@ -128,11 +128,12 @@ def open_text(path: Path) -> Iterator[TextFile]:
 
 
 def _open(path: Path, held: ExitStack) -> TextFile:
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+    facts = path.stat()
+    regular = stat.S_ISREG(facts.st_mode)
+    if not regular and not stat.S_ISFIFO(facts.st_mode):
         raise ReplayError(f"{path}: a device or a socket; texts are read from files, folders and pipes")
-    file = held.enter_context(path.open("rb") if stat.S_ISREG(mode) else _open_pipe(path))
-    size = path.stat().st_size if stat.S_ISREG(mode) else None
+    file = held.enter_context(path.open("rb") if regular else _open_pipe(path))
+    size = facts.st_size if regular else None
     head = _read(file, _HEAD)
     suffix = path.suffix.lower()
     if (compression := _compression(head)) is not None:
