@@ -68,7 +68,7 @@ struct Scratch {
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
     total += 4 * (2 * (tile + kLanes) + 2 * p.blocks_per_tile + vectors * tile);
-    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * 16 * (vectors + 4) + 4 * p.head_dim;
+    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * (4 * kFineRows * (vectors + 4) + p.head_dim);
     return (total + 24 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
@@ -392,8 +392,7 @@ class Decoder {
     return {0, listed, count, seen, std::min(index(rule.low), count), std::min(index(rule.high), count), s.fine};
   }
 
-  // The keys of a row that are no candidates: into the sum of dropped probability by their approximate scores. What pass
-  // one left of the codes to come is asked for meanwhile.
+  // The keys of a row that are no candidates: into the sum of dropped probability by their approximate scores.
   void drop_rest(int row, int seen, Softmax& softmax) {
     in_register_tiles(group, [&](auto heads, int g) { drop<heads()>(row, row * group + g, seen, softmax); });
   }

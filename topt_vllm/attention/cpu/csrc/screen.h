@@ -139,8 +139,8 @@ TOPT_INLINE uint32_t screen_group(const ScreenQueries& q, const ScreenGroup& gro
   return candidates;
 }
 
-// Scores by both planes of `count` rows of a block that begins at `start`, whose positions are listed, without softcap: [M, count up to a
-// multiple of 4].
+// Scores by both planes of `count` rows of a block that begins at `start`, whose positions are listed, without softcap:
+// [M, count up to a multiple of 4].
 TOPT_INLINE void refine_rows(const ScreenQueries& q, const ScreenBlock& block, int start, const int32_t* listed,
                              int count, float* scores, int64_t score_stride) {
   for (int i = 0; i < count; i += kFineRows) {
