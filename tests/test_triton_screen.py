@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_cases import NAN, Case, finish, implementation, poison_unread_values, random_case
 from device import DEVICE, triton_implementation
+import screen_cases
 from screen_cases import transform_of, with_screen
 
 from topt_vllm.attention import api, reference
@@ -159,6 +160,21 @@ def test_heads_and_lengths_without_a_threshold_are_exact():
     without = with_screen(replace(case, thetas=None), "triton")
     counted = assert_same(without)
     assert counted[Stat.CANDIDATES] == counted[Stat.K_ROWS_READ] == counted[Stat.V_ROWS]
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_scores_may_lie_far_from_that_of_the_mean(monkeypatch: pytest.MonkeyPatch, shift: float):
+    """Hundreds of units above and below, where exponentials are beyond float32."""
+    case = random_case([(1, 280), (1, 90)], 4, 2, dtype=torch.float32, keep=0.05)
+    own = transform_of(case)
+    transform = replace(own, mean=own.mean + shift)
+    monkeypatch.setattr(screen_cases, "transform_of", lambda case: transform)
+    batch = replace(case.batch, max_query_rows=1)
+    case = replace(case, batch=batch, scale=1.0, query=case.query.abs())
+    for theta in (40.0, torch.inf):
+        thetas = RowThetas(torch.full((2, 4), theta))
+        counted = assert_same(with_screen(replace(case, thetas=thetas), "triton"))
+        assert counted[Stat.CANDIDATES] < counted[Stat.V_ROWS]
 
 
 @pytest.mark.parametrize("group_keep", ["head", "union"])

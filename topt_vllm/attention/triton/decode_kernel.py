@@ -18,12 +18,20 @@ from topt_vllm.attention.triton.schedule import (
     tiles_of,
 )
 from topt_vllm.attention.triton.screen_phases import (
+    flag_candidates,
     keep_candidates,
-    list_candidates,
+    list_flagged,
     load_queries,
     without_softcap,
 )
-from topt_vllm.attention.triton.selection import place_of, select, softmax_step, to_wide
+from topt_vllm.attention.triton.selection import (
+    forced_start,
+    place_of,
+    select,
+    softmax_step,
+    to_wide,
+    visible_keys,
+)
 
 
 @triton.jit(
@@ -114,6 +122,7 @@ def _topt_decode_kernel(
     USED: tl.constexpr = ROWS * GROUP  # columns that stand for a query row and head
     # Columns of the list, so that a thread can move several at once.
     STORED: tl.constexpr = triton.next_power_of_2(USED)
+    FLAGS: tl.constexpr = min(LIST, 1024)  # flags that are listed at a time
     SELECTED: tl.constexpr = CANDIDATES if SCREEN else TILE  # keys that are selected from at a time
     program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 
@@ -184,10 +193,10 @@ def _topt_decode_kernel(
             # A NaN score is not >= −inf, but dense attention would read the row: such columns are forced.
             always = (threshold == -float("inf")) | (n <= min_seq_len)
             dense = tl.sum(tl.where(always, 0, valid.to(tl.int32)), axis=0) == 0
-            forced_from = n - recent_tokens
-            if VMEAN:
-                forced_from = tl.minimum(forced_from, (n - 1) // STATE_ROWS * STATE_ROWS)
-            forced_from = tl.where(always, 0, forced_from)
+            if SINGLE_ROW:
+                forced_from = forced_start(last_len, recent_tokens, VMEAN, STATE_ROWS)
+            else:
+                forced_from = forced_start(n, recent_tokens, VMEAN, STATE_ROWS)
             counted_from = tl.where(always, float("inf"), threshold)
             reached = tl.zeros([SELECTED, COLUMNS], tl.int32)
             # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
@@ -213,23 +222,26 @@ def _topt_decode_kernel(
             list_end = tl.minimum(list_begin + LIST, end)
             listed = 0
             if SCREEN:
-                listed, told_level, told_mass, candidate_count = list_candidates(
+                # Scores are listed later, and flags need less memory.
+                my_flags = my_scores.to(tl.pointer_type(tl.int8))
+                told_level, told_mass, candidate_count = flag_candidates(
                     list_begin,
                     list_end,
                     table_row,
                     codes_head,
                     words_head,
                     codes_stride_block,
-                    my_slots,
-                    my_positions,
+                    my_flags,
                     query_low,
                     query_high,
                     numbers,
                     limit,
                     n,
+                    valid,
+                    always,
                     forced_from,
                     sink_tokens,
-                    not dense,
+                    dense,
                     same_row,
                     softcap,
                     candidate_count,
@@ -246,8 +258,12 @@ def _topt_decode_kernel(
                     COMPUTE,
                     PRECISION,
                 )
+                # Now all threads see what all have flagged, and then listed.
+                tl.debug_barrier()
+                listed = list_flagged(
+                    list_begin, list_end, table_row, my_flags, my_slots, my_positions, dense, BLOCK_SIZE, FLAGS
+                )
                 candidates_listed += listed
-                # Now all threads see what all have listed.
                 tl.debug_barrier()
                 listed, exact_level, exact_mass, kept_count, read_count, reached = keep_candidates(
                     listed,
@@ -260,7 +276,9 @@ def _topt_decode_kernel(
                     my_scores,
                     q,
                     n,
+                    valid,
                     threshold,
+                    always,
                     counted_from,
                     forced_from,
                     sink_tokens,
@@ -298,7 +316,7 @@ def _topt_decode_kernel(
                     scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
                     if SOFTCAP:
                         scores = softcapped(scores, softcap)
-                    visible = position[:, None] < n[None, :]
+                    visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
                     scores = tl.where(visible, scores, -float("inf"))
 
                     stored = scores
@@ -308,6 +326,7 @@ def _topt_decode_kernel(
                             visible,
                             position,
                             threshold,
+                            always,
                             forced_from,
                             sink_tokens,
                             same_row,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from topt_vllm.attention.triton.primitives import LOWEST, decode_stored, ranks, softcapped
+from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, ranks, softcapped
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 from topt_vllm.attention.triton.rotation import float_of
 from topt_vllm.attention.triton.selection import (
@@ -13,7 +13,11 @@ from topt_vllm.attention.triton.selection import (
     select,
     softmax_of,
     softmax_step,
+    visible_keys,
 )
+
+# Exponents of 2 between the highest score and what a mass is relative to that float32 bears: it has 126.
+_FAR = tl.constexpr(60.0)
 
 
 @triton.jit
@@ -76,23 +80,24 @@ def without_softcap(score, softcap):
 
 
 @triton.jit
-def list_candidates(
+def flag_candidates(
     begin,
     end,
     table_row,
     codes_head,
     words_head,
     codes_stride_block,
-    my_slots,
-    my_positions,
+    my_flags,
     query_low,  # int8 [HALF_PAD, COLUMNS]
     query_high,
     numbers,  # pointers [COLUMNS]
     limit,  # [COLUMNS], the score that a candidate may reach
     n,  # [COLUMNS]
-    forced_from,  # [COLUMNS]
+    valid,  # bool [COLUMNS]
+    always,  # bool [COLUMNS]
+    forced_from,
     sink_tokens,
-    screened,
+    dense,
     same_row,
     softcap,
     candidate_count,  # int32 [TILE]
@@ -109,62 +114,118 @@ def list_candidates(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Streams codes of the keys from ``begin`` to ``end``: lists candidates, and takes all others into the mass.
+    """Streams codes of the keys from ``begin`` to ``end``: flags candidates, and takes all others into the mass.
 
-    Where not all of its columns have a threshold, a segment's keys all are candidates, and no code is read.
+    The mass is relative to a score that is set beforehand, so that no maximum is in its way: q·mean, which is in the
+    middle of the scores. Where the highest turns out to be so far from it that float32 might not do, it is done
+    again relative to that. A ``dense`` segment's keys are all candidates: no code is read, and nothing flagged.
 
     Returns:
-        How many are listed; best score and mass [COLUMNS] of the others; candidates of each query row, unless
-        there is a single one.
+        Best score and mass [COLUMNS] of the others; candidates of each query row, unless there is a single one.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     offset, half = tl.arange(0, TILE), tl.arange(0, HALF_PAD)
-    valid = n > 0
-    factor = tl.load(numbers, mask=valid, other=0.0)
-    bias = tl.load(numbers + 1, mask=valid, other=0.0)
-    in_steps = tl.load(numbers + 2, mask=valid, other=0.0)
-    mean_score = tl.load(numbers + 4, mask=valid, other=0.0)
+    # Exponents of 2, in which the mass is summed.
+    factor = tl.load(numbers, mask=valid, other=0.0) * LOG2E
+    bias = tl.load(numbers + 1, mask=valid, other=0.0) * LOG2E
+    in_steps = tl.load(numbers + 2, mask=valid, other=0.0) * LOG2E
+    mean_score = tl.load(numbers + 4, mask=valid, other=0.0) * LOG2E
     if HARD:
-        in_errors = tl.load(numbers + 3, mask=valid, other=0.0)
-    best = tl.full([TILE, query_low.shape[1]], LOWEST, tl.float32)
+        in_errors = tl.load(numbers + 3, mask=valid, other=0.0) * LOG2E
+    # Columns that stand for nothing have no candidates.
+    reached = tl.where(valid, limit * LOG2E - mean_score, float("inf"))
+    stop = tl.where(dense, begin, end)
+    level = tl.zeros_like(mean_score)
+    top = tl.full(level.shape, LOWEST, tl.float32)
     mass = tl.zeros([TILE, query_low.shape[1]], tl.float32)
+    counted = candidate_count
+    unsure = tl.full([], 1, tl.int32)
+    while unsure > 0:
+        best = tl.full([TILE, query_low.shape[1]], LOWEST, tl.float32)
+        mass = tl.zeros([TILE, query_low.shape[1]], tl.float32)
+        counted = candidate_count
+        for start in tl.range(begin, stop, TILE, num_stages=STAGES):
+            position = start + offset
+            inside = position < end
+            block, slot = place_of(table_row, start, offset, inside, TILE, BLOCK_SIZE)
+            there = block.to(tl.int64) * codes_stride_block
+            packed = tl.load(
+                codes_head + (there + slot * HALF)[:, None] + half[None, :],
+                mask=inside[:, None] & (half < HALF)[None, :],
+                other=0,
+            )
+            word = tl.load(words_head + (there // 4 + BLOCK_SIZE * HALF // 4 + slot), mask=inside, other=0)
+            sums = tl.dot(_low_codes(packed, FOUR_AT_ONCE), query_low, out_dtype=tl.int32)
+            sums = tl.dot(_high_codes(packed, FOUR_AT_ONCE), query_high, sums, out_dtype=tl.int32)
+            step = float_of(word)[:, None]
+            # Relative to q·mean.
+            in_step = sums.to(tl.float32) * factor[None, :] + bias[None, :]
+            scores = step * in_step
+            upper = step * (in_step + in_steps[None, :])
+            if HARD:
+                upper += float_of(word >> 16)[:, None] * in_errors[None, :]
+                upper += 1e-4 * tl.abs(scores + mean_score[None, :])
+            # Keys that can't be told, whose upper end is NaN, are candidates.
+            may = ~(upper < reached[None, :])
+            forced = forced_keys(position, forced_from, sink_tokens, SINGLE_ROW)
+            if SINGLE_ROW:
+                some = (tl.max(may.to(tl.int32), axis=1) > 0) | tl.reshape(forced, [TILE])
+                others = inside & ~some
+                counts = others[:, None]
+            else:
+                chosen = (may | forced | always[None, :]) & visible_keys(position, inside, n, valid, False)
+                some = tl.max(chosen.to(tl.int32), axis=1) > 0
+                if COUNT:
+                    of_row = rows_with(chosen, same_row, COMPUTE, PRECISION)
+                    counted += tl.sum(of_row.to(tl.int32), axis=1)
+                counts = visible_keys(position, inside, n, valid, False) & (~some)[:, None]
+            tl.store(my_flags + (start - begin) + offset, some.to(tl.int8), mask=inside)
+            if SOFTCAP:
+                full = (scores + mean_score[None, :]) * (1.0 / LOG2E)
+                scores = softcapped(full, softcap) * LOG2E - mean_score[None, :]
+            scores = tl.where(counts, scores - level[None, :], -float("inf"))
+            best = tl.maximum(best, scores)
+            mass += tl.exp2(scores)
+        top = tl.max(best, axis=0)
+        far = (tl.abs(top) > _FAR) & (tl.abs(top) < -LOWEST)
+        unsure = tl.max(far.to(tl.int32), axis=0)
+        level += tl.where(far, top, 0.0)
+    all_mass = tl.sum(mass, axis=0) * tl.exp2(-top)
+    none = top == LOWEST
+    told_level = tl.where(none, LOWEST, (mean_score + level + top) * (1.0 / LOG2E))
+    return told_level, tl.where(none, 0.0, all_mass), counted
+
+
+@triton.jit
+def list_flagged(
+    begin,
+    end,
+    table_row,
+    my_flags,
+    my_slots,
+    my_positions,
+    every,
+    BLOCK_SIZE: tl.constexpr,
+    FLAGS: tl.constexpr,
+):
+    """Lists flagged keys, or all if ``every``: many at a time, for a key's place in the list crosses warps.
+
+    Returns:
+        How many are listed.
+    """
+    offset = tl.arange(0, FLAGS)
     listed = 0
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+    for start in tl.range(begin, end, FLAGS):
         position = start + offset
-        inside = position < end
-        block, slot = place_of(table_row, start, offset, inside, TILE, BLOCK_SIZE)
-        there = block.to(tl.int64) * codes_stride_block
-        read = inside & screened
-        packed = tl.load(
-            codes_head + (there + slot * HALF)[:, None] + half[None, :],
-            mask=read[:, None] & (half < HALF)[None, :],
-            other=0,
-        )
-        word = tl.load(words_head + (there // 4 + BLOCK_SIZE * HALF // 4 + slot), mask=read, other=0)
-        sums = tl.dot(_low_codes(packed, FOUR_AT_ONCE), query_low, out_dtype=tl.int32)
-        sums = tl.dot(_high_codes(packed, FOUR_AT_ONCE), query_high, sums, out_dtype=tl.int32)
-        step = float_of(word)
-        scores = step[:, None] * (sums.to(tl.float32) * factor[None, :] + bias[None, :]) + mean_score[None, :]
-        upper = scores + step[:, None] * in_steps[None, :]
-        if HARD:
-            upper += float_of(word >> 16)[:, None] * in_errors[None, :] + 1e-4 * tl.abs(scores)
-        visible = (position[:, None] < n[None, :]) & inside[:, None]
-        # Keys that can't be told, whose upper end is NaN, are candidates.
-        chosen = visible & (~(upper < limit[None, :]) | forced_keys(position, forced_from, sink_tokens))
-        some = tl.max(chosen.to(tl.int32), axis=1) > 0
-        if COUNT and not SINGLE_ROW:
-            of_row = rows_with(chosen, same_row, COMPUTE, PRECISION)
-            candidate_count += tl.sum(of_row.to(tl.int32), axis=1)
-        ahead, listed_here = ranks(some, TILE)
-        tl.store(my_slots + listed + ahead, block * BLOCK_SIZE + slot, mask=some)
-        tl.store(my_positions + listed + ahead, position, mask=some)
-        listed += listed_here
-        if SOFTCAP:
-            scores = softcapped(scores, softcap)
-        scores = tl.where(visible & (~some)[:, None], scores, -float("inf"))
-        best, mass = softmax_step(best, mass, scores)
-    level, all_mass = softmax_of(best, mass)
-    return listed, level, all_mass, candidate_count
+        flag = tl.load(my_flags + (start - begin) + offset, mask=(position < end) & (not every), other=0)
+        some = ((flag != 0) | every) & (position < end)
+        block = tl.load(table_row + position // BLOCK_SIZE, mask=some, other=0)
+        number = some.to(tl.int32)
+        place = listed + tl.cumsum(number, axis=0) - number
+        tl.store(my_slots + place, block * BLOCK_SIZE + position % BLOCK_SIZE, mask=some)
+        tl.store(my_positions + place, position, mask=some)
+        listed += tl.sum(number, axis=0)
+    return listed
 
 
 @triton.jit
@@ -179,9 +240,11 @@ def keep_candidates(
     my_scores,
     q,  # [DIM_PAD, COLUMNS]
     n,  # [COLUMNS]
+    valid,  # bool [COLUMNS]
     threshold,  # [COLUMNS]
+    always,  # bool [COLUMNS]
     counted_from,  # [COLUMNS]
-    forced_from,  # [COLUMNS]
+    forced_from,
     sink_tokens,
     same_row,
     scale,
@@ -231,13 +294,14 @@ def keep_candidates(
         scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
         if SOFTCAP:
             scores = softcapped(scores, softcap)
-        visible = inside[:, None] & (position[:, None] < n[None, :])
+        visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
         scores = tl.where(visible, scores, -float("inf"))
         stored, kept_here, read_here = select(
             scores,
             visible,
             position,
             threshold,
+            always,
             forced_from,
             sink_tokens,
             same_row,

@@ -19,9 +19,32 @@ def place_of(table_row, start, offset, inside, TILE: tl.constexpr, BLOCK_SIZE: t
 
 
 @triton.jit
-def forced_keys(position, forced_from, sink_tokens):
-    """Which keys [TILE] are kept whatever their score, by column: bool [TILE, COLUMNS]."""
-    return (position < sink_tokens)[:, None] | (position[:, None] >= forced_from[None, :])
+def visible_keys(position, inside, n, valid, SINGLE_ROW: tl.constexpr):
+    """Which keys [TILE] a column sees: bool [TILE, COLUMNS]. With a single row, all of the loop's."""
+    if SINGLE_ROW:
+        visible = inside[:, None] & valid[None, :]
+    else:
+        visible = inside[:, None] & (position[:, None] < n[None, :])
+    return visible
+
+
+@triton.jit
+def forced_start(n, recent_tokens, VMEAN: tl.constexpr, STATE_ROWS: tl.constexpr):
+    """The first key at the end of contexts that is kept whatever its score."""
+    start = n - recent_tokens
+    if VMEAN:
+        start = tl.minimum(start, (n - 1) // STATE_ROWS * STATE_ROWS)
+    return start
+
+
+@triton.jit
+def forced_keys(position, forced_from, sink_tokens, SINGLE_ROW: tl.constexpr):
+    """Which keys [TILE] are kept whatever their score: bool [TILE, 1] with a single row, else [TILE, COLUMNS]."""
+    if SINGLE_ROW:
+        forced = ((position < sink_tokens) | (position >= forced_from))[:, None]
+    else:
+        forced = (position < sink_tokens)[:, None] | (position[:, None] >= forced_from[None, :])
+    return forced
 
 
 @triton.jit
@@ -36,7 +59,8 @@ def select(
     visible,  # bool [TILE, COLUMNS]
     position,  # [TILE]
     threshold,  # [COLUMNS]
-    forced_from,  # [COLUMNS]
+    always,  # bool [COLUMNS], whether every key is kept
+    forced_from,  # one for a single row, else [COLUMNS]
     sink_tokens,
     same_row,  # [COLUMNS, COLUMNS]; anything with a single row
     UNION: tl.constexpr,
@@ -50,7 +74,8 @@ def select(
         Scores to be listed, −inf where a column doesn't use the key; how many columns keep each key; how many
         belong to a row that some head keeps it for (with a single row the same as the former, which isn't used).
     """
-    keep = ((scores >= threshold[None, :]) | forced_keys(position, forced_from, sink_tokens)) & visible
+    forced = forced_keys(position, forced_from, sink_tokens, SINGLE_ROW) | always[None, :]
+    keep = ((scores >= threshold[None, :]) | forced) & visible
     stored = scores
     if SINGLE_ROW:
         kept_here = tl.sum(keep.to(tl.int32), axis=1)
