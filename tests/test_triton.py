@@ -224,6 +224,14 @@ def test_programs_fill_the_device_once_whatever_the_batch():
     assert launch.choose(1, 1024, 512, 128, 2, HOPPER).programs == 1
 
 
+def test_many_sequences_have_programs_of_two_warps():
+    few, many = (
+        launch.choose(1, 32, 8, 128, 2, HOPPER, None, True, sequences, 64) for sequences in (3, 4)
+    )
+    assert (few.num_warps, few.tile, few.programs) == (4, 128, 33)
+    assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
+
+
 def test_lists_do_not_grow_with_batch_or_context():
     words = [
         launcher.allocate_workspace(sequences, 1, 32, 8, 128, torch.device("meta")).memory.numel()

@@ -177,6 +177,16 @@ def test_scores_may_lie_far_from_that_of_the_mean(monkeypatch: pytest.MonkeyPatc
         assert counted[Stat.CANDIDATES] < counted[Stat.V_ROWS]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_many_sequences_have_programs_of_their_own_kind(head_dim: int):
+    contexts = [(1, 40 + 9 * sequence) for sequence in range(16)]
+    case = random_case(contexts, 4, 2, head_dim, block_size=64, dtype=torch.float32, keep=0.05)
+    case = replace(case, batch=replace(case.batch, max_query_rows=1))
+    assert_same(with_screen(case, "triton"))
+    got, expected = (run(case, kernel) for kernel in (with_programs(3), implementation("reference")))
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("group_keep", ["head", "union"])
 def test_drafted_rows(group_keep: Any):
     """Each row counts its own candidates; what they hold of the others' is exact, so outputs differ a little."""

@@ -121,7 +121,9 @@ def dense_traffic(shape: Shape, limits: GpuLimits) -> Traffic:
 def _segments(shape: Shape, limits: GpuLimits, programs: int | None, screened: bool) -> int:
     """Parts of one KV head that programs and sequences cut the batch into."""
     heads = shape.heads, shape.kv_heads, shape.head_dim
-    launch = choose(1, *heads, shape.dtype.itemsize, limits, programs, screened)
+    launch = choose(
+        1, *heads, shape.dtype.itemsize, limits, programs, screened, shape.batch, shape.block_size
+    )
     tiles = -(-shape.longest // launch.tile)
     total = tiles * shape.batch
     used = max(1, min(launch.programs, total // launch.min_tiles))

@@ -76,9 +76,19 @@ class DecodeStep:
     def choose(self, limits: GpuLimits, programs: int | None) -> Launch:
         """Launch parameters, with the heuristic's number of programs if None is given."""
         num_heads, key_dim = self.query.shape[1:]
-        _, num_kv_heads, _, value_dim = self.cache.value.shape
-        shape = (self.max_query_rows, num_heads, num_kv_heads, max(key_dim, value_dim))
-        return choose(*shape, self.cache.value.element_size(), limits, programs, self.screen is not None)
+        _, num_kv_heads, block_size, value_dim = self.cache.value.shape
+        return choose(
+            self.max_query_rows,
+            num_heads,
+            num_kv_heads,
+            max(key_dim, value_dim),
+            self.cache.value.element_size(),
+            limits,
+            programs,
+            self.screen is not None,
+            self.batch.seq_lens.shape[0],
+            block_size,
+        )
 
     def items(self, launch: Launch) -> int:
         """Chunks of query rows of all sequences."""

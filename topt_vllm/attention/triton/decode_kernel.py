@@ -122,7 +122,7 @@ def _topt_decode_kernel(
     USED: tl.constexpr = ROWS * GROUP  # columns that stand for a query row and head
     # Columns of the list, so that a thread can move several at once.
     STORED: tl.constexpr = triton.next_power_of_2(USED)
-    FLAGS: tl.constexpr = min(LIST, 1024)  # flags that are listed at a time
+    FLAGS: tl.constexpr = min(LIST, 512)  # flags that are listed at a time
     SELECTED: tl.constexpr = CANDIDATES if SCREEN else TILE  # keys that are selected from at a time
     program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 

@@ -7,12 +7,16 @@ import torch
 
 # A program with fewer keys costs more in its partial result than it saves in time.
 MIN_PROGRAM_TOKENS = 512
-# Programs that a multiprocessor holds at once; `topt-vllm bench compile` checks it.
+# Programs of four warps that a multiprocessor holds at once; `topt-vllm bench compile` checks it.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+# From so many KV heads of sequences on, programs of two warps, twice as many, are faster: they wait less for each other.
+_MANY = 32
 # Matrix instructions of all targets take rows of at least 16; NVIDIA's take columns of 8.
 MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
 # Of one program's list. All programs' lists together, and what they are read beside, stay in the L2 cache.
 _LIST_BYTES = 80 << 10
+# With a K screen only the head of a list is used, that of candidates.
+_SCREENED_LIST_BYTES = 2 * _LIST_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ def choose(
     limits: GpuLimits,
     programs: int | None = None,
     screened: bool = False,
+    sequences: int = 1,
+    block_size: int = 16,
 ) -> Launch:
     """Launch parameters for a shape.
 
@@ -98,6 +104,8 @@ def choose(
         limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
         screened: Whether keys go through a K screen.
+        sequences: Of the batch.
+        block_size: P.
     """
     group = num_heads // num_kv_heads
     dim_pad = power_of_two(head_dim)
@@ -107,6 +115,7 @@ def choose(
     # they save registers: the query is then read from shared memory.
     few = single and not limits.amd and dim_pad < 512
     columns = power_of_two(max(rows * group, MATRIX_COLUMNS if few else MATRIX_ROWS))
+    num_warps = 4
     # As many keys as registers allow without spills, and two programs' shared memory.
     tile = max(16, min(128, 8192 // dim_pad))
     if dim_pad <= 64 and (columns > MATRIX_COLUMNS or item_bytes == 1 or limits.shared_bytes < 128 << 10):
@@ -116,17 +125,26 @@ def choose(
     candidates = min(tile, 64)
     if screened:
         tile, candidates = _screen_tiles(columns, dim_pad, item_bytes, single, candidates)
+    narrow = columns == MATRIX_COLUMNS and dim_pad <= (128 if screened else 64)
+    if narrow and sequences * num_kv_heads >= _MANY and block_size % 64 == 0:
+        num_warps, tile, candidates = 2, 64, 32
     if limits.tensor_memory and columns >= MATRIX_ROWS:
         tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
         candidates = min(candidates, 32)
     entry_bytes = (8 if screened else 4) + 4 * rows * group
-    list_keys = max(tile, power_of_two(_LIST_BYTES // entry_bytes + 1) // 2)
+    list_bytes = _SCREENED_LIST_BYTES if screened else _LIST_BYTES
+    list_keys = max(tile, power_of_two(list_bytes // entry_bytes + 1) // 2)
     gather = max(16, min(64, 4096 // dim_pad))
     row_bytes = dim_pad * item_bytes
+    resident = PROGRAMS_PER_MULTIPROCESSOR * 4 // num_warps
     # What scores take on their way from thread to thread, and the query, as compiled.
     beside = 20 * tile * columns + 2 * dim_pad * columns
     if programs is None:
-        programs = max(1, PROGRAMS_PER_MULTIPROCESSOR * limits.multiprocessors // num_kv_heads)
+        programs = max(1, resident * limits.multiprocessors // num_kv_heads)
+
+    def stages(tile_bytes: int) -> int:
+        return _stages(tile_bytes, beside, single, resident, limits)
+
     return Launch(
         rows=rows,
         columns=columns,
@@ -137,10 +155,10 @@ def choose(
         list_keys=list_keys,
         candidates=candidates,
         gather=gather,
-        num_warps=4,
-        key_stages=_stages(tile * (dim_pad // 2 if screened else row_bytes), beside, single, limits),
-        candidate_stages=_stages(candidates * row_bytes, beside, single, limits),
-        value_stages=_stages(gather * row_bytes, beside, single, limits),
+        num_warps=num_warps,
+        key_stages=stages(tile * (dim_pad // 2 if screened else row_bytes)),
+        candidate_stages=stages(candidates * row_bytes),
+        value_stages=stages(gather * row_bytes),
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if limits.amd else 255,
         four_at_once=not limits.amd,
@@ -160,11 +178,11 @@ def _screen_tiles(
     return 32 if wide else 64, min(candidates, 16) if wide or (fp8 and not single) else candidates
 
 
-def _stages(tile_bytes: int, beside: int, single: bool, limits: GpuLimits) -> int:
+def _stages(tile_bytes: int, beside: int, single: bool, resident: int, limits: GpuLimits) -> int:
     """Pipeline stages of a loop over tiles: five for two tiles in flight, three for one."""
     if limits.amd:
         return 2 if single else 1  # its compiler fails on more with several rows
-    room = min(limits.block_bytes, limits.shared_bytes // PROGRAMS_PER_MULTIPROCESSOR - (1 << 10))
+    room = min(limits.block_bytes, limits.shared_bytes // resident - (1 << 10))
     return 5 if 2 * tile_bytes + beside <= room else 3
 
 

@@ -112,8 +112,10 @@ def allocate_workspace(
     """
     words = 0
     heads = num_heads, num_kv_heads, head_dim
-    for rows, item_bytes, screened in product({1, max_query_rows}, (1, 2, 4), (False, True)):
-        launch = choose(rows, *heads, item_bytes, limits_of(device), programs, screened)
+    limits = limits_of(device)
+    kinds = product({1, max_query_rows}, (1, 2, 4), (False, True), {1, max_sequences}, (16, 64))
+    for rows, item_bytes, screened, sequences, block_size in kinds:
+        launch = choose(rows, *heads, item_bytes, limits, programs, screened, sequences, block_size)
         items = max_sequences * launch.chunks(rows)
         words = max(words, Parts.of(launch, items, *heads, head_dim).words)
     return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)
