@@ -64,7 +64,9 @@ class Engines:
         self.requests.append(json.loads(json.dumps(request)))
         if "keeps" in request:
             shares = [[[0.5 + head for head in range(HEADS)] for _ in request["keeps"]]]
-            return {"thetas": {str(layer): shares[0] for layer in range(LAYERS)}}
+            sums = torch.ones(6, SMALL["num_key_value_heads"], 32).tolist()
+            layers = [str(layer) for layer in range(LAYERS)]
+            return {"thetas": dict.fromkeys(layers, shares[0]), "keys": dict.fromkeys(layers, sums)}
         settings = request["engine"].get("additional_config")
         if settings and settings["toptheta"]["thresholds"] != "none":
             self.tables.append(load(Path(settings["toptheta"]["thresholds"])))
@@ -202,9 +204,22 @@ def test_budgets_of_a_table_are_its_shares():
     identity = identify(LlamaConfig(**{**SMALL, "num_hidden_layers": 2}), "tiny").model_copy(
         update={"num_query_heads": 1}
     )
-    table = share_table(identity, 100, 8, [0.05, 0.1], thetas)
+    sums = torch.ones(6, identity.num_kv_heads, identity.head_dim).tolist()
+    table = share_table(identity, 100, 8, [0.05, 0.1], thetas, {"1": sums, "0": sums})
     assert [budget.key for budget in table.budgets] == ["rows-5%", "rows-10%"]
     assert [entry.theta for entry in table.budget("rows-10%").layers] == [[[4.0, 4.0]], [[2.0, 2.0]]]
+    assert set(table.key_statistics.transforms()) == {0, 1}
+
+
+def test_every_screen_is_measured_at_every_share(tmp_path: Path):
+    engines = Engines()
+    outcome = benchmark(config_only(tmp_path), keeps=(0.1, 1.0), k_screens=("off", "int4+4")).run(
+        lambda _: None, engines.ask
+    )
+    names = [engine["name"] for engine in outcome["engines"]]
+    assert names == ["platform", "10 % of V rows", "10 % of V rows, int4+4", "every row, cpu"]
+    assert outcome["engines"][2]["toptheta"]["k_screen"] == "int4+4"
+    assert engines.tables[0].key_statistics is not None
 
 
 class FakeLlm:

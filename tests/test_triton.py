@@ -225,9 +225,7 @@ def test_programs_fill_the_device_once_whatever_the_batch():
 
 
 def test_many_sequences_have_programs_of_two_warps():
-    few, many = (
-        launch.choose(1, 32, 8, 128, 2, HOPPER, None, True, sequences, 64) for sequences in (3, 4)
-    )
+    few, many = (launch.choose(1, 32, 8, 128, 2, HOPPER, None, True, sequences, 64) for sequences in (3, 4))
     assert (few.num_warps, few.tile, few.programs) == (4, 128, 33)
     assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
 

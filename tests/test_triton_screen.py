@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import screen_cases
 import torch
 from attention_cases import NAN, Case, finish, implementation, poison_unread_values, random_case
 from device import DEVICE, triton_implementation
-import screen_cases
 from screen_cases import transform_of, with_screen
 
 from topt_vllm.attention import api, reference

@@ -43,6 +43,7 @@ class EngineBenchmark:
         tokens: Tokens of each answer, of which all but the first are timed.
         keeps: Shares of V rows to read; 1.0 is θ = −inf in our kernel by name, :data:`NONE` as ``auto`` picks.
         kernel: Our implementation's name on this platform.
+        k_screens: Values of ``k_screen``, each for every share.
         rounds: How often every engine is started.
         turns: Measurements of each start.
         engine: More arguments of ``vllm.LLM``, for all engines.
@@ -54,6 +55,7 @@ class EngineBenchmark:
     tokens: int
     keeps: tuple[float | str, ...]
     kernel: str
+    k_screens: tuple[str, ...] = ("off",)
     rounds: int = 1
     turns: int = 3
     engine: dict[str, Any] = field(default_factory=dict)
@@ -122,10 +124,16 @@ class EngineBenchmark:
                 name = f"every row, {self.kernel}"
             else:
                 assert isinstance(keep, float)
-                settings = {"thresholds": str(table), "budget": budget_name(keep)}
-                name = f"{100 * keep:g} % of V rows"
+                contenders += [self._sparse(str(table), keep, k_screen) for k_screen in self.k_screens]
+                continue
             contenders.append(Contender(name, settings))
         return contenders
+
+    def _sparse(self, table: str, keep: float, k_screen: str) -> Contender:
+        settings, name = {"thresholds": table, "budget": budget_name(keep)}, f"{100 * keep:g} % of V rows"
+        if k_screen == "off":
+            return Contender(name, settings)
+        return Contender(f"{name}, {k_screen}", settings | {"k_screen": k_screen})
 
     def _find_table(self, folder: Path, report: Callable[[str], None], ask_engine: Ask) -> Path | None:
         """Writes a table that reads the shares; None where none needs one."""
@@ -136,7 +144,7 @@ class EngineBenchmark:
         # What a layer is called with is seen in eager engines only.
         engine = self.engine | {"enforce_eager": True}
         found = self._ask(ask_engine, every_row, 1, engine, keeps=shares)
-        table = share_table(self._identity, self.context, self.tokens, shares, found["thetas"])
+        table = share_table(self._identity, self.context, self.tokens, shares, found["thetas"], found["keys"])
         path = folder / "toptheta.yaml"
         dump(table, path)
         report(f"thresholds for {_list([100 * share for share in shares])} % of V rows are found")
@@ -168,7 +176,7 @@ class EngineBenchmark:
 
     def _settings(self) -> dict[str, Any]:
         given = asdict(self) | {"model": self._identity.id, "dummy_weights": self.dummy}
-        return {name: value for name, value in given.items() if name not in ("keeps", "kernel")}
+        return {name: value for name, value in given.items() if name not in ("keeps", "kernel", "k_screens")}
 
 
 # Arguments besides those of every engine, whose values tell the contenders apart or whose counters would be parts.

@@ -4,7 +4,7 @@ Reads a request as JSON from standard input: ``engine``, arguments of ``vllm.LLM
 ``tokens``; then either ``turns`` to time, or ``keeps``, shares of V rows to find thresholds for. Prints one line
 ``RESULT {...}``: with turns ``backend``, ``start_seconds``, ``prefill_seconds``, ``ms_per_step`` (one number a
 turn) and ``totals``, what TOPTHETA counted in the turns (None without it); with shares ``thetas``, by layer and
-share.
+share, and ``keys``, sums by layer.
 """
 
 import json
@@ -31,7 +31,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     sizes = request["batch"], request["context"], request["tokens"]
     if "keeps" in request:
-        result: dict[str, Any] = {"thetas": find_thetas(llm, *sizes[1:], request["keeps"])}
+        thetas = find_thetas(llm, *sizes[1:], request["keeps"])
+        result: dict[str, Any] = {"thetas": thetas, "keys": llm.collective_rpc("keys_seen")[0]}
     else:
         result = {"start_seconds": seconds, **measure(llm, *sizes, request["turns"])}
     print("RESULT " + json.dumps(result), flush=True)

@@ -8,7 +8,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from topt_vllm.benchmarks.cases import union_theta
+from topt_vllm.calibration.key_statistics import key_sums
 from topt_vllm.engines.counters import WorkerCounters
+from topt_vllm.replay.scores import LayerCall
 
 
 @dataclass
@@ -70,6 +72,15 @@ class BenchmarkedWorker(WorkerCounters):
             scores = _scores(layers[index], torch.cat(seen.queries[-steps:]), keys[:context])
             kv_heads = layers[index].num_kv_heads
             found[index] = [union_theta(scores, kv_heads, keep, forced).tolist() for keep in keeps]
+        return found
+
+    def keys_seen(self) -> dict[int, Any]:
+        """Sums over the recorded keys and queries by layer, as key statistics are made of."""
+        found = {}
+        for index, seen in self._seen.items():
+            # Only so many queries are known: those of decode steps.
+            key, query = (torch.cat(part).transpose(0, 1) for part in (seen.keys, seen.queries))
+            found[index] = key_sums(LayerCall(index, query, key, key, 1.0)).tolist()
         return found
 
     def _attention_layers(self) -> dict[int, Any]:

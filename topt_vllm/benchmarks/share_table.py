@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
+from topt_vllm.calibration.key_statistics import key_statistics
 from topt_vllm.table.identity import ModelIdentity
 from topt_vllm.table.schema import (
     SCHEMA_VERSION,
@@ -29,6 +32,7 @@ def share_table(
     tokens: int,
     keeps: Sequence[float],
     thetas: Mapping[str, Sequence[Sequence[float]]],
+    keys: Mapping[str, Any],
 ) -> ThresholdTable:
     """A table for one context length.
 
@@ -38,6 +42,7 @@ def share_table(
         tokens: Tokens decoded after it.
         keeps: Shares of V rows.
         thetas: By layer, for each share, θ of each query head.
+        keys: By layer, sums as :func:`topt_vllm.calibration.key_statistics.key_sums`.
     """
     return ThresholdTable(
         schema_version=SCHEMA_VERSION,
@@ -67,6 +72,9 @@ def share_table(
             )
             for index, keep in enumerate(keeps)
         ],
+        key_statistics=key_statistics(
+            {int(layer): torch.tensor(sums, dtype=torch.float64) for layer, sums in keys.items()}, seed=0
+        ),
     )
 
 

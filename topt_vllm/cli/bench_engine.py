@@ -39,6 +39,7 @@ def add_mode(modes: Any) -> None:
         help="shares of V rows; 1.0: thresholds none, in our kernel by name; none: thresholds none, with "
         "implementation auto (default 1.0 0.1)",
     )
+    add("--k-screen", nargs="+", default=("off",), metavar="SCREEN", help="as in the settings (default off)")
     add("--turns", type=int, default=3, help="measurements of each engine (default %(default)s)")
     add("--rounds", type=int, default=1, help="how often all engines are started (default %(default)s)")
     add(
@@ -86,7 +87,8 @@ def _run(args: argparse.Namespace) -> int:
         model = args.model or write_checkpoint(args.shape, Path(folder))
         sizes = (args.batch, args.context, args.tokens, tuple(args.keep), our_kernel())
         trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-        benchmark = EngineBenchmark(model, *sizes, args.rounds, args.turns, args.engine | trust)
+        how = (tuple(args.k_screen), args.rounds, args.turns, args.engine | trust)
+        benchmark = EngineBenchmark(model, *sizes, *how)
         outcome = benchmark.run(lambda line: print(line, flush=True))
     _print(outcome)
     write_json(args.json, {**outcome, "provenance": origin})
@@ -94,12 +96,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from typing import get_args
+
+    from topt_vllm.attention.screen import ScreenFormat
+
     least = {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1}
     for name, value in least.items():
         if getattr(args, name) < value:
             raise UserError(f"--{name} {getattr(args, name)}: at least {value} is needed")
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
+    allowed = ("off", *get_args(ScreenFormat))
+    for name in args.k_screen:
+        if name not in allowed:
+            raise UserError(f"--k-screen {name}; allowed: {', '.join(allowed)}")
     if args.model and not (args.model / "config.json").is_file():
         raise UserError(
             f"--model {args.model}: there is no config.json in it; name a model's folder, or use --shape"

@@ -261,7 +261,15 @@ def _topt_decode_kernel(
                 # Now all threads see what all have flagged, and then listed.
                 tl.debug_barrier()
                 listed = list_flagged(
-                    list_begin, list_end, table_row, my_flags, my_slots, my_positions, dense, BLOCK_SIZE, FLAGS
+                    list_begin,
+                    list_end,
+                    table_row,
+                    my_flags,
+                    my_slots,
+                    my_positions,
+                    dense,
+                    BLOCK_SIZE,
+                    FLAGS,
                 )
                 candidates_listed += listed
                 tl.debug_barrier()

@@ -9,7 +9,7 @@ import torch
 MIN_PROGRAM_TOKENS = 512
 # Programs of four warps that a multiprocessor holds at once; `topt-vllm bench compile` checks it.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# From so many KV heads of sequences on, programs of two warps, twice as many, are faster: they wait less for each other.
+# From so many KV heads of sequences on, twice as many programs of two warps are faster: they wait less.
 _MANY = 32
 # Matrix instructions of all targets take rows of at least 16; NVIDIA's take columns of 8.
 MATRIX_ROWS, MATRIX_COLUMNS = 16, 8

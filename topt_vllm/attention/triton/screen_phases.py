@@ -116,8 +116,8 @@ def flag_candidates(
 ):
     """Streams codes of the keys from ``begin`` to ``end``: flags candidates, and takes all others into the mass.
 
-    The mass is relative to a score that is set beforehand, so that no maximum is in its way: q·mean, which is in the
-    middle of the scores. Where the highest turns out to be so far from it that float32 might not do, it is done
+    The mass is relative to a score that is set beforehand, so that no maximum is in its way: q·mean, which is in
+    the middle of the scores. Where the highest turns out to be so far from it that float32 might not do, it is done
     again relative to that. A ``dense`` segment's keys are all candidates: no code is read, and nothing flagged.
 
     Returns:

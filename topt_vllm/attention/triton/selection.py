@@ -21,11 +21,7 @@ def place_of(table_row, start, offset, inside, TILE: tl.constexpr, BLOCK_SIZE: t
 @triton.jit
 def visible_keys(position, inside, n, valid, SINGLE_ROW: tl.constexpr):
     """Which keys [TILE] a column sees: bool [TILE, COLUMNS]. With a single row, all of the loop's."""
-    if SINGLE_ROW:
-        visible = inside[:, None] & valid[None, :]
-    else:
-        visible = inside[:, None] & (position[:, None] < n[None, :])
-    return visible
+    return inside[:, None] & (valid[None, :] if SINGLE_ROW else position[:, None] < n[None, :])
 
 
 @triton.jit
