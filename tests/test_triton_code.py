@@ -15,7 +15,7 @@ COMPILE = """
 import json, sys
 from topt_vllm.benchmarks import compile as bench
 
-configuration = bench.Configuration(128, 4, 1, "bfloat16", 64)
+configuration = bench.Configuration(128, 4, 1, 16, "bfloat16", 64)
 found = {}
 for name in ("sm_90", "gfx942"):
     chip = bench.CHIPS[name]
@@ -27,6 +27,9 @@ for name in ("sm_90", "gfx942"):
         numbers = (resources["registers"], resources["shared_bytes"], compiled.metadata.num_warps)
         code = compiled.asm["amdgcn" if chip.amd else "ptx"]
         found[name][kernel] = {"code": code, **resources, "occupancy": chip.occupancy(*numbers)}
+screened = bench.Configuration(128, 4, 1, 16, "fp8_e4m3", 64, screen=True)
+compiled, log = bench.compile_call(bench.calls(screened, bench.CHIPS["sm_90"])[1]["decode"], bench.CHIPS["sm_90"].triton)
+found["screen of fp8"] = {"code": compiled.asm["ptx"], **bench.resources(compiled, log)}
 print("RESULT " + json.dumps(found))
 """
 
@@ -92,6 +95,20 @@ def test_keys_are_listed_with_few_barriers_on_nvidia():
     assert count(keys, r"bar\.sync|barrier\.sync") <= 8
     # The portable count of bits becomes the one instruction.
     assert count(keys, r"popc\.b64") in (2, 3)
+
+
+def test_a_k_screen_of_fp8_takes_few_instructions():
+    """Codes are taken apart four at once, and the stream over them has no barrier but its copies' own."""
+    screen = compiled()["screen of fp8"]
+    assert screen["spills"] == 0
+    lines = [line.strip() for line in screen["code"].splitlines()]
+    inner = loops(lines, r"@!?%p\d+ bra\s+(\$L\w+);")
+    (stream,) = [loop for loop in inner if count(loop, r"mma\..*s8")]
+    assert count(stream, r"and\.b32 .*0x0F0F0F0F") == 32
+    assert count(stream, r"bar\.sync|barrier\.sync") <= 3
+    # K of candidates, and V: two bytes by one instruction.
+    gathered = [count(loop, r"cvt\.rn\.f16x2\.e4m3x2") for loop in inner]
+    assert sorted(filter(None, gathered)) == [32, 32]
 
 
 def test_bits_are_counted_by_one_instruction_on_amd():

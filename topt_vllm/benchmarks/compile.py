@@ -42,13 +42,13 @@ DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-# (group, most query rows of a sequence): tiles of 8 columns and of 16, and several rows at once.
-_TILES = ((4, 1), (16, 1), (4, 8))
+# (group, most query rows of a sequence, sequences): tiles of 8 columns, for few and for many sequences, and of 16,
+# and several rows at once.
+_TILES = ((4, 1, 1), (4, 1, 16), (16, 1, 16), (4, 8, 16))
 # Tiles that span blocks, and blocks that span tiles.
 _BLOCK_SIZES = (16, 64)
 
 _KV_HEADS = 8
-_SEQUENCES = 16
 _CONTEXT = 32768
 # More than 2 GiB, so that AMD's compiler can't address it with 32 bits.
 _CACHE_BYTES = 8 << 30
@@ -88,7 +88,9 @@ class Chip:
     def limits(self) -> GpuLimits:
         """What the launch heuristic knows of it."""
         tensor_memory = not self.amd and self.triton.arch // 10 == 10
-        return GpuLimits(self.amd, self.multiprocessors, self.shared_bytes, self.block_bytes, tensor_memory)
+        converts_fp8 = not self.amd and self.triton.arch >= 89
+        sizes = self.multiprocessors, self.shared_bytes, self.block_bytes
+        return GpuLimits(self.amd, *sizes, tensor_memory, converts_fp8)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""
@@ -121,6 +123,7 @@ class Configuration:
         head_dim: D.
         group: Query heads of a KV head.
         query_rows: Most query rows of a sequence.
+        sequences: Of the batch.
         dtype: Of the cache, a key of ``DTYPES``; queries are bfloat16, or float16 with a float16 cache.
         block_size: P.
         sparse: Whether there are thresholds; without, every row is kept.
@@ -132,6 +135,7 @@ class Configuration:
     head_dim: int
     group: int
     query_rows: int
+    sequences: int
     dtype: str
     block_size: int
     sparse: bool = True
@@ -140,14 +144,15 @@ class Configuration:
     hard: bool = False
 
     def __str__(self) -> str:
-        parts = [f"D={self.head_dim}", f"group={self.group}", f"rows={self.query_rows}", self.dtype]
+        parts = [f"D={self.head_dim}", f"group={self.group}", f"rows={self.query_rows}"]
+        parts += [f"sequences={self.sequences}", self.dtype]
         parts += [f"P={self.block_size}", *([] if self.sparse else ["dense"])]
         parts += [*(["screen"] if self.screen else []), *(["hard"] if self.hard else [])]
         return " ".join([*parts, *([f"softcap={self.softcap:g}"] if self.softcap else [])])
 
     def step(self) -> DecodeStep:
         """A call on tensors without memory, in vLLM's GPU layout: K and V of a slot side by side."""
-        rows, heads = _SEQUENCES * self.query_rows, _KV_HEADS * self.group
+        rows, heads = self.sequences * self.query_rows, _KV_HEADS * self.group
         stored = DTYPES[self.dtype]
         query_dtype = stored if stored.itemsize == 2 else torch.bfloat16
         page = _KV_HEADS * self.block_size * 2 * self.head_dim
@@ -157,8 +162,8 @@ class Configuration:
         scale = _empty(1, dtype=torch.float32) if stored.itemsize == 1 else None
         states = self.block_size // choose_rows_per_state(self.block_size)
         sums = _empty(blocks, _KV_HEADS, states, self.head_dim, dtype=torch.float32)
-        table = _empty(_SEQUENCES, _CONTEXT // self.block_size)
-        batch = DecodeBatch(_empty(_SEQUENCES + 1), _empty(_SEQUENCES), table, self.query_rows)
+        table = _empty(self.sequences, _CONTEXT // self.block_size)
+        batch = DecodeBatch(_empty(self.sequences + 1), _empty(self.sequences), table, self.query_rows)
         lengths = 6
         theta = _empty(heads, lengths, dtype=torch.float32)
         thetas = Thetas(_empty(lengths), theta, _empty(heads, 2, dtype=torch.float32))
@@ -191,13 +196,13 @@ def shipped(head_dims: Sequence[int], dtypes: Sequence[str]) -> list[Configurati
     Of each head dimension also one without thresholds, one with a softcap and one with a hard bound.
     """
     found = [
-        Configuration(head_dim, group, rows, dtype, block_size, screen=screen)
-        for screen, head_dim, dtype, (group, rows), block_size in product(
+        Configuration(head_dim, *tile, dtype, block_size, screen=screen)
+        for screen, head_dim, dtype, tile, block_size in product(
             (False, True), head_dims, dtypes, _TILES, _BLOCK_SIZES
         )
     ]
     for head_dim in head_dims:
-        plain = Configuration(head_dim, 4, 1, "bfloat16", 16)
+        plain = Configuration(head_dim, 4, 1, 16, "bfloat16", 64)
         found += [replace(plain, sparse=False), replace(plain, softcap=50.0)]
         found += [replace(plain, softcap=50.0, screen=True), replace(plain, screen=True, hard=True)]
     return found

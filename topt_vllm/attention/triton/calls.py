@@ -184,6 +184,7 @@ class DecodeStep:
             "VALUE_STAGES": launch.value_stages,
             "UNION": selection.group_keep == "union",
             "SOFTCAP": self.softcap > 0,
+            "CONVERTED": launch.converts_fp8 and not interpreted,
             "SCALED_KEY": cache.key_scale is not None,
             "COMPUTE": compute,
             "PRECISION": "ieee" if compute == tl.float32 else None,

@@ -116,6 +116,7 @@ def _topt_decode_kernel(
     COUNT: tl.constexpr,
     REACHED: tl.constexpr,
     FORMAT: tl.constexpr,
+    CONVERTED: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -307,6 +308,7 @@ def _topt_decode_kernel(
                     COUNT,
                     REACHED,
                     FORMAT,
+                    CONVERTED,
                     COMPUTE,
                     PRECISION,
                 )
@@ -321,7 +323,10 @@ def _topt_decode_kernel(
                         mask=inside[:, None] & dim_mask[None, :],
                         other=0,
                     )
-                    scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
+                    scores = (
+                        tl.dot(decode_stored(k, FORMAT, COMPUTE, CONVERTED), q, input_precision=PRECISION)
+                        * scale
+                    )
                     if SOFTCAP:
                         scores = softcapped(scores, softcap)
                     visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
@@ -400,7 +405,9 @@ def _topt_decode_kernel(
                 if SPARSE:
                     kept += weights
                 weights = tl.trans(weights).to(COMPUTE)
-                out = tl.dot(weights, decode_stored(v, FORMAT, COMPUTE), out, input_precision=PRECISION)
+                out = tl.dot(
+                    weights, decode_stored(v, FORMAT, COMPUTE, CONVERTED), out, input_precision=PRECISION
+                )
             # The next list is written over this one.
             tl.debug_barrier()
 

@@ -29,6 +29,7 @@ class GpuLimits:
         shared_bytes: Shared memory of a multiprocessor for all of its blocks.
         block_bytes: Most of it for one block.
         tensor_memory: Whether products of 64 rows and 16 columns go through tensor memory, as on NVIDIA's sm_100.
+        converts_fp8: Whether there is an instruction that converts e4m3, as on NVIDIA's sm_89 and later.
     """
 
     amd: bool
@@ -36,6 +37,7 @@ class GpuLimits:
     shared_bytes: int
     block_bytes: int
     tensor_memory: bool = False
+    converts_fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Launch:
         value_stages: That of the loop over listed V rows.
         max_registers: Bound on its registers per thread; None for AMD.
         four_at_once: Whether PTX can be told to take four bytes of codes apart at once.
+        converts_fp8: Whether there is an instruction that converts e4m3.
     """
 
     rows: int
@@ -75,6 +78,7 @@ class Launch:
     value_stages: int
     max_registers: int | None
     four_at_once: bool
+    converts_fp8: bool
 
     def chunks(self, max_query_rows: int) -> int:
         """Tiles that the query rows of one sequence are spread over."""
@@ -162,6 +166,7 @@ def choose(
         # Without a bound NVIDIA's assembler spills, to fit one more program.
         max_registers=None if limits.amd else 255,
         four_at_once=not limits.amd,
+        converts_fp8=limits.converts_fp8,
     )
 
 
@@ -203,4 +208,5 @@ def limits_of(device: torch.device) -> GpuLimits:
         shared_bytes=properties.shared_memory_per_multiprocessor,
         block_bytes=properties.shared_memory_per_block_optin,
         tensor_memory=torch.version.hip is None and properties.major == 10,
+        converts_fp8=torch.version.hip is None and (properties.major, properties.minor) >= (8, 9),
     )

@@ -88,6 +88,16 @@ def _topt_merge_kernel(
     column = row % ROWS * GROUP + head % GROUP
     dim = tl.arange(0, VALUE_PAD)
     dim_mask = dim < VALUE_DIM
+    if VMEAN:
+        # Asked for before it is known to be needed, so that it has come by then.
+        table_row = block_table + sequence.to(tl.int64) * table_stride
+        value_head = value + kv_head.to(tl.int64) * value_stride_head
+        sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
+        sums_end = (n - 1) // STATE_ROWS * STATE_ROWS
+        state = state_before(
+            table_row, sums_end, sums_stride_block, sums_stride_state, BLOCK_SIZE, STATE_ROWS
+        )
+        sums = tl.load(sums_head + state + dim, mask=dim_mask & (sums_end > 0), other=0.0)
     best = LOWEST
     mass = 0.0
     kept = 0.0
@@ -127,14 +137,6 @@ def _topt_merge_kernel(
         dropped = tl.maximum(mass - kept, 0.0) / denominator
         if VMEAN:  # noqa: SIM102 - one condition is the compiler's, the other the device's
             if dropped > 0:
-                table_row = block_table + sequence.to(tl.int64) * table_stride
-                value_head = value + kv_head.to(tl.int64) * value_stride_head
-                sums_end = (n - 1) // STATE_ROWS * STATE_ROWS
-                state = state_before(
-                    table_row, sums_end, sums_stride_block, sums_stride_state, BLOCK_SIZE, STATE_ROWS
-                )
-                sums_head = value_sums + kv_head.to(tl.int64) * sums_stride_head
-                sums = tl.load(sums_head + state + dim, mask=dim_mask & (sums_end > 0), other=0.0)
                 # Rows that are always kept: the decode kernel has just read them.
                 for start in range(sums_end, n, TAIL):
                     position = start + tl.arange(0, TAIL)

@@ -15,14 +15,22 @@ E4M3FNUZ = tl.constexpr(3)
 
 
 @triton.jit
-def decode_stored(stored, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
+def decode_stored(stored, FORMAT: tl.constexpr, COMPUTE: tl.constexpr, CONVERTED: tl.constexpr = False):
     """Elements of the cache as ``COMPUTE``, exactly; fp8 comes as uint8.
 
     The fields of an fp8 number are those of a float16 with a smaller exponent: shifted into place they are off by a
     power of two, the difference of the exponents' biases, subnormals included.
+
+    Args:
+        stored: Elements.
+        FORMAT: Of them.
+        COMPUTE: Of the result.
+        CONVERTED: Whether the target has an instruction for e4m3, which is a sixth of the work.
     """
     if FORMAT == PLAIN:
         return stored.to(COMPUTE)
+    if CONVERTED and FORMAT == E4M3FN:
+        return stored.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(COMPUTE)
     bits = stored.to(tl.uint16)
     if FORMAT == E5M2:
         return (bits << 8).to(tl.float16, bitcast=True).to(COMPUTE)

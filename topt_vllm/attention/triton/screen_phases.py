@@ -263,6 +263,7 @@ def keep_candidates(
     COUNT: tl.constexpr,
     REACHED: tl.constexpr,
     FORMAT: tl.constexpr,
+    CONVERTED: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -291,7 +292,7 @@ def keep_candidates(
             mask=inside[:, None] & (dim < HEAD_DIM)[None, :],
             other=0,
         )
-        scores = tl.dot(decode_stored(k, FORMAT, COMPUTE), q, input_precision=PRECISION) * scale
+        scores = tl.dot(decode_stored(k, FORMAT, COMPUTE, CONVERTED), q, input_precision=PRECISION) * scale
         if SOFTCAP:
             scores = softcapped(scores, softcap)
         visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
