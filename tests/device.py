@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from topt_vllm.attention.common import Capabilities, ScreenLimits
+from topt_vllm.attention.common import SCREEN_LIMITS, Capabilities
 
 ON_GPU = os.environ.get("TRITON_INTERPRET", "0") in ("", "0") and torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
@@ -99,7 +99,7 @@ def triton_implementation(
     return SimpleNamespace(
         decode=on_device(decode),
         finish=finish and on_device(finish),
-        capabilities=Capabilities(narrow_values=True, screens={"int4": ScreenLimits(0.37)}),
+        capabilities=Capabilities(narrow_values=True, screens={"int4": SCREEN_LIMITS["int4"]}),
         screen_bytes=screen_bytes,
     )
 

@@ -28,7 +28,8 @@ for name in ("sm_90", "gfx942"):
         code = compiled.asm["amdgcn" if chip.amd else "ptx"]
         found[name][kernel] = {"code": code, **resources, "occupancy": chip.occupancy(*numbers)}
 screened = bench.Configuration(128, 4, 1, 16, "fp8_e4m3", 64, screen=True)
-compiled, log = bench.compile_call(bench.calls(screened, bench.CHIPS["sm_90"])[1]["decode"], bench.CHIPS["sm_90"].triton)
+chip = bench.CHIPS["sm_90"]
+compiled, log = bench.compile_call(bench.calls(screened, chip)[1]["decode"], chip.triton)
 found["screen of fp8"] = {"code": compiled.asm["ptx"], **bench.resources(compiled, log)}
 print("RESULT " + json.dumps(found))
 """

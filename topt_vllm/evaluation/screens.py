@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, cast
 
-from topt_vllm.attention.api import IMPLEMENTATIONS
+from topt_vllm.attention.common import SCREEN_LIMITS
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 from topt_vllm.evaluation.options import NO_SCREEN
 from topt_vllm.evaluation.rules.screened import ScreenedTopTheta
@@ -14,9 +13,6 @@ from topt_vllm.replay.rule import Rule
 from topt_vllm.replay.screening import ScreenedKeys, candidates
 from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import ThresholdTable
-
-# Of int4, which GPUs have: gathers of K run at half of what streaming it does.
-_LARGEST_SHARE = 0.37
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,9 @@ class Screen:
             layers: Those that aren't dense.
             shares: Share of candidates by layer, as far as it is known.
         """
+        largest = SCREEN_LIMITS[self.format].largest_share if self.format else 1.0
         return {
-            layer: self._screened(rule, layer) if shares.get(layer, 0.0) <= self._largest_share else rule
+            layer: self._screened(rule, layer) if shares.get(layer, 0.0) <= largest else rule
             for layer in layers
         }
 
@@ -59,14 +56,6 @@ class Screen:
         if self.format is None:
             return rule
         return ScreenedTopTheta(rule.thetas, self.transforms[layer], self.format, self.margin)
-
-    @property
-    def _largest_share(self) -> float:
-        """Candidates up to which a server screens a layer."""
-        if self.format == "int4+4":
-            # Compiles nothing.
-            return import_module(IMPLEMENTATIONS["cpu"]).capabilities.screens[self.format].largest_share
-        return _LARGEST_SHARE
 
 
 def screens_of(formats: tuple[str, ...], margin: float | None, table: ThresholdTable) -> list[Screen]:

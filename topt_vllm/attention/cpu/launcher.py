@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.common import (
+    SCREEN_LIMITS,
     Capabilities,
     DecodeBatch,
     PagedCache,
     RowThetas,
-    ScreenLimits,
     Selection,
     Thetas,
 )
@@ -19,9 +19,7 @@ from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.cpu import jit
 from topt_vllm.attention.screen import ScreenFormat
 
-# About where it stopped gaining in decode calls with 10 % of V; not measured closer.
-# A row of a thousand keys fits the caches, and the query's transform costs what reading less of K spares.
-capabilities = Capabilities(screens={"int4+4": ScreenLimits(largest_share=0.2, min_seq_len=1024)})
+capabilities = Capabilities(screens={"int4+4": SCREEN_LIMITS["int4+4"]})
 
 _FOLDER = Path(__file__).parent / "csrc"
 

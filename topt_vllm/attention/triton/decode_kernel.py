@@ -323,10 +323,8 @@ def _topt_decode_kernel(
                         mask=inside[:, None] & dim_mask[None, :],
                         other=0,
                     )
-                    scores = (
-                        tl.dot(decode_stored(k, FORMAT, COMPUTE, CONVERTED), q, input_precision=PRECISION)
-                        * scale
-                    )
+                    k = decode_stored(k, FORMAT, COMPUTE, CONVERTED)
+                    scores = tl.dot(k, q, input_precision=PRECISION) * scale
                     if SOFTCAP:
                         scores = softcapped(scores, softcap)
                     visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
