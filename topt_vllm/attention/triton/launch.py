@@ -129,8 +129,8 @@ def choose(
     candidates = min(tile, 64)
     if screened:
         tile, candidates = _screen_tiles(columns, dim_pad, item_bytes, single, candidates)
-    narrow = columns == MATRIX_COLUMNS and dim_pad <= (128 if screened else 64)
-    if narrow and sequences * num_kv_heads >= _MANY and block_size % 64 == 0:
+    narrow = dim_pad <= 128 if screened else dim_pad <= 64 and item_bytes > 1
+    if columns == MATRIX_COLUMNS and narrow and sequences * num_kv_heads >= _MANY and block_size % 64 == 0:
         num_warps, tile, candidates = 2, 64, 32
     if limits.tensor_memory and columns >= MATRIX_ROWS:
         tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
