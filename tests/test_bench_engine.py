@@ -121,6 +121,14 @@ def test_the_table_holds_what_was_found_from_the_context_on(tmp_path: Path):
     assert found[0].at(299).max() == -torch.inf
 
 
+def test_contexts_may_lie_below_the_table(tmp_path: Path):
+    engines = Engines()
+    benchmark(config_only(tmp_path), keeps=(0.1,), first_length=1000).run(lambda _: None, engines.ask)
+    thetas = engines.tables[0].thetas(engines.tables[0].budget("rows-10%"))[0]
+    assert thetas.at(999).max() == -torch.inf
+    assert thetas.at(1000).min() == 0.5
+
+
 def test_rounds_start_every_engine_again_but_find_thresholds_once(tmp_path: Path):
     engines = Engines()
     outcome = benchmark(config_only(tmp_path), rounds=2, turns=2).run(lambda _: None, engines.ask)

@@ -44,6 +44,7 @@ class EngineBenchmark:
         keeps: Shares of V rows to read; 1.0 is θ = −inf in our kernel by name, :data:`NONE` as ``auto`` picks.
         kernel: Our implementation's name on this platform.
         k_screens: Values of ``k_screen``, each for every share.
+        first_length: Context length from which thresholds hold (tokens); None for ``context``.
         rounds: How often every engine is started.
         turns: Measurements of each start.
         engine: More arguments of ``vllm.LLM``, for all engines.
@@ -56,6 +57,7 @@ class EngineBenchmark:
     keeps: tuple[float | str, ...]
     kernel: str
     k_screens: tuple[str, ...] = ("off",)
+    first_length: int | None = None
     rounds: int = 1
     turns: int = 3
     engine: dict[str, Any] = field(default_factory=dict)
@@ -144,7 +146,8 @@ class EngineBenchmark:
         # What a layer is called with is seen in eager engines only.
         engine = self.engine | {"enforce_eager": True}
         found = self._ask(ask_engine, every_row, 1, engine, keeps=shares)
-        table = share_table(self._identity, self.context, self.tokens, shares, found["thetas"], found["keys"])
+        first = self.context if self.first_length is None else self.first_length
+        table = share_table(self._identity, first, self.tokens, shares, found["thetas"], found["keys"])
         path = folder / "toptheta.yaml"
         dump(table, path)
         report(f"thresholds for {_list([100 * share for share in shares])} % of V rows are found")

@@ -28,7 +28,7 @@ def budget_name(keep: float) -> str:
 
 def share_table(
     identity: ModelIdentity,
-    context: int,
+    first_length: int,
     tokens: int,
     keeps: Sequence[float],
     thetas: Mapping[str, Sequence[Sequence[float]]],
@@ -38,7 +38,7 @@ def share_table(
 
     Args:
         identity: The model.
-        context: Tokens that θ was found at; it holds from there on, and nothing is skipped below.
+        first_length: Context length from which θ holds (tokens); nothing is skipped below.
         tokens: Tokens decoded after it.
         keeps: Shares of V rows.
         thetas: By layer, for each share, θ of each query head.
@@ -51,14 +51,14 @@ def share_table(
         calibration=Provenance(
             data=[TextSource(name="random tokens", sha256=None)],
             num_samples=1,
-            tokens=context,
-            max_seq_length=context,
+            tokens=first_length,
+            max_seq_length=first_length,
             seed=0,
             options={},
             libraries={"torch": version("torch")},
             date=time.strftime("%Y-%m-%d", time.gmtime()),
         ),
-        lengths=[context, context + tokens],
+        lengths=[first_length, first_length + tokens],
         budgets=[
             Budget(
                 k=None,

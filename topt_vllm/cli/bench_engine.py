@@ -40,6 +40,13 @@ def add_mode(modes: Any) -> None:
         "implementation auto (default 1.0 0.1)",
     )
     add("--k-screen", nargs="+", default=("off",), metavar="SCREEN", help="as in the settings (default off)")
+    add(
+        "--first-length",
+        type=int,
+        metavar="TOKENS",
+        help="context length from which thresholds hold; beyond --context every row is dense in our kernel "
+        "(default: --context)",
+    )
     add("--turns", type=int, default=3, help="measurements of each engine (default %(default)s)")
     add("--rounds", type=int, default=1, help="how often all engines are started (default %(default)s)")
     add(
@@ -87,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         model = args.model or write_checkpoint(args.shape, Path(folder))
         sizes = (args.batch, args.context, args.tokens, tuple(args.keep), our_kernel())
         trust = {"trust_remote_code": True} if args.trust_remote_code else {}
-        how = (tuple(args.k_screen), args.rounds, args.turns, args.engine | trust)
+        how = (tuple(args.k_screen), args.first_length, args.rounds, args.turns, args.engine | trust)
         benchmark = EngineBenchmark(model, *sizes, *how)
         outcome = benchmark.run(lambda line: print(line, flush=True))
     _print(outcome)
@@ -101,9 +108,11 @@ def _check(args: argparse.Namespace) -> None:
     from topt_vllm.attention.screen import ScreenFormat
 
     least = {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1}
+    if args.first_length is not None:
+        least["first_length"] = 1
     for name, value in least.items():
         if getattr(args, name) < value:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {value} is needed")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value} is needed")
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
     allowed = ("off", *get_args(ScreenFormat))
