@@ -14,7 +14,7 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from topt_vllm.engines.process import EngineError
@@ -70,9 +70,12 @@ def _answer(
     os.environ.clear()
     os.environ.update(environment)
     sys.stdin = io.StringIO(json.dumps(request))
-    with redirect_stdout(io.StringIO()) as said:
-        importlib.import_module(program).main()
-    sender.send(said.getvalue())
+    # A file, for vLLM (0.31) silences the descriptor of sys.stdout.
+    with TemporaryFile("w+") as said:
+        with redirect_stdout(said):
+            importlib.import_module(program).main()
+        said.seek(0)
+        sender.send(said.read())
 
 
 def run(request: Request, timeout: float) -> dict[str, Any]:
