@@ -10,8 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from topt_vllm.verify.engine_main import describe
@@ -161,6 +163,24 @@ def cache_memory(llm: Any) -> list[Any]:
     return list(
         {storage.data_ptr(): storage for storage in map(torch.Tensor.untyped_storage, caches)}.values()
     )
+
+
+def large_pages(llm: Any) -> dict[str, Any]:
+    """Share of its largest piece of memory, the cache, that each worker has in large pages; by worker."""
+    return {"shares": [share_of_large_pages(worker.pid) for worker in psutil.Process().children()]}
+
+
+def share_of_large_pages(process: int) -> float:
+    """Of the largest piece of memory that a process has."""
+    sizes: list[tuple[int, int]] = []
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        name, *values = line.split()
+        if name == "Rss:":
+            resident = int(values[0])
+        elif name == "AnonHugePages:":
+            sizes.append((resident, int(values[0])))
+    resident, large = max(sizes)
+    return large / resident
 
 
 def flat(cache: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """Several ranks on one machine: one rank's tokens and rows, whether heads or requests are spread over them."""
 
+import os
 import time
 import urllib.request
 from collections import Counter
@@ -14,6 +15,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from scenario_runs import DENSE, SPARSE, SPARSE_BY_HEAD, STOCK, run, sparse_rows, tokens_of
 
+from topt_vllm import large_pages
 from topt_vllm.benchmarks.server import serve
 from topt_vllm.engines.process import EngineError
 from topt_vllm.verify.near_ties import compare
@@ -31,9 +33,10 @@ ALLOWED = {"smollm2": ["short_context"], "gemma3": ["short_context", "sliding_wi
 
 
 def spread(model: Path, text: Path, backend: dict[str, Any], cpus: str) -> dict[str, Any]:
-    """Ragged requests with tensor parallelism over as many ranks as ``cpus`` names."""
+    """Ragged requests with tensor parallelism over as many ranks as ``cpus`` names, and the pages of the ranks."""
     engine = ENGINE | {"tensor_parallel_size": len(cpus.split("|"))}
-    return run(model, backend, engine, {FEATURE: batch(*ragged(tokens_of(model, text)))}, cpus)
+    scenarios = {FEATURE: batch(*ragged(tokens_of(model, text))), "pages": {"run": "large_pages"}}
+    return run(model, backend, engine, scenarios, cpus)
 
 
 @pytest.fixture(params=["smollm2", "gemma3"], ids=["smollm2_3_ranks", "gemma3_2_ranks"])
@@ -74,6 +77,15 @@ def test_tensor_parallel_ranks_have_their_heads_thresholds(name: str, model: Pat
         assert counted[read] == pytest.approx(expected[read], rel=1e-3)
     else:
         assert counted[read] < expected[read], "a rank reads what its own heads keep"
+
+
+@pytest.mark.skipif(not large_pages.given(), reason="this kernel gives no large pages")
+@pytest.mark.skipif(
+    "THP_MEM_ALLOC_ENABLE" in os.environ, reason="the environment says whether to use large pages"
+)
+def test_the_cache_of_each_rank_lies_in_large_pages(gemma3: Path, unseen_play: Path):
+    shares = spread(gemma3, unseen_play, DENSE, RANKS["gemma3"])["pages"]["shares"]
+    assert len([share for share in shares if share > 0.9]) == len(RANKS["gemma3"].split("|")), shares
 
 
 def ask(url: str, model: Path, prompts: Sequence[list[int]]) -> list[list[int]]:

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import Any
 
+from topt_vllm import large_pages
 from topt_vllm.attention.common import choose_rows_per_state
 
 _SEED = 1
@@ -22,9 +23,11 @@ _WARM_UP = 8  # tokens
 
 def main() -> None:
     """Answers the request on standard input."""
+    request = json.load(sys.stdin)
+    if request["engine"].get("attention_backend") == "TOPTHETA":
+        large_pages.ask()  # as a server's core has them; here it would be too late once vLLM is imported
     from vllm import LLM
 
-    request = json.load(sys.stdin)
     worker = "topt_vllm.benchmarks.engine_worker.BenchmarkedWorker"
     start = time.perf_counter()
     llm = LLM(worker_extension_cls=worker, **request["engine"])

@@ -6,6 +6,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from topt_vllm import large_pages
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
@@ -134,6 +135,7 @@ def _budget(text: str) -> int | str:
 
 def _run(args: argparse.Namespace) -> int:
     _check(args)
+    large_pages.ask()
     import torch
 
     from topt_vllm.attention.common import Selection

@@ -8,6 +8,7 @@ import logging
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from topt_vllm import large_pages
 from topt_vllm.backend import compat
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -38,6 +39,15 @@ def note_idle_cores(idle: tuple[int, int] | None) -> None:
 
 
 @cache
+def note_small_pages() -> None:
+    """Says in the log that the kernel gives no large pages; once in a process."""
+    if not large_pages.given():
+        logger.info(
+            "TOPTHETA: this kernel gives no large pages, with which decoding is faster (docs/operations.md)"
+        )
+
+
+@cache
 def warn_of_unused_settings() -> None:
     """Says in the log that TOPTHETA's settings have no effect; once in a process."""
     logger.warning(
@@ -51,7 +61,10 @@ class TopThetaCpuPlatform(_CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
-        """Also checks the plugin's settings, so that a mistake stops the front end before anything is loaded."""
+        """Also checks the plugin's settings, so that a mistake stops the front end before anything is loaded.
+
+        Workers, which start later, get large pages.
+        """
         super().check_and_update_config(vllm_config)
         if vllm_config.model_config is not None and compat.is_chosen(vllm_config):
             from topt_vllm.backend.startup import resolve
@@ -60,6 +73,8 @@ class TopThetaCpuPlatform(_CpuPlatform):
             if resolved.config.sift is not None or resolved.drafts:
                 compat.name_requests(vllm_config)
             note_idle_cores(compat.cores_left_idle(vllm_config))
+            large_pages.ask()
+            note_small_pages()
         elif isinstance(others := vllm_config.additional_config, dict) and "toptheta" in others:
             warn_of_unused_settings()
 
