@@ -183,8 +183,7 @@ def test_many_sequences_have_programs_of_their_own_kind(head_dim: int):
     case = random_case(contexts, 4, 2, head_dim, block_size=64, dtype=torch.float32, keep=0.05)
     case = replace(case, batch=replace(case.batch, max_query_rows=1))
     assert_same(with_screen(case, "triton"))
-    got, expected = (run(case, kernel) for kernel in (with_programs(3), implementation("reference")))
-    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=2e-5)
+    assert_same(case)
 
 
 @pytest.mark.parametrize("group_keep", ["head", "union"])

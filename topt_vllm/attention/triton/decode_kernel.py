@@ -194,10 +194,7 @@ def _topt_decode_kernel(
             # A NaN score is not >= −inf, but dense attention would read the row: such columns are forced.
             always = (threshold == -float("inf")) | (n <= min_seq_len)
             dense = tl.sum(tl.where(always, 0, valid.to(tl.int32)), axis=0) == 0
-            if SINGLE_ROW:
-                forced_from = forced_start(last_len, recent_tokens, VMEAN, STATE_ROWS)
-            else:
-                forced_from = forced_start(n, recent_tokens, VMEAN, STATE_ROWS)
+            forced_from = forced_start(last_len if SINGLE_ROW else n, recent_tokens, VMEAN, STATE_ROWS)
             counted_from = tl.where(always, float("inf"), threshold)
             reached = tl.zeros([SELECTED, COLUMNS], tl.int32)
             # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.

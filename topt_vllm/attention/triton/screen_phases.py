@@ -170,15 +170,15 @@ def flag_candidates(
             forced = forced_keys(position, forced_from, sink_tokens, SINGLE_ROW)
             if SINGLE_ROW:
                 some = (tl.max(may.to(tl.int32), axis=1) > 0) | tl.reshape(forced, [TILE])
-                others = inside & ~some
-                counts = others[:, None]
+                counts = (inside & ~some)[:, None]
             else:
-                chosen = (may | forced | always[None, :]) & visible_keys(position, inside, n, valid, False)
+                visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
+                chosen = (may | forced | always[None, :]) & visible
                 some = tl.max(chosen.to(tl.int32), axis=1) > 0
                 if COUNT:
                     of_row = rows_with(chosen, same_row, COMPUTE, PRECISION)
                     counted += tl.sum(of_row.to(tl.int32), axis=1)
-                counts = visible_keys(position, inside, n, valid, False) & (~some)[:, None]
+                counts = visible & (~some)[:, None]
             tl.store(my_flags + (start - begin) + offset, some.to(tl.int8), mask=inside)
             if SOFTCAP:
                 full = (scores + mean_score[None, :]) * (1.0 / LOG2E)
