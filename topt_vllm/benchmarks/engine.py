@@ -120,15 +120,13 @@ class EngineBenchmark:
         contenders = [Contender("platform", None)]
         for keep in self.keeps:
             if keep == NONE:
-                settings, name = {"thresholds": "none"}, "thresholds none, auto"
+                contenders.append(Contender("thresholds none, auto", {"thresholds": "none"}))
             elif keep == 1:
                 settings = {"thresholds": "none", "implementation": self.kernel}
-                name = f"every row, {self.kernel}"
+                contenders.append(Contender(f"every row, {self.kernel}", settings))
             else:
                 assert isinstance(keep, float)
                 contenders += [self._sparse(str(table), keep, k_screen) for k_screen in self.k_screens]
-                continue
-            contenders.append(Contender(name, settings))
         return contenders
 
     def _sparse(self, table: str, keep: float, k_screen: str) -> Contender:

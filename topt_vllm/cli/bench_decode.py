@@ -10,6 +10,7 @@ from topt_vllm import large_pages
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
+from topt_vllm.cli.options import check_screens
 
 if TYPE_CHECKING:
     from topt_vllm.attention.common import Selection
@@ -180,18 +181,11 @@ def _device(args: argparse.Namespace) -> "Device":
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that contradict each other, and fills in the defaults of a synthetic cache."""
-    from typing import get_args
-
-    from topt_vllm.attention.screen import ScreenFormat
-
-    allowed = ["off", *get_args(ScreenFormat)]
     if args.k_screen_margin is not None and args.k_screen == ["off"]:
         raise UserError("--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out")
     if isinstance(args.k_screen_margin, float) and not 0 <= args.k_screen_margin < 100:
         raise UserError(f"--k-screen-margin {args.k_screen_margin}: at least 0 and below 100, or hard")
-    unknown = [name for name in args.k_screen if name not in allowed]
-    if unknown:
-        raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
+    check_screens(args.k_screen)
     if args.block_size is None:
         args.block_size = _BLOCK_SIZE[args.device]
     if args.ragged and (args.batch or args.seq_lens):

@@ -9,7 +9,7 @@ from typing import Any
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import add_trust_remote_code
+from topt_vllm.cli.options import add_trust_remote_code, check_screens
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -103,10 +103,6 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from typing import get_args
-
-    from topt_vllm.attention.screen import ScreenFormat
-
     least = {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1}
     if args.first_length is not None:
         least["first_length"] = 1
@@ -115,10 +111,7 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value} is needed")
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
-    allowed = ("off", *get_args(ScreenFormat))
-    for name in args.k_screen:
-        if name not in allowed:
-            raise UserError(f"--k-screen {name}; allowed: {', '.join(allowed)}")
+    check_screens(args.k_screen)
     if args.model and not (args.model / "config.json").is_file():
         raise UserError(
             f"--model {args.model}: there is no config.json in it; name a model's folder, or use --shape"
