@@ -401,29 +401,28 @@ class Decoder {
   void drop(int row, int first, int seen, Softmax& softmax) {
     const int stride = tile_tokens(p), words = (seen + kLanes - 1) / kLanes;
     const float* scores = this->scores + static_cast<int64_t>(first) * stride;
-    const auto rest = [&](int word) { return ~candidates[word] & below(seen - word * kLanes); };
-    Vec16 best[MT], sum[MT];
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) best[m] = Vec16(-kInfinity);
-    for (int word = 0; word < words; ++word) {
+    // Twice where scores turn out to leave a reference behind: mostly in the first tile alone.
+    for (bool raised = true; raised;) {
+      Vec16 reference[MT], best[MT], sum[MT];
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
-        best[m] = max16(select16(load16(scores + m * stride + word * kLanes), rest(word), -kInfinity), best[m]);
+        reference[m] = Vec16(softmax.max[first + m]), best[m] = Vec16(-kInfinity);
+        sum[m] = load16(softmax.dropped + (first + m) * kLanes);
       }
-    }
-    for (int m = 0; m < MT; ++m) raise_to(row, first + m, max_lane16(best[m]), softmax);
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      best[m] = Vec16(softmax.max[first + m]), sum[m] = load16(softmax.dropped + (first + m) * kLanes);
-    }
-    for (int word = 0; word < words; ++word) {
+      for (int word = 0; word < words; ++word) {
+        const uint32_t rest = ~candidates[word] & below(seen - word * kLanes);
+        TOPT_UNROLL
+        for (int m = 0; m < MT; ++m) {
+          const Vec16 score = load16(scores + m * stride + word * kLanes);
+          best[m] = max_lanes16(best[m], rest, score);
+          sum[m] = add_lanes16(sum[m], rest, exp16(score - reference[m]));
+        }
+      }
+      raised = false;
+      for (int m = 0; m < MT; ++m) raised |= raise_to(row, first + m, max_lane16(best[m]), softmax);
       TOPT_UNROLL
-      for (int m = 0; m < MT; ++m) {
-        sum[m] = add_lanes16(sum[m], rest(word), exp16(load16(scores + m * stride + word * kLanes) - best[m]));
-      }
+      for (int m = 0; m < MT && !raised; ++m) store16(softmax.dropped + (first + m) * kLanes, sum[m]);
     }
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) store16(softmax.dropped + (first + m) * kLanes, sum[m]);
   }
 
   // Selection, softmax sums and survivors of scored keys, for one query row.
@@ -486,12 +485,12 @@ class Decoder {
     }
   }
 
-  // Raises a reference that scores leave behind; queued rows are added first, for their weights refer to it.
-  void raise_to(int row, int m, float largest, Softmax& softmax) {
-    if (largest > softmax.max[m] + kMaxSlack) {
-      flush(row, softmax);
-      raise(m, largest, softmax);
-    }
+  // Raises a reference that scores leave behind, and says so; queued rows are added first, for their weights refer to it.
+  bool raise_to(int row, int m, float largest, Softmax& softmax) {
+    if (!(largest > softmax.max[m] + kMaxSlack)) return false;
+    flush(row, softmax);
+    raise(m, largest, softmax);
+    return true;
   }
 
   // Threads may share a row.
@@ -520,14 +519,19 @@ class Decoder {
   void gather(const Item& item, int row, const Keys& keys, int words, Counts& counts) {
     const T** rows = s.rows + row * s.capacity(p);
     int pending = s.count[row];
+    const int64_t stride = p.value_token_stride;
+    // V of the positions of one block; they ascend, so that few need the division.
+    const T* base = nullptr;
+    int start = 0, end = 0;
     for (int word = 0; word < words; ++word) {
-      if (!s.read[word]) continue;
-      const int index = word * kLanes;
-      const T* base = keys.listed ? nullptr : value_row<T>(p, item.sequence, item.kv_head, keys.start + index);
       for (uint32_t left = s.read[word]; left; left &= left - 1) {
-        const int lane = std::countr_zero(left);
-        rows[pending++] = keys.listed ? value_row<T>(p, item.sequence, item.kv_head, keys.listed[index + lane])
-                                      : base + lane * p.value_token_stride;
+        const int place = word * kLanes + std::countr_zero(left);
+        const int position = keys.listed ? keys.listed[place] : keys.start + place;
+        if (position >= end) {
+          start = position / p.block_size * p.block_size, end = start + p.block_size;
+          base = value_row<T>(p, item.sequence, item.kv_head, start);
+        }
+        rows[pending++] = base + (position - start) * stride;
       }
     }
     const int asked = dense ? std::min(pending, s.count[row] + kRowsAhead) : pending;

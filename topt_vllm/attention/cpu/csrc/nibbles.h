@@ -27,14 +27,18 @@ inline Vec16 to_float(const RowSums& sums) { return Vec16(Vec(_mm512_cvtepi32_ps
 
 template <int MT>
 TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, const char* ahead, RowSums (&sums)[MT]) {
-  const __m512i lower = _mm512_set1_epi8(0x0f), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
-  // Of the lower nibbles, and 16 times those of the upper ones.
-  __m512i low[MT][2], high[MT][2];
+  const __m512i lower = _mm512_set1_epi8(0x0f);
+  __m512i sum[MT][2];
   TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) low[m][0] = low[m][1] = high[m][0] = high[m][1] = _mm512_setzero_si512();
+  for (int m = 0; m < MT; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_si512();
   for (int d = 0; d < dim; d += kWordChannels) {
     const uint8_t* word = codes + d * kLanes / 2;
-    const __m512i rows[2] = {_mm512_loadu_si512(word), _mm512_loadu_si512(word + 64)};
+    __m512i low[2], high[2];
+    TOPT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m512i rows = _mm512_loadu_si512(word + 64 * i);
+      low[i] = _mm512_and_si512(rows, lower), high[i] = _mm512_and_si512(_mm512_srli_epi16(rows, 4), lower);
+    }
     if (ahead) ask(ahead + d * kLanes / 2), ask(ahead + d * kLanes / 2 + 64);
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
@@ -44,8 +48,8 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
       const __m512i of_low = _mm512_set1_epi64(first), of_high = _mm512_set1_epi64(second);
       TOPT_UNROLL
       for (int i = 0; i < 2; ++i) {
-        low[m][i] = _mm512_dpbusd_epi32(low[m][i], _mm512_and_si512(rows[i], lower), of_low);
-        high[m][i] = _mm512_dpbusd_epi32(high[m][i], _mm512_and_si512(rows[i], upper), of_high);
+        sum[m][i] = _mm512_dpbusd_epi32(sum[m][i], low[i], of_low);
+        sum[m][i] = _mm512_dpbusd_epi32(sum[m][i], high[i], of_high);
       }
     }
   }
@@ -53,10 +57,8 @@ TOPT_INLINE void dot_group(const uint8_t* codes, const int8_t* query, int dim, c
   const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
-    const __m512i first = _mm512_add_epi32(low[m][0], _mm512_srai_epi32(high[m][0], 4));
-    const __m512i second = _mm512_add_epi32(low[m][1], _mm512_srai_epi32(high[m][1], 4));
-    sums[m] = _mm512_add_epi32(_mm512_permutex2var_epi32(first, even, second),
-                               _mm512_permutex2var_epi32(first, odd, second));
+    sums[m] = _mm512_add_epi32(_mm512_permutex2var_epi32(sum[m][0], even, sum[m][1]),
+                               _mm512_permutex2var_epi32(sum[m][0], odd, sum[m][1]));
   }
 }
 
@@ -154,6 +156,10 @@ inline RowSums plus(const RowSums& sums, const int32_t* other) {
 
 inline __m128i load_word(const uint8_t* word) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(word)); }
 
+// Bit by bit, where the second operand is set: the third, or the first; elsewhere the other of them. The instruction
+// overwrites its first operand, which so is one that nobody needs any more.
+constexpr int kThird = 0xb8, kFirst = 0xe2;
+
 // Codes in 16 bits of the 64 channels whose words begin here: those of the lower nibbles, and of the upper ones.
 TOPT_INLINE void fine_codes(const uint8_t* one, const uint8_t* two, __m512i (&codes)[2]) {
   constexpr int next = kLanes * kWordBytes;
@@ -161,19 +167,16 @@ TOPT_INLINE void fine_codes(const uint8_t* one, const uint8_t* two, __m512i (&co
   const __m256i first = _mm256_set_m128i(_mm_unpacklo_epi64(load_word(one + 2 * next), load_word(one + 3 * next)),
                                          _mm_unpacklo_epi64(load_word(one), load_word(one + next)));
   const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
-  // a where the mask is set, else b: bit by bit.
-  constexpr int choose = 0xca;
-  const __m256i low = _mm256_ternarylogic_epi32(lower, second, _mm256_slli_epi16(first, 4), choose);
-  const __m256i high = _mm256_ternarylogic_epi32(lower, _mm256_srli_epi16(second, 4), first, choose);
+  const __m256i low = _mm256_ternarylogic_epi32(_mm256_slli_epi16(first, 4), lower, second, kThird);
+  const __m256i high = _mm256_ternarylogic_epi32(_mm256_srli_epi16(second, 4), lower, first, kFirst);
   codes[0] = _mm512_cvtepu8_epi16(low), codes[1] = _mm512_cvtepu8_epi16(high);
 }
 
 // The same of one word's 16 channels, in their order, below.
 TOPT_INLINE __m512i fine_codes(const uint8_t* one, const uint8_t* two) {
   const __m128i lower = _mm_set1_epi8(0x0f), first = load_word(one), second = load_word(two);
-  constexpr int choose = 0xca;
-  const __m128i low = _mm_ternarylogic_epi32(lower, second, _mm_slli_epi16(first, 4), choose);
-  const __m128i high = _mm_ternarylogic_epi32(lower, _mm_srli_epi16(second, 4), first, choose);
+  const __m128i low = _mm_ternarylogic_epi32(_mm_slli_epi16(first, 4), lower, second, kThird);
+  const __m128i high = _mm_ternarylogic_epi32(_mm_srli_epi16(second, 4), lower, first, kFirst);
   return _mm512_zextsi256_si512(_mm256_cvtepu8_epi16(_mm_unpacklo_epi64(low, high)));
 }
 

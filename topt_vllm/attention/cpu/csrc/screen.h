@@ -145,20 +145,21 @@ TOPT_INLINE void refine_rows(const ScreenQueries& q, const ScreenBlock& block, i
                              int count, float* scores, int64_t score_stride) {
   for (int i = 0; i < count; i += kFineRows) {
     FineRows rows;
-    alignas(64) float steps[kLanes], fine[kLanes];
+    const c10::Half* steps[kFineRows];
     TOPT_UNROLL
     for (int j = 0; j < kFineRows; ++j) {
-      const int row = listed[std::min(i + j, count - 1)] - start, lane = row % kLanes;
+      const auto row = static_cast<uint32_t>(listed[std::min(i + j, count - 1)] - start), lane = row % kLanes;
       const ScreenGroup group = block.group(row / kLanes);
       rows.one[j] = group.codes + lane * kWordBytes, rows.two[j] = block.plane_two(row);
-      const float step = group.steps[lane];
-      for (int m = 0; m < kLanes; m += kFineRows) steps[m + j] = step;
+      steps[j] = group.steps + lane;
     }
+    const Vec16 step = repeated16(steps);
+    alignas(64) float fine[kLanes];
     in_register_tiles<4>(q.count, [&](auto vectors, int m) {
       const RowSums sums = dot_rows<vectors()>(rows, q.fine + static_cast<int64_t>(m) * q.dim, q.dim);
       const int at = kFineRows * m;
       const Vec16 sum = to_float(plus(sums, q.fine_bias + at)) + load16(q.fine_half + at);
-      store16(fine, sum * load16(q.fine_factor + at) * load16(steps) + load16(q.offset + at));
+      store16(fine, sum * load16(q.fine_factor + at) * step + load16(q.offset + at));
       for (int v = 0; v < vectors(); ++v) {
         std::memcpy(scores + (m + v) * score_stride + i, fine + kFineRows * v, kFineRows * sizeof(float));
       }

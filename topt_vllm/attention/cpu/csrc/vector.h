@@ -114,6 +114,18 @@ inline Vec16 load16(const c10::Half* source) {
 #endif
 }
 
+// Four numbers, again and again.
+inline Vec16 repeated16(const c10::Half* const (&from)[4]) {
+#if TOPT_AVX512
+  const __m128i four = _mm_setr_epi16(from[0]->x, from[1]->x, from[2]->x, from[3]->x, 0, 0, 0, 0);
+  return Vec16(Vec(_mm512_broadcast_f32x4(_mm_cvtph_ps(four))));
+#else
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < 4 ? static_cast<float>(*from[i]) : lanes[i - 4];
+  return load16(lanes);
+#endif
+}
+
 inline void store16(float* target, const Vec16& v) {
   for (int i = 0; i < kParts; ++i) v[i].store(target + i * Vec::size());
 }
@@ -160,6 +172,11 @@ inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
 
 // Larger of the two; `b` where either is NaN.
 inline Vec16 max16(const Vec16& a, const Vec16& b) { return Vec16(Vec(_mm512_max_ps(a[0], b[0]))); }
+
+// The same in the lanes `mask` of v; others of `best` stay.
+inline Vec16 max_lanes16(const Vec16& best, uint32_t mask, const Vec16& v) {
+  return Vec16(Vec(_mm512_mask_max_ps(best[0], static_cast<__mmask16>(mask), v[0], best[0])));
+}
 
 inline float max_lane16(const Vec16& v) { return _mm512_reduce_max_ps(v[0]); }
 
@@ -234,6 +251,10 @@ inline Vec16 select16(const Vec16& v, uint32_t mask, float fill) {
 
 inline Vec16 max16(const Vec16& a, const Vec16& b) {
   return Vec16::of([&](int i) { return at::vec::maximum(a[i], b[i]); });
+}
+
+inline Vec16 max_lanes16(const Vec16& best, uint32_t mask, const Vec16& v) {
+  return max16(select16(v, mask, -kInfinity), best);
 }
 
 inline float max_lane16(const Vec16& v) {
