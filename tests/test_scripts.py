@@ -104,7 +104,7 @@ def test_bash_accepts_the_script(script: Path):
     assert run(BASH, "-n", script).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["install.sh", "quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("name", ["install.sh", "make_table.sh", "quickstart.sh", "test.sh"])
 def test_help_names_the_usage_and_an_unknown_option_is_refused(name: str):
     script = ROOT / "scripts" / name
     shown = run(script, "--help")

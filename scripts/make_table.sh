@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# A table of one model and what shows its worth, into one folder: calibrates, evaluates on texts that the calibration
+# never saw, hides facts in a long prompt, and draws the report. configs/README.md says what to look at.
+#
+# Usage: ./scripts/make_table.sh MODEL FOLDER [--calibrate TEXT...] [--evaluate TEXT...]
+#                                [--length N] [--samples N] [--device NAME] [--dtype NAME]
+#
+#   --calibrate TEXT...  texts to calibrate on (default: seven plays of the demo's)
+#   --evaluate TEXT...   texts to evaluate on (default: another play, and code)
+#   --length N           tokens of a sequence (default 8192)
+#   --samples N          sequences to calibrate on (default 16)
+#   --device, --dtype    as in topt-vllm calibrate (default: a GPU where there is one; float32)
+#
+# MODEL is a folder or a hub id, of which FOLDER gets NAME.yaml, evaluation.json and report.html. What is there already
+# is kept: a run that was killed goes on. It takes about half an hour for a model of 135M parameters on two cores.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+BUDGETS=(128 loss-1% loss-0.2% rows-10%)
+LENGTH=8192
+SAMPLES=16
+DTYPE=float32
+DEVICE=()
+WORDS=()
+CALIBRATE=()
+EVALUATE=()
+
+parse() {
+    local into=WORDS
+    while (($# > 0)); do
+        case $1 in
+            --help | -h) show_help "$0"; exit 0 ;;
+            --calibrate) into=CALIBRATE ;;
+            --evaluate) into=EVALUATE ;;
+            --length | --samples)
+                [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1 needs a number of at least 1, got '${2:-}'"
+                if [[ $1 == --length ]]; then LENGTH=$2; else SAMPLES=$2; fi
+                shift
+                ;;
+            --device | --dtype)
+                [[ -n ${2:-} ]] || die "$1 needs a name"
+                if [[ $1 == --device ]]; then DEVICE=(--device "$2"); else DTYPE=$2; fi
+                shift
+                ;;
+            -*) die "unknown option $1; see $0 --help" ;;
+            *) declare -n list=$into; list+=("$1") ;;
+        esac
+        shift
+    done
+    ((${#WORDS[@]} == 2)) || die "a model and a folder are wanted, got ${#WORDS[@]} words; see $0 --help"
+    MODEL=${WORDS[0]}
+    FOLDER=${WORDS[1]}
+}
+
+# Texts that were not named: the demo's.
+demo_texts() {
+    "$VENV/bin/python" "$ROOT/scripts/prepare_demo.py"
+    local play texts="$CACHE/texts"
+    if ((${#CALIBRATE[@]} == 0)); then
+        for play in hamlet lear othello henry_v coriolanus twelfth_night winters_tale; do
+            CALIBRATE+=("$texts/$play.txt")
+        done
+    fi
+    ((${#EVALUATE[@]} > 0)) || EVALUATE=("$texts/romeo_and_juliet.txt" "$texts/human_eval.txt")
+}
+
+# once FILE COMMAND...: unless a run before this one made the file.
+once() {
+    local file=$1
+    shift
+    if [[ -e $file ]]; then
+        say "  $file is there; remove it to make it again."
+        return
+    fi
+    forward "$@" || die "that failed; run the same command again to go on."
+}
+
+main() {
+    parse "$@"
+    trap stop_child EXIT
+    step "1/4 Environment"
+    forward "$ROOT/scripts/install.sh"
+    ((${#CALIBRATE[@]} > 0 && ${#EVALUATE[@]} > 0)) || demo_texts
+    mkdir -p "$FOLDER"
+    local run="$VENV/bin/topt-vllm" name table
+    name="$(basename "$MODEL")"
+    table="$FOLDER/$name.yaml"
+    local model=(--model "$MODEL" --max-seq-length "$LENGTH" --dtype "$DTYPE" "${DEVICE[@]}")
+
+    step "2/4 Thresholds"
+    once "$table" "$run" calibrate "${model[@]}" --dataset "${CALIBRATE[@]}" --num-samples "$SAMPLES" \
+        --budget auto --k 64 128 256 --max-loss 1% 0.2% --target-rows 10% --output "$table" --resume
+    step "3/4 What they cost on other texts"
+    once "$FOLDER/evaluation.json" "$run" evaluate "${model[@]}" --thresholds "$table" --dataset "${EVALUATE[@]}" \
+        --rules toptheta --rows --budget "${BUDGETS[@]}" --k-screen off int4 int4+4 \
+        --needles $((LENGTH / 4)) "$LENGTH" --json "$FOLDER/evaluation.json"
+    step "4/4 The report"
+    once "$FOLDER/report.html" "$run" report "$table" --evaluation "$FOLDER/evaluation.json" -o "$FOLDER/report.html"
+    say ""
+    say "$FOLDER has the table, the evaluation and the report. To serve with it:"
+    say "  vllm serve $MODEL --attention-backend TOPTHETA \\"
+    say "    --additional-config '{\"toptheta\": {\"thresholds\": \"$table\", \"budget\": \"loss-1%\"}}'"
+}
+
+main "$@"
