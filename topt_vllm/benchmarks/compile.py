@@ -29,7 +29,8 @@ from topt_vllm.attention.common import (
     Thetas,
     choose_rows_per_state,
 )
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenTransform
+from topt_vllm.attention.margin import DEFAULT_MARGIN
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.attention.triton.arguments import screen_bytes
 from topt_vllm.attention.triton.calls import Call, DecodeStep
 from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
