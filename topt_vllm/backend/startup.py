@@ -12,7 +12,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.screens import choose_screens, describe_screens
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
-from topt_vllm.table.layers import ATTENTION_FREE, FULL, layer_heads, layer_kinds
+from topt_vllm.table.layers import FULL, layer_heads, layer_kinds
 from topt_vllm.table.schema import Budget
 from topt_vllm.table.search import chooses_no_table, find_table
 
@@ -34,6 +34,7 @@ class Resolved:
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
         screens: What a K screen knows of the K of each layer that has one, over all KV heads.
         kv_heads: KV heads of each layer with attention, over all tensor-parallel ranks.
+        see_all: Layers whose rows attend to all keys of the contexts that are served.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
@@ -48,6 +49,7 @@ class Resolved:
     description: str
     table_labels: dict[str, str]
     kv_heads: dict[int, int]
+    see_all: list[int]
     screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
@@ -93,8 +95,17 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             "allowed on GPUs: auto | triton"
         )
     require(implementation, screen=config.screen)
+    text = hf_config.get_text_config()
+    kv_heads = _kv_heads(text, identity)
+    kinds = enumerate(layer_kinds(text, model_config.max_model_len))
+    see_all = [layer for layer, kind in kinds if kind in FULL]
     if config.sift is not None:
-        return _resolve_sift(vllm_config, config, identity, name, implementation)
+        rows = _check_sift(vllm_config, config)
+        if len(see_all) < identity.num_layers:
+            rows += f" in {len(see_all)} of {identity.num_layers} layers"
+        labels = _labels(identity, budget=f"sift {config.sift_tau}")
+        description = f"TOPTHETA: {name} kernel, {rows}"
+        return Resolved(config, identity, name, implementation, {}, description, labels, kv_heads, see_all)
     found = find_table(config, identity, model_config.model, model_config.revision)
     thetas: dict[int, Thetas] = {}
     budget = None
@@ -134,7 +145,8 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         thetas,
         f"TOPTHETA: {served_by}, {rows}",
         labels,
-        _kv_heads(hf_config),
+        kv_heads,
+        see_all,
         screens,
         keys,
         dense_on_platform,
@@ -142,14 +154,8 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     )
 
 
-def _resolve_sift(
-    vllm_config: "VllmConfig",
-    config: TopThetaConfig,
-    identity: ModelIdentity,
-    name: str,
-    implementation: Implementation,
-) -> Resolved:
-    """The outcome under ``policy: sift``, which has no table.
+def _check_sift(vllm_config: "VllmConfig", config: TopThetaConfig) -> str:
+    """What ``policy: sift`` does, which has no table, for the log.
 
     Raises:
         ConfigError: The speculator or the worker doesn't go with it.
@@ -166,28 +172,15 @@ def _resolve_sift(
             f"toptheta.policy is 'sift', but speculation is {speculative.method!r}: a draft model's steps would "
             "count as those of the requests. Use ngram, or policy toptheta."
         )
-    hf_config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
-    rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
-    rows += f"{config.sift_tau:.1%} of the keys"
-    if (sparse := len(layers_that_see_all(hf_config, longest))) < identity.num_layers:
-        rows += f" in {sparse} of {identity.num_layers} layers"
-    labels = _labels(identity, budget=f"sift {config.sift_tau}")
-    description = f"TOPTHETA: {name} kernel, {rows}"
-    return Resolved(config, identity, name, implementation, {}, description, labels, _kv_heads(hf_config))
+    return (
+        f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
+        f"{config.sift_tau:.1%} of the keys"
+    )
 
 
-def layers_that_see_all(hf_config: Any, context: int) -> list[int]:
-    """Layers whose rows attend to all keys of contexts up to so many tokens."""
-    kinds = layer_kinds(hf_config.get_text_config(), context)
-    return [layer for layer, kind in enumerate(kinds) if kind in FULL]
-
-
-def _kv_heads(hf_config: Any) -> dict[int, int]:
-    config = hf_config.get_text_config()
-    kinds = layer_kinds(config)
-    return {
-        layer: layer_heads(config, layer).kv for layer, kind in enumerate(kinds) if kind not in ATTENTION_FREE
-    }
+def _kv_heads(text_config: Any, identity: ModelIdentity) -> dict[int, int]:
+    with_attention = set(range(identity.num_layers)) - set(identity.attention_free_layers)
+    return {layer: layer_heads(text_config, layer).kv for layer in sorted(with_attention)}
 
 
 def _labels(
