@@ -88,10 +88,8 @@ class Chip:
     @property
     def limits(self) -> GpuLimits:
         """What the launch heuristic knows of it."""
-        tensor_memory = not self.amd and self.triton.arch // 10 == 10
-        converts_fp8 = not self.amd and self.triton.arch >= 89
-        sizes = self.multiprocessors, self.shared_bytes, self.block_bytes
-        return GpuLimits(self.amd, *sizes, tensor_memory, converts_fp8)
+        capability = None if self.amd else int(self.triton.arch)
+        return GpuLimits.of(capability, self.multiprocessors, self.shared_bytes, self.block_bytes)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""
