@@ -27,8 +27,7 @@ class Resolved:
     Attributes:
         config: The plugin's settings.
         identity: The served model.
-        implementation_name: Chosen kernel.
-        implementation: Its module.
+        implementation: Module of the chosen kernel.
         thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
         description: One line for the log.
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
@@ -43,7 +42,6 @@ class Resolved:
 
     config: TopThetaConfig
     identity: ModelIdentity
-    implementation_name: str
     implementation: Implementation
     thetas: dict[int, Thetas]
     description: str
@@ -105,7 +103,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             rows += f" in {len(see_all)} of {identity.num_layers} layers"
         labels = _labels(identity, budget=f"sift {config.sift_tau}")
         description = f"TOPTHETA: {name} kernel, {rows}"
-        return Resolved(config, identity, name, implementation, {}, description, labels, kv_heads, see_all)
+        return Resolved(config, identity, implementation, {}, description, labels, kv_heads, see_all)
     found = find_table(config, identity, model_config.model, model_config.revision)
     thetas: dict[int, Thetas] = {}
     budget = None
@@ -140,7 +138,6 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     return Resolved(
         config,
         identity,
-        name,
         implementation,
         thetas,
         f"TOPTHETA: {served_by}, {rows}",
