@@ -20,7 +20,7 @@ from topt_vllm.attention import reference
 from topt_vllm.attention.common import ScreenLimits
 from topt_vllm.attention.cpu import launcher as cpu
 from topt_vllm.backend import compat
-from topt_vllm.backend.layers import kv_replicas
+from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.skipping import why_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
@@ -303,7 +303,9 @@ def test_kv_heads_are_each_layer_s_own(start: Any):
     assert resolved.kv_heads == {0: 4, 1: 1, 2: 1}
     for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
         layer = SimpleNamespace(num_kv_heads=heads)
-        assert kv_replicas(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks) == replicas
+        assert (
+            ModelLayer(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks).kv_replicas == replicas
+        )
 
 
 def test_what_vllm_writes_into_a_configuration_changes_no_fingerprint(start: Any):
