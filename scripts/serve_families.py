@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Serves every tiny model of tests/model_families.py with vLLM on this CPU, and writes down what came of it.
+"""Serves every tiny model of tests/support/model_families.py with vLLM on this CPU, and writes down what came.
 
 For each family: stock vLLM answers; TOPTHETA at θ = −inf gives its tokens; TOPTHETA with a table that was
 calibrated for it skips V rows. What is refused is asked for its reason. About a minute for a family.
@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 OUTCOMES = ROOT / "docs" / "model_families.json"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import engine_forks  # noqa: E402
 from model_families import FAMILIES, REFUSED, Family, served_config  # noqa: E402

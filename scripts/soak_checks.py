@@ -11,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from soak_traffic import Answer, Prompt
 
 MIB = 1 << 20
+# Share of the time in which memory may grow.
+_WARM_UP = 1 / 3
 
 
 @dataclass
@@ -166,23 +168,23 @@ class Memory:
                 continue
         self.samples.append((now, sizes))
 
-    def slope(self, warm_up: float = 1 / 3) -> float:
-        """MiB per minute of all together, after the warm-up, a share of the time."""
-        return _slope([(now, sum(sizes.values())) for now, sizes in self.samples], warm_up)
+    def slope(self) -> float:
+        """MiB per minute of all together, after the warm-up."""
+        return _slope([(now, sum(sizes.values())) for now, sizes in self.samples])
 
-    def by_process(self, warm_up: float = 1 / 3) -> list[str]:
+    def by_process(self) -> list[str]:
         """A line for each process that lived to the end."""
         lines = []
         for pid, size in self.samples[-1][1].items():
             known = [(now, sizes[pid]) for now, sizes in self.samples if pid in sizes]
-            lines.append(f"{self.titles[pid][-40:]}: {size:.0f} MiB, {_slope(known, warm_up):+.2f} MiB/min")
+            lines.append(f"{self.titles[pid][-40:]}: {size:.0f} MiB, {_slope(known):+.2f} MiB/min")
         return lines
 
 
-def _slope(samples: Sequence[tuple[float, float]], warm_up: float) -> float:
+def _slope(samples: Sequence[tuple[float, float]]) -> float:
     start, end = samples[0][0], samples[-1][0]
     times, sizes = zip(
-        *[(t, size) for t, size in samples if t >= start + warm_up * (end - start)], strict=True
+        *[(t, size) for t, size in samples if t >= start + _WARM_UP * (end - start)], strict=True
     )
     return float(np.polyfit(np.array(times) / 60, np.array(sizes), 1)[0]) if len(times) > 1 else 0.0
 

@@ -1,8 +1,6 @@
 """K screens in the adapter: which layers have one, what the operator is given, where codes lie, what is counted."""
 
 import logging
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from adapter_cases import (
     CPU,
     FLASH,
     HEAD_DIM,
+    NUM_HEADS,
     NUM_KV_HEADS,
     STATE_ROWS,
     TRITON,
@@ -200,15 +199,29 @@ def test_what_a_screen_costs_is_in_vllm_s_budget_and_in_the_log(
 
 
 @ON_CPUS
-def test_each_kind_of_layer_is_warmed_up(make_rig: Any):
-    """Screened or not, kernels differ; layers of a kind don't."""
-    rig = make_rig(CPU, layers=2, settings=settings_of("reference", "int4"))
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_each_kind_of_layer_is_warmed_up(make_rig: Any, monkeypatch: pytest.MonkeyPatch, compensation: str):
+    """Sparse or not, screened or not, beside sinks or not, kernels differ; layers of a kind don't."""
+    settings = settings_of("reference", "int4", compensation=compensation)
+    rig = make_rig(CPU, Table(dense_layers=(0,)), layers=3, settings=settings)
     rig.write_contexts(DECODE)
-    rig.step(DECODE)
-    cache = rig.bound().cache
-    ran: list[Any] = []
-    warm_up, kernel = WarmUp(2, 1), SimpleNamespace(finish=lambda *args: None)
-    table, query = rig.tables[0], torch.empty(1, 4, HEAD_DIM)
-    for each in (replace(cache, key_screen=None), cache, cache):
-        warm_up.run(kernel, lambda *args, each=each: ran.append(each), query, each, table, query)
-    assert [each.key_screen is not None for each in ran] == [False, False, True, True]
+    rig.bound().group.warm_up = WarmUp(2, 1)
+    ran: list[tuple[int, bool, bool, bool]] = []
+    decode = reference.decode
+
+    def seen(query: Any, cache: Any, batch: Any, thetas: Any, *more: Any) -> None:
+        if not batch.seq_lens.any():
+            ran.append(
+                (len(batch.seq_lens), thetas is not None, cache.key_screen is not None, more[-1] is not None)
+            )
+        decode(query, cache, batch, thetas, *more)
+
+    monkeypatch.setattr(reference, "decode", seen)
+    for index in range(3):
+        rig.step(DECODE, index)
+    rig.layers[2].impl.operator_sinks = torch.zeros(NUM_HEADS)
+    rig.step(DECODE, 2)
+    rig.layers[2].impl.operator_sinks = rig.bound(2).key_screen = rig.bound(2).cache = None
+    rig.step(DECODE, 2)
+    kinds = [(False, False, False), (True, True, False), (True, True, True), (True, False, False)]
+    assert ran == [(sequences, *kind) for kind in kinds for sequences in (1, 2)]

@@ -42,7 +42,7 @@ def call(seed: int, n: int = 40, heads: int = 6, kv_heads: int = 2, head_dim: in
 
 def test_statistics_of_known_keys():
     calls = [call(0), call(1)]
-    (layer,) = key_statistics({1: sum(map(key_sums, calls))}, seed=0).layers
+    (layer,) = key_statistics({1: sum(key_sums(each.query, each.key) for each in calls)}, seed=0).layers
     keys = torch.cat([each.key[:, SKIPPED_TOKENS:] for each in calls], dim=1).double()
     queries = torch.cat([each.query.unflatten(0, (2, 3)).flatten(1, 2) for each in calls], dim=1).double()
     mean, variance, power = keys.mean(1), keys.var(1, correction=0), queries.square().mean(1)
@@ -58,10 +58,10 @@ def test_statistics_of_known_keys():
 def test_a_large_mean_costs_no_digits():
     narrow = call(2)
     narrow.key.mul_(1e-3).add_(300.0)
-    (layer,) = key_statistics({1: key_sums(narrow)}, seed=0).layers
+    (layer,) = key_statistics({1: key_sums(narrow.query, narrow.key)}, seed=0).layers
     one, wide = (
         torch.tensor(layer.scale),
-        torch.tensor(key_statistics({1: key_sums(call(2))}, 0).layers[0].scale),
+        torch.tensor(key_statistics({1: key_sums(call(2).query, call(2).key)}, 0).layers[0].scale),
     )
     kept = [channel for channel in range(8) if channel != 3]
     # 300 is stored in steps of 3e-5.
@@ -73,7 +73,7 @@ def test_keys_that_are_no_numbers_name_the_layer(value):
     broken = call(0)
     broken.key[1, 9, 2] = value
     with pytest.raises(CalibrationError, match="layer 1: its keys or queries aren't finite"):
-        key_statistics({1: key_sums(broken)}, seed=0)
+        key_statistics({1: key_sums(broken.query, broken.key)}, seed=0)
 
 
 @pytest.fixture(scope="module")

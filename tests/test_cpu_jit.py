@@ -154,9 +154,13 @@ assert after == before, (before, after)
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_import_starts_no_compiler_and_threads_are_torchs() -> None:
     """One OpenMP runtime, torch's, and no thread of our own."""
-    here = str(Path(__file__).parent)
+    support = str(Path(__file__).with_name("support"))
     environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
     done = subprocess.run(
-        [sys.executable, "-c", IN_PROCESS, here], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", IN_PROCESS, support],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def test_two_commands_share_a_cache_folder_under_any_umask(tmp_path: Path):
     """Both compile at once, or one waits; the path has spaces and letters of other scripts."""
     environment = os.environ | {
         "TOPT_CACHE_DIR": str(tmp_path / "cäche 温"),
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).with_name("support")),
     }
     running = [
         subprocess.Popen(

@@ -94,16 +94,14 @@ class Stepper:
     def __init__(self, subject: Subject, rule) -> None:
         self.subject, self.rule = subject, rule
 
-    def __call__(self, module, query, key, value, mask, scaling=None, softcap=None, **_):
-        n, layer = key.shape[2], module.layer_idx
-        windowed = layer in self.subject.identity.sliding_window_layers
-        call = scores.LayerCall(
-            layer, query[0], key[0], value[0], scaling, softcap or 0.0, None, n - 1, WINDOW if windowed else 0
-        )
+    def __call__(self, asked):
+        n = asked.key.shape[2]
+        windowed = asked.layer in self.subject.identity.sliding_window_layers
+        call = asked.call(first=n - 1, window=WINDOW if windowed else 0)
         if windowed:
-            return attend(call, None).transpose(0, 1)[None], None
+            return attend(call, None).transpose(0, 1)[None]
         used = attention(self.subject, self.rule, torch.tensor([n]))
-        return used.attend(call).transpose(0, 1)[None], None
+        return used.attend(call).transpose(0, 1)[None]
 
 
 @pytest.mark.parametrize(

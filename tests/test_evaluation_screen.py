@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,16 @@ from table_factory import make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import Gemma3TextConfig
 
-from topt_vllm.attention.common import KeyScreen, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import (
+    SCREEN_LIMITS,
+    KeyScreen,
+    ScreenLimits,
+    Selection,
+    Stat,
+    Thetas,
+    new_statistics,
+)
+from topt_vllm.attention.cpu import launcher
 from topt_vllm.attention.reference import attend_row
 from topt_vllm.attention.screen import ScreenTransform, rotation_signs
 from topt_vllm.cli.main import main
@@ -40,15 +49,18 @@ def layer(softcap: float = 0.0) -> tuple[LayerCall, ScreenTransform, Thetas]:
     return call, transform, thetas
 
 
+@pytest.mark.parametrize("min_seq_len", [0, 135])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("margin", [0.0, 2.5, None])
 @pytest.mark.parametrize("format", ["int4", "int4+4"])
-def test_rows_at_once_are_the_reference_s(format: Any, margin: Any, softcap: float, monkeypatch):
-    """Rows below 125 tokens have no thresholds, so they aren't screened."""
+def test_rows_at_once_are_the_reference_s(
+    format: Any, margin: Any, softcap: float, min_seq_len: int, monkeypatch
+):
+    """Rows below 125 tokens have no thresholds, so they aren't screened; nor are those up to ``min_seq_len``."""
     monkeypatch.setattr(scores_module, "_CHUNK_ELEMENTS", 4000)
     call, transform, thetas = layer(softcap)
     counted: list[Any] = []
-    rule = ScreenedTopTheta({3: thetas}, transform, format, margin)
+    rule = ScreenedTopTheta({3: thetas}, transform, format, margin, min_seq_len)
     out = attend(call, rule, lambda rows, outcome: counted.append(outcome))
     statistics = new_statistics()
     for row in range(FIRST, N):
@@ -61,7 +73,7 @@ def test_rows_at_once_are_the_reference_s(format: Any, margin: Any, softcap: flo
             call.scale,
             softcap,
             statistics=statistics[0],
-            key_screen=KeyScreen(format, transform, torch.empty(0), margin),
+            key_screen=KeyScreen(format, transform, torch.empty(0), margin, min_seq_len),
         )
         torch.testing.assert_close(out[:, row - FIRST], expected, rtol=1e-4, atol=1e-5)
     counts = statistics[0]
@@ -70,7 +82,9 @@ def test_rows_at_once_are_the_reference_s(format: Any, margin: Any, softcap: flo
     assert sum(found.read for found in counted) == counts[Stat.V_ROWS_READ]
     beside = (2 if margin is not None else 4) / (2 * DIM)
     cost = 1.0 if format == "int4" else 0.25
-    expected_k = (0.25 + beside) * float(counts[Stat.V_ROWS]) + cost * float(counts[Stat.CANDIDATES])
+    in_full = KV_HEADS * sum(n for n in range(FIRST + 1, N + 1) if n <= min_seq_len)
+    expected_k = in_full + (0.25 + beside) * (float(counts[Stat.V_ROWS]) - in_full)
+    expected_k += cost * (float(counts[Stat.CANDIDATES]) - in_full)
     assert sum(found.k_rows for found in counted) == pytest.approx(expected_k)
 
 
@@ -81,6 +95,9 @@ def test_layers_that_let_too_many_through_have_no_screen():
     shares = {0: 0.36, 1: 0.38}
     kinds = [type(found) for found in Screen("int4", 2.5, transforms).rules(rule, [0, 1, 2], shares).values()]
     assert kinds == [ScreenedTopTheta, TopTheta, ScreenedTopTheta]
+    both = Screen("int4+4", 2.5, transforms).rules(rule, [0], {})[0]
+    assert isinstance(both, ScreenedTopTheta)
+    assert both.min_seq_len == launcher.capabilities.screens["int4+4"].min_seq_len == 1024
     assert all(found is rule for found in Screen(None, 2.5, {}).rules(rule, [0, 1], {}).values())
 
 
@@ -109,7 +126,9 @@ def command(folder: Path, *more: str) -> list[str]:
     return ["evaluate", "--model", str(folder), *text, "--decode-rows", "40", *more]
 
 
-def test_records_pair_a_screen_with_none(folder, tmp_path, capsys):
+def test_records_pair_a_screen_with_none(folder, tmp_path, capsys, monkeypatch):
+    # Made contexts are shorter than those that the CPU kernel screens.
+    monkeypatch.setitem(cast(dict, SCREEN_LIMITS), "int4+4", ScreenLimits(largest_share=0.2))
     out = tmp_path / "out.json"
     asked = (
         "--k-screen",

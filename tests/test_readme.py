@@ -79,7 +79,7 @@ def test_files_that_recipes_name_exist():
 @pytest.mark.slow
 def test_generated_tables_are_the_code_s():
     """In a process of its own: which platform vLLM is on is settled once."""
-    script = ROOT / "scripts" / "readme_tables.py"
+    script = ROOT / "scripts" / "docs_tables.py"
     run = subprocess.run(
         [sys.executable, str(script), "--check"], capture_output=True, text=True, timeout=300
     )

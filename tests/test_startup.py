@@ -20,7 +20,7 @@ from topt_vllm.attention import reference
 from topt_vllm.attention.common import ScreenLimits
 from topt_vllm.attention.cpu import launcher as cpu
 from topt_vllm.backend import compat
-from topt_vllm.backend.layers import kv_replicas
+from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.skipping import why_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.config import ConfigError
@@ -257,13 +257,15 @@ def test_what_a_connector_consists_of_is_looked_at(start: Any):
 
 
 def test_a_named_implementation_runs_or_fails(start: Any, monkeypatch: pytest.MonkeyPatch):
+    from topt_vllm.attention import reference
+    from topt_vllm.attention.cpu import launcher as cpu_launcher
     from topt_vllm.attention.triton import launcher
 
     monkeypatch.setattr(launcher, "interpreted", lambda: False)
     with pytest.raises(RuntimeError, match=r"runs on GPUs, .* on the CPU.*TRITON_INTERPRET=1"):
         start({"thresholds": "none", "implementation": "triton"})
-    assert start({"thresholds": "none", "implementation": "reference"}).implementation_name == "reference"
-    assert start({"thresholds": "none"}).implementation_name == "cpu"
+    assert start({"thresholds": "none", "implementation": "reference"}).implementation is reference
+    assert start({"thresholds": "none"}).implementation is cpu_launcher
 
 
 @pytest.mark.engine
@@ -301,7 +303,9 @@ def test_kv_heads_are_each_layer_s_own(start: Any):
     assert resolved.kv_heads == {0: 4, 1: 1, 2: 1}
     for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
         layer = SimpleNamespace(num_kv_heads=heads)
-        assert kv_replicas(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks) == replicas
+        assert (
+            ModelLayer(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks).kv_replicas == replicas
+        )
 
 
 def test_what_vllm_writes_into_a_configuration_changes_no_fingerprint(start: Any):
@@ -415,11 +419,13 @@ def test_the_model_drafts_for_itself_where_it_can(start: Any, table: ThresholdTa
 
 def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):
     """On CPUs the plugin's platform sets it; users name it on GPUs, whose platforms are vLLM's."""
+    from topt_vllm.attention.triton import launcher
+
     with pytest.raises(ConfigError, match=r"worker on GPUs \(vllm\S+\) doesn't name them. Add --worker-cls"):
         start({"policy": "sift"}, device_type="cuda")
     resolved = start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER)
     assert not resolved.all_on_platform
-    assert resolved.implementation_name == "triton"
+    assert resolved.implementation is launcher
 
 
 def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdTable, model: Path):

@@ -15,6 +15,7 @@ from device import DEVICE, triton_implementation
 from topt_vllm.attention import api
 from topt_vllm.attention.common import PagedCache, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton.launch import LaunchShape
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -100,7 +101,7 @@ def test_lists_shorter_than_a_program_s_share_are_filled_again(
 ):
     monkeypatch.setattr(launch, "_LIST_BYTES", 1)
     case = random_case([(1, 700), (2, 300)], 4, 2, dtype=torch.float32, keep=0.3)
-    chosen = launch.choose(1, 4, 2, 64, 4, launch.limits_of(torch.device("cpu")))
+    chosen = launch.choose(LaunchShape(1, 4, 2, 64, 4), launch.limits_of(torch.device("cpu")))
     assert chosen.list_keys == chosen.tile == 128
     out = run(case, with_programs(programs))
     torch.testing.assert_close(out, run(case, implementation("reference")), rtol=1e-5, atol=2e-6)
@@ -219,13 +220,14 @@ HOPPER = launch.GpuLimits(amd=False, multiprocessors=132, shared_bytes=228 << 10
 
 def test_programs_fill_the_device_once_whatever_the_batch():
     """264 at once on 132 multiprocessors, shared out over the KV heads."""
-    assert launch.choose(1, 32, 8, 128, 2, HOPPER).programs == 33
-    assert launch.choose(1, 8, 1, 128, 2, HOPPER).programs == 264
-    assert launch.choose(1, 1024, 512, 128, 2, HOPPER).programs == 1
+    assert launch.choose(LaunchShape(1, 32, 8, 128, 2), HOPPER).programs == 33
+    assert launch.choose(LaunchShape(1, 8, 1, 128, 2), HOPPER).programs == 264
+    assert launch.choose(LaunchShape(1, 1024, 512, 128, 2), HOPPER).programs == 1
 
 
 def test_many_sequences_have_programs_of_two_warps():
-    few, many = (launch.choose(1, 32, 8, 128, 2, HOPPER, None, True, sequences, 64) for sequences in (3, 4))
+    shapes = (LaunchShape(1, 32, 8, 128, 2, True, sequences, 64) for sequences in (3, 4))
+    few, many = (launch.choose(shape, HOPPER) for shape in shapes)
     assert (few.num_warps, few.tile, few.programs) == (4, 128, 33)
     assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
 
@@ -240,9 +242,9 @@ def test_lists_do_not_grow_with_batch_or_context():
 
 
 def test_drafted_rows_share_tiles_of_16_columns():
-    chosen = launch.choose(8, 32, 8, 128, 2, HOPPER)
+    chosen = launch.choose(LaunchShape(8, 32, 8, 128, 2), HOPPER)
     assert (chosen.rows, chosen.columns, chosen.chunks(8)) == (4, 16, 2)
-    assert launch.choose(3, 9, 3, 64, 2, HOPPER).rows == 5
+    assert launch.choose(LaunchShape(3, 9, 3, 64, 2), HOPPER).rows == 5
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,10 @@ def test_both_model_runners_decode_the_text_alike(smollm2: Path):
     request = plan.forced_request(model, Forced(model.tokens[:50], 34, 8), "none")
     # Rounding to 7 bits would differ by runner, for their batches do.
     request = replace(request, engine=request.engine | {"dtype": "float32"})
-    programs = (["-m", "topt_vllm.verify.engine_main"], [str(Path(__file__).with_name("v2_engine.py"))])
+    programs = (
+        ["-m", "topt_vllm.verify.engine_main"],
+        [str(Path(__file__).with_name("support") / "v2_engine.py")],
+    )
     v1, v2 = (engine.ask(program, asdict(request), False, timeout=600) for program in programs)
     assert len(v1["decoded"]) == len(v1["prefilled"]) == 16
     for found in (v2["decoded"], v2["prefilled"], v1["prefilled"]):

@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 from topt_vllm.attention.common import Compensation, GroupKeep, Selection
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat
+from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
-HARD_MARGIN = "hard"
 
 
 class ConfigError(ValueError):
@@ -36,7 +36,7 @@ def _is_int(value: Any, minimum: int) -> bool:
 
 def _is_margin(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value == HARD_MARGIN or (number and 0.0 <= value < math.inf)
+    return value == HARD or (number and 0.0 <= value < math.inf)
 
 
 def _is_name(value: Any) -> bool:
@@ -236,7 +236,7 @@ class TopThetaConfig:
     @property
     def screen_margin(self) -> float | None:
         """Margin of the K screen in standard deviations; None for a hard bound."""
-        return None if isinstance(self.k_screen_margin, str) else self.k_screen_margin
+        return read_margin(self.k_screen_margin)
 
     @property
     def sift(self) -> SiftSettings | None:

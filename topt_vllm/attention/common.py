@@ -13,7 +13,8 @@ from typing import Literal, get_args
 
 import torch
 
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat, ScreenTransform
+from topt_vllm.attention.margin import DEFAULT_MARGIN
+from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 
 GroupKeep = Literal["head", "union"]
 Compensation = Literal["none", "vmean"]

@@ -31,8 +31,6 @@ ScreenFormat = Literal["int4", "int4+4"]
 
 # Of a floor code's error in steps: 1 / √12.
 NOISE = 0.2887
-# Standard deviations: where fewer than one in a thousand of the keys to keep are missed.
-DEFAULT_MARGIN = 2.5
 # Hard bounds also cover the rounding of both scores.
 _SLACK = 1.01
 

@@ -9,11 +9,10 @@ import torch
 from vllm.config import VllmConfig
 
 from topt_vllm.attention.common import KeyScreen, Thetas
-from topt_vllm.backend import compat
 from topt_vllm.backend.counters import HostCounters, PlatformLayer
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.layer import TopThetaLayer
-from topt_vllm.backend.layers import kv_replicas, layer_label, promised_keys, screen_of, thresholds_of
+from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.startup import Resolved
 from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
@@ -30,7 +29,7 @@ class _Sorted:
     """A builder's layers by what attends in them.
 
     Attributes:
-        layers: Those that decode with the operator, by name.
+        layers: Those that decode with the operator.
         thetas: Thresholds of each, None for θ = −inf.
         sparse: Whether each may skip rows.
         dense: Those that may not, by reason.
@@ -40,7 +39,7 @@ class _Sorted:
         replicas: Ranks that hold each KV head; all layers have the same heads.
     """
 
-    layers: dict[str, Any] = field(default_factory=dict)
+    layers: list[ModelLayer] = field(default_factory=list)
     thetas: list[Thetas | None] = field(default_factory=list)
     sparse: list[bool] = field(default_factory=list)
     dense: Counter[str] = field(default_factory=Counter)
@@ -89,61 +88,60 @@ def bind_layers(
     Raises:
         ValueError: A layer's heads are not those of the model that was identified.
     """
-    tensor_parallel_size = vllm_config.parallel_config.tensor_parallel_size
-    found = _sort(layers, resolved, tensor_parallel_size)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    known = [ModelLayer(layer, name, resolved, ranks) for name, layer in layers.items()]
+    found = _sort(known, resolved.dense_on_platform)
     model = HostCounters(found.dense, sum(found.sparse), found.platform, resolved.dense_up_to)
     drafts = HostCounters(found.draft_dense, 0, found.draft_platform, resolved.dense_up_to)
     if resolved.drafts:
         drafts = model
         verifying = found.dense + Counter(verifies_drafts=sum(found.sparse))
         model = HostCounters(verifying, 0, found.platform, resolved.dense_up_to)
-    if all(map(compat.is_draft_layer, layers)):  # the draft model's own builder
+    if all(each.drafts for each in known):  # the draft model's own builder
         model = drafts
     if not found.layers:
         return BoundLayers(None, model, drafts)
-    first = next(iter(found.layers.values()))
+    first = found.layers[0].layer
     bound = first.impl.bound
     if bound is not None and bound.group.block_size == block_size:
         return BoundLayers(bound.group, model, drafts)
-    thresholds = _thresholds(found, resolved, first.num_heads, max_rows, tensor_parallel_size, device)
+    thresholds = _thresholds(found, resolved, first.num_heads, max_rows, device)
     group = LayerGroup(
         resolved,
         (first.num_heads, first.num_kv_heads, first.head_size),
         block_size,
-        [layer_label(name) for name in found.layers],
+        [each.label for each in found.layers],
         found.replicas,
         thresholds,
         device,
     )
-    each = zip(found.layers.items(), thresholds.layers, group.counters.layers, strict=True)
-    for (name, layer), own, statistics in each:
-        layer.impl.bound = TopThetaLayer(
+    for each, own, statistics in zip(found.layers, thresholds.layers, group.counters.layers, strict=True):
+        each.layer.impl.bound = TopThetaLayer(
             group,
             resolved.config.selection,
             own,
             statistics,
-            states_of(name, layer, vllm_config),
-            _key_screen(layer, name, resolved, tensor_parallel_size, device) if own.skips else None,
+            states_of(each.name, each.layer, vllm_config),
+            _key_screen(each, device) if own.skips else None,
         )
     return BoundLayers(group, model, drafts)
 
 
-def _sort(layers: Mapping[str, Any], resolved: Resolved, tensor_parallel_size: int) -> _Sorted:
+def _sort(layers: list[ModelLayer], dense_on_platform: bool) -> _Sorted:
     found = _Sorted()
-    for name, layer in layers.items():
-        found.replicas = kv_replicas(layer, name, resolved, tensor_parallel_size)
-        thetas, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
-        draft = compat.is_draft_layer(name)
-        if reason and (resolved.dense_on_platform or layer.sliding_window is not None):
-            layer.impl.platform_reason = reason
-            kinds = found.draft_platform if draft else found.platform
-            kinds[_platform_layer(layer, reason, found.replicas)] += 1
+    for each in layers:
+        found.replicas = each.kv_replicas
+        thetas, reason = each.thresholds()
+        if reason and (dense_on_platform or each.layer.sliding_window is not None):
+            each.layer.impl.platform_reason = reason
+            kinds = found.draft_platform if each.drafts else found.platform
+            kinds[_platform_layer(each, reason)] += 1
             continue
-        found.layers[name] = layer
+        found.layers.append(each)
         found.thetas.append(thetas)
         found.sparse.append(reason is None)
         if reason:
-            (found.draft_dense if draft else found.dense)[reason] += 1
+            (found.draft_dense if each.drafts else found.dense)[reason] += 1
     return found
 
 
@@ -152,7 +150,6 @@ def _thresholds(
     resolved: Resolved,
     num_heads: int,
     max_rows: int,
-    tensor_parallel_size: int,
     device: torch.device,
 ) -> Thresholds:
     if resolved.config.sift is not None:
@@ -162,24 +159,23 @@ def _thresholds(
         return DraftingThresholds(thetas)
     keys = [
         promised
-        for (name, layer), sparse in zip(found.layers.items(), found.sparse, strict=True)
-        if sparse and (promised := promised_keys(layer, name, resolved, tensor_parallel_size))
+        for each, sparse in zip(found.layers, found.sparse, strict=True)
+        if sparse and (promised := each.promised_keys())
     ]
     if keys:
         return AdaptingThresholds(thetas, keys, resolved.dense_up_to, max_rows)
     return Thresholds([LayerThresholds(each) for each in thetas])
 
 
-def _key_screen(
-    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int, device: torch.device
-) -> KeyScreen | None:
+def _key_screen(layer: ModelLayer, device: torch.device) -> KeyScreen | None:
     """The K screen of a layer that may skip rows, without codes; None for none."""
-    transform, format = screen_of(layer, layer_name, resolved, tensor_parallel_size), resolved.config.screen
+    config, transform = layer.resolved.config, layer.screen()
+    format = config.screen
     if transform is None or format is None:
         return None
     codes = torch.empty(0, dtype=torch.uint8, device=device)
-    limits = resolved.implementation.capabilities.screens[format]
-    return KeyScreen(format, transform.to(device), codes, resolved.config.screen_margin, limits.min_seq_len)
+    limits = layer.resolved.implementation.capabilities.screens[format]
+    return KeyScreen(format, transform.to(device), codes, config.screen_margin, limits.min_seq_len)
 
 
 def count_platform_layers(
@@ -197,16 +193,19 @@ def count_platform_layers(
     """
     platform: Counter[PlatformLayer] = Counter()
     for name, layer in layers.items():
-        _, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
+        known = ModelLayer(layer, name, resolved, tensor_parallel_size)
+        _, reason = known.thresholds()
         if reason is None:
             raise RuntimeError(
                 f"{name} has thresholds, but an engine without any was made in this process before, and vLLM keeps "
                 "its choice of attention. Start this one in a process of its own."
             )
-        replicas = kv_replicas(layer, name, resolved, tensor_parallel_size)
-        platform[_platform_layer(layer, reason, replicas)] += 1
+        platform[_platform_layer(known, reason)] += 1
     return HostCounters(Counter(), 0, platform, 0)
 
 
-def _platform_layer(layer: Any, reason: str, kv_replicas: float) -> PlatformLayer:
-    return PlatformLayer(reason, layer.sliding_window, layer.num_heads, layer.num_kv_heads / kv_replicas)
+def _platform_layer(known: ModelLayer, reason: str) -> PlatformLayer:
+    layer = known.layer
+    return PlatformLayer(
+        reason, layer.sliding_window, layer.num_heads, layer.num_kv_heads / known.kv_replicas
+    )

@@ -145,6 +145,8 @@ class TopThetaImpl(_Platform):
             )
 
         if bound.group.warm_up is not None:
-            bound.group.warm_up.run(bound.group.kernel, decode, query, cache, batch.block_table, output)
+            kind = thresholds.skips, cache.key_screen is not None, self.operator_sinks is not None
+            kernel, table = bound.group.kernel, batch.block_table
+            bound.group.warm_up.run(kind, kernel, decode, query, cache, table, output)
         decode(query[:rows], batch, output[:rows])
         thresholds.after(metadata.thresholds, query[:rows], cache, batch, *logits)

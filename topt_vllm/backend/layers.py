@@ -1,5 +1,6 @@
 """What an attention layer is in the model: its rank's heads, its thresholds, its name in the metrics."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
@@ -20,97 +21,103 @@ def describe_rank(resolved: Resolved, tensor_parallel_size: int) -> None:
     )
 
 
-def layer_label(layer_name: str) -> str:
-    """A layer in the metrics: its number, after ``draft_model.`` in a draft model, whose numbers start again."""
-    number = str(extract_layer_index(layer_name))
-    return f"draft_model.{number}" if compat.is_draft_layer(layer_name) else number
+@dataclass(frozen=True)
+class ModelLayer:
+    """One attention layer as the model knows it.
 
-
-def kv_replicas(layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int) -> float:
-    """Ranks that hold each KV head of a layer; arguments as :func:`thresholds_of`.
-
-    vLLM repeats KV heads where there are more ranks than heads. A draft model's heads aren't known here; its rows
-    are counted as if each rank had heads of its own.
-    """
-    known = resolved.kv_heads.get(extract_layer_index(layer_name))
-    if known is None or compat.is_draft_layer(layer_name):
-        return 1.0
-    return max(1.0, layer.num_kv_heads * tensor_parallel_size / known)
-
-
-def thresholds_of(
-    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
-) -> tuple[Thetas | None, str | None]:
-    """A layer's thresholds, or None and why it has none.
-
-    Under ``policy: sift`` neither: its thresholds belong to requests.
-
-    Args:
+    Attributes:
         layer: vLLM's Attention layer.
-        layer_name: Its prefix, such as ``model.layers.3.self_attn.attn``.
+        name: Its prefix, such as ``model.layers.3.self_attn.attn``.
         resolved: From :func:`topt_vllm.backend.startup.resolve`.
         tensor_parallel_size: Ranks that the query heads are spread over.
-
-    Raises:
-        ValueError: The layer's heads are not those of the model that was identified.
     """
-    if layer.sliding_window is not None:  # a window is short already
-        return None, "sliding_window"
-    index = extract_layer_index(layer_name)
-    if compat.is_draft_layer(layer_name) or index >= resolved.identity.num_layers:
-        return None, "draft_model"
-    if resolved.config.sift is not None:
-        return None, None
-    if not resolved.thetas:
-        return None, "no_thresholds"
-    if index not in resolved.thetas:
-        windowed = index in resolved.identity.sliding_window_layers
-        return None, "sliding_window" if windowed else "dense_layer"
-    heads = _heads(layer, layer_name, resolved, tensor_parallel_size)
-    thetas = resolved.thetas[index]
-    return (thetas if tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None
 
+    layer: Any
+    name: str
+    resolved: Resolved
+    tensor_parallel_size: int
 
-def promised_keys(
-    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
-) -> list[int] | None:
-    """Keys that each of this rank's query heads should keep, None unless thresholds adapt.
+    @property
+    def drafts(self) -> bool:
+        """Whether it is a draft model's."""
+        return compat.is_draft_layer(self.name)
 
-    Arguments and errors as :func:`thresholds_of`.
-    """
-    keys = resolved.promised_keys.get(extract_layer_index(layer_name))
-    if keys is None:
-        return None
-    heads = _heads(layer, layer_name, resolved, tensor_parallel_size)
-    return keys[heads.start : heads.stop]
+    @property
+    def label(self) -> str:
+        """In the metrics: its number, after ``draft_model.`` in a draft model, whose numbers start again."""
+        number = str(extract_layer_index(self.name))
+        return f"draft_model.{number}" if self.drafts else number
 
+    @property
+    def kv_replicas(self) -> float:
+        """Ranks that hold each KV head.
 
-def screen_of(
-    layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int
-) -> ScreenTransform | None:
-    """What a K screen knows of this rank's KV heads of a sparse layer; None where the layer has no screen.
+        vLLM repeats KV heads where there are more ranks than heads. A draft model's heads aren't known here; its
+        rows are counted as if each rank had heads of its own.
+        """
+        known = self.resolved.kv_heads.get(extract_layer_index(self.name))
+        if known is None or self.drafts:
+            return 1.0
+        return max(1.0, self.layer.num_kv_heads * self.tensor_parallel_size / known)
 
-    Arguments as :func:`thresholds_of`. A layer that shares another's cache has its screen, too.
-    """
-    transform = resolved.screens.get(extract_layer_index(layer.kv_sharing_target_layer_name or layer_name))
-    if transform is None or tensor_parallel_size == 1:
-        return transform
-    # Several ranks have the same head where there are more of them than KV heads.
-    first = _rank(tensor_parallel_size) * resolved.identity.num_kv_heads // tensor_parallel_size
-    return transform.heads(first, layer.num_kv_heads)
+    def thresholds(self) -> tuple[Thetas | None, str | None]:
+        """Of this rank's query heads, or None and why there are none.
 
+        Under ``policy: sift`` neither: its thresholds belong to requests.
 
-def _heads(layer: Any, layer_name: str, resolved: Resolved, tensor_parallel_size: int) -> range:
-    """This rank's query heads among the model's."""
-    total = resolved.identity.num_query_heads
-    if layer.num_heads * tensor_parallel_size != total:
-        raise ValueError(
-            f"{layer_name} has {layer.num_heads} query heads on each of {tensor_parallel_size} ranks, but the "
-            f"model's configuration says {total} in all; TOPTHETA needs a tensor-parallel size that divides the "
-            "heads"
-        )
-    first = _rank(tensor_parallel_size) * layer.num_heads
-    return range(first, first + layer.num_heads)
+        Raises:
+            ValueError: The layer's heads are not those of the model that was identified.
+        """
+        if self.layer.sliding_window is not None:  # a window is short already
+            return None, "sliding_window"
+        index, identity = extract_layer_index(self.name), self.resolved.identity
+        if self.drafts or index >= identity.num_layers:
+            return None, "draft_model"
+        if self.resolved.config.sift is not None:
+            return None, None
+        if not self.resolved.thetas:
+            return None, "no_thresholds"
+        if index not in self.resolved.thetas:
+            return None, "sliding_window" if index in identity.sliding_window_layers else "dense_layer"
+        heads, thetas = self._heads(), self.resolved.thetas[index]
+        return (thetas if self.tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None
+
+    def promised_keys(self) -> list[int] | None:
+        """Keys that each of this rank's query heads should keep, None unless thresholds adapt.
+
+        Raises:
+            ValueError: As for :meth:`thresholds`.
+        """
+        keys = self.resolved.promised_keys.get(extract_layer_index(self.name))
+        if keys is None:
+            return None
+        heads = self._heads()
+        return keys[heads.start : heads.stop]
+
+    def screen(self) -> ScreenTransform | None:
+        """What a K screen knows of this rank's KV heads of a sparse layer; None where the layer has no screen.
+
+        A layer that shares another's cache has its screen, too.
+        """
+        index = extract_layer_index(self.layer.kv_sharing_target_layer_name or self.name)
+        transform = self.resolved.screens.get(index)
+        if transform is None or self.tensor_parallel_size == 1:
+            return transform
+        # Several ranks have the same head where there are more of them than KV heads.
+        heads = self.resolved.identity.num_kv_heads
+        first = _rank(self.tensor_parallel_size) * heads // self.tensor_parallel_size
+        return transform.heads(first, self.layer.num_kv_heads)
+
+    def _heads(self) -> range:
+        """This rank's query heads among the model's."""
+        total, ranks = self.resolved.identity.num_query_heads, self.tensor_parallel_size
+        if self.layer.num_heads * ranks != total:
+            raise ValueError(
+                f"{self.name} has {self.layer.num_heads} query heads on each of {ranks} ranks, but the model's "
+                f"configuration says {total} in all; TOPTHETA needs a tensor-parallel size that divides the heads"
+            )
+        first = _rank(ranks) * self.layer.num_heads
+        return range(first, first + self.layer.num_heads)
 
 
 def _rank(tensor_parallel_size: int) -> int:

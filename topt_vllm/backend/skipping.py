@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
-from topt_vllm.backend.startup import Resolved, layers_that_see_all
+from topt_vllm.backend.startup import Resolved
 from topt_vllm.table.search import chooses_no_table
 
 if TYPE_CHECKING:
@@ -32,11 +32,10 @@ def why_nothing_is_skipped(resolved: Resolved, vllm_config: "VllmConfig") -> Ite
     contexts = f"contexts have at most {longest} tokens (--max-model-len)"
     if model_config.runner_type == "pooling":
         yield "--runner pooling decodes nothing"
-    whole = layers_that_see_all(model_config.hf_config, longest)
-    if not whole:
+    if not resolved.see_all:
         yield f"no layer attends to more than a window of its context, and {contexts}"
     elif config.sift is None:
-        yield from _without_thresholds(resolved, whole, contexts)
+        yield from _without_thresholds(resolved, contexts)
     shortest = min((int(thetas.lengths[0]) for thetas in resolved.thetas.values()), default=0)
     if shortest > longest:
         yield f"the table has thresholds from {shortest} tokens on, and {contexts}"
@@ -50,7 +49,7 @@ def why_nothing_is_skipped(resolved: Resolved, vllm_config: "VllmConfig") -> Ite
             yield f"toptheta.{name} is {tokens}, and {contexts}"
 
 
-def _without_thresholds(resolved: Resolved, whole: list[int], contexts: str) -> Iterator[str]:
+def _without_thresholds(resolved: Resolved, contexts: str) -> Iterator[str]:
     labels = resolved.table_labels
     if chooses_no_table(resolved.config):
         yield 'thresholds "none" was asked for'
@@ -58,5 +57,5 @@ def _without_thresholds(resolved: Resolved, whole: list[int], contexts: str) -> 
         yield "there is no threshold table"
     elif not resolved.thetas:
         yield f"budget {labels['budget']} of {labels['name']} has dense layers alone"
-    elif not set(whole) & set(resolved.thetas):
+    elif not set(resolved.see_all) & set(resolved.thetas):
         yield f"all layers with thresholds attend to a window, and {contexts}"

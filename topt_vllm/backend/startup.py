@@ -1,7 +1,7 @@
 """What is decided once, before anything is loaded: configuration, threshold table, kernel."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.screens import choose_screens, describe_screens
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
-from topt_vllm.table.layers import ATTENTION_FREE, FULL, layer_heads, layer_kinds
+from topt_vllm.table.layers import FULL, layer_heads, layer_kinds
 from topt_vllm.table.schema import Budget
 from topt_vllm.table.search import chooses_no_table, find_table
 
@@ -27,13 +27,13 @@ class Resolved:
     Attributes:
         config: The plugin's settings.
         identity: The served model.
-        implementation_name: Chosen kernel.
-        implementation: Its module.
-        thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
-        description: One line for the log.
-        table_labels: The table in the metrics: name, digest and budget, and the model that is served.
-        screens: What a K screen knows of the K of each layer that has one, over all KV heads.
+        implementation: Module of the chosen kernel.
         kv_heads: KV heads of each layer with attention, over all tensor-parallel ranks.
+        see_all: Layers whose rows attend to all keys of the contexts that are served.
+        table_labels: The table in the metrics: name, digest and budget, and the model that is served.
+        description: One line for the log.
+        thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
+        screens: What a K screen knows of the K of each layer that has one, over all KV heads.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
@@ -42,12 +42,12 @@ class Resolved:
 
     config: TopThetaConfig
     identity: ModelIdentity
-    implementation_name: str
     implementation: Implementation
-    thetas: dict[int, Thetas]
-    description: str
-    table_labels: dict[str, str]
     kv_heads: dict[int, int]
+    see_all: list[int]
+    table_labels: dict[str, str]
+    description: str = ""
+    thetas: dict[int, Thetas] = field(default_factory=dict)
     screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
@@ -93,12 +93,22 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             "allowed on GPUs: auto | triton"
         )
     require(implementation, screen=config.screen)
+    text = hf_config.get_text_config()
+    kinds = enumerate(layer_kinds(text, model_config.max_model_len))
+    see_all = [layer for layer, kind in kinds if kind in FULL]
+    known = Resolved(config, identity, implementation, _kv_heads(text, identity), see_all, _labels(identity))
     if config.sift is not None:
-        return _resolve_sift(vllm_config, config, identity, name, implementation)
+        return _with_sift(known, vllm_config, name)
+    return _with_table(known, vllm_config, name, dense_on_platform)
+
+
+def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_platform: bool) -> Resolved:
+    """The outcome under ``policy: toptheta``, whether there is a table or not; errors as for :func:`resolve`."""
+    config, identity, model_config = known.config, known.identity, vllm_config.model_config
     found = find_table(config, identity, model_config.model, model_config.revision)
     thetas: dict[int, Thetas] = {}
     budget = None
-    labels = _labels(identity)
+    labels = known.table_labels
     if found is None:
         rows = "every V row is read (θ = −inf" + (")" if chooses_no_table(config) else ": no table found)")
     else:
@@ -113,7 +123,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
     screens: dict[int, ScreenTransform] = {}
     if config.screen is not None:
-        screens = choose_screens(config.screen, found, budget, implementation, model_config.model)
+        screens = choose_screens(config.screen, found, budget, known.implementation, model_config.model)
         rows += f"; {describe_screens(config, screens, thetas)}"
     drafts = compat.drafts_sparsely(vllm_config)
     if drafts:
@@ -126,29 +136,19 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         served_by = f"{name} kernel, dense layers on vLLM's own"
     else:
         served_by = "vLLM's own kernels" if dense_on_platform else f"{name} kernel"
-    return Resolved(
-        config,
-        identity,
-        name,
-        implementation,
-        thetas,
-        f"TOPTHETA: {served_by}, {rows}",
-        labels,
-        _kv_heads(hf_config),
-        screens,
-        keys,
-        dense_on_platform,
-        drafts,
+    return replace(
+        known,
+        table_labels=labels,
+        description=f"TOPTHETA: {served_by}, {rows}",
+        thetas=thetas,
+        screens=screens,
+        promised_keys=keys,
+        dense_on_platform=dense_on_platform,
+        drafts=drafts,
     )
 
 
-def _resolve_sift(
-    vllm_config: "VllmConfig",
-    config: TopThetaConfig,
-    identity: ModelIdentity,
-    name: str,
-    implementation: Implementation,
-) -> Resolved:
+def _with_sift(known: Resolved, vllm_config: "VllmConfig", name: str) -> Resolved:
     """The outcome under ``policy: sift``, which has no table.
 
     Raises:
@@ -166,28 +166,17 @@ def _resolve_sift(
             f"toptheta.policy is 'sift', but speculation is {speculative.method!r}: a draft model's steps would "
             "count as those of the requests. Use ngram, or policy toptheta."
         )
-    hf_config, longest = vllm_config.model_config.hf_config, vllm_config.model_config.max_model_len
+    config, sparse, layers = known.config, len(known.see_all), known.identity.num_layers
     rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
     rows += f"{config.sift_tau:.1%} of the keys"
-    if (sparse := len(layers_that_see_all(hf_config, longest))) < identity.num_layers:
-        rows += f" in {sparse} of {identity.num_layers} layers"
-    labels = _labels(identity, budget=f"sift {config.sift_tau}")
-    description = f"TOPTHETA: {name} kernel, {rows}"
-    return Resolved(config, identity, name, implementation, {}, description, labels, _kv_heads(hf_config))
+    rows += f" in {sparse} of {layers} layers" if sparse < layers else ""
+    labels = _labels(known.identity, budget=f"sift {config.sift_tau}")
+    return replace(known, table_labels=labels, description=f"TOPTHETA: {name} kernel, {rows}")
 
 
-def layers_that_see_all(hf_config: Any, context: int) -> list[int]:
-    """Layers whose rows attend to all keys of contexts up to so many tokens."""
-    kinds = layer_kinds(hf_config.get_text_config(), context)
-    return [layer for layer, kind in enumerate(kinds) if kind in FULL]
-
-
-def _kv_heads(hf_config: Any) -> dict[int, int]:
-    config = hf_config.get_text_config()
-    kinds = layer_kinds(config)
-    return {
-        layer: layer_heads(config, layer).kv for layer, kind in enumerate(kinds) if kind not in ATTENTION_FREE
-    }
+def _kv_heads(text_config: Any, identity: ModelIdentity) -> dict[int, int]:
+    with_attention = set(range(identity.num_layers)) - set(identity.attention_free_layers)
+    return {layer: layer_heads(text_config, layer).kv for layer in sorted(with_attention)}
 
 
 def _labels(

@@ -28,7 +28,7 @@ from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import choose_rows_per_state
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.backend import compat, connectors
-from topt_vllm.backend.layers import screen_of, thresholds_of
+from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.startup import Resolved, resolve
 
 # Of one state; what vLLM chooses where nobody sets a size. At 16 slots V sums would be a sixteenth of a bf16 cache.
@@ -233,9 +233,10 @@ def register(vllm_config: VllmConfig) -> None:
         layer.impl.states_known = True
         if layer.impl.sees_all:
             layer.sliding_window = None
-        _, reason = thresholds_of(layer, name, resolved, tensor_parallel_size)
+        known = ModelLayer(layer, name, resolved, tensor_parallel_size)
+        _, reason = known.thresholds()
         if reason is None:
-            screened = screen_of(layer, name, resolved, tensor_parallel_size) is not None
+            screened = known.screen() is not None
             owner = layer.kv_sharing_target_layer_name or name
             if owner != name:
                 compat.let_caches_be_shared_beside_states()

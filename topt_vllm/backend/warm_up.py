@@ -19,10 +19,11 @@ class WarmUp:
     def __init__(self, max_sequences: int, max_query_rows: int) -> None:
         self._sequences = {1, max_sequences}
         self._query_rows = {1, max_query_rows}
-        self._kinds_done: set[tuple[bool, bool]] = set()
+        self._kinds_done: set[tuple[bool, ...]] = set()
 
     def run(
         self,
+        kind: tuple[bool, ...],
         kernel: Implementation,
         decode: Callable[[torch.Tensor, DecodeBatch, torch.Tensor], None],
         query: torch.Tensor,
@@ -33,6 +34,7 @@ class WarmUp:
         """Does it when it is first called with a layer of its kind.
 
         Args:
+            kind: What kernels depend on that layers of a builder don't share.
             kernel: The operator.
             decode: Decodes a batch in one layer, from its query rows into its output.
             query: [R, H, D], of a step; for its type and layout.
@@ -40,7 +42,6 @@ class WarmUp:
             block_table: int32 [S, max blocks], of the step; for its layout.
             out: [R, H, D], of the step; not written.
         """
-        kind = cache.value_sums is not None, cache.key_screen is not None
         if kind in self._kinds_done or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self._kinds_done.add(kind)

@@ -29,7 +29,8 @@ from topt_vllm.attention.common import (
     Thetas,
     choose_rows_per_state,
 )
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenTransform
+from topt_vllm.attention.margin import DEFAULT_MARGIN
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.attention.triton.arguments import screen_bytes
 from topt_vllm.attention.triton.calls import Call, DecodeStep
 from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
@@ -87,10 +88,8 @@ class Chip:
     @property
     def limits(self) -> GpuLimits:
         """What the launch heuristic knows of it."""
-        tensor_memory = not self.amd and self.triton.arch // 10 == 10
-        converts_fp8 = not self.amd and self.triton.arch >= 89
-        sizes = self.multiprocessors, self.shared_bytes, self.block_bytes
-        return GpuLimits(self.amd, *sizes, tensor_memory, converts_fp8)
+        capability = None if self.amd else int(self.triton.arch)
+        return GpuLimits.of(capability, self.multiprocessors, self.shared_bytes, self.block_bytes)
 
     def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Blocks that are resident on one multiprocessor at once."""

@@ -13,15 +13,14 @@ from topt_vllm.benchmarks.cases import Inputs, Shape, SharedRows
 _BLOCKS_AT_ONCE = 256
 
 
-def device_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
+def device_inputs(shape: Shape, device: torch.device) -> Inputs:
     """As :func:`topt_vllm.benchmarks.cases.make_inputs`.
 
     Args:
         shape: Dimensions.
         device: Of every tensor.
-        seed: Of the random numbers.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     total = shape.total_blocks
     sizes = (total, shape.block_size, shape.kv_heads, 2 * shape.head_dim)
     memory = torch.empty(sizes, dtype=shape.dtype, device=device)

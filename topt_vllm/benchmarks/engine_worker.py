@@ -10,7 +10,6 @@ from vllm.model_executor.models.utils import extract_layer_index
 from topt_vllm.benchmarks.cases import union_theta
 from topt_vllm.calibration.key_statistics import key_sums
 from topt_vllm.engines.counters import WorkerCounters
-from topt_vllm.replay.scores import LayerCall
 
 
 @dataclass
@@ -80,7 +79,7 @@ class BenchmarkedWorker(WorkerCounters):
         for index, seen in self._seen.items():
             # Only so many queries are known: those of decode steps.
             key, query = (torch.cat(part).transpose(0, 1) for part in (seen.keys, seen.queries))
-            found[index] = key_sums(LayerCall(index, query, key, key, 1.0)).tolist()
+            found[index] = key_sums(query, key).tolist()
         return found
 
     def _attention_layers(self) -> dict[int, Any]:

@@ -8,7 +8,8 @@ import torch
 
 from topt_vllm.attention import api, reference
 from topt_vllm.attention.common import KeyScreen, Selection, Stat, Thetas
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenFormat, ScreenTransform, rotation_signs
+from topt_vllm.attention.margin import DEFAULT_MARGIN
+from topt_vllm.attention.screen import ScreenFormat, ScreenTransform, rotation_signs
 from topt_vllm.benchmarks.cases import Inputs, Shape
 
 OFF = "off"

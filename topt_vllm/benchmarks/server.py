@@ -16,6 +16,8 @@ from typing import Any
 
 from topt_vllm.engines.process import EngineError
 
+# Until /health must answer.
+_START_SECONDS = 900
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 30
 
@@ -34,7 +36,6 @@ def serve(
     toptheta: dict[str, Any] | None,
     options: Sequence[str],
     log: Path,
-    timeout: float = 900,
 ) -> Iterator[str]:
     """Runs ``vllm serve`` until the block ends, whatever ends it.
 
@@ -44,7 +45,6 @@ def serve(
         toptheta: The plugin's settings; None for none.
         options: More options of ``vllm serve``.
         log: File for the server's output.
-        timeout: Seconds until /health must answer.
 
     Yields:
         The server's base URL.
@@ -63,7 +63,7 @@ def serve(
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(url, process, log, timeout)
+        _wait_until_healthy(url, process, log)
         yield url
     finally:
         _stop(process)
@@ -88,8 +88,8 @@ def is_healthy(url: str, timeout: float) -> bool:
         return False
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         if is_healthy(url, timeout=5):
             return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from topt_vllm.attention.triton.arguments import screen_bytes
-from topt_vllm.attention.triton.launch import GpuLimits, choose
+from topt_vllm.attention.triton.launch import GpuLimits, LaunchShape, choose
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 from topt_vllm.benchmarks.cases import Shape
 
@@ -121,9 +121,8 @@ def dense_traffic(shape: Shape, limits: GpuLimits) -> Traffic:
 def _segments(shape: Shape, limits: GpuLimits, programs: int | None, screened: bool) -> int:
     """Parts of one KV head that programs and sequences cut the batch into."""
     heads = shape.heads, shape.kv_heads, shape.head_dim
-    launch = choose(
-        1, *heads, shape.dtype.itemsize, limits, programs, screened, shape.batch, shape.block_size
-    )
+    called = LaunchShape(1, *heads, shape.dtype.itemsize, screened, shape.batch, shape.block_size)
+    launch = choose(called, limits, programs)
     tiles = -(-shape.longest // launch.tile)
     total = tiles * shape.batch
     used = max(1, min(launch.programs, total // launch.min_tiles))

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from topt_vllm.attention.screen import DEFAULT_MARGIN, ScreenTransform
+from topt_vllm.attention.margin import DEFAULT_MARGIN
+from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.calibration.collect import late_rows, observed
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.replay.model import Subject

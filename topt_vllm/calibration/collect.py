@@ -148,7 +148,7 @@ def _sequence(
     def observe(call: LayerCall) -> None:
         if keep is not None:
             keep(_late(call))
-        values[call.layer] = [kth_scores(call, sample.rows, plan.ks).cpu(), key_sums(call)]
+        values[call.layer] = [kth_scores(call, sample.rows, plan.ks).cpu(), key_sums(call.query, call.key)]
         progress()
 
     _run(model, plan, sequence, observe)

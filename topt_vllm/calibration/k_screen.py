@@ -115,7 +115,7 @@ def _statistics(model: Any, plan: ScreenPlan, bar: Any) -> KeyStatistics:
     sums: dict[int, torch.Tensor] = {}
 
     def observe(call: LayerCall) -> None:
-        found = key_sums(call)
+        found = key_sums(call.query, call.key)
         sums[call.layer] = sums[call.layer] + found if call.layer in sums else found
         bar.update()
 

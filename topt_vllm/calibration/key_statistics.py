@@ -7,7 +7,6 @@ where s² is the ratio of K's deviation to Q's size, channel by channel:  s = (v
 import torch
 
 from topt_vllm.calibration.options import CalibrationError
-from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.schema import KeyStatistics, LayerKeys
 
 # First tokens of a sequence: their keys are like no others.
@@ -17,10 +16,18 @@ _FLOOR = 1e-4
 _DIGITS = 5
 
 
-def key_sums(call: LayerCall) -> torch.Tensor:
-    """Sums over one sequence: number, values and squares of K, and of Q over its group; float64 [6, Hkv, D]."""
-    keys, queries = _sums(call.key[:, SKIPPED_TOKENS:]), _sums(call.query)
-    return torch.cat([keys, queries.unflatten(1, (len(call.key), -1)).sum(dim=2)]).cpu()
+def key_sums(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Sums over one sequence: number, values and squares of K, and of Q over its group.
+
+    Args:
+        query: [H, any number of rows, D].
+        key: [Hkv, n, D].
+
+    Returns:
+        float64 [6, Hkv, D].
+    """
+    keys, queries = _sums(key[:, SKIPPED_TOKENS:]), _sums(query)
+    return torch.cat([keys, queries.unflatten(1, (len(key), -1)).sum(dim=2)]).cpu()
 
 
 def _sums(rows: torch.Tensor) -> torch.Tensor:

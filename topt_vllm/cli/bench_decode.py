@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm import large_pages
+from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
@@ -53,9 +54,10 @@ def add_mode(modes: Any) -> None:
     add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
     add(
         "--k-screen-margin",
-        type=_margin,
+        type=read_margin,
+        default=argparse.SUPPRESS,
         metavar="MARGIN",
-        help="as in the settings: standard deviations or hard (default 2.5)",
+        help=f"as in the settings: standard deviations or {HARD} (default {DEFAULT_MARGIN})",
     )
     add("--group-keep", choices=("head", "union"), default="union", help="default %(default)s")
     add("--compensation", choices=("none", "vmean"), default="vmean", help="default %(default)s")
@@ -126,10 +128,6 @@ def _lengths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _margin(text: str) -> float | str:
-    return text if text == "hard" else float(text)
-
-
 def _budget(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
@@ -181,10 +179,12 @@ def _device(args: argparse.Namespace) -> "Device":
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that contradict each other, and fills in the defaults of a synthetic cache."""
-    if args.k_screen_margin is not None and args.k_screen == ["off"]:
+    if "k_screen_margin" not in args:
+        args.k_screen_margin = DEFAULT_MARGIN
+    elif args.k_screen == ["off"]:
         raise UserError("--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out")
-    if isinstance(args.k_screen_margin, float) and not 0 <= args.k_screen_margin < 100:
-        raise UserError(f"--k-screen-margin {args.k_screen_margin}: at least 0 and below 100, or hard")
+    if args.k_screen_margin is not None and not 0 <= args.k_screen_margin < 100:
+        raise UserError(f"--k-screen-margin {args.k_screen_margin}: at least 0 and below 100, or {HARD}")
     check_screens(args.k_screen)
     if args.block_size is None:
         args.block_size = _BLOCK_SIZE[args.device]
@@ -219,8 +219,7 @@ def _check(args: argparse.Namespace) -> None:
 def _screens(args: argparse.Namespace) -> "Screens":
     from topt_vllm.benchmarks.screens import Screens
 
-    margin = 2.5 if args.k_screen_margin is None else args.k_screen_margin
-    return Screens(args.k_screen, None if margin == "hard" else margin)
+    return Screens(args.k_screen, args.k_screen_margin)
 
 
 def _synthetic(

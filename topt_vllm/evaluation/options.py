@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.output import not_writable
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
 
@@ -39,11 +40,6 @@ def _names(values: Iterable[str]) -> tuple[str, ...]:
 
 def _budgets(values: Iterable[str]) -> tuple[int | str, ...]:
     return tuple(int(value) if value.isdecimal() else value for value in _names(values))
-
-
-def _margin(text: str) -> float | None:
-    """A number, or None for a hard bound."""
-    return None if text == "hard" else float(text)
 
 
 def _layers(values: list[str]) -> tuple[int, ...]:
@@ -99,10 +95,10 @@ class EvaluationOptions:
     )
     # None: a hard bound.
     k_screen_margin: float | None = option(
-        2.5,
-        "margin of K screens: standard deviations of a score's error, or hard (default %(default)s)",
+        DEFAULT_MARGIN,
+        f"margin of K screens: standard deviations of a score's error, or {HARD} (default %(default)s)",
         group=_RULES,
-        type=_margin,
+        type=read_margin,
         metavar="NUMBER",
     )
     thresholds: str | None = option(
@@ -197,7 +193,7 @@ class EvaluationOptions:
         )
         require(
             self.k_screen_margin is None or 0 <= self.k_screen_margin < math.inf,
-            f"--k-screen-margin is {self.k_screen_margin}; it must be a number of at least 0, or hard",
+            f"--k-screen-margin is {self.k_screen_margin}; it must be a number of at least 0, or {HARD}",
         )
         require(self.decode_rows >= 2, f"--decode-rows is {self.decode_rows}; it must be at least 2")
         require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")

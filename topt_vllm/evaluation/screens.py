@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from topt_vllm.attention.common import SCREEN_LIMITS
+from topt_vllm.attention.margin import HARD
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 from topt_vllm.evaluation.options import NO_SCREEN
 from topt_vllm.evaluation.rules.screened import ScreenedTopTheta
@@ -32,7 +33,7 @@ class Screen:
     @property
     def facts(self) -> dict[str, Any]:
         """What records say about it."""
-        margin = "hard" if self.margin is None else self.margin
+        margin = HARD if self.margin is None else self.margin
         return {
             "k_screen": self.format or NO_SCREEN,
             "k_screen_margin": margin if self.format else None,
@@ -55,7 +56,8 @@ class Screen:
     def _screened(self, rule: TopTheta, layer: int) -> TopTheta:
         if self.format is None:
             return rule
-        return ScreenedTopTheta(rule.thetas, self.transforms[layer], self.format, self.margin)
+        shortest = SCREEN_LIMITS[self.format].min_seq_len
+        return ScreenedTopTheta(rule.thetas, self.transforms[layer], self.format, self.margin, shortest)
 
 
 def screens_of(formats: tuple[str, ...], margin: float | None, table: ThresholdTable) -> list[Screen]:

@@ -6,6 +6,7 @@ and attention sinks, which SDPA drops, and attention under a rule, if asked for,
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +30,57 @@ _MASKED_ROWS = 1024
 Observer = Callable[[LayerCall], None]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a layer asks of transformers' attention function.
+
+    Attributes:
+        module: The layer's attention.
+        query: [B, H, r, D].
+        key: [B, Hkv, n, D].
+        value: [B, Hkv, n, Dv].
+        mask: [1, 1 or H, r, n], boolean or additive; None for plain causal attention.
+        scaling: Factor of q·k; None for D^-0.5.
+        softcap: Logits softcap; None for none.
+        more: Arguments by name that some models have.
+    """
+
+    module: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float | None
+    softcap: float | None
+    more: dict[str, Any]
+
+    @property
+    def layer(self) -> int:
+        """Index in the model."""
+        return int(self.module.layer_idx)
+
+    def call(self, index: int = 0, **instead: Any) -> LayerCall:
+        """One sequence of the batch; ``instead`` are attributes of the call that aren't what was asked with."""
+        given = {
+            "query": self.query[index],
+            "key": self.key[index],
+            "value": self.value[index],
+            "scale": self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling,
+            "softcap": self.softcap or 0.0,
+            "sinks": self.more.get("s_aux"),
+        }
+        return LayerCall(self.layer, **given | instead)
+
+    def by_torch(self, *tensors: torch.Tensor | None, **instead: Any) -> torch.Tensor:
+        """transformers' own attention of query, key, value and mask, [1, r, H, Dv], with arguments as asked for."""
+        more = self.more | {"scaling": self.scaling} | instead
+        return sdpa_attention_forward(self.module, *tensors, **more)[0]
+
+
+Attention = Callable[[Asked], torch.Tensor]
+"""What attends: its output is [B, r, H, Dv]."""
+
+
 class _Capture:
     """The attention function of one run."""
 
@@ -38,29 +90,17 @@ class _Capture:
         self._rules = rules
         self._windowed = set(identity.sliding_window_layers)
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        mask = None if attention_mask is None else visible_keys(attention_mask)
-        place = {"mask": mask, "sinks": kwargs.get("s_aux")}
-        call = LayerCall.of(module.layer_idx, query[0], key[0], value[0], scaling, softcap, **place)
+    def __call__(self, asked: Asked) -> torch.Tensor:
+        call = asked.call(mask=None if asked.mask is None else visible_keys(asked.mask))
         self._check_heads(call)
         windowed = call.layer in self._windowed
         if not windowed:
-            check_plain_causal(module, call, call.mask, kwargs)
+            check_plain_causal(asked, call, call.mask)
             self._observe(call)
         rule = self._rules.get(call.layer)
         if rule is not None:
-            return attend(call, rule).transpose(0, 1).unsqueeze(0), None
-        return whole_sequence(module, call, attention_mask, scaling, kwargs), None
+            return attend(call, rule).transpose(0, 1).unsqueeze(0)
+        return whole_sequence(asked, call)
 
     def _check_heads(self, call: LayerCall) -> None:
         expected = (self._identity.num_query_heads, self._identity.num_kv_heads, self._identity.head_dim)
@@ -92,15 +132,33 @@ def captured(
 
 def can_be_captured(model: Any) -> bool:
     """Whether the model takes its attention from the AttentionInterface; a model on the meta device will do."""
-    with selected(model, sdpa_attention_forward):
+    with selected(model, _never):
         return model.config.get_text_config()._attn_implementation == NAME
 
 
+def _never(asked: Asked) -> torch.Tensor:
+    raise AssertionError("the model isn't run")
+
+
 @contextmanager
-def selected(model: Any, attention: Callable[..., Any]) -> Iterator[None]:
+def selected(model: Any, attention: Attention) -> Iterator[None]:
     """Within it, ``model`` attends with the function ``attention``, which gets the masks of SDPA."""
+
+    def function(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        **more: Any,
+    ) -> tuple[torch.Tensor, None]:
+        asked = Asked(module, query, key, value, attention_mask, scaling, softcap, more)
+        return attention(asked), None
+
     before = model.config._attn_implementation
-    AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(NAME, function)
     # None for plain causal attention, so no [n, n] tensor is made.
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
@@ -118,58 +176,47 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     return first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
 
 
-def whole_sequence(
-    module: torch.nn.Module,
-    call: LayerCall,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
+def whole_sequence(asked: Asked, call: LayerCall) -> torch.Tensor:
     """Dense attention of a whole sequence, [1, n, H, Dv]: transformers' own, wherever it computes what is asked.
 
     Under a mask, rows are attended part by part, each with the keys that it sees: in a layer with a sliding window
     those are few, and all n × n pairs would cost many times as much.
 
     Args:
-        module: The layer's attention.
-        call: What it was called with, and
-        attention_mask: as it was given the mask,
-        scaling: the factor of q·k,
-        kwargs: and further arguments.
+        asked: For the mask and further arguments.
+        call: The sequence, or its first rows.
     """
     if not call.plain:
         return attend(call, None).transpose(0, 1).unsqueeze(0)
     query, key, value = call.query[None], call.key[None], call.value[None]
-    kwargs = {**kwargs, "scaling": scaling}
-    if attention_mask is None:
-        return sdpa_attention_forward(module, query, key, value, None, **kwargs)[0]
-    seen = visible_keys(attention_mask)
+    if asked.mask is None:
+        return asked.by_torch(query, key, value, None)
+    length = query.shape[2]
+    mask = asked.mask[..., :length, :length]
+    seen = visible_keys(mask)
     outputs = []
     for start in range(0, len(seen), _MASKED_ROWS):
         rows = slice(start, start + _MASKED_ROWS)
         indices = seen[rows].any(dim=0).nonzero()
         keys = slice(int(indices[0]), int(indices[-1]) + 1)
-        tensors = query[:, :, rows], key[:, :, keys], value[:, :, keys], attention_mask[:, :, rows, keys]
-        outputs.append(sdpa_attention_forward(module, *tensors, **kwargs)[0])
+        tensors = query[:, :, rows], key[:, :, keys], value[:, :, keys], mask[:, :, rows, keys]
+        outputs.append(asked.by_torch(*tensors))
     return torch.cat(outputs, dim=1)
 
 
-def check_plain_causal(
-    module: torch.nn.Module, call: LayerCall, mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> None:
+def check_plain_causal(asked: Asked, call: LayerCall, mask: torch.Tensor | None) -> None:
     """Raises ReplayError where a row of a whole pass sees other keys than all up to its own, or its window.
 
     Args:
-        module: The layer's attention.
-        call: What it was called with.
+        asked: For further arguments.
+        call: What the layer was called with.
         mask: bool [n, n]; None where the module says that it is causal.
-        kwargs: Further arguments of the attention function.
     """
-    refused = [name for name in REFUSED if kwargs.get(name) is not None]
-    asked = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if asked is None else asked):
+    refused = [name for name in REFUSED if asked.more.get(name) is not None]
+    causal = asked.more.get("is_causal")
+    if not (getattr(asked.module, "is_causal", True) if causal is None else causal):
         refused.append("is_causal=False")
-    window = kwargs.get("sliding_window")
+    window = asked.more.get("sliding_window")
     if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")
     if mask is not None and not _sees_window(mask, call.window):

@@ -9,10 +9,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import check_plain_causal, selected, visible_keys, whole_sequence
+from topt_vllm.replay.capture import Asked, check_plain_causal, selected, visible_keys, whole_sequence
 from topt_vllm.replay.causal_lm import CausalLM, replaced
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
@@ -91,38 +90,25 @@ class DensePass:
         """
         sparse = attention.layers if attention is not None else []
 
-        def function(module: torch.nn.Module, *tensors: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-            used = attention if module.layer_idx in sparse else None
-            return self._attend(used, first, module, *tensors, **kwargs)
+        def function(asked: Asked) -> torch.Tensor:
+            return self._attend(attention if asked.layer in sparse else None, first, asked)
 
         known = min(sparse, default=self._subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
         with torch.inference_mode(), skipping, selected(self.model.model, function):
             return self.model.hidden(inputs, first)
 
-    def _record(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
-        window = self._subject.window_of(layer)
-        place = {"window": window, "sinks": kwargs.get("s_aux")}
-        call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, **place)
+    def _record(self, asked: Asked) -> torch.Tensor:
+        window = self._subject.window_of(asked.layer)
+        call = asked.call(window=window)
         # Layers of a kind are given the same mask.
-        known = attention_mask is None or attention_mask is self._checked.get(window)
-        check_plain_causal(module, call, None if known else visible_keys(attention_mask), kwargs)
+        known = asked.mask is None or asked.mask is self._checked.get(window)
+        check_plain_causal(asked, call, None if known else visible_keys(asked.mask))
         self._check_call(call)
-        self._checked[window] = attention_mask
-        self._seen.add(layer)
+        self._checked[window] = asked.mask
+        self._seen.add(call.layer)
         self._keep(call)
-        return whole_sequence(module, call, attention_mask, scaling, kwargs), None
+        return whole_sequence(asked, call)
 
     def _check_call(self, call: LayerCall) -> None:
         """What later runs take for granted: one call, and the heads by which V rows are counted."""
@@ -141,37 +127,23 @@ class DensePass:
         """Keeps what later runs need of a layer."""
         self._cache[call.layer] = call.key.contiguous(), call.value.contiguous()
 
-    def _attend(
-        self,
-        attention: RuleAttention | None,
-        first: int,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        softcap: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        layer = int(module.layer_idx)
-        window = self._subject.window_of(layer)
+    def _attend(self, attention: RuleAttention | None, first: int, asked: Asked) -> torch.Tensor:
+        window = self._subject.window_of(asked.layer)
         # Keys that even the first row no longer sees are left out.
         start = max(0, first - window + 1) if window else 0
-        before = [tensor[:, start:first] for tensor in self._cache[layer]]
+        before = [tensor[:, start:first] for tensor in self._cache[asked.layer]]
         outputs = []
-        for index in range(query.shape[0]):
-            seen_key = torch.cat([before[0], key[index]], dim=1)
-            seen_value = torch.cat([before[1], value[index]], dim=1)
-            place = {"first": first - start, "window": window, "sinks": kwargs.get("s_aux")}
-            call = LayerCall.of(layer, query[index], seen_key, seen_value, scaling, softcap, **place)
+        for index in range(len(asked.query)):
+            key = torch.cat([before[0], asked.key[index]], dim=1)
+            value = torch.cat([before[1], asked.value[index]], dim=1)
+            call = asked.call(index, key=key, value=value, first=first - start, window=window)
             if attention is not None:
                 outputs.append(attention.attend(call).transpose(0, 1))
             elif not call.plain:
                 outputs.append(attend(call, None).transpose(0, 1))
             else:
-                outputs.append(_dense(module, call, scaling, kwargs))
-        return torch.stack(outputs), None
+                outputs.append(_dense(asked, call))
+        return torch.stack(outputs)
 
     @contextmanager
     def _recording(self, spans: tuple[range, ...]) -> Iterator[None]:
@@ -207,14 +179,12 @@ class DensePass:
             yield
 
 
-def _dense(
-    module: torch.nn.Module, call: LayerCall, scaling: float | None, kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _dense(asked: Asked, call: LayerCall) -> torch.Tensor:
     """transformers' own attention of the call's rows, [r, H, Dv]."""
     rows = torch.arange(call.first, call.key.shape[1], device=call.query.device)
     tensors = call.query[None], call.key[None], call.value[None], call.visible(rows)[None, None]
     # The mask says all: the rows are the last of the sequence, which is_causal can't express.
-    return sdpa_attention_forward(module, *tensors, scaling=scaling, **{**kwargs, "is_causal": False})[0][0]
+    return asked.by_torch(*tensors, is_causal=False)[0]
 
 
 def _decoder_layers(model: Any, count: int) -> list[torch.nn.Module]:

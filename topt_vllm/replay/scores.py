@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -46,21 +46,6 @@ class LayerCall:
     first: int = 0
     window: int = 0
     sinks: torch.Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scaling: float | None,
-        softcap: float | None,
-        **place: Any,
-    ) -> "LayerCall":
-        """From what transformers gives an attention function, tensors of one sequence; ``place`` as above."""
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return cls(layer, query, key, value, scale, softcap or 0.0, **place)
 
     @property
     def plain(self) -> bool:

@@ -5,12 +5,13 @@ attended densely, come out as they did, and the rows behind them find the states
 a pass over the prompt for every run.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import selected, whole_sequence
+from topt_vllm.replay.capture import Asked, selected, whole_sequence
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.scores import LayerCall
@@ -36,30 +37,14 @@ class WholePass(DensePass):
         """As :meth:`DensePass.decode`; ``span`` saves nothing here."""
         sparse = attention.layers if attention is not None else []
 
-        def function(
-            module: torch.nn.Module,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            scaling: float | None = None,
-            softcap: float | None = None,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, None]:
-            layer = int(module.layer_idx)
-            place = {"window": self._subject.window_of(layer), "sinks": kwargs.get("s_aux")}
-            tensors = query[0], key[0], value[0]
-            if attention is None or layer not in sparse:
-                call = LayerCall.of(layer, *tensors, scaling, softcap, **place)
-                return whole_sequence(module, call, attention_mask, scaling, kwargs), None
-            prompted = query[0, :, :first], key[0, :, :first], value[0, :, :first]
-            before = LayerCall.of(layer, *prompted, scaling, softcap, **place)
-            mask = None if attention_mask is None else attention_mask[..., :first, :first]
-            dense = whole_sequence(module, before, mask, scaling, kwargs)
-            decoded = LayerCall.of(
-                layer, query[0, :, first:], key[0], value[0], scaling, softcap, first=first, **place
-            )
-            return torch.cat([dense, attention.attend(decoded).transpose(0, 1)[None]], dim=1), None
+        def function(asked: Asked) -> torch.Tensor:
+            whole = asked.call(window=self._subject.window_of(asked.layer))
+            if attention is None or asked.layer not in sparse:
+                return whole_sequence(asked, whole)
+            prompt = {name: getattr(whole, name)[:, :first] for name in ("query", "key", "value")}
+            dense = whole_sequence(asked, replace(whole, **prompt))
+            decoded = replace(whole, query=whole.query[:, first:], first=first)
+            return torch.cat([dense, attention.attend(decoded).transpose(0, 1)[None]], dim=1)
 
         prompt = self._tokens[:, :first]
         with torch.inference_mode(), selected(self.model.model, function):

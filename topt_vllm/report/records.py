@@ -17,8 +17,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e12)]
 Ratio = Annotated[float, Field(ge=1e-9, le=1e9)]
-# Of a stranger's list the first wrong item is enough.
-Records = Annotated[list[Any], Field(min_length=1, fail_fast=True)]
 
 
 class _Part(BaseModel):

@@ -95,19 +95,21 @@ def _round_values(low: float, high: float) -> list[float]:
     return found
 
 
+# Half of a marker's width.
+_MARKER = 4.0
 MARKERS = ("circle", "square", "diamond", "up", "down", "cross")
 
 
-def marker(x: float, y: float, shape: int, class_: str, size: float = 4.0) -> Markup:
+def marker(x: float, y: float, shape: int, class_: str) -> Markup:
     """One of the shapes of :data:`MARKERS`, told apart without colour."""
     name = MARKERS[shape % len(MARKERS)]
     if name == "circle":
-        return tag("circle", cx=x, cy=y, r=size, class_=class_)
-    return tag("path", d=path(_outline(name, x, y, size), closed=name != "cross"), class_=class_)
+        return tag("circle", cx=x, cy=y, r=_MARKER, class_=class_)
+    return tag("path", d=path(_outline(name, x, y), closed=name != "cross"), class_=class_)
 
 
-def _outline(name: str, x: float, y: float, size: float) -> Sequence[tuple[float, float]]:
-    s, t = size, 1.25 * size
+def _outline(name: str, x: float, y: float) -> Sequence[tuple[float, float]]:
+    s, t = _MARKER, 1.25 * _MARKER
     corners = {
         "square": [(-s, -s), (s, -s), (s, s), (-s, s)],
         "diamond": [(0, -t), (t, 0), (0, t), (-t, 0)],

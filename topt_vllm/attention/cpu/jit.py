@@ -126,7 +126,7 @@ class Library:
         return envs.cache_dir().resolve() / "kernels" / f"{self.namespace}.so"
 
 
-def torch_library(name: str, folder: Path, sources: tuple[str, ...], extra: tuple[str, ...] = ()) -> Library:
+def torch_library(name: str, folder: Path, sources: tuple[str, ...]) -> Library:
     """A library of torch operators for this process's torch, CPU and compiler."""
     flags = (
         "-std=c++20",
@@ -135,7 +135,6 @@ def torch_library(name: str, folder: Path, sources: tuple[str, ...], extra: tupl
         "-fopenmp",
         "-ffp-contract=off",
         *capability_flags(capability()),
-        *extra,
     )
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     versions = (torch.__version__, platform.machine(), compiler_version(find_compiler()))

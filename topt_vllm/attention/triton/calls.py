@@ -10,7 +10,14 @@ from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache, RowTh
 from topt_vllm.attention.screen import NOISE, hadamard_block
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
-from topt_vllm.attention.triton.launch import MATRIX_ROWS, GpuLimits, Launch, choose, power_of_two
+from topt_vllm.attention.triton.launch import (
+    MATRIX_ROWS,
+    GpuLimits,
+    Launch,
+    LaunchShape,
+    choose,
+    power_of_two,
+)
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
 from topt_vllm.attention.triton.queries_kernel import _topt_queries_kernel
 from topt_vllm.attention.triton.workspace import Parts
@@ -77,18 +84,17 @@ class DecodeStep:
         """Launch parameters, with the heuristic's number of programs if None is given."""
         num_heads, key_dim = self.query.shape[1:]
         _, num_kv_heads, block_size, value_dim = self.cache.value.shape
-        return choose(
+        shape = LaunchShape(
             self.max_query_rows,
             num_heads,
             num_kv_heads,
             max(key_dim, value_dim),
             self.cache.value.element_size(),
-            limits,
-            programs,
             self.screen is not None,
             self.batch.seq_lens.shape[0],
             block_size,
         )
+        return choose(shape, limits, programs)
 
     def items(self, launch: Launch) -> int:
         """Chunks of query rows of all sequences."""

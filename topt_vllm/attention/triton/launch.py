@@ -39,6 +39,45 @@ class GpuLimits:
     tensor_memory: bool = False
     converts_fp8: bool = False
 
+    @classmethod
+    def of(
+        cls, capability: int | None, multiprocessors: int, shared_bytes: int, block_bytes: int
+    ) -> "GpuLimits":
+        """From NVIDIA's compute capability, such as 89 for 8.9; None for AMD."""
+        return cls(
+            amd=capability is None,
+            multiprocessors=multiprocessors,
+            shared_bytes=shared_bytes,
+            block_bytes=block_bytes,
+            tensor_memory=capability is not None and capability // 10 == 10,
+            converts_fp8=capability is not None and capability >= 89,
+        )
+
+
+@dataclass(frozen=True)
+class LaunchShape:
+    """What the heuristic knows of a call.
+
+    Attributes:
+        max_query_rows: Most query rows of a sequence.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Of K or V, whichever is larger.
+        item_bytes: Of an element of K and V in memory.
+        screened: Whether keys go through a K screen.
+        sequences: Of the batch.
+        block_size: P.
+    """
+
+    max_query_rows: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    item_bytes: int
+    screened: bool = False
+    sequences: int = 1
+    block_size: int = 16
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -85,35 +124,17 @@ class Launch:
         return -(-max_query_rows // self.rows)
 
 
-def choose(
-    max_query_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    item_bytes: int,
-    limits: GpuLimits,
-    programs: int | None = None,
-    screened: bool = False,
-    sequences: int = 1,
-    block_size: int = 16,
-) -> Launch:
+def choose(shape: LaunchShape, limits: GpuLimits, programs: int | None = None) -> Launch:
     """Launch parameters for a shape.
 
     Args:
-        max_query_rows: Most query rows of a sequence.
-        num_heads: Query heads.
-        num_kv_heads: KV heads.
-        head_dim: Of K or V, whichever is larger.
-        item_bytes: Of an element of K and V in memory.
+        shape: Of the call.
         limits: GPU.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
-        screened: Whether keys go through a K screen.
-        sequences: Of the batch.
-        block_size: P.
     """
-    group = num_heads // num_kv_heads
-    dim_pad = power_of_two(head_dim)
-    single = max_query_rows == 1
+    group = shape.num_heads // shape.num_kv_heads
+    dim_pad = power_of_two(shape.head_dim)
+    single, screened, item_bytes = shape.max_query_rows == 1, shape.screened, shape.item_bytes
     rows = 1 if single else max(1, MATRIX_ROWS // group)
     # AMD's matrix instructions, and those that tell rows of a group from others, take 16 columns. With heads of 512
     # they save registers: the query is then read from shared memory.
@@ -130,7 +151,8 @@ def choose(
     if screened:
         tile, candidates = _screen_tiles(columns, dim_pad, item_bytes, single, candidates)
     narrow = dim_pad <= 128 if screened else dim_pad <= 64 and item_bytes > 1
-    if columns == MATRIX_COLUMNS and narrow and sequences * num_kv_heads >= _MANY and block_size % 64 == 0:
+    many = shape.sequences * shape.num_kv_heads >= _MANY and shape.block_size % 64 == 0
+    if columns == MATRIX_COLUMNS and narrow and many:
         num_warps, tile, candidates = 2, 64, 32
     if limits.tensor_memory and columns >= MATRIX_ROWS:
         tile = min(tile, 32)  # Triton 3.7 can't compile these loops with such products
@@ -144,7 +166,7 @@ def choose(
     # What scores take on their way from thread to thread, and the query, as compiled.
     beside = 20 * tile * columns + 2 * dim_pad * columns
     if programs is None:
-        programs = max(1, resident * limits.multiprocessors // num_kv_heads)
+        programs = max(1, resident * limits.multiprocessors // shape.num_kv_heads)
 
     def stages(tile_bytes: int) -> int:
         return _stages(tile_bytes, beside, single, resident, limits)
@@ -202,11 +224,9 @@ def limits_of(device: torch.device) -> GpuLimits:
     if device.type != "cuda":
         return GpuLimits(amd=False, multiprocessors=1, shared_bytes=228 << 10, block_bytes=227 << 10)
     properties = torch.cuda.get_device_properties(device)
-    return GpuLimits(
-        amd=torch.version.hip is not None,
-        multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_multiprocessor,
-        block_bytes=properties.shared_memory_per_block_optin,
-        tensor_memory=torch.version.hip is None and properties.major == 10,
-        converts_fp8=torch.version.hip is None and (properties.major, properties.minor) >= (8, 9),
+    return GpuLimits.of(
+        None if torch.version.hip is not None else 10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
+        properties.shared_memory_per_block_optin,
     )

@@ -5,7 +5,7 @@ from itertools import product
 
 import torch
 
-from topt_vllm.attention.triton.launch import Launch, choose, limits_of, power_of_two
+from topt_vllm.attention.triton.launch import Launch, LaunchShape, choose, limits_of, power_of_two
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 
 
@@ -115,7 +115,8 @@ def allocate_workspace(
     limits = limits_of(device)
     kinds = product({1, max_query_rows}, (1, 2, 4), (False, True), {1, max_sequences}, (16, 64))
     for rows, item_bytes, screened, sequences, block_size in kinds:
-        launch = choose(rows, *heads, item_bytes, limits, programs, screened, sequences, block_size)
+        shape = LaunchShape(rows, *heads, item_bytes, screened, sequences, block_size)
+        launch = choose(shape, limits, programs)
         items = max_sequences * launch.chunks(rows)
         words = max(words, Parts.of(launch, items, *heads, head_dim).words)
     return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)

@@ -2,7 +2,7 @@
 """Writes tables that the code and measurements know better than people: what TOPTHETA refuses, in docs/features.md;
 models with a table and the families that scripts/serve_families.py has served, in docs/models.md.
 
-Usage: scripts/readme_tables.py [--write | --check]    without either, the tables are printed
+Usage: scripts/docs_tables.py [--write | --check]    without either, the tables are printed
 """
 
 import json
@@ -161,7 +161,7 @@ def main() -> None:
             path.write_text(rendered(path), encoding="utf-8")
         elif sys.argv[1:] == ["--check"]:
             if rendered(path) != path.read_text(encoding="utf-8"):
-                raise SystemExit(f"{path.name} is out of date; run scripts/readme_tables.py --write")
+                raise SystemExit(f"{path.name} is out of date; run scripts/docs_tables.py --write")
         else:
             for make in tables.values():
                 print("\n".join([*make(), ""]))
