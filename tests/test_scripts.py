@@ -122,6 +122,38 @@ def test_python_scripts_have_help(name: str):
     assert "usage:" in run(sys.executable, ROOT / "scripts" / name, "--help").stdout
 
 
+FAKE_COMMAND = """#!{python}
+import sys
+wanted = sys.argv[1:]
+with open({log!r}, "a") as log:
+    print(*wanted, sep="\\n", end="\\n\\n", file=log)
+open(wanted[max(map(wanted.index, {{"--output", "--json", "-o"}} & set(wanted))) + 1], "x")
+"""
+
+
+def test_a_table_its_evaluation_and_its_report_are_made_once(checkout: Path, tmp_path: Path):
+    log, command = tmp_path / "log", checkout / ".venv" / "bin" / "topt-vllm"
+    shutil.copy(ROOT / "scripts" / "make_table.sh", checkout / "scripts")
+    command.write_text(FAKE_COMMAND.format(python=sys.executable, log=str(log)))
+    command.chmod(0o755)
+    options = ["--length", "2048", "--calibrate", "a b.txt", "c.txt", "--evaluate", "d.txt"]
+    made = run(checkout / "scripts" / "make_table.sh", "a model/M", tmp_path / "out", *options)
+    assert made.returncode == 0, made.stderr
+    calibrate, evaluate, report = (call.split("\n") for call in log.read_text().strip().split("\n\n"))
+    assert calibrate[calibrate.index("--dataset") :][:3] == ["--dataset", "a b.txt", "c.txt"]
+    assert evaluate[evaluate.index("--dataset") :][:2] == ["--dataset", "d.txt"]
+    for words in (calibrate, evaluate):
+        assert words[words.index("--model") + 1] == "a model/M"
+        assert words[words.index("--max-seq-length") + 1] == "2048"
+    files = {f"{tmp_path}/out/{name}" for name in ("M.yaml", "evaluation.json", "report.html")}
+    assert {str(path) for path in (tmp_path / "out").iterdir()} == files
+    assert files <= set(report)
+    again = run(checkout / "scripts" / "make_table.sh", "a model/M", tmp_path / "out", *options)
+    assert again.returncode == 0
+    assert again.stdout.count("is there; remove it") == 3
+    assert log.read_text().count("\n\n") == 3
+
+
 def test_a_taken_port_is_refused_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
