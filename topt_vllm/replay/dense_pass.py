@@ -26,6 +26,8 @@ class DensePass:
     Attributes:
         length: Rows of the pass (tokens).
         model: The model, and what follows its decoder.
+        subject: What is known about it.
+        cache: K and V of each layer, [Hkv, n, D] and [Hkv, n, Dv].
     """
 
     def __init__(
@@ -44,14 +46,14 @@ class DensePass:
         """
         self.length = len(tokens)
         self.model = CausalLM(model)
-        self._subject = subject
+        self.subject = subject
         # Where layers attend to K and V of earlier ones, or states are handed on, all have to run.
         self._layers = (
             []
             if subject.shares_kv or subject.stateful
             else _decoder_layers(model, subject.identity.num_layers)
         )
-        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}
         self._seen: set[int] = set()
@@ -95,7 +97,7 @@ class DensePass:
             used = attention if module.layer_idx in sparse else None
             return self._attend(used, first, module, *tensors, **kwargs)
 
-        known = min(sparse, default=self._subject.identity.num_layers)
+        known = min(sparse, default=self.subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
         with torch.inference_mode(), skipping, selected(self.model.model, function):
             return self.model.hidden(inputs, first)
@@ -112,7 +114,7 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._subject.window_of(layer)
+        window = self.subject.window_of(layer)
         place = {"window": window, "sinks": kwargs.get("s_aux")}
         call = LayerCall.of(layer, query[0], key[0], value[0], scaling, softcap, **place)
         # Layers of a kind are given the same mask.
@@ -130,7 +132,7 @@ class DensePass:
             raise ReplayError(
                 f"layer {call.layer} attends more than once for each token; such models are not supported"
             )
-        expected = self._subject.kv_heads_of(call.layer)
+        expected = self.subject.kv_heads_of(call.layer)
         if call.key.shape[0] != expected:
             raise ReplayError(
                 f"layer {call.layer} has {call.key.shape[0]} KV heads, but its configuration says {expected}; such "
@@ -139,7 +141,7 @@ class DensePass:
 
     def _keep(self, call: LayerCall) -> None:
         """Keeps what later runs need of a layer."""
-        self._cache[call.layer] = call.key.contiguous(), call.value.contiguous()
+        self.cache[call.layer] = call.key.contiguous(), call.value.contiguous()
 
     def _attend(
         self,
@@ -155,22 +157,17 @@ class DensePass:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         layer = int(module.layer_idx)
-        window = self._subject.window_of(layer)
+        window = self.subject.window_of(layer)
         # Keys that even the first row no longer sees are left out.
         start = max(0, first - window + 1) if window else 0
-        before = [tensor[:, start:first] for tensor in self._cache[layer]]
+        before = [tensor[:, start:first] for tensor in self.cache[layer]]
         outputs = []
         for index in range(query.shape[0]):
             seen_key = torch.cat([before[0], key[index]], dim=1)
             seen_value = torch.cat([before[1], value[index]], dim=1)
             place = {"first": first - start, "window": window, "sinks": kwargs.get("s_aux")}
             call = LayerCall.of(layer, query[index], seen_key, seen_value, scaling, softcap, **place)
-            if attention is not None:
-                outputs.append(attention.attend(call).transpose(0, 1))
-            elif not call.plain:
-                outputs.append(attend(call, None).transpose(0, 1))
-            else:
-                outputs.append(_dense(module, call, scaling, kwargs))
+            outputs.append(attended(attention, module, call, scaling, kwargs))
         return torch.stack(outputs), None
 
     @contextmanager
@@ -205,6 +202,29 @@ class DensePass:
                     break
                 stack.enter_context(replaced(layer, self._outputs[span, index]))
             yield
+
+
+def attended(
+    attention: RuleAttention | None,
+    module: torch.nn.Module,
+    call: LayerCall,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of the call's rows, [r, H, Dv].
+
+    Args:
+        attention: Of the layer; None for dense attention.
+        module: The layer's attention.
+        call: What it was called with, and what lies before that.
+        scaling: The factor of q·k,
+        kwargs: and further arguments, as the module was given them.
+    """
+    if attention is not None:
+        return attention.attend(call).transpose(0, 1)
+    if not call.plain:
+        return attend(call, None).transpose(0, 1)
+    return _dense(module, call, scaling, kwargs)
 
 
 def _dense(

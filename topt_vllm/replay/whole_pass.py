@@ -47,7 +47,7 @@ class WholePass(DensePass):
             **kwargs: Any,
         ) -> tuple[torch.Tensor, None]:
             layer = int(module.layer_idx)
-            place = {"window": self._subject.window_of(layer), "sinks": kwargs.get("s_aux")}
+            place = {"window": self.subject.window_of(layer), "sinks": kwargs.get("s_aux")}
             tensors = query[0], key[0], value[0]
             if attention is None or layer not in sparse:
                 call = LayerCall.of(layer, *tensors, scaling, softcap, **place)
