@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Decodes the last rows of texts behind a densely attended prompt, as a server does, under rules
 that skip V rows, and compares them with dense attention: perplexity, divergence, agreement; with --needles
-the retrieval of hidden facts, with --tasks answers about long prompts, with --generate texts of their own. Each rule
-has one parameter, tuned so that the rules read equally many V rows."""
+the retrieval of hidden facts, with --tasks answers about long prompts, with --generate texts of their own.
+Each rule has one parameter, tuned so that the rules read equally many V rows."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

@@ -95,6 +95,12 @@ def prepare(options: EvaluationOptions) -> Plan:
         check_plot(options.plot)
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
+    # Said here, for its default may be too long.
+    beyond = [length for length in _task_lengths(options) if length > (subject.context or length)]
+    if beyond:
+        raise EvaluationError(
+            f"--task-lengths {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
+        )
     longest = options.max_seq_length or max(
         (*options.lengths, *options.needles, *_task_lengths(options)), default=None
     )
