@@ -253,7 +253,7 @@ def test_command_writes_a_record_for_each_task_length_and_text(folder, tmp_path,
         ),
         (["--tasks", "multikey"], "--task-lengths 4096: the model's context is 2048 tokens"),
         (["--tasks", "questions", "--task-lengths", "700"], "--task-lengths 700: too short for questions"),
-        (["--generate", "1"], "--generate is 1; it must be at least 2"),
+        (["--generate", "1"], "--generate is 1; it must be at least 2, or 0"),
         (["--generate", "337", "--lengths", "400"], "has 336 tokens behind the table's first length, 64"),
         (
             ["--generate", "9", "--rules", "topk", "sift"],

@@ -28,7 +28,7 @@ def evaluate_generated(
     model: Any, plan: Plan, text: Text, jobs: dict[int, list[Job]], bar: Any
 ) -> Iterator[dict[str, Any]]:
     """Records of generated text: for each length, rule and target one."""
-    count = plan.options.generate or 0
+    count = plan.options.generate
     for length in plan.generated:
         tokens = text.sequences[0][: length - count]
         contexts = torch.arange(length - count, length)

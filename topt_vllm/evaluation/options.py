@@ -173,10 +173,10 @@ class EvaluationOptions:
     task_cases: int = option(
         10, "questions of each task at each length (default %(default)s)", group=_TASKS, metavar="COUNT"
     )
-    generate: int | None = option(
-        None,
+    generate: int = option(
+        0,
         "tokens that the model writes behind the start of the first text, up to each of --lengths: dense, and "
-        "under each rule with the same dice",
+        "under each rule with the same dice (default 0)",
         group=_TASKS,
         metavar="TOKENS",
     )
@@ -238,12 +238,12 @@ class EvaluationOptions:
         require(not unknown, f"--tasks {' '.join(unknown)}: unknown; allowed: {', '.join(TASKS)}")
         require(self.task_cases >= 1, f"--task-cases is {self.task_cases}; it must be at least 1")
         require(
-            self.generate is None or self.generate >= 2,
-            f"--generate is {self.generate}; it must be at least 2",
+            self.generate == 0 or self.generate >= 2,
+            f"--generate is {self.generate}; it must be at least 2, or 0",
         )
         following = [name for name in self.rules if name in IN_ORDER]
         require(
-            self.generate is None or not following,
+            not self.generate or not following,
             f"--generate decodes token by token, and --rules {' '.join(following)} can't: their thresholds follow "
             "a sequence; leave out one",
         )

@@ -8,6 +8,7 @@ import torch
 
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.cases import Case
+from topt_vllm.evaluation.lengths import check_generate, check_lengths, longest_sequence
 from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import check_plot
@@ -95,20 +96,12 @@ def prepare(options: EvaluationOptions) -> Plan:
         check_plot(options.plot)
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
-    # Said here, for its default may be too long.
-    beyond = [length for length in _task_lengths(options) if length > (subject.context or length)]
-    if beyond:
-        raise EvaluationError(
-            f"--task-lengths {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
-        )
-    longest = options.max_seq_length or max(
-        (*options.lengths, *options.needles, *_task_lengths(options)), default=None
-    )
-    length = subject.max_seq_length(longest)
+    length = longest_sequence(options, subject)
     table, path = _table(options, subject)
     _check_screens(options, table, path)
-    _check_lengths(options, length, table)
-    _check_generate(options, subject, length, table)
+    check_lengths(options, length, table)
+    if options.generate:
+        check_generate(options, subject, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
@@ -128,11 +121,6 @@ def prepare(options: EvaluationOptions) -> Plan:
         for length in options.task_lengths
     }
     return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
-
-
-def _task_lengths(options: EvaluationOptions) -> tuple[int, ...]:
-    """Those that are asked for, which without tasks none are."""
-    return options.task_lengths if options.tasks else ()
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
@@ -164,44 +152,6 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
     if ADAPTING in rules and not budget.ks():
         raise EvaluationError(
             f"--rules {ADAPTING} needs budgets that promise keys, and --budget {k} promises none; leave out one"
-        )
-
-
-def _check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
-    if longest < table.lengths[0] + 2:
-        raise EvaluationError(
-            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
-            "below which every row is dense; evaluate on longer sequences"
-        )
-    for length in options.lengths:
-        if not table.lengths[0] + 2 <= length <= longest:
-            raise EvaluationError(
-                f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
-                f"and at most as long as --max-seq-length, {longest}"
-            )
-    for flag, lengths in (("--needles", options.needles), ("--task-lengths", _task_lengths(options))):
-        wrong = [length for length in lengths if not table.lengths[0] < length <= longest]
-        if wrong:
-            raise EvaluationError(
-                f"{flag} {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
-                f"at most as long as --max-seq-length, {longest}"
-            )
-
-
-def _check_generate(
-    options: EvaluationOptions, subject: Subject, longest: int, table: ThresholdTable
-) -> None:
-    if options.generate is None:
-        return
-    if subject.stateful:
-        raise EvaluationError(
-            f"--generate decodes from K and V alone, but layers of {options.model} keep a state; leave it out"
-        )
-    most = min(options.lengths or (longest,)) - table.lengths[0]
-    if options.generate > most:
-        raise EvaluationError(
-            f"--generate {options.generate}: the shortest context has {most} tokens behind the table's first "
-            f"length, {table.lengths[0]}, below which every row is dense; generate fewer, or name longer --lengths"
         )
 
 
