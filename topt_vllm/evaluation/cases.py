@@ -96,34 +96,22 @@ def answer(
         right: Attention while questions and right answers are decoded; None for dense.
         wrong: The same, while the wrong answers are; apart, so that ``right`` counts each row once.
     """
-    known = _decode(prompt, batch, slice(1), right)
-    others = _decode(prompt, batch, slice(1, None), wrong)
-    return [
-        Answered(first, [likelihood, *(other for _, other in rest)])
-        for ((first, likelihood),), rest in zip(known, others, strict=True)
-    ]
-
-
-def _decode(
-    prompt: DensePass, batch: Sequence[Case], which: slice, attention: RuleAttention | None
-) -> list[list[tuple[torch.Tensor, float]]]:
-    """By case, for each of some answers: log probabilities before its tokens, on the CPU, and its likelihood."""
-    device = prompt.model.device
-    answers = [case.answers[which] for case in batch]
-    rows = [case.question + tokens[:-1] for case in batch for tokens in case.answers[which]]
-    inputs = torch.tensor(rows, device=device)
-    decoded = zip(inputs, prompt.decode(inputs, prompt.length, attention), strict=True)
+    before: list[torch.Tensor] = []
+    likelihoods: list[list[float]] = [[] for _ in batch]
     last = slice(len(batch[0].question) - 1, None)
-    found: list[list[tuple[torch.Tensor, float]]] = []
-    for mine in answers:
-        found.append([])
-        for tokens in mine:
-            row, states = next(decoded)
+    for which, attention in ((slice(1), right), (slice(1, None), wrong)):
+        asked = [(index, tokens) for index, case in enumerate(batch) for tokens in case.answers[which]]
+        rows = [batch[index].question + tokens[:-1] for index, tokens in asked]
+        inputs = torch.tensor(rows, device=prompt.model.device)
+        hidden = prompt.decode(inputs, prompt.length, attention)
+        for (index, tokens), row, states in zip(asked, inputs, hidden, strict=True):
             with torch.inference_mode():
-                probabilities = prompt.model.log_probabilities(row[None, last], states[None, last]).cpu()
-            likelihood = probabilities.gather(1, torch.tensor(tokens)[:, None]).sum().item()
-            found[-1].append((probabilities, likelihood))
-    return found
+                found = prompt.model.log_probabilities(row[None, last], states[None, last]).cpu()
+            likelihoods[index].append(found.gather(1, torch.tensor(tokens)[:, None]).sum().item())
+            # Right answers come first, and only theirs are wanted.
+            if len(before) < len(batch):
+                before.append(found)
+    return [Answered(*known) for known in zip(before, likelihoods, strict=True)]
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
@@ -131,7 +119,7 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def hidden(text: list[int], facts: Iterable[tuple[float, list[int]]], room: int) -> list[int]:
+def hide_in(text: list[int], facts: Iterable[tuple[float, list[int]]], room: int) -> list[int]:
     """A prompt: the text's first ``room`` tokens with the facts at their depths, 0 to 1, ascending."""
     prompt, copied = [], 0
     for depth, fact in facts:

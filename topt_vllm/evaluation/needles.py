@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, hidden, numbers, tokens_of
+from topt_vllm.evaluation.cases import Case, hide_in, numbers, tokens_of
 from topt_vllm.evaluation.options import EvaluationError
 
 _WRONG = 5
@@ -61,7 +61,7 @@ def _hide_in_one_prompt(
             f"--needles {length}: too short for {len(facts)} facts and a question; name a longer prompt or "
             "fewer --depths"
         )
-    prompt = hidden(text, sorted(zip(depths, facts, strict=True)), room)
+    prompt = hide_in(text, sorted(zip(depths, facts, strict=True)), room)
     return [
         Needle(
             length, prompt, question, [tokens for _, tokens in (right[i], *wrong[i :: len(depths)])], depth

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, alike, hidden, numbers, tokens_of
+from topt_vllm.evaluation.cases import Case, alike, hide_in, numbers, tokens_of
 from topt_vllm.evaluation.options import EvaluationError
 
 # Wrong answers of a question.
@@ -69,7 +69,7 @@ class Haystack:
                 f"{needed} tokens; name longer prompts"
             )
         depths = sorted(self.source.random() for _ in pieces)
-        prompt = hidden(self.text, zip(depths, pieces, strict=True), self.length - needed)
+        prompt = hide_in(self.text, zip(depths, pieces, strict=True), self.length - needed)
         return [
             Case(self.length, prompt, tokens, [self.tokens(f" {answer}") for answer in question.answers])
             for tokens, question in zip(asked, questions, strict=True)
