@@ -22,6 +22,7 @@ from topt_vllm.replay.predictions import Predictions
 from topt_vllm.replay.whole_pass import dense_pass
 
 GENERATED = "generated"
+_progress = partial(tqdm, desc="tokens", unit="token", leave=False)
 
 
 def evaluate_generated(
@@ -82,6 +83,3 @@ def _perplexity(predictions: Predictions) -> float:
 def _alike(own: list[int], written: list[int]) -> int:
     """Tokens before the first that differs."""
     return next((i for i, (a, b) in enumerate(zip(own, written, strict=True)) if a != b), len(own))
-
-
-_progress = partial(tqdm, desc="tokens", unit="token", leave=False)

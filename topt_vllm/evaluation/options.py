@@ -176,7 +176,7 @@ class EvaluationOptions:
     generate: int = option(
         0,
         "tokens that the model writes behind the start of the first text, up to each of --lengths: dense, and "
-        "under each rule with the same dice (default 0)",
+        "under each rule with the same noise (default 0)",
         group=_TASKS,
         metavar="TOKENS",
     )

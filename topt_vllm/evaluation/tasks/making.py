@@ -34,8 +34,8 @@ def make_cases(task: str, tokenizer: Any, text: list[int], length: int, count: i
     Raises:
         EvaluationError: The task can't be set in so few tokens, or with this tokenizer and text.
     """
-    stack = Haystack(task, tokenizer, text, length, random.Random(f"{task} {length}"))
+    haystack = Haystack(task, tokenizer, text, length, random.Random(f"{task} {length}"))
     cases: list[Case] = []
     while len(cases) < count:
-        cases += _MAKERS[task](stack, count - len(cases))
+        cases += _MAKERS[task](haystack, count - len(cases))
     return cases

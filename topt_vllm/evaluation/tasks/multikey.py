@@ -13,14 +13,14 @@ _WORDS = (
 )
 
 
-def multikey(stack: Haystack, count: int) -> list[Case]:
+def multikey(haystack: Haystack, count: int) -> list[Case]:
     """Up to ``count`` cases about one prompt."""
-    keys = stack.alike(_WORDS.split(), _KEYS)
-    known = dict(zip(keys, stack.numbers(_KEYS), strict=True))
+    keys = haystack.alike(_WORDS.split(), _KEYS)
+    known = dict(zip(keys, haystack.numbers(_KEYS), strict=True))
     facts = [f"The secret number of the {key} is {number}." for key, number in known.items()]
     questions = []
-    for key in stack.source.sample(keys, min(count, _KEYS)):
-        others = stack.source.sample([number for other, number in known.items() if other != key], WRONG)
+    for key in haystack.source.sample(keys, min(count, _KEYS)):
+        others = haystack.source.sample([number for other, number in known.items() if other != key], WRONG)
         text = f"What is the secret number of the {key}?\nAnswer: The secret number of the {key} is"
         questions.append(Question(text, [known[key], *others]))
-    return stack.cases(facts, questions)
+    return haystack.cases(facts, questions)

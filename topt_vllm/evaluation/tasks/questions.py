@@ -32,13 +32,14 @@ _FACTS = {
 }
 
 
-def questions(stack: Haystack, count: int) -> list[Case]:
+def questions(haystack: Haystack, count: int) -> list[Case]:
     """Up to ``count`` cases about one prompt."""
-    last = stack.source.sample(_LAST.split(), _PERSONS)
+    last = haystack.source.sample(_LAST.split(), _PERSONS)
     persons = [
-        f"{first} {second}" for first, second in zip(stack.alike(_FIRST.split(), _PERSONS), last, strict=True)
+        f"{first} {second}"
+        for first, second in zip(haystack.alike(_FIRST.split(), _PERSONS), last, strict=True)
     ]
-    known = {fact: stack.alike(values.split(), _PERSONS) for fact, (values, _) in _FACTS.items()}
+    known = {fact: haystack.alike(values.split(), _PERSONS) for fact, (values, _) in _FACTS.items()}
     paragraphs = [
         _PARAGRAPH.format(
             name=name, first=name.split()[0], **{fact: values[person] for fact, values in known.items()}
@@ -47,8 +48,8 @@ def questions(stack: Haystack, count: int) -> list[Case]:
     ]
     pairs = list(product(range(_PERSONS), _FACTS))
     asked = []
-    for person, fact in stack.source.sample(pairs, min(count, len(pairs))):
+    for person, fact in haystack.source.sample(pairs, min(count, len(pairs))):
         right = known[fact][person]
-        wrong = stack.source.sample([value for value in known[fact] if value != right], WRONG)
+        wrong = haystack.source.sample([value for value in known[fact] if value != right], WRONG)
         asked.append(Question(_FACTS[fact][1].format(name=persons[person]), [right, *wrong]))
-    return stack.cases(paragraphs, asked)
+    return haystack.cases(paragraphs, asked)

@@ -18,17 +18,17 @@ _RANKS, _CANDIDATES = 3, 400
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
-def common_words(stack: Haystack, count: int) -> list[Case]:
+def common_words(haystack: Haystack, count: int) -> list[Case]:
     """Up to ``count`` cases about one prompt: each of the common words, where the others are named."""
-    text = stack.tokenizer.decode(stack.text, skip_special_tokens=True)
+    text = haystack.tokenizer.decode(haystack.text, skip_special_tokens=True)
     words = list(dict.fromkeys(re.findall(r"\b[a-z]{4,9}\b", text)))
-    asked = stack.alike(words, _COMMON + WRONG)
+    asked = haystack.alike(words, _COMMON + WRONG)
     common, wrong = asked[:_COMMON], asked[_COMMON:]
     listed = common * _OFTEN + wrong * _RARELY
-    room = _SHARE * stack.length - _size(stack, listed)
+    room = _SHARE * haystack.length - _size(haystack, listed)
     for word in words:
         if word not in asked:
-            room -= _RARELY * _size(stack, [word])
+            room -= _RARELY * _size(haystack, [word])
             if room < 0:
                 break
             listed += [word] * _RARELY
@@ -36,26 +36,26 @@ def common_words(stack: Haystack, count: int) -> list[Case]:
     for right in common[:count]:
         named = "".join(f" {word}," for word in common if word != right)
         questions.append(Question(_question("common", _COMMON, named), [right, *wrong]))
-    return stack.cases([_list(stack, listed)], questions)
+    return haystack.cases([_list(haystack, listed)], questions)
 
 
-def frequent_words(stack: Haystack, count: int) -> list[Case]:
+def frequent_words(haystack: Haystack, count: int) -> list[Case]:
     """Up to ``count`` cases about one prompt: each of the most frequent words, where those before it are named."""
-    choose = stack.source.choice
+    choose = haystack.source.choice
     spelt = ["".join(choose(_CONSONANTS) + choose(_VOWELS) for _ in range(3)) for _ in range(_CANDIDATES)]
     # The sum of all 1/k² is π²/6.
-    most = _SHARE * stack.length / _size(stack, spelt) * len(spelt) * 6 / pi**2
-    ranked = stack.alike(spelt, max(_RANKS + WRONG, int(most**0.5)))
+    most = _SHARE * haystack.length / _size(haystack, spelt) * len(spelt) * 6 / pi**2
+    ranked = haystack.alike(spelt, max(_RANKS + WRONG, int(most**0.5)))
     listed = [word for rank, word in enumerate(ranked, 1) for _ in range(round(most / rank**2))]
     questions = []
     for rank in range(min(count, _RANKS)):
         named = "".join(f" {word}," for word in ranked[:rank])
         questions.append(Question(_question("frequent", _RANKS, named), ranked[rank : rank + 1 + WRONG]))
-    return stack.cases([_list(stack, listed)], questions)
+    return haystack.cases([_list(haystack, listed)], questions)
 
 
-def _list(stack: Haystack, words: list[str]) -> str:
-    stack.source.shuffle(words)
+def _list(haystack: Haystack, words: list[str]) -> str:
+    haystack.source.shuffle(words)
     return f"List of words: {', '.join(words)}."
 
 
@@ -66,6 +66,6 @@ def _question(kind: str, count: int, named: str) -> str:
     )
 
 
-def _size(stack: Haystack, words: Iterable[str]) -> int:
+def _size(haystack: Haystack, words: Iterable[str]) -> int:
     """Tokens in a list."""
-    return len(stack.tokens("".join(f" {word}," for word in words)))
+    return len(haystack.tokens("".join(f" {word}," for word in words)))
