@@ -236,6 +236,7 @@ def test_command_writes_a_record_for_each_task_length_and_text(folder, tmp_path,
     assert 0 <= generated["tokens_until_difference"] <= 30
     assert generated["free_perplexity_dense"] == pytest.approx(generated["perplexity_dense"], rel=1e-5)
     assert generated["free_perplexity"] > 1
+    assert 0 < generated["free_loss_pct_se"] < 100
     printed = capsys.readouterr().out
     assert f"{LENGTH} tokens\nmultikey  " in printed
     assert "its own text: perplexity" in printed

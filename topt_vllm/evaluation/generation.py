@@ -37,13 +37,14 @@ def evaluate_generated(
         write = partial(generate, prompt, tokens[-1], count, sampled)
         bar.set_description(f"{GENERATED}, {length}: dense")
         own = write(steps=_progress)
-        inputs, predictions = _rated(prompt, tokens[-1], own)
+        inputs, predictions, losses = _rated(prompt, tokens[-1], own)
         for job in jobs[length]:
             bar.set_description(f"{GENERATED}, {length}: {job.facts['rule']}")
             given, free = job.attention(plan, contexts), job.attention(plan, contexts)
             with torch.inference_mode():
                 compared = predictions.compare(prompt.decode(inputs, prompt.length, given))
             written = write(attention=free, steps=_progress)
+            *_, its_losses = _rated(prompt, tokens[-1], written)
             bar.update()
             yield {
                 "text": GENERATED,
@@ -54,8 +55,9 @@ def evaluate_generated(
                 **(key_reads(given.counts) if job.facts["rule"] in OURS else {}),
                 "first_context": length - count,
                 "by_position": by_position(compared, contexts),
-                "free_perplexity": _perplexity(_rated(prompt, tokens[-1], written)[1]),
-                "free_perplexity_dense": _perplexity(predictions),
+                "free_perplexity": round(its_losses.mean().exp().item(), 6),
+                "free_perplexity_dense": round(losses.mean().exp().item(), 6),
+                "free_loss_pct_se": round(_error(its_losses, losses), 6),
                 "free_v_rows_read": round(free.counts.shares()["v_rows_read"], 6),
                 "tokens_until_difference": _alike(own, written),
             }
@@ -68,16 +70,25 @@ def sampled(step: int, log_probabilities: torch.Tensor) -> int:
     return int((log_probabilities + noise.to(log_probabilities.device)).argmax())
 
 
-def _rated(prompt: DensePass, token: int, written: list[int]) -> tuple[torch.Tensor, Predictions]:
-    """The rows of a text behind the prompt's last token, int64 [1, R], and what dense attention makes of them."""
+def _rated(
+    prompt: DensePass, token: int, written: list[int]
+) -> tuple[torch.Tensor, Predictions, torch.Tensor]:
+    """A text as dense attention has it.
+
+    Returns:
+        Its rows, behind the prompt's last token, int64 [1, R]; their predictions; their losses, float64 [R] (nats).
+    """
     tokens = torch.tensor([token, *written], device=prompt.model.device)
     inputs = tokens[None, :-1]
     with torch.inference_mode():
-        return inputs, Predictions(prompt.model, inputs, tokens[1:], prompt.decode(inputs, prompt.length))
+        hidden = prompt.decode(inputs, prompt.length)
+        predictions = Predictions(prompt.model, inputs, tokens[1:], hidden)
+        return inputs, predictions, predictions.compare(hidden).dense.double()
 
 
-def _perplexity(predictions: Predictions) -> float:
-    return round(math.exp(predictions.dense_nll), 6)
+def _error(its: torch.Tensor, own: torch.Tensor) -> float:
+    """Standard error of the ratio of two texts' perplexities, percent, as if they were independent."""
+    return 100 * math.exp(its.mean() - own.mean()) * math.sqrt(sum(x.var() / len(x) for x in (its, own)))
 
 
 def _alike(own: list[int], written: list[int]) -> int:

@@ -131,7 +131,8 @@ def line(record: dict[str, Any]) -> str:
     if "free_perplexity" in record:
         text += (
             f"; its own text: perplexity {record['free_perplexity']:.3f} by dense attention (dense's own "
-            f"{record['free_perplexity_dense']:.3f}), the same for {record['tokens_until_difference']} tokens"
+            f"{record['free_perplexity_dense']:.3f}, ± {record['free_loss_pct_se']:.0f} %), "
+            f"the same for {record['tokens_until_difference']} tokens"
         )
     return text
 
