@@ -14,7 +14,8 @@ from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.cli.main import main
-from topt_vllm.evaluation.needles import answer, hide
+from topt_vllm.evaluation.cases import answer
+from topt_vllm.evaluation.needles import hide
 from topt_vllm.evaluation.options import RULES, EvaluationOptions
 from topt_vllm.evaluation.plan import Plan, prepare
 from topt_vllm.evaluation.records import quality, spread
@@ -210,8 +211,8 @@ def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
     prompt = DensePass(model, plan.subject, needle.prompt)
     rules = dict.fromkeys(plan.subject.full_layers, TopK(3))
     right, wrong = (RuleAttention(plan.subject, rules, needle.contexts) for _ in range(2))
-    sparse = answer(prompt, needle, right, wrong)
-    dense = answer(prompt, needle, None, None)
+    (sparse,) = answer(prompt, [needle], right, wrong)
+    (dense,) = answer(prompt, [needle], None, None)
     for tokens, likelihood in zip(needle.answers, dense.likelihoods, strict=True):
         given = torch.tensor([needle.prompt + needle.question + tokens])
         with torch.inference_mode():
@@ -296,7 +297,10 @@ def test_needles_alone(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--needles-only"], "--needles-only: name the lengths of the prompts with --needles"),
+        (
+            ["--needles-only"],
+            r"--skip-texts \(or --needles-only\) leaves nothing to evaluate; name --needles, --tasks",
+        ),
         (["--rules", "topk", "magic"], "--rules magic: unknown; allowed: toptheta"),
         (["--rows", "0"], "shares lie above 0"),
         (["--rows"], "nothing to evaluate"),

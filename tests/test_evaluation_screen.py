@@ -143,12 +143,12 @@ def test_records_pair_a_screen_with_none(folder, tmp_path, capsys, monkeypatch):
         "--budget",
         "64",
     )
-    more = ("--needles", "260", "--depths", "1", "--json", str(out))
+    more = ("--needles", "260", "--depths", "1", "--generate", "30", "--json", str(out))
     assert main(command(folder, *asked, *more)) == 0
     printed = capsys.readouterr().out
     records = json.loads(out.read_text())
     screens = ["off", "int4", "int4+4"]
-    for text in ("play.txt", "needles"):
+    for text in ("play.txt", "needles", "generated"):
         here = [record for record in records if record["text"] == text]
         assert [(r["rule"], r["k"], r["k_screen"]) for r in here] == [
             *(("toptheta", 64, screen) for screen in screens),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, chromium
-from report_inputs import OF_TINY, decoded, evaluated, needles, served
+from report_inputs import OF_TINY, decoded, evaluated, needles, served, task
 from table_factory import make_identity, make_table
 
 from topt_vllm.cli.main import main
@@ -82,6 +82,8 @@ def folder(tmp_path: Path) -> Path:
         evaluated("sparsev", 7.5, loss_pct_se=float("nan")),
         evaluated("toptheta", -0.05, None),
         needles(),
+        task(1024, 0.6, 0.7),
+        task(2048, 0.1, 0.2),
     ]
     write(tmp_path, "e.json", records)
     write(tmp_path, "b.json", [decoded(), decoded(keep_target=1.0, v_rows_read=1.0, ratio_keep_all=1)])
@@ -112,6 +114,9 @@ def test_the_page_says_what_the_files_say(folder, capsys):
         "◐ +3.2",
         "○ −1.8",
         "● +9.5",
+        "toptheta with k=64: 1 of 2 cases are judged by exact answers, 60 % there, dense attention 70 %",
+        "multikey 1024 toptheta k=64 10.2 % 60 % 70 % −0.75 −0.50 exact",
+        "multikey 2048 toptheta k=64 10.2 % 10 % 20 % −0.75 −0.50 lead",
         "1.221 (1.200 to 1.300)",
         "(1 measured) are 3.39× as fast as vLLM's own kernel: 1.88× from the kernel, 1.80× from skipping",
         '8 × 7000 + 128 tokens {"k": 64} 90.6 31.8 2.85×',
@@ -163,6 +168,7 @@ def test_a_table_alone_says_how_to_get_the_rest(tmp_path):
     for command in (
         "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --budget 128 --json E.json",
         "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --budget 128 --json E.json",
+        "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --tasks multikey --budget 128 --json E.json",
         "topt-vllm bench decode",
         "topt-vllm bench serve",
         "This table doesn't say which layers read how much",

@@ -57,6 +57,13 @@ def needle_cell(length: int, depth: float, found: bool = True) -> dict[str, Any]
     }
 
 
+def task(length: int, exact: float, dense: float) -> dict[str, Any]:
+    """A task under the table's budget."""
+    scored = {"exact": exact, "exact_dense": dense, "margin": -0.75, "margin_dense": -0.5}
+    scored["judged_by"] = "exact" if dense >= 0.3 else "margin"
+    return evaluated("toptheta", 0.5, None, text="multikey", task="multikey", context=length, **scored)
+
+
 def needles(rule: str = "toptheta") -> dict[str, Any]:
     """A grid of two lengths and two depths, one of which is missed."""
     cells = [

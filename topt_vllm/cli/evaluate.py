@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from topt_vllm.evaluation.plan import Plan
 
 _DESCRIPTION = """Decodes the last rows of texts behind a densely attended prompt, as a server does, under rules
-that skip V rows, and compares them with dense attention: perplexity, divergence, agreement, and with --needles
-the retrieval of hidden facts. Each rule has one parameter, tuned so that the rules read equally many V rows."""
+that skip V rows, and compares them with dense attention: perplexity, divergence, agreement; with --needles
+the retrieval of hidden facts, with --tasks answers about long prompts, with --generate texts of their own.
+Each rule has one parameter, tuned so that the rules read equally many V rows."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -47,6 +48,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     from topt_vllm.evaluation.plot import plot
     from topt_vllm.evaluation.records import HEADER, line
     from topt_vllm.evaluation.run import evaluate
+    from topt_vllm.evaluation.task_records import summary
 
     plan = prepare(options)
     print(_resolved(plan))
@@ -66,6 +68,8 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
         if options.json:
             # After each record, so that a run that is stopped leaves what it has found.
             write_text(json.dumps(records, indent=1) + "\n", options.json, force=True)
+    if tasks := summary(records):
+        print(tasks)
     if options.plot:
         plot(records, options.plot)
 
@@ -103,5 +107,11 @@ def _resolved(plan: "Plan") -> str:
         "budgets": ", ".join(map(str, options.ks)) or "-",
         "K screens": ", ".join(options.k_screens),
         "needles": needles if options.needles else "-",
+        "tasks": f"{', '.join(options.tasks)}; {options.task_cases} questions each, in prompts of "
+        f"{', '.join(map(str, options.task_lengths))} tokens"
+        if options.tasks
+        else "-",
+        "generated": "; ".join(f"{options.generate} tokens up to {length}" for length in plan.generated)
+        or "-",
     }
     return "\n".join(f"{name:<14}{value}" for name, value in lines.items())

@@ -11,6 +11,7 @@ EXAMPLES = {
         "--model MODEL --dataset play.txt code.txt --rows 0.05 0.1 --json out.json --plot out.png",
         "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --lengths 2048 8192",
         "--model MODEL --dataset play.txt --rules toptheta topk sift-context --rows 0.1 --needles 4096",
+        "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --tasks multikey questions",
         "--model MODEL --dataset play.txt --rules toptheta --rows --budget 128 --k-screen off int4 int4+4",
     ),
     "report": ("table.yaml --evaluation out.json --bench decode.json serve.json -o report.html",),

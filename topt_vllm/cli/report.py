@@ -19,7 +19,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("table", type=Path, help="YAML file")
     files: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
-    add("--evaluation", **files, help="written by topt-vllm evaluate --json, with or without --needles")
+    add(
+        "--evaluation",
+        **files,
+        help="written by topt-vllm evaluate --json, with or without --needles and --tasks",
+    )
     add("--bench", **files, help="written by topt-vllm bench decode --json or bench serve --json")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="page to write; it must not exist")
     add("--force", action="store_true", help="replace an existing page")

@@ -19,11 +19,15 @@ ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 # The rule that K screens are evaluated with.
 SCREENED = "toptheta"
+# Their thresholds follow a sequence, whose rows therefore have to come at once.
+IN_ORDER = (ADAPTING, *SIFT)
+TASKS = ("multikey", "variables", "common-words", "frequent-words", "questions")
 NO_SCREEN = "off"
 SCREENS = (NO_SCREEN, "int4", "int4+4")
 
 # Headings of the help.
-_RULES, _ROWS, _NEEDLES, _RUN = "rules and targets", "decoded rows", "hidden facts", "run and output"
+_RULES, _ROWS, _RUN = "rules and targets", "decoded rows", "run and output"
+_NEEDLES, _TASKS = "hidden facts", "tasks and generated text"
 
 
 class EvaluationError(ReplayError):
@@ -121,8 +125,8 @@ class EvaluationOptions:
     )
     max_seq_length: int | None = option(
         None,
-        "tokens of a sequence (default: the longest of --lengths and --needles, else the model's context, "
-        "at most 8192)",
+        "tokens of a sequence (default: the longest of --lengths, --needles and --task-lengths, else the "
+        "model's context, at most 8192)",
         group=_ROWS,
     )
     decode_rows: int = option(
@@ -152,7 +156,32 @@ class EvaluationOptions:
         group=_NEEDLES,
         convert=_set,
     )
-    needles_only: bool = option(False, "leave out what the texts themselves would lose", group=_NEEDLES)
+    tasks: tuple[str, ...] = option(
+        (),
+        f"ask about prompts made from the first text: out of {' '.join(TASKS)}",
+        group=_TASKS,
+        metavar="TASK",
+        convert=_names,
+    )
+    task_lengths: tuple[int, ...] = option(
+        (4096,), "tokens of their prompts (default 4096)", group=_TASKS, metavar="LENGTH", convert=_set
+    )
+    task_cases: int = option(
+        10, "questions of each task at each length (default %(default)s)", group=_TASKS, metavar="COUNT"
+    )
+    generate: int = option(
+        0,
+        "tokens that the model writes behind the start of the first text, up to each of --lengths: dense, and "
+        "under each rule with the same noise (default 0)",
+        group=_TASKS,
+        metavar="TOKENS",
+    )
+    skip_texts: bool = option(
+        False,
+        "leave out what the texts themselves would lose (--needles-only: its former name)",
+        group=_ROWS,
+        alias="needles-only",
+    )
     device: str | None = option(
         None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
     )
@@ -201,9 +230,22 @@ class EvaluationOptions:
             all(0 <= depth <= 1 for depth in self.depths),
             f"--depths {_listed(self.depths)}: 0 is the start of the text and 1 its end",
         )
+        unknown = [name for name in self.tasks if name not in TASKS]
+        require(not unknown, f"--tasks {' '.join(unknown)}: unknown; allowed: {', '.join(TASKS)}")
+        require(self.task_cases >= 1, f"--task-cases is {self.task_cases}; it must be at least 1")
         require(
-            bool(self.needles) or not self.needles_only,
-            "--needles-only: name the lengths of the prompts with --needles",
+            self.generate == 0 or self.generate >= 2,
+            f"--generate is {self.generate}; it must be at least 2, or 0",
+        )
+        following = [name for name in self.rules if name in IN_ORDER]
+        require(
+            not self.generate or not following,
+            f"--generate decodes token by token, and --rules {' '.join(following)} can't: their thresholds follow "
+            "a sequence; leave out one",
+        )
+        require(
+            not self.skip_texts or bool(self.needles or self.tasks or self.generate),
+            "--skip-texts (or --needles-only) leaves nothing to evaluate; name --needles, --tasks or --generate",
         )
         require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for flag, path in (("--json", self.json), ("--plot", self.plot)):

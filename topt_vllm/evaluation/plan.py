@@ -7,10 +7,13 @@ from typing import Any
 import torch
 
 from topt_vllm.config import TopThetaConfig
+from topt_vllm.evaluation.cases import Case
+from topt_vllm.evaluation.lengths import check_generate, check_lengths, longest_sequence
 from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import check_plot
 from topt_vllm.evaluation.rules.toptheta import ladder
+from topt_vllm.evaluation.tasks.making import make_cases
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import cut_sequences, read_texts
@@ -50,6 +53,7 @@ class Plan:
         path: Where the table lies.
         texts: What is evaluated on.
         needles: Facts hidden in the first of them.
+        tasks: Cases by task and length, about the same text.
         dense: Dense layers for each target.
     """
 
@@ -60,13 +64,21 @@ class Plan:
     path: Path
     texts: list[Text]
     needles: list[Needle]
+    tasks: dict[tuple[str, int], list[Case]]
     dense: dict[float, frozenset[int]]
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Contexts at which the decoded rows of the texts end."""
-        if self.options.needles_only:
-            return ()
+        return () if self.options.skip_texts else self._contexts
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """Contexts at which generated text ends."""
+        return self._contexts if self.options.generate else ()
+
+    @property
+    def _contexts(self) -> tuple[int, ...]:
         return self.options.lengths or (self.max_seq_length,)
 
     def count(self, length: int) -> int:
@@ -84,24 +96,31 @@ def prepare(options: EvaluationOptions) -> Plan:
         check_plot(options.plot)
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
-    longest = options.max_seq_length or max((*options.lengths, *options.needles), default=None)
-    length = subject.max_seq_length(longest)
+    length = longest_sequence(options, subject)
     table, path = _table(options, subject)
     _check_screens(options, table, path)
-    _check_lengths(options, length, table)
+    check_lengths(options, length, table)
+    if options.generate:
+        check_generate(options, subject, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
     dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
     check_weights(options.model)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
-    # Needles hide in the first text.
-    names = options.dataset[:1] if options.needles_only else options.dataset
+    # Needles hide in the first text, and all else than losses starts from it.
+    names = options.dataset[:1] if options.skip_texts else options.dataset
     # Once, for it may be a pipe.
     apart = _tuning_text(options, tokenizer, length)
     texts = [_text(options, tokenizer, name, length, calibrated, apart) for name in names]
-    needles = hide(tokenizer, texts[0].sequences[0], options.needles, options.depths)
-    return Plan(options, subject, length, table, path, texts, needles, dense)
+    first = texts[0].sequences[0]
+    needles = hide(tokenizer, first, options.needles, options.depths)
+    tasks = {
+        (task, length): make_cases(task, tokenizer, first, length, options.task_cases)
+        for task in options.tasks
+        for length in options.task_lengths
+    }
+    return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
@@ -133,26 +152,6 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
     if ADAPTING in rules and not budget.ks():
         raise EvaluationError(
             f"--rules {ADAPTING} needs budgets that promise keys, and --budget {k} promises none; leave out one"
-        )
-
-
-def _check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
-    if longest < table.lengths[0] + 2:
-        raise EvaluationError(
-            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
-            "below which every row is dense; evaluate on longer sequences"
-        )
-    for length in options.lengths:
-        if not table.lengths[0] + 2 <= length <= longest:
-            raise EvaluationError(
-                f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
-                f"and at most as long as --max-seq-length, {longest}"
-            )
-    wrong = [length for length in options.needles if not table.lengths[0] < length <= longest]
-    if wrong:
-        raise EvaluationError(
-            f"--needles {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
-            f"at most as long as --max-seq-length, {longest}"
         )
 
 

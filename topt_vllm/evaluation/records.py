@@ -126,6 +126,14 @@ def line(record: dict[str, Any]) -> str:
             f"; retrieved {record['retrieval']:.0%} (dense {record['retrieval_dense']:.0%}), "
             f"exact {record['exact']:.0%} ({record['exact_dense']:.0%})"
         )
+    if "margin" in record:
+        text += f", margin {record['margin']:+.2f} ({record['margin_dense']:+.2f})"
+    if "free_perplexity" in record:
+        text += (
+            f"; its own text: perplexity {record['free_perplexity']:.3f} by dense attention (dense's own "
+            f"{record['free_perplexity_dense']:.3f}, ± {record['free_loss_pct_se']:.0f} %), "
+            f"the same for {record['tokens_until_difference']} tokens"
+        )
     return text
 
 

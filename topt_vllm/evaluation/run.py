@@ -1,4 +1,4 @@
-"""An evaluation run: rules tuned to their targets, then every text under every rule, then needles.
+"""An evaluation run: rules tuned to their targets, then every text, needles, tasks and generated text under each.
 
 Everything is decoded behind a dense prompt, as a server does; see :mod:`topt_vllm.replay.replay`.
 """
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from topt_vllm.evaluation.case_run import evaluate_needles, evaluate_tasks
+from topt_vllm.evaluation.generation import evaluate_generated
 from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
-from topt_vllm.evaluation.needle_run import evaluate_needles
 from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
@@ -56,17 +57,21 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     """
     options = plan.options
     model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
-    runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.needles)
+    runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.generated)
+    runs += len(plan.needles) + sum(map(len, plan.tasks.values()))
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
         for index, text in enumerate(plan.texts):
-            # The needles hide in the first text and share its tuning pass.
-            needles = options.needles if index == 0 else ()
+            # Needles, tasks and generation take the first text and share its tuning pass.
+            more = {*options.needles, *(length for _, length in plan.tasks), *plan.generated}
+            more = more if index == 0 else set()
             bar.set_description(f"{text.name}: tuning on {text.tuned_on}" if options.rows else text.name)
-            jobs = jobs_by_length(model, plan, text, sorted({*plan.lengths, *needles}))
+            jobs = jobs_by_length(model, plan, text, sorted({*plan.lengths, *more}))
             if plan.lengths:
                 yield from _text(model, plan, text, jobs, bar)
-            if needles:
+            if index == 0:
                 yield from evaluate_needles(model, plan, text, jobs, bar)
+                yield from evaluate_tasks(model, plan, text, jobs, bar)
+                yield from evaluate_generated(model, plan, text, jobs, bar)
 
 
 def _text(

@@ -47,6 +47,11 @@ class CausalLM:
             )
         return found[0]
 
+    def next_token(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        """Log probabilities of what follows one sequence: float32 [vocabulary]; arguments as for :meth:`hidden`."""
+        logits = self.model(input_ids=tokens, past_key_values=_Prompt(first), **self._plain).logits
+        return torch.log_softmax(logits[0, -1].float(), dim=-1)
+
     def log_probabilities(self, inputs: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Of the next token: float32 [r, vocabulary].
 

@@ -25,6 +25,8 @@ class DensePass:
     Attributes:
         length: Rows of the pass (tokens).
         model: The model, and what follows its decoder.
+        subject: What is known about it.
+        cache: K and V of each layer, [Hkv, n, D] and [Hkv, n, Dv].
     """
 
     def __init__(
@@ -43,14 +45,14 @@ class DensePass:
         """
         self.length = len(tokens)
         self.model = CausalLM(model)
-        self._subject = subject
+        self.subject = subject
         # Where layers attend to K and V of earlier ones, or states are handed on, all have to run.
         self._layers = (
             []
             if subject.shares_kv or subject.stateful
             else _decoder_layers(model, subject.identity.num_layers)
         )
-        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}
         self._seen: set[int] = set()
@@ -93,13 +95,13 @@ class DensePass:
         def function(asked: Asked) -> torch.Tensor:
             return self._attend(attention if asked.layer in sparse else None, first, asked)
 
-        known = min(sparse, default=self._subject.identity.num_layers)
+        known = min(sparse, default=self.subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
         with torch.inference_mode(), skipping, selected(self.model.model, function):
             return self.model.hidden(inputs, first)
 
     def _record(self, asked: Asked) -> torch.Tensor:
-        window = self._subject.window_of(asked.layer)
+        window = self.subject.window_of(asked.layer)
         call = asked.call(window=window)
         # Layers of a kind are given the same mask.
         known = asked.mask is None or asked.mask is self._checked.get(window)
@@ -116,7 +118,7 @@ class DensePass:
             raise ReplayError(
                 f"layer {call.layer} attends more than once for each token; such models are not supported"
             )
-        expected = self._subject.kv_heads_of(call.layer)
+        expected = self.subject.kv_heads_of(call.layer)
         if call.key.shape[0] != expected:
             raise ReplayError(
                 f"layer {call.layer} has {call.key.shape[0]} KV heads, but its configuration says {expected}; such "
@@ -125,24 +127,19 @@ class DensePass:
 
     def _keep(self, call: LayerCall) -> None:
         """Keeps what later runs need of a layer."""
-        self._cache[call.layer] = call.key.contiguous(), call.value.contiguous()
+        self.cache[call.layer] = call.key.contiguous(), call.value.contiguous()
 
     def _attend(self, attention: RuleAttention | None, first: int, asked: Asked) -> torch.Tensor:
-        window = self._subject.window_of(asked.layer)
+        window = self.subject.window_of(asked.layer)
         # Keys that even the first row no longer sees are left out.
         start = max(0, first - window + 1) if window else 0
-        before = [tensor[:, start:first] for tensor in self._cache[asked.layer]]
+        before = [tensor[:, start:first] for tensor in self.cache[asked.layer]]
         outputs = []
         for index in range(len(asked.query)):
             key = torch.cat([before[0], asked.key[index]], dim=1)
             value = torch.cat([before[1], asked.value[index]], dim=1)
             call = asked.call(index, key=key, value=value, first=first - start, window=window)
-            if attention is not None:
-                outputs.append(attention.attend(call).transpose(0, 1))
-            elif not call.plain:
-                outputs.append(attend(call, None).transpose(0, 1))
-            else:
-                outputs.append(_dense(asked, call))
+            outputs.append(attended(attention, asked, call))
         return torch.stack(outputs)
 
     @contextmanager
@@ -177,6 +174,21 @@ class DensePass:
                     break
                 stack.enter_context(replaced(layer, self._outputs[span, index]))
             yield
+
+
+def attended(attention: RuleAttention | None, asked: Asked, call: LayerCall) -> torch.Tensor:
+    """Attention of the call's rows, [r, H, Dv].
+
+    Args:
+        attention: Of the layer; None for dense attention.
+        asked: What the layer asked for.
+        call: The same of one sequence, with what lies before it.
+    """
+    if attention is not None:
+        return attention.attend(call).transpose(0, 1)
+    if not call.plain:
+        return attend(call, None).transpose(0, 1)
+    return _dense(asked, call)
 
 
 def _dense(asked: Asked, call: LayerCall) -> torch.Tensor:

@@ -80,8 +80,9 @@ class LayerCall:
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """float32 [Hkv, D, n], contiguous, which the product with the queries reads fastest."""
-        return self.key.transpose(1, 2).float().contiguous()
+        """float32 [Hkv, D, n]; contiguous for many queries, whose product reads it fastest so."""
+        keys = self.key.transpose(1, 2).float()
+        return keys if self.query.shape[1] == 1 else keys.contiguous()
 
     @cached_property
     def values(self) -> torch.Tensor:

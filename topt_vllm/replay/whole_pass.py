@@ -38,7 +38,7 @@ class WholePass(DensePass):
         sparse = attention.layers if attention is not None else []
 
         def function(asked: Asked) -> torch.Tensor:
-            whole = asked.call(window=self._subject.window_of(asked.layer))
+            whole = asked.call(window=self.subject.window_of(asked.layer))
             if attention is None or asked.layer not in sparse:
                 return whole_sequence(asked, whole)
             prompt = {name: getattr(whole, name)[:, :first] for name in ("query", "key", "value")}

@@ -63,12 +63,17 @@ class Inputs:
     @property
     def texts(self) -> list[Evaluated]:
         """Records on texts."""
-        return [record for record in self.evaluated if record.cells is None]
+        return [record for record in self.evaluated if record.cells is None and record.task is None]
 
     @property
     def needles(self) -> list[Evaluated]:
         """Records with a needle grid."""
         return [record for record in self.evaluated if record.cells is not None]
+
+    @property
+    def tasks(self) -> list[Evaluated]:
+        """Records of tasks."""
+        return [record for record in self.evaluated if record.task is not None]
 
 
 def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inputs:

@@ -18,9 +18,10 @@ from topt_vllm.report.layer_rows import rows_by_layer
 from topt_vllm.report.losses import losses
 from topt_vllm.report.needles import needles
 from topt_vllm.report.speed import speed
+from topt_vllm.report.tasks import tasks
 from topt_vllm.version import __version__
 
-_SECTIONS = (quality, thresholds, rows_by_layer, losses, needles, speed)
+_SECTIONS = (quality, thresholds, rows_by_layer, losses, needles, tasks, speed)
 
 
 def render(inputs: Inputs) -> str:

@@ -5,7 +5,7 @@ others.
 Bounds are here, so that nothing behind them divides by zero or draws to infinity.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,7 +75,13 @@ class Evaluated(_Part):
         k_screen: Format of its K screen; files of earlier releases lack it.
         candidates: Share of keys that the screen let through; known for rules of Top-Theta.
         kv_bytes_read: Share of the bytes of K and V that were read; likewise.
-        cells: The needle grid; None for a text.
+        cells: The needle grid; None for anything else.
+        task: Name of a task; None for anything else, as what follows.
+        exact: Share of its answers that greedy decoding gives.
+        exact_dense: The same under dense attention.
+        margin: Mean lead of its right answers (nats).
+        margin_dense: The same under dense attention.
+        judged_by: Which of the two counts.
     """
 
     text: str
@@ -95,6 +101,12 @@ class Evaluated(_Part):
     # Above 1 where a screen lets everything through.
     kv_bytes_read: float | None = Field(default=None, ge=0, le=10)
     cells: Annotated[list[NeedleCell], Field(min_length=1, fail_fast=True)] | None = None
+    task: str | None = Field(default=None, max_length=40)
+    exact: Share | None = None
+    exact_dense: Share | None = None
+    margin: float | None = None
+    margin_dense: float | None = None
+    judged_by: Literal["exact", "margin"] | None = None
     provenance: Origin
 
     @property

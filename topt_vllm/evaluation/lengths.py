@@ -1,0 +1,62 @@
+"""Lengths that an evaluation is asked for, and whether model and table reach them."""
+
+from topt_vllm.evaluation.options import EvaluationError, EvaluationOptions
+from topt_vllm.replay.model import Subject
+from topt_vllm.table.schema import ThresholdTable
+
+
+def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
+    """Tokens of a text's sequences.
+
+    Raises:
+        ReplayError: The model's context is shorter.
+    """
+    # Said here, for its default may be too long.
+    beyond = [length for length in _task_lengths(options) if length > (subject.context or length)]
+    if beyond:
+        raise EvaluationError(
+            f"--task-lengths {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
+        )
+    lengths = (*options.lengths, *options.needles, *_task_lengths(options))
+    return subject.max_seq_length(options.max_seq_length or max(lengths, default=None))
+
+
+def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
+    """Refuses lengths that the sequences or the table don't reach."""
+    if longest < table.lengths[0] + 2:
+        raise EvaluationError(
+            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
+            "below which every row is dense; evaluate on longer sequences"
+        )
+    for length in options.lengths:
+        if not table.lengths[0] + 2 <= length <= longest:
+            raise EvaluationError(
+                f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
+                f"and at most as long as --max-seq-length, {longest}"
+            )
+    for flag, lengths in (("--needles", options.needles), ("--task-lengths", _task_lengths(options))):
+        wrong = [length for length in lengths if not table.lengths[0] < length <= longest]
+        if wrong:
+            raise EvaluationError(
+                f"{flag} {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
+                f"at most as long as --max-seq-length, {longest}"
+            )
+
+
+def check_generate(options: EvaluationOptions, subject: Subject, longest: int, table: ThresholdTable) -> None:
+    """Refuses ``--generate`` where the model or the table can't do it."""
+    if subject.stateful:
+        raise EvaluationError(
+            f"--generate decodes from K and V alone, but layers of {options.model} keep a state; leave it out"
+        )
+    most = min(options.lengths or (longest,)) - table.lengths[0]
+    if options.generate > most:
+        raise EvaluationError(
+            f"--generate {options.generate}: the shortest context has {most} tokens behind the table's first "
+            f"length, {table.lengths[0]}, below which every row is dense; generate fewer, or name longer --lengths"
+        )
+
+
+def _task_lengths(options: EvaluationOptions) -> tuple[int, ...]:
+    """Those that are asked for, which without tasks none are."""
+    return options.task_lengths if options.tasks else ()

@@ -1,0 +1,76 @@
+"""What the prompts of a task are made from, and how questions about them become cases."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from topt_vllm.evaluation.cases import Case, alike, hide_in, numbers, tokens_of
+from topt_vllm.evaluation.options import EvaluationError
+
+# Wrong answers of a question.
+WRONG = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a prompt.
+
+    Attributes:
+        text: Up to where the answer begins.
+        answers: The right one first, each with equally many tokens behind a space.
+    """
+
+    text: str
+    answers: list[str]
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """A text to hide a task's facts in.
+
+    Attributes:
+        task: Its name.
+        tokenizer: A transformers tokenizer.
+        text: Tokens, with BOS if there is one; no fewer than the prompt's.
+        length: Of prompt and longest question (tokens).
+        source: Of what is left to chance.
+    """
+
+    task: str
+    tokenizer: Any
+    text: list[int]
+    length: int
+    source: random.Random
+
+    def tokens(self, text: str) -> list[int]:
+        """Without BOS."""
+        return tokens_of(self.tokenizer, text)
+
+    def alike(self, words: list[str], count: int) -> list[str]:
+        """Some words with equally many tokens."""
+        return alike(self.tokenizer, self.source, words, count)
+
+    def numbers(self, count: int) -> list[str]:
+        """Different numbers with equally many tokens."""
+        return [str(number) for number, _ in numbers(self.tokenizer, self.source, count)]
+
+    def cases(self, facts: list[str], questions: list[Question]) -> list[Case]:
+        """Cases that share a prompt, in which the facts stand scattered and in their order.
+
+        Raises:
+            EvaluationError: The prompt is too short for them.
+        """
+        pieces = [self.tokens(f"\n\n{fact}\n\n") for fact in facts]
+        asked = [self.tokens(f"\n\nQuestion: {question.text}") for question in questions]
+        needed = sum(map(len, pieces)) + max(map(len, asked))
+        if needed + len(pieces) >= self.length:
+            raise EvaluationError(
+                f"--task-lengths {self.length}: too short for {self.task}, whose facts and longest question have "
+                f"{needed} tokens; name longer prompts"
+            )
+        depths = sorted(self.source.random() for _ in pieces)
+        prompt = hide_in(self.text, zip(depths, pieces, strict=True), self.length - needed)
+        return [
+            Case(self.length, prompt, tokens, [self.tokens(f" {answer}") for answer in question.answers])
+            for tokens, question in zip(asked, questions, strict=True)
+        ]
