@@ -7,6 +7,9 @@ CACHE="${TOPT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/topt_vllm}"
 CACHE="${CACHE/#\~/$HOME}"
 DEMO_MODEL="$CACHE/models/SmolLM2-135M-Instruct"
 CHILD=""
+# What shipped tables are made with.
+CALIBRATION_PLAYS=(hamlet lear othello henry_v coriolanus twelfth_night winters_tale)
+CALIBRATED_BUDGETS=(--budget auto --k 64 128 256 --max-loss 1% 0.2% --target-rows 10%)
 
 say() { printf '%s\n' "$*"; }
 
@@ -18,6 +21,12 @@ die() {
     shift
     (($# == 0)) || printf '       %s\n' "$@" >&2
     exit 1
+}
+
+# plays NAME...: the demo's texts, a line each.
+plays() {
+    local play
+    for play in "$@"; do printf '%s\n' "$CACHE/texts/$play.txt"; done
 }
 
 # Prints the comment at the head of a script, which is its help text.

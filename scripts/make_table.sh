@@ -12,7 +12,7 @@
 #   --device, --dtype    as in topt-vllm calibrate (default: a GPU where there is one; float32)
 #
 # MODEL is a folder or a hub id, of which FOLDER gets NAME.yaml, evaluation.json and report.html. What is there already
-# is kept: a run that was killed goes on. It takes about half an hour for a model of 135M parameters on two cores.
+# is kept: a run that was killed goes on.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -55,13 +55,8 @@ parse() {
 # Texts that were not named: the demo's.
 demo_texts() {
     "$VENV/bin/python" "$ROOT/scripts/prepare_demo.py"
-    local play texts="$CACHE/texts"
-    if ((${#CALIBRATE[@]} == 0)); then
-        for play in hamlet lear othello henry_v coriolanus twelfth_night winters_tale; do
-            CALIBRATE+=("$texts/$play.txt")
-        done
-    fi
-    ((${#EVALUATE[@]} > 0)) || EVALUATE=("$texts/romeo_and_juliet.txt" "$texts/human_eval.txt")
+    ((${#CALIBRATE[@]} > 0)) || mapfile -t CALIBRATE < <(plays "${CALIBRATION_PLAYS[@]}")
+    ((${#EVALUATE[@]} > 0)) || mapfile -t EVALUATE < <(plays romeo_and_juliet human_eval)
 }
 
 # once FILE COMMAND...: unless a run before this one made the file.
@@ -89,7 +84,7 @@ main() {
 
     step "2/4 Thresholds"
     once "$table" "$run" calibrate "${model[@]}" --dataset "${CALIBRATE[@]}" --num-samples "$SAMPLES" \
-        --budget auto --k 64 128 256 --max-loss 1% 0.2% --target-rows 10% --output "$table" --resume
+        "${CALIBRATED_BUDGETS[@]}" --output "$table" --resume
     step "3/4 What they cost on other texts"
     once "$FOLDER/evaluation.json" "$run" evaluate "${model[@]}" --thresholds "$table" --dataset "${EVALUATE[@]}" \
         --rules toptheta --rows --budget "${BUDGETS[@]}" --k-screen off int4 int4+4 \

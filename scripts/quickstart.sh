@@ -79,11 +79,6 @@ cleanup() {
     exit "$status"
 }
 
-plays() {
-    local play
-    for play in "$@"; do printf '%s\n' "$CACHE/texts/$play.txt"; done
-}
-
 # Prints an array of words as a command to paste.
 command_line() {
     local word
@@ -95,9 +90,9 @@ command_line() {
 prepare_table() {
     # The options that the shipped table was made with.
     local texts calibrate
-    mapfile -t texts < <(plays hamlet lear othello henry_v coriolanus twelfth_night winters_tale)
+    mapfile -t texts < <(plays "${CALIBRATION_PLAYS[@]}")
     calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --dataset "${texts[@]}" --num-samples 16
-        --max-seq-length 8192 --dtype float32 --budget auto --k 64 128 256 --max-loss 1% 0.2% --target-rows 10%
+        --max-seq-length 8192 --dtype float32 "${CALIBRATED_BUDGETS[@]}"
         --output "$OWN_TABLE" --force)
     if [[ -z $CALIBRATE ]]; then
         say "The shipped table is used: configs/${SHIPPED##*/}. To calibrate one, run with --calibrate, or:"

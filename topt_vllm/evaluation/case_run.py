@@ -6,7 +6,6 @@ from typing import Any
 
 from topt_vllm.evaluation.cases import Case, answer, batches
 from topt_vllm.evaluation.jobs import Job
-from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import key_reads, quality
 from topt_vllm.evaluation.task_records import scores
@@ -31,8 +30,8 @@ class _Found:
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What is said about the job, and what it lost and read."""
-        ours = key_reads(self.counts) if facts["rule"] in OURS else {}
-        return {**facts, **quality(joined(self.parts), self.counts), **ours}
+        known = quality(joined(self.parts), self.counts)
+        return {**facts, **known, **key_reads(facts["rule"], self.counts)}
 
 
 def evaluate_needles(
@@ -40,7 +39,7 @@ def evaluate_needles(
 ) -> Iterator[dict[str, Any]]:
     """Records of the needles: for each rule and target one over the whole grid."""
     lengths = plan.options.needles
-    for index, found in enumerate(_run(NEEDLES, model, plan, plan.needles, jobs, bar) if lengths else ()):
+    for index, found in enumerate(_run(NEEDLES, model, plan, plan.needles, jobs, bar)):
         tuned = {length: jobs[length][index].facts for length in lengths}
         yield {
             "text": NEEDLES,

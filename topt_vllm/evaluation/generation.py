@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from topt_vllm.evaluation.jobs import Job
-from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_position, key_reads, quality
 from topt_vllm.replay.dense_pass import DensePass
@@ -37,14 +36,14 @@ def evaluate_generated(
         write = partial(generate, prompt, tokens[-1], count, sampled)
         bar.set_description(f"{GENERATED}, {length}: dense")
         own = write(steps=_progress)
-        inputs, predictions, losses = _rated(prompt, tokens[-1], own)
+        inputs, predictions = _rated(prompt, tokens[-1], own)
         for job in jobs[length]:
             bar.set_description(f"{GENERATED}, {length}: {job.facts['rule']}")
             given, free = job.attention(plan, contexts), job.attention(plan, contexts)
             with torch.inference_mode():
                 compared = predictions.compare(prompt.decode(inputs, prompt.length, given))
             written = write(attention=free, steps=_progress)
-            *_, its_losses = _rated(prompt, tokens[-1], written)
+            _, its = _rated(prompt, tokens[-1], written)
             bar.update()
             yield {
                 "text": GENERATED,
@@ -52,12 +51,12 @@ def evaluate_generated(
                 "tuned_on": text.tuned_on,
                 **job.facts,
                 **quality(compared, given.counts),
-                **(key_reads(given.counts) if job.facts["rule"] in OURS else {}),
+                **key_reads(job.facts["rule"], given.counts),
                 "first_context": length - count,
                 "by_position": by_position(compared, contexts),
-                "free_perplexity": round(its_losses.mean().exp().item(), 6),
-                "free_perplexity_dense": round(losses.mean().exp().item(), 6),
-                "free_loss_pct_se": round(_error(its_losses, losses), 6),
+                "free_perplexity": round(math.exp(its.dense_nll), 6),
+                "free_perplexity_dense": round(math.exp(predictions.dense_nll), 6),
+                "free_loss_pct_se": round(_error(its.dense_losses, predictions.dense_losses), 6),
                 "free_v_rows_read": round(free.counts.shares()["v_rows_read"], 6),
                 "tokens_until_difference": _alike(own, written),
             }
@@ -70,20 +69,13 @@ def sampled(step: int, log_probabilities: torch.Tensor) -> int:
     return int((log_probabilities + noise.to(log_probabilities.device)).argmax())
 
 
-def _rated(
-    prompt: DensePass, token: int, written: list[int]
-) -> tuple[torch.Tensor, Predictions, torch.Tensor]:
-    """A text as dense attention has it.
-
-    Returns:
-        Its rows, behind the prompt's last token, int64 [1, R]; their predictions; their losses, float64 [R] (nats).
-    """
+def _rated(prompt: DensePass, token: int, written: list[int]) -> tuple[torch.Tensor, Predictions]:
+    """A text as dense attention has it: rows behind the prompt's last token, int64 [1, R], and predictions."""
     tokens = torch.tensor([token, *written], device=prompt.model.device)
     inputs = tokens[None, :-1]
     with torch.inference_mode():
         hidden = prompt.decode(inputs, prompt.length)
-        predictions = Predictions(prompt.model, inputs, tokens[1:], hidden)
-        return inputs, predictions, predictions.compare(hidden).dense.double()
+        return inputs, Predictions(prompt.model, inputs, tokens[1:], hidden)
 
 
 def _error(its: torch.Tensor, own: torch.Tensor) -> float:

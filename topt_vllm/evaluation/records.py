@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from topt_vllm.evaluation.options import NO_SCREEN
+from topt_vllm.evaluation.options import NO_SCREEN, OURS
 from topt_vllm.replay.attention import Counts
 from topt_vllm.replay.predictions import Comparison
 from topt_vllm.replay.scores import percentiles
@@ -30,8 +30,10 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
     }
 
 
-def key_reads(counts: Counts) -> dict[str, Any]:
-    """What a record says about K under a rule of Top-Theta, which reads K in full or has a K screen."""
+def key_reads(rule: str, counts: Counts) -> dict[str, Any]:
+    """What a record says about K under a rule of Top-Theta, which reads K in full or has a K screen; {} else."""
+    if rule not in OURS:
+        return {}
     return {
         "candidates": _rounded(counts.candidates),
         "kv_bytes_read": _rounded(counts.kv_bytes_read),
@@ -100,9 +102,14 @@ HEADER = (
 )
 
 
+def target_of(record: dict[str, Any]) -> str:
+    """What a rule was tuned to, or the budget that it is."""
+    return f"{record['rows_target']:.0%}" if record["rows_target"] is not None else f"k={record['k']}"
+
+
 def line(record: dict[str, Any]) -> str:
     """One row of the table."""
-    target = f"{record['rows_target']:.0%}" if record["rows_target"] is not None else f"k={record['k']}"
+    target = target_of(record)
     parameter = "-" if record["parameter"] is None else f"{record['parameter']:.4g}"
     text = (
         f"{record['text'][:22]:<22} {record['context']:>7} {target:>6} {record['rule']:<16} {parameter:>11}"

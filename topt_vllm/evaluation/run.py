@@ -13,7 +13,6 @@ from tqdm import tqdm
 from topt_vllm.evaluation.case_run import evaluate_needles, evaluate_tasks
 from topt_vllm.evaluation.generation import evaluate_generated
 from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
-from topt_vllm.evaluation.options import OURS
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
 from topt_vllm.replay.attention import Counts, RuleAttention
@@ -62,14 +61,16 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     with tqdm(total=runs * count_jobs(plan), unit="run", smoothing=0.1) as bar:
         for index, text in enumerate(plan.texts):
             # Needles, tasks and generation take the first text and share its tuning pass.
-            more = {*options.needles, *(length for _, length in plan.tasks), *plan.generated}
-            more = more if index == 0 else set()
+            more: set[int] = set()
+            if index == 0:
+                more = {*options.needles, *(length for _, length in plan.tasks), *plan.generated}
             bar.set_description(f"{text.name}: tuning on {text.tuned_on}" if options.rows else text.name)
             jobs = jobs_by_length(model, plan, text, sorted({*plan.lengths, *more}))
             if plan.lengths:
                 yield from _text(model, plan, text, jobs, bar)
             if index == 0:
-                yield from evaluate_needles(model, plan, text, jobs, bar)
+                if plan.needles:
+                    yield from evaluate_needles(model, plan, text, jobs, bar)
                 yield from evaluate_tasks(model, plan, text, jobs, bar)
                 yield from evaluate_generated(model, plan, text, jobs, bar)
 
@@ -99,7 +100,7 @@ def _text(
                         "calibrated": text.calibrated,
                         **job.facts,
                         **into.record(),
-                        **(key_reads(into.counts) if job.facts["rule"] in OURS else {}),
+                        **key_reads(job.facts["rule"], into.counts),
                         "decode_rows": plan.count(length),
                         "max_seq_length": longest,
                     }

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from topt_vllm.evaluation.options import NO_SCREEN
+from topt_vllm.evaluation.records import target_of
 
 # Share of exact answers by dense attention from which a task counts by them.
 _ABLE = 0.3
@@ -55,9 +56,8 @@ def summary(records: list[dict[str, Any]]) -> str:
 
 
 def _title(record: dict[str, Any]) -> str:
-    target = f"{record['rows_target']:.0%}" if record["rows_target"] is not None else f"k={record['k']}"
     screen = f", K screen {record['k_screen']}" if record["k_screen"] != NO_SCREEN else ""
-    return f"{record['rule']} at {target}{screen}"
+    return f"{record['rule']} at {target_of(record)}{screen}"
 
 
 def _cell(record: dict[str, Any]) -> str:

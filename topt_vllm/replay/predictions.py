@@ -75,7 +75,11 @@ def compared(dense: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) ->
 
 
 class Predictions:
-    """The next tokens of some rows, and what dense attention makes of them."""
+    """The next tokens of some rows, and what dense attention makes of them.
+
+    Attributes:
+        dense_losses: float64 [R], of each row under dense attention (nats).
+    """
 
     def __init__(
         self, model: CausalLM, inputs: torch.Tensor, targets: torch.Tensor, dense: torch.Tensor
@@ -95,11 +99,16 @@ class Predictions:
         self._step = max(1, _LOGITS // vocabulary)
         self._keeps = len(targets) * vocabulary <= _KEPT
         self._kept: dict[int, torch.Tensor] = {}
-        total = 0.0
-        for part in self._parts():
-            found = self._dense_log_probabilities(part)
-            total -= float(found.gather(1, targets[part, None]).double().sum())
-        self.dense_nll = total / len(targets)
+        losses = [
+            -self._dense_log_probabilities(part).gather(1, targets[part, None])[:, 0].double().cpu()
+            for part in self._parts()
+        ]
+        self.dense_losses = torch.cat(losses)
+
+    @property
+    def dense_nll(self) -> float:
+        """Mean loss under dense attention (nats)."""
+        return self.dense_losses.mean().item()
 
     def compare(self, hidden: torch.Tensor) -> Comparison:
         """What other hidden states [1, R, hidden size] of the same rows predict."""

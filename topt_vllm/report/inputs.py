@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,11 @@ class Inputs:
     def tasks(self) -> list[Evaluated]:
         """Records of tasks."""
         return [record for record in self.evaluated if record.task is not None]
+
+    def evaluate_command(self, options: str) -> str:
+        """What writes records of the table's own budget, with these options."""
+        command = f"topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt {options}"
+        return f"{command} --budget {shlex.quote(str(self.table.budget(None).key))} --json E.json"
 
 
 def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inputs:

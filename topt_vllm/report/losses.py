@@ -1,6 +1,5 @@
 """Loss against V rows read: the table's own budgets, and ours beside rival rules on texts of an evaluation."""
 
-import shlex
 from collections.abc import Sequence
 
 from topt_vllm.report import numbers
@@ -10,10 +9,6 @@ from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Evaluated
 from topt_vllm.report.svg import marker, picture
 from topt_vllm.table.schema import ThresholdTable
-
-_COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --rows 0.05 0.1 0.2 --budget {} --json E.json"
-)
 
 
 def losses(inputs: Inputs) -> Section:
@@ -26,7 +21,6 @@ def losses(inputs: Inputs) -> Section:
         Figure(draw(_series(group, rules), " ".join(said[panel])), _title(panel), " ".join(said[panel]))
         for panel, group in groups.items()
     ]
-    key = shlex.quote(str(inputs.table.budget(None).key))
     return Section(
         key="losses",
         title="Loss against V rows read",
@@ -40,7 +34,7 @@ def losses(inputs: Inputs) -> Section:
         missing=None
         if records
         else "Not compared with other rules yet. With --evaluation E.json, written by:",
-        command=None if records else _COMMAND.format(key),
+        command=None if records else inputs.evaluate_command("--rows 0.05 0.1 0.2"),
     )
 
 

@@ -1,6 +1,5 @@
 """Hidden facts by depth and length: ours beside dense attention. The grids are HTML tables, which all can read."""
 
-import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean
@@ -15,16 +14,13 @@ _INTRO = (
     "● the answer is what greedy decoding gives, ◐ it is likelier than every wrong one, ○ it is not. Beside it "
     "the lead over the likeliest wrong answer, in nats."
 )
-_COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --needles 1024 4096 --budget {} --json E.json"
-)
 
 
 def needles(inputs: Inputs) -> Section:
     """Dense attention's grid, ours, and a line for every rule."""
     records, section = inputs.needles, partial(Section, "needles", "Facts hidden in long prompts", _INTRO)
     if not records:
-        command = _COMMAND.format(shlex.quote(str(inputs.table.budget(None).key)))
+        command = inputs.evaluate_command("--needles 1024 4096")
         return section(missing="Not measured yet. With --evaluation E.json, written by:", command=command)
     shown = _shown(records)
     dense = _grid("Dense attention", records[0].cells or [], dense=True)

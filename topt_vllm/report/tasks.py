@@ -1,6 +1,5 @@
 """Answers about long prompts: ours beside dense attention, by task and length."""
 
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
@@ -15,16 +14,13 @@ _INTRO = (
     "decoding gives the answer. Lead: how much likelier the right answer is than the likeliest wrong one, in nats. "
     "A task is judged by exact answers where dense attention gives enough of them, else by leads."
 )
-_COMMAND = (
-    "topt-vllm evaluate --model MODEL_FOLDER --dataset TEXT.txt --tasks multikey --budget {} --json E.json"
-)
 
 
 def tasks(inputs: Inputs) -> Section:
     """A line for every task, length and rule."""
     records, section = inputs.tasks, partial(Section, "tasks", "Tasks in long prompts", _INTRO)
     if not records:
-        command = _COMMAND.format(shlex.quote(str(inputs.table.budget(None).key)))
+        command = inputs.evaluate_command("--tasks multikey")
         return section(missing="Not measured yet. With --evaluation E.json, written by:", command=command)
     return section(finding=_finding(records), tables=[Table.of("Every task and rule", records, _COLUMNS)])
 
