@@ -80,6 +80,9 @@ main() {
     local run="$VENV/bin/topt-vllm" name table
     name="$(basename "$MODEL")"
     table="$FOLDER/$name.yaml"
+    # Thresholds begin at 512 tokens or later.
+    local needles=("$LENGTH")
+    ((LENGTH < 4096)) || needles+=("$((LENGTH / 4))")
     local model=(--model "$MODEL" --max-seq-length "$LENGTH" --dtype "$DTYPE" "${DEVICE[@]}")
 
     step "2/4 Thresholds"
@@ -88,7 +91,7 @@ main() {
     step "3/4 What they cost on other texts"
     once "$FOLDER/evaluation.json" "$run" evaluate "${model[@]}" --thresholds "$table" --dataset "${EVALUATE[@]}" \
         --rules toptheta --rows --budget "${BUDGETS[@]}" --k-screen off int4 int4+4 \
-        --needles $((LENGTH / 4)) "$LENGTH" --json "$FOLDER/evaluation.json"
+        --needles "${needles[@]}" --json "$FOLDER/evaluation.json"
     step "4/4 The report"
     once "$FOLDER/report.html" "$run" report "$table" --evaluation "$FOLDER/evaluation.json" -o "$FOLDER/report.html"
     say ""

@@ -145,6 +145,7 @@ def test_a_table_its_evaluation_and_its_report_are_made_once(checkout: Path, tmp
     for words in (calibrate, evaluate):
         assert words[words.index("--model") + 1] == "a model/M"
         assert words[words.index("--max-seq-length") + 1] == "2048"
+    assert evaluate[evaluate.index("--needles") :][:3] == ["--needles", "2048", "--json"]
     files = {f"{tmp_path}/out/{name}" for name in ("M.yaml", "evaluation.json", "report.html")}
     assert {str(path) for path in (tmp_path / "out").iterdir()} == files
     assert files <= set(report)
