@@ -16,17 +16,21 @@ from topt_vllm.calibration.quality import quality
 from topt_vllm.calibration.search import Measured, search
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, sensitivity
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.replay import Replay
+from topt_vllm.replay.capture import Observer
+from topt_vllm.replay.replay import Replay, replayed_rows
 from topt_vllm.replay.top_theta import TopTheta
+from topt_vllm.replay.whole_pass import dense_pass
 from topt_vllm.table.schema import Budget, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
 MEASURED_ROWS = 1024
 
 
-def measured(model: Any, plan: Plan, budgets: list[Budget], progress: Callable[[], object]) -> list[Budget]:
-    """The budgets with their quality on the held-back sequence."""
-    replay = _replay(model, plan, plan.sequences.held_back, MEASURED_ROWS)
+def measured(
+    model: Any, plan: Plan, budgets: list[Budget], progress: Callable[[], object], observe: Observer
+) -> list[Budget]:
+    """The budgets with their quality on the held-back sequence; ``observe`` sees its dense pass."""
+    replay = _replay(model, plan, plan.sequences.held_back, MEASURED_ROWS, observe)
     found = []
     for budget in budgets:
         worth, _ = _measure(replay, plan, budget)
@@ -105,10 +109,12 @@ def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _replay(model: Any, plan: Plan, tokens: list[int], rows: int) -> Replay:
+def _replay(model: Any, plan: Plan, tokens: list[int], rows: int, observe: Observer | None = None) -> Replay:
     """Rows below the first calibrated length are dense, so there is nothing to measure."""
     count = max(1, min(rows, len(tokens) - plan.lengths[0]))
-    return Replay(model, plan.subject, tokens, count)
+    span = replayed_rows(len(tokens), count)
+    dense = dense_pass(model, plan.subject, tokens[:-1], (span,), observe)
+    return Replay(model, plan.subject, tokens, count, dense)
 
 
 def _measure(replay: Replay, plan: Plan, budget: Budget) -> tuple[Quality, float]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from topt_vllm.calibration.allocation import greedy_path
 from topt_vllm.calibration.budgets import curves, measured, targeted
-from topt_vllm.calibration.candidates import with_candidates
+from topt_vllm.calibration.candidates import CandidateShares
 from topt_vllm.calibration.collect import collect, collect_errors
 from topt_vllm.calibration.key_statistics import key_statistics
 from topt_vllm.calibration.maker import Maker
@@ -72,12 +72,11 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], Ke
     budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
     if options.budget != "k":
         budgets += _measured_budgets(model, plan, maker, partial, collected.passes)
+    length = len(plan.sequences.held_back) - 1
+    shares = CandidateShares(plan.subject, length, statistics.transforms(), budgets, plan.lengths)
     with tqdm(total=len(budgets), desc="measuring on held-back text", unit="budget") as bar:
-        budgets = measured(model, plan, budgets, bar.update)
-    text, transforms = plan.sequences.held_back, statistics.transforms()
-    with tqdm(total=layers, desc="candidates of a K screen", unit="layer") as bar:
-        found = with_candidates(model, plan.subject, text, transforms, budgets, plan.lengths, bar.update)
-    return found, statistics
+        budgets = measured(model, plan, budgets, bar.update, shares.observe)
+    return shares.added_to(budgets), statistics
 
 
 def _measured_budgets(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from topt_vllm.calibration.candidates import with_candidates
+from topt_vllm.calibration.candidates import CandidateShares
 from topt_vllm.calibration.collect import observed
 from topt_vllm.calibration.key_statistics import key_statistics, key_sums
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
@@ -99,16 +99,17 @@ def add_key_statistics(plan: ScreenPlan) -> ThresholdTable:
     with tqdm(total=passes * len(subject.full_layers), desc="statistics of K", unit="layer") as bar:
         statistics = _statistics(model, plan, bar)
         bar.set_description("candidates")
-        budgets = with_candidates(
-            model,
-            subject,
-            plan.sequences.held_back,
-            statistics.transforms(),
-            plan.table.budgets,
-            plan.table.lengths,
-            bar.update,
-        )
-    return plan.table.model_copy(update={"budgets": budgets, "key_statistics": statistics})
+        # The last token is only predicted where budgets are measured.
+        text, table = plan.sequences.held_back[:-1], plan.table
+        shares = CandidateShares(subject, len(text), statistics.transforms(), table.budgets, table.lengths)
+
+        def observe(call: LayerCall) -> None:
+            shares.observe(call)
+            bar.update()
+
+        observed(model, subject, text, observe)
+    budgets = shares.added_to(table.budgets)
+    return table.model_copy(update={"budgets": budgets, "key_statistics": statistics})
 
 
 def _statistics(model: Any, plan: ScreenPlan, bar: Any) -> KeyStatistics:

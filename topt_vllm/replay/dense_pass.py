@@ -6,12 +6,20 @@ to them.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import Asked, check_plain_causal, selected, visible_keys, whole_sequence
+from topt_vllm.replay.capture import (
+    Asked,
+    Observer,
+    check_plain_causal,
+    selected,
+    visible_keys,
+    whole_sequence,
+)
 from topt_vllm.replay.causal_lm import CausalLM, replaced
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
@@ -30,7 +38,12 @@ class DensePass:
     """
 
     def __init__(
-        self, model: Any, subject: Subject, tokens: list[int], spans: tuple[range, ...] = ()
+        self,
+        model: Any,
+        subject: Subject,
+        tokens: list[int],
+        spans: tuple[range, ...] = (),
+        observe: Observer | None = None,
     ) -> None:
         """Makes the pass.
 
@@ -39,6 +52,7 @@ class DensePass:
             subject: What is known about it.
             tokens: All of them are run.
             spans: Rows of later :class:`~topt_vllm.replay.replay.Replay` objects.
+            observe: Is shown the layers without a window.
 
         Raises:
             ReplayError: A layer attends in a way that its configuration doesn't say.
@@ -56,7 +70,8 @@ class DensePass:
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}
         self._seen: set[int] = set()
-        with torch.inference_mode(), self._recording(spans), selected(model, self._record):
+        record = partial(self._record, observe)
+        with torch.inference_mode(), self._recording(spans), selected(model, record):
             hidden = self.model.hidden(torch.tensor([tokens], device=model.device))
         del self._checked
         without = sorted(set(subject.attention_layers) - self._seen)
@@ -100,7 +115,7 @@ class DensePass:
         with torch.inference_mode(), skipping, selected(self.model.model, function):
             return self.model.hidden(inputs, first)
 
-    def _record(self, asked: Asked) -> torch.Tensor:
+    def _record(self, observe: Observer | None, asked: Asked) -> torch.Tensor:
         window = self.subject.window_of(asked.layer)
         call = asked.call(window=window)
         # Layers of a kind are given the same mask.
@@ -110,6 +125,8 @@ class DensePass:
         self._checked[window] = asked.mask
         self._seen.add(call.layer)
         self._keep(call)
+        if observe is not None and not window:
+            observe(call)
         return whole_sequence(asked, call)
 
     def _check_call(self, call: LayerCall) -> None:

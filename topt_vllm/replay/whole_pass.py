@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import Asked, selected, whole_sequence
+from topt_vllm.replay.capture import Asked, Observer, selected, whole_sequence
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.scores import LayerCall
@@ -21,10 +21,15 @@ class WholePass(DensePass):
     """Keeps the tokens, and runs them again."""
 
     def __init__(
-        self, model: Any, subject: Subject, tokens: list[int], spans: tuple[range, ...] = ()
+        self,
+        model: Any,
+        subject: Subject,
+        tokens: list[int],
+        spans: tuple[range, ...] = (),
+        observe: Observer | None = None,
     ) -> None:
         """Makes the pass; arguments as for :class:`DensePass`."""
-        super().__init__(model, subject, tokens, spans)
+        super().__init__(model, subject, tokens, spans, observe)
         self._tokens = torch.tensor([tokens], device=model.device)
 
     def decode(
@@ -55,6 +60,12 @@ class WholePass(DensePass):
         """K and V aren't enough."""
 
 
-def dense_pass(model: Any, subject: Subject, tokens: list[int], spans: tuple[range, ...] = ()) -> DensePass:
+def dense_pass(
+    model: Any,
+    subject: Subject,
+    tokens: list[int],
+    spans: tuple[range, ...] = (),
+    observe: Observer | None = None,
+) -> DensePass:
     """The dense pass of the model's kind; arguments as for :class:`DensePass`."""
-    return (WholePass if subject.stateful else DensePass)(model, subject, tokens, spans)
+    return (WholePass if subject.stateful else DensePass)(model, subject, tokens, spans, observe)
