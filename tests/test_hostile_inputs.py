@@ -117,7 +117,6 @@ READS = {
     "bench capture --dataset": "bench capture --model {good}/model --dataset {} --seq-len 9999 --output {out}",
     "bench decode --cache": "bench decode --cache {} --thresholds {good}/table.yaml --layers 77",
     "bench decode --thresholds": "bench decode --cache {good}/cache.safetensors --thresholds {} --layers 77",
-    "bench formats --cache": "bench formats --cache {} --json {good}/text.txt",
     "bench serve --model": "bench serve --model {} --dataset {good}/text.txt --concurrency 1 --prompt-tokens 64",
     "bench serve --dataset": "bench serve --model {good}/model --dataset {} --concurrency 1 --prompt-tokens 64",
     "bench engine --model": "bench engine --model {} --batch 1 --context 64",
@@ -136,7 +135,6 @@ WRITES = {
         f"bench {mode} --json": f"bench {mode} {more} --json {{}}"
         for mode, more in {
             "decode": "--cache c",
-            "formats": "--cache c",
             "serve": "--model m --dataset t",
             "engine": "--model m",
             "compile": "",

@@ -39,7 +39,7 @@ def in_gaps(case: Case) -> Thetas:
             if n != length:
                 continue
             blocks = case.batch.block_table[sequence, : -(-n // case.cache.key.shape[2])].long()
-            key = gather(case.cache.key, blocks, case.cache.key_scale, case.cache.posit8)[:, :n]
+            key = gather(case.cache.key, blocks, case.cache.key_scale)[:, :n]
             encoded, queries = screen.transform.encode(key), screen.transform.queries(case.query[row])
             scores.append(softcapped(refined_scores(queries, encoded, case.scale), case.softcap))
         ordered = torch.cat(scores, dim=1).nan_to_num(0.0).sort(dim=1).values
@@ -100,7 +100,7 @@ def check_codes(case: Case) -> None:
     assert screen is not None
     for sequence, n in enumerate(case.batch.seq_lens.tolist()):
         blocks = case.batch.block_table[sequence, : -(-n // case.cache.key.shape[2])].long()
-        key = gather(case.cache.key, blocks, case.cache.key_scale, case.cache.posit8)[:, :n]
+        key = gather(case.cache.key, blocks, case.cache.key_scale)[:, :n]
         expected, got = screen.transform.encode(key), decoded(case, sequence, n)
         assert torch.equal(got.codes, expected.codes)
         torch.testing.assert_close(got.step, expected.step, rtol=0, atol=0, equal_nan=True)

@@ -17,13 +17,12 @@ from attention_cases import (
     paged_cache,
     poison_unread_values,
     random_case,
-    stored,
 )
 from device import TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topt_vllm.attention import api, posit
+from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, Selection, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
@@ -376,12 +375,7 @@ def test_dtypes_mix(impl: str, dtype: torch.dtype, query_dtype: torch.dtype) -> 
     check_against_oracle(impl, random_case([(1, 150)], dtype=dtype, query_dtype=query_dtype))
 
 
-def reads(impl: str, dtype: torch.dtype) -> bool:
-    """Whether an implementation reads a cache of this dtype."""
-    return impl != "triton" or dtype != torch.uint8
-
-
-BYTES_READ = [parameter(impl, dtype) for impl in KERNELS for dtype in BYTES if reads(impl, dtype)]
+BYTES_READ = [parameter(impl, dtype) for impl in KERNELS for dtype in BYTES]
 kernels_and_bytes = pytest.mark.parametrize(("impl", "dtype"), BYTES_READ)
 
 
@@ -415,13 +409,12 @@ def byte_case(key: torch.Tensor, value: torch.Tensor, query: torch.Tensor, dtype
     starts = torch.arange(count + 1, dtype=torch.int32)
     table = torch.arange(count, dtype=torch.int32)[:, None]
     batch = DecodeBatch(starts, torch.full((count,), size, dtype=torch.int32), table)
-    return Case(query[:, None], replace(cache, posit8=dtype == torch.uint8), batch, None, PLAIN, 1.0)
+    return Case(query[:, None], cache, batch, None, PLAIN, 1.0)
 
 
 def values_of(dtype: torch.dtype) -> torch.Tensor:
     """float32 value of every code."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    return posit.decode(codes) if dtype == torch.uint8 else codes.view(dtype).float()
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 @cpu_kernels_only
@@ -446,7 +439,7 @@ def test_every_code_of_k_is_decoded(
     values, codes, tokens = values_of(dtype), torch.arange(256), torch.arange(256) % size
     key = torch.zeros(256, size, 64, dtype=torch.uint8)
     key[codes, tokens, codes % 61] = codes.to(torch.uint8)
-    value = stored(torch.eye(size, 64), dtype).view(torch.uint8).expand(256, -1, -1)
+    value = torch.eye(size, 64).to(dtype).view(torch.uint8).expand(256, -1, -1)
     query = torch.zeros(256, 64, dtype=query_dtype)
     usual = values.isfinite() & (values != 0)
     query[codes, codes % 61] = torch.where(usual, 1 / values.abs(), 1.0).to(query_dtype)
@@ -461,11 +454,13 @@ def test_every_code_of_k_is_decoded(
     torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, equal_nan=True)
 
 
+def without_format(case: Case) -> Case:
+    codes = {part: getattr(case.cache, part).view(torch.uint8) for part in ("key", "value")}
+    return replace(case, cache=replace(case.cache, **codes))
+
+
 REFUSED_BYTES = {
-    "unmarked": (
-        lambda case: replace(case, cache=replace(case.cache, posit8=False)),
-        "posits are stored as torch.uint8",
-    ),
+    "unmarked": (without_format, "take a view with the fp8 dtype"),
     "scale": (
         lambda case: replace(case, cache=replace(case.cache, value_scale=torch.ones(2))),
         "value_scale: expected one float32",
@@ -477,7 +472,7 @@ REFUSED_BYTES = {
 def test_byte_caches_that_are_refused(what: str) -> None:
     change, message = REFUSED_BYTES[what]
     with pytest.raises((RuntimeError, ValueError), match=message):
-        change(random_case([(1, 100)], dtype=torch.uint8, query_dtype=torch.bfloat16)).run("cpu")
+        change(random_case([(1, 100)], dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16)).run("cpu")
 
 
 @kernels_only

@@ -13,11 +13,9 @@ from attention_cases import (
     implementation,
     paged_cache,
     random_case,
-    stored,
 )
 from device import TRITON
 
-from topt_vllm.attention import posit
 from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, choose_rows_per_state
 
 IMPLS = ["reference", "cpu", TRITON]
@@ -51,7 +49,7 @@ class Context:
     def put(self, begin: int, rows: torch.Tensor) -> None:
         """Writes V rows at positions from ``begin`` on."""
         size = self.cache.value.shape[2]
-        coded = stored(rows, self.cache.value.dtype)
+        coded = rows.to(self.cache.value.dtype)
         for position, row in enumerate(coded, start=begin):
             self.cache.value[self.table[0, position // size], :, position % size] = row
 
@@ -75,8 +73,8 @@ def context(
     value = torch.full_like(key, NAN)
     table = torch.full((1, blocks + 1), GARBAGE_BLOCK, dtype=torch.int32)
     table[0, :blocks] = torch.randperm(blocks + 2, generator=generator)[:blocks].int()
-    cache = paged_cache(stored(key, dtype), stored(value, dtype), state_rows)
-    return Context(rows, replace(cache, posit8=dtype == torch.uint8), table)
+    cache = paged_cache(key.to(dtype), value.to(dtype), state_rows)
+    return Context(rows, cache, table)
 
 
 def exact(made: Context, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,8 +85,7 @@ def exact(made: Context, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     assert made.cache.rows_per_state is not None
     size = made.cache.rows_per_state
-    coded = stored(made.rows, made.cache.value.dtype)
-    values = (posit.decode(coded) if made.cache.posit8 else coded).double()[: count * size]
+    values = made.rows.to(made.cache.value.dtype).double()[: count * size]
     own = values.unflatten(0, (count, size))
     sums = own.sum(dim=1).cumsum(dim=0)
     each = U * (size * own.abs().sum(dim=1) + sums.abs())
@@ -117,8 +114,6 @@ def test_states_are_sums_of_the_prefix(impl: str, block_size: int, state_rows: i
 @every_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *BYTES], ids=str)
 def test_sums_are_of_what_is_stored(impl: str, dtype: torch.dtype):
-    if impl == "triton" and dtype == torch.uint8:
-        pytest.skip("the triton kernels read no posits")
     made = context(100, dtype=dtype)
     made.write(0, 100, impl)
     check(made, 100)
@@ -308,7 +303,7 @@ def test_long_contexts_stay_within_the_bound(impl: str):
     """128k rows: the mean errs by at most the roundings of all states, a few millionths of V."""
     n = 128 * 1024
     made = context(n, 128, 64, torch.bfloat16)
-    flat = stored(made.rows, torch.bfloat16).unflatten(0, (-1, 128)).transpose(1, 2)
+    flat = made.rows.to(torch.bfloat16).unflatten(0, (-1, 128)).transpose(1, 2)
     made.cache.value[made.table[0, : n // 128].long()] = flat
     finish(made.cache, made.table, [n], impl)
     check(made, n)

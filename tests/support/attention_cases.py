@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import torch
 from device import DEVICE, triton_implementation
 
-from topt_vllm.attention import api, posit
+from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Selection, Thetas
 
 NAN = float("nan")
 GARBAGE_BLOCK = 2**31 - 1
-# What a cache of one byte an element may hold, by the code of a NaN; uint8 stands for posits.
-BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7F, torch.uint8: 0x80}
+# What a cache of one byte an element may hold, by the code of a NaN.
+BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7F}
 SCALES = 0.037, 0.021  # of K and V in such a cache: no powers of two
 
 
@@ -96,7 +96,6 @@ class Case:
             (self.cache.value, self.cache.value_scale),
         ):
             rows = part[blocks].transpose(0, 1).flatten(1, 2)[:, :n]
-            rows = posit.decode(rows) if self.cache.posit8 else rows
             parts.append(rows if scale is None else rows.double() * scale.double())
         return parts[0], parts[1]
 
@@ -132,11 +131,6 @@ def paged_cache(key: torch.Tensor, value: torch.Tensor, state_rows: int = 16) ->
     cache.key.copy_(key)
     cache.value.copy_(value)
     return cache
-
-
-def stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Values as a cache holds them; uint8 stands for posits."""
-    return posit.encode(values) if dtype == torch.uint8 else values.to(dtype)
 
 
 def random_case(
@@ -186,10 +180,10 @@ def random_case(
             value[block, :, :used] = torch.randn(kv_heads, used, head_dim, generator=generator) + 0.3
     if dtype in BYTES:
         key, value = key / SCALES[0], value / SCALES[1]
-    cache = paged_cache(stored(key, dtype), stored(value, dtype), state_rows)
+    cache = paged_cache(key.to(dtype), value.to(dtype), state_rows)
     if dtype in BYTES:
         scales = [torch.tensor([scale]) for scale in SCALES]
-        cache = replace(cache, key_scale=scales[0], value_scale=scales[1], posit8=dtype == torch.uint8)
+        cache = replace(cache, key_scale=scales[0], value_scale=scales[1])
     finish(cache, table, [context for _, context in contexts])
     rows = [rows for rows, _ in contexts]
     starts = torch.tensor([0, *torch.tensor(rows).cumsum(0).tolist()], dtype=torch.int32)

@@ -238,11 +238,8 @@ def _check(
         raise ValueError(
             f"key cache {tuple(cache.key.shape)} and value cache {tuple(cache.value.shape)} differ"
         )
-    if cache.posit8 != (cache.key.dtype == torch.uint8):
-        raise ValueError(
-            f"cache has posit8 = {cache.posit8} and holds {cache.key.dtype}; posits are stored as torch.uint8, and "
-            "torch.uint8 is no other format: take a view with the fp8 dtype, or set posit8"
-        )
+    if cache.key.dtype == torch.uint8:
+        raise ValueError("the cache holds torch.uint8, which names no format: take a view with the fp8 dtype")
     if key_dim != head_dim or num_heads % num_kv_heads:
         raise ValueError(
             f"query [R, H={num_heads}, D={head_dim}] doesn't fit a cache with Hkv={num_kv_heads}, D={key_dim}"

@@ -217,8 +217,6 @@ class PagedCache:
         key_screen: With it, keys that can't reach θ are dropped without reading their K; None for none.
         key_scale: float32 [1], K is what is stored times this; None for 1. For fp8 caches.
         value_scale: float32 [1], as ``key_scale`` for V; ``value_sums`` are sums of what is stored.
-        posit8: K and V are uint8 codes of 8-bit posits (:mod:`topt_vllm.attention.posit`), for which torch has no
-            dtype. vLLM has no such cache; this is for callers of the operator.
     """
 
     key: torch.Tensor
@@ -227,7 +225,6 @@ class PagedCache:
     key_screen: KeyScreen | None = None
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
-    posit8: bool = False
 
     @property
     def rows_per_state(self) -> int | None:

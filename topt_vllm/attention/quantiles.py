@@ -41,7 +41,7 @@ def score_quantiles(
         first, end = starts[sequence], starts[sequence + 1]
         n = int(batch.seq_lens[sequence]) - (end - 1 - first)
         blocks = batch.block_table[sequence, : -(-n // block_size)].long()
-        key = gather(cache.key, blocks, cache.key_scale, cache.posit8)[:, :n]
+        key = gather(cache.key, blocks, cache.key_scale)[:, :n]
         scores = scaled_scores(query[first], key, scale, softcap)
         found[index] = quantile(scores, n, tau)
     return found

@@ -23,7 +23,6 @@ from itertools import pairwise
 
 import torch
 
-from topt_vllm.attention import posit
 from topt_vllm.attention.common import (
     Capabilities,
     DecodeBatch,
@@ -215,8 +214,8 @@ def decode(
     for sequence, last_len in enumerate(batch.seq_lens.tolist()):
         first, end = starts[sequence], starts[sequence + 1]
         blocks = batch.block_table[sequence, : -(-last_len // block_size)].long()
-        key = gather(cache.key, blocks, cache.key_scale, cache.posit8)
-        value = gather(cache.value, blocks, cache.value_scale, cache.posit8)
+        key = gather(cache.key, blocks, cache.key_scale)
+        value = gather(cache.value, blocks, cache.value_scale)
         for row in range(first, end):
             n = last_len - (end - 1 - row)
             out[row] = attend_row(
@@ -267,7 +266,7 @@ def _write_state(cache: PagedCache, table: torch.Tensor, state: int, state_rows:
     block, slot = table[state * state_rows // block_size], state * state_rows % block_size
     rows = cache.value[block, :, slot : slot + state_rows]
     total = torch.zeros_like(cache.value_sums[0, :, 0])
-    for row in (posit.decode(rows) if cache.posit8 else rows.float()).unbind(dim=1):
+    for row in rows.float().unbind(dim=1):
         total += row
     if state > 0:
         before = state * state_rows - 1
@@ -281,10 +280,7 @@ def _theta(thetas: Thetas | RowThetas | None, row: int, n: int) -> torch.Tensor 
     return None if thetas is None else thetas.at(n)
 
 
-def gather(
-    part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None, posit8: bool
-) -> torch.Tensor:
-    """K or V of a sequence's blocks, [Hkv, n, D]; posits as float32, and what has a scale as float32 times it."""
+def gather(part: torch.Tensor, blocks: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """K or V of a sequence's blocks, [Hkv, n, D]; what has a scale as float32 times it."""
     rows = part[blocks].transpose(0, 1).flatten(1, 2)
-    rows = posit.decode(rows) if posit8 else rows
     return rows if scale is None else rows.float() * scale

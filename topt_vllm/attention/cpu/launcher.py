@@ -63,7 +63,7 @@ def decode(
     Args:
         query: [R, H, D].
         cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D]; bfloat16, float16, float32,
-            float8_e4m3fn, float8_e5m2, or uint8 with ``posit8``.
+            float8_e4m3fn or float8_e5m2.
         batch: Rows, context lengths and block table, int32.
         thetas: Thresholds of heads or of rows, or None for θ = −inf.
         selection: Selection and compensation.
@@ -104,7 +104,6 @@ def decode(
         sinks,
         cache.key_scale,
         cache.value_scale,
-        cache.posit8,
         scalar,
     )
 
@@ -125,7 +124,6 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
         batch.seq_lens,
         batch.block_table,
         cache.key_scale,
-        cache.posit8,
     )
 
 

@@ -26,12 +26,9 @@ topt::DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// What K or V holds. uint8 is no format by itself: a cache has to say that it holds posits.
-topt::DType stored_dtype_of(const Tensor& t, const char* name, bool posit8) {
-  TORCH_CHECK(posit8 == (t.scalar_type() == at::kByte), name, ": expected uint8 for posits and for nothing else, got ",
-              t.scalar_type(), posit8 ? " for posits" : " without posit8");
+// What K or V holds.
+topt::DType stored_dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case at::kByte: return topt::DType::kPosit8;
     case at::kFloat8_e4m3fn: return topt::DType::kE4M3;
     case at::kFloat8_e5m2: return topt::DType::kE5M2;
     default: return dtype_of(t, name);
@@ -242,7 +239,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             const optional<Tensor>& screen_codes, const optional<Tensor>& screen_mean,
             const optional<Tensor>& screen_scale, const optional<Tensor>& screen_signs, optional<double> screen_margin,
             int64_t screen_min_seq_len, const optional<Tensor>& reached, const optional<Tensor>& sinks,
-            const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, bool posit8, bool scalar) {
+            const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, bool scalar) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -251,7 +248,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.vmean = vmean;
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
-  const topt::DType stored = stored_dtype_of(key, "key", posit8);
+  const topt::DType stored = stored_dtype_of(key, "key");
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
   TORCH_CHECK(!p.screen.codes || !scalar, "key_screen: expected none for the scalar kernel");
   p.screen.hard = !screen_margin;
@@ -326,10 +323,10 @@ void write_all_codes(topt::Problem& p, topt::DType stored) {
 void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums, optional<Tensor> screen_codes,
             const optional<Tensor>& screen_mean, const optional<Tensor>& screen_scale,
             const optional<Tensor>& screen_signs, const Tensor& query_start_loc, const Tensor& seq_lens,
-            const Tensor& block_table, const optional<Tensor>& key_scale, bool posit8) {
+            const Tensor& block_table, const optional<Tensor>& key_scale) {
   topt::Problem p{};
   set_cache(p, key, value, value_sums);
-  const topt::DType stored = stored_dtype_of(key, "key", posit8);
+  const topt::DType stored = stored_dtype_of(key, "key");
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
   set_batch(p, query_start_loc, seq_lens, block_table);
   p.key_scale = scale_of(key_scale, "key_scale");
@@ -363,12 +360,12 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, Tensor? screen_codes, Tensor? screen_mean, Tensor? screen_scale, "
       "Tensor? screen_signs, float? screen_margin, int screen_min_seq_len, Tensor(c!)? reached, Tensor? sinks, "
-      "Tensor? key_scale, Tensor? value_scale, bool posit8, bool scalar) -> ()");
+      "Tensor? key_scale, Tensor? value_scale, bool scalar) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def(
       "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? screen_codes, Tensor? screen_mean, "
       "Tensor? screen_scale, Tensor? screen_signs, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
-      "Tensor? key_scale, bool posit8) -> ()");
+      "Tensor? key_scale) -> ()");
   m.impl("finish", c10::DispatchKey::CPU, TORCH_FN(finish));
   m.def("stream(Tensor memory) -> int");
   m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));

@@ -1,5 +1,5 @@
-// K and V in one byte an element: fp8 as vLLM stores it, and posits. Decoded exactly, in registers, just before they
-// are multiplied: rows that are skipped cost neither a load nor the decoding.
+// K and V in one byte an element: fp8 as vLLM stores it. Decoded exactly, in registers, just before they are multiplied:
+// rows that are skipped cost neither a load nor the decoding.
 #pragma once
 
 #include <array>
@@ -36,40 +36,17 @@ struct E5M2 {
   operator float() const;
 };
 
-// Posit of the standard of 2022: a regime of r equal bits and their end, two bits of exponent, the rest is fraction; a
-// negative number is the two's complement of its magnitude, and 0x80 is no number.
-struct Posit8 {
-  uint8_t code;
-
-  static constexpr float magnitude(int payload) {
-    if (payload == 0) return 0.0f;
-    const bool large = payload >> 6;
-    int run = 1;
-    while (run < 7 && (payload >> (6 - run) & 1) == large) ++run;
-    const int left = run < 6 ? 6 - run : 0;  // bits behind the regime's end
-    const int rest = payload & ((1 << left) - 1);
-    const int exponent = left >= 2 ? rest >> (left - 2) : rest << (2 - left);
-    const int fraction_bits = left > 2 ? left - 2 : 0;
-    const int fraction = rest & ((1 << fraction_bits) - 1);
-    const int scale = 4 * (large ? run - 1 : -run) + exponent;
-    return ((1 << fraction_bits) + fraction) * power_of_two(scale - fraction_bits);
-  }
-  operator float() const;
-};
-
 template <typename T>
-constexpr bool kIsByte = std::is_same_v<T, E4M3> || std::is_same_v<T, E5M2> || std::is_same_v<T, Posit8>;
+constexpr bool kIsByte = std::is_same_v<T, E4M3> || std::is_same_v<T, E5M2>;
 
 // The value of every code.
 template <typename T>
 constexpr std::array<float, 256> values_of() {
   std::array<float, 256> values{};
   for (int code = 0; code < 256; ++code) {
-    const bool negative = code >= 128, posit = std::is_same_v<T, Posit8>;
-    const float magnitude = T::magnitude((posit && negative ? 256 - code : code) & 127);
-    values[code] = negative ? -magnitude : magnitude;
+    const float magnitude = T::magnitude(code & 127);
+    values[code] = code >= 128 ? -magnitude : magnitude;
   }
-  if (std::is_same_v<T, Posit8>) values[128] = std::numeric_limits<float>::quiet_NaN();
   return values;
 }
 
@@ -78,7 +55,6 @@ alignas(64) inline constexpr std::array<float, 256> kValues = values_of<T>();
 
 inline E4M3::operator float() const { return kValues<E4M3>[code]; }
 inline E5M2::operator float() const { return kValues<E5M2>[code]; }
-inline Posit8::operator float() const { return kValues<Posit8>[code]; }
 
 // Sixteen elements in the order of their addresses.
 #if TOPT_AVX512 || defined(CPU_CAPABILITY_AVX2)
@@ -106,19 +82,6 @@ inline Vec16 load16(const T* source) {
   return Vec16(Vec(_mm512_cvtph_ps(halves))) * bias;
 #else
   return Vec16::of([&](int i) { return Vec(_mm256_cvtph_ps(half8(source + 8 * i))); }) * bias;
-#endif
-}
-
-// Regimes of any length defy shifts, so posits are looked up.
-inline Vec16 load16(const Posit8* source) {
-#if TOPT_AVX512
-  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
-  return Vec16(Vec(_mm512_i32gather_ps(codes, kValues<Posit8>.data(), 4)));
-#else
-  return Vec16::of([&](int i) {
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source + 8 * i));
-    return Vec(_mm256_i32gather_ps(kValues<Posit8>.data(), _mm256_cvtepu8_epi32(codes), 4));
-  });
 #endif
 }
 
@@ -161,17 +124,10 @@ class ByteTables {
 
   // 64 codes as bfloat16: of each 128-bit lane the first eight, and the others.
   void decode(__m512i codes, __m512i& first, __m512i& second) const {
-    constexpr bool posit = std::is_same_v<T, Posit8>;
-    const __m512i payload = posit ? _mm512_abs_epi8(codes) : codes;
     const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    __m512i high = _mm512_permutex2var_epi8(upper[0], payload, upper[1]);
-    __m512i low = _mm512_permutex2var_epi8(lower[0], payload, lower[1]);
+    __m512i high = _mm512_permutex2var_epi8(upper[0], codes, upper[1]);
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], codes, lower[1]);
     high = _mm512_ternarylogic_epi32(high, codes, sign, 0xf8);  // high | (codes & sign)
-    if constexpr (posit) {
-      const __mmask64 no_number = _mm512_cmpeq_epi8_mask(codes, sign);
-      high = _mm512_mask_mov_epi8(high, no_number, _mm512_set1_epi8(0x7f));
-      low = _mm512_mask_mov_epi8(low, no_number, _mm512_set1_epi8(static_cast<char>(0xc0)));
-    }
     first = _mm512_unpacklo_epi8(low, high);
     second = _mm512_unpackhi_epi8(low, high);
   }

@@ -119,7 +119,6 @@ auto with_stored(DType dtype, F&& visit) {
   switch (dtype) {
     case DType::kE4M3: return visit(E4M3());
     case DType::kE5M2: return visit(E5M2());
-    case DType::kPosit8: return visit(Posit8());
     default: return with_dtype(dtype, visit);
   }
 }

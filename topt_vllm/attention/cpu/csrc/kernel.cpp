@@ -11,10 +11,8 @@ namespace topt {
 // In kernel_bytes.cpp, which is compiled beside this file.
 extern template void run_worker<E4M3>(const Problem&, Shared&, int);
 extern template void run_worker<E5M2>(const Problem&, Shared&, int);
-extern template void run_worker<Posit8>(const Problem&, Shared&, int);
 extern template void decode_scalar<E4M3>(const Problem&, Counts&, double&);
 extern template void decode_scalar<E5M2>(const Problem&, Counts&, double&);
-extern template void decode_scalar<Posit8>(const Problem&, Counts&, double&);
 
 void prepare_call(const Problem& p, DType cache, int threads, Shared& shared) {
   with_stored(cache, [&](auto element) { prepare<decltype(element)>(p, threads, shared); });

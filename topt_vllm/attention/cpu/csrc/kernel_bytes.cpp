@@ -6,9 +6,7 @@ namespace topt {
 
 template void run_worker<E4M3>(const Problem&, Shared&, int);
 template void run_worker<E5M2>(const Problem&, Shared&, int);
-template void run_worker<Posit8>(const Problem&, Shared&, int);
 template void decode_scalar<E4M3>(const Problem&, Counts&, double&);
 template void decode_scalar<E5M2>(const Problem&, Counts&, double&);
-template void decode_scalar<Posit8>(const Problem&, Counts&, double&);
 
 }  // namespace topt

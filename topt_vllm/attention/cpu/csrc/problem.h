@@ -8,7 +8,7 @@
 namespace topt {
 
 // Query and output have one of the first three, the cache any.
-enum class DType : int { kBFloat16, kHalf, kFloat, kE4M3, kE5M2, kPosit8 };
+enum class DType : int { kBFloat16, kHalf, kFloat, kE4M3, kE5M2 };
 
 // Strides are in elements.
 struct Rows {
