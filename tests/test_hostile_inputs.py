@@ -138,7 +138,6 @@ WRITES = {
             "serve": "--model m --dataset t",
             "engine": "--model m",
             "compile": "",
-            "traffic": "",
             "autotune": "",
         }.items()
     },

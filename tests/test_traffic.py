@@ -8,6 +8,7 @@ import torch
 from attention_cases import random_case
 from device import interpreter_only
 from screen_cases import with_screen
+from traffic_model import traffic
 from triton.runtime import interpreter
 
 from topt_vllm.attention.common import Stat, choose_rows_per_state, new_statistics
@@ -15,7 +16,6 @@ from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import LaunchShape
 from topt_vllm.attention.triton.workspace import Parts
 from topt_vllm.benchmarks.cases import Shape
-from topt_vllm.benchmarks.traffic import GPUS, dense_traffic, predictions, traffic
 
 pytestmark = pytest.mark.slow
 
@@ -121,15 +121,3 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
     assert meter.bytes["key"] == expected.key
     assert meter.bytes["codes"] == expected.codes
     assert sum(meter.bytes[name] for name in ("query", "out", "queries")) == expected.rows
-
-
-def test_predictions_approach_the_ceiling_of_skipping_v():
-    """Without partial results and sums, a kept share f leaves (1 + f) / 2 of the bytes."""
-    for record in predictions([16], [131072], keep=0.1, block_size=128):
-        assert 1.75 < record["ratio"] < 2 / 1.1
-    # A quarter of K's bytes and 4 more per row, and a tenth of K.
-    for record in predictions([16], [131072], keep=0.05, block_size=128, candidates=0.1):
-        assert 4.5 < record["ratio"] < 2 / (68 / 256 + 0.15)
-    shape = Shape((8192,), 32, 8, 128, 16, torch.bfloat16)
-    dense = dense_traffic(shape, GPUS[0].limits)
-    assert dense.key == dense.value == 8 * 8192 * 256

@@ -8,7 +8,7 @@ from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import check_output
 from topt_vllm.engines.process import EngineError
 
-_MODES = ("decode", "capture", "compile", "traffic", "autotune", "engine", "serve")
+_MODES = ("decode", "capture", "compile", "autotune", "engine", "serve")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
