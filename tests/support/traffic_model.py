@@ -25,7 +25,8 @@ class Traffic:
         sums: One V sum of each KV head and row.
         partials: Partial results of the segments, written and read.
         rows: Query, which every segment reads, and output; with a K screen also the query's codes.
-        again: What the merge kernel reads once more, out of the cache: V rows behind the sums, and the sums for all heads of a group but the first.
+        again: What the merge kernel reads once more, out of the cache: V rows behind the sums, and
+            the sums for all heads of a group but the first.
     """
 
     key: int
