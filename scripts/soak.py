@@ -85,6 +85,7 @@ class Soak:
             "faults": faults,
             "rss_slope_mib_per_min": round(slope, 2),
             "rss": memory.by_process(),
+            "rss_mib_by_minute": memory.curve(),
             "tokens_per_second": round(tally.tokens / seconds, 1),
             "slowest_seconds": {kind: round(took, 1) for kind, took in tally.seconds.items()},
             "counters": {name: new[name] for name in sorted(new) if name.startswith("toptheta:")},

@@ -172,6 +172,12 @@ class Memory:
         """MiB per minute of all together, after the warm-up."""
         return _slope([(now, sum(sizes.values())) for now, sizes in self.samples])
 
+    def curve(self) -> list[int]:
+        """MiB of all together at the end of each minute."""
+        start = self.samples[0][0]
+        by_minute = {int((now - start) / 60): sum(sizes.values()) for now, sizes in self.samples}
+        return [round(size) for size in by_minute.values()]
+
     def by_process(self) -> list[str]:
         """A line for each process that lived to the end."""
         lines = []

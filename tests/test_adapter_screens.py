@@ -27,7 +27,7 @@ from adapter_engine import make_rig
 from adapter_rig import Rig, Step
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import Stat
+from topt_vllm.attention.common import DecodeArguments, Stat
 from topt_vllm.attention.screen import rotation_signs
 from topt_vllm.backend.warm_up import WarmUp
 
@@ -209,12 +209,11 @@ def test_each_kind_of_layer_is_warmed_up(make_rig: Any, monkeypatch: pytest.Monk
     ran: list[tuple[int, bool, bool, bool]] = []
     decode = reference.decode
 
-    def seen(query: Any, cache: Any, batch: Any, thetas: Any, *more: Any) -> None:
-        if not batch.seq_lens.any():
-            ran.append(
-                (len(batch.seq_lens), thetas is not None, cache.key_screen is not None, more[-1] is not None)
-            )
-        decode(query, cache, batch, thetas, *more)
+    def seen(given: DecodeArguments) -> None:
+        if not given.batch.seq_lens.any():
+            kind = given.thetas is not None, given.cache.key_screen is not None, given.sinks is not None
+            ran.append((len(given.batch.seq_lens), *kind))
+        decode(given)
 
     monkeypatch.setattr(reference, "decode", seen)
     for index in range(3):

@@ -120,9 +120,7 @@ def test_the_oracle_is_the_reference_operator(
     inputs = replace(make(), softcap=softcap)
     thetas = thetas_for(inputs, 0.2, selection)
     out = torch.empty_like(inputs.query, dtype=torch.float32)
-    implementation("reference").decode(
-        inputs.query, inputs.cache, inputs.batch, thetas, selection, inputs.scale, softcap, out, None
-    )
+    implementation("reference").decode(inputs.arguments(thetas, selection, out))
     expectation = expect(inputs, thetas, selection)
     assert expectation.ties == 0
     torch.testing.assert_close(out.double(), expectation.exact, atol=1e-5, rtol=1e-5)

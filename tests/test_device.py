@@ -6,7 +6,7 @@ from attention_cases import Case, random_case
 from device import Mover, on_device
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import Selection, new_statistics
+from topt_vllm.attention.common import DecodeArguments, Selection, new_statistics
 
 CPU = torch.device("cpu")
 
@@ -64,15 +64,15 @@ def test_results_come_back_with_what_was_written_beside_them(monkeypatch: pytest
     case = random_case([(1, 40), (2, 33)], selection=Selection(compensation="none"))
     step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
 
-    def stray(*arguments):
-        reference.decode(*arguments)
-        out = arguments[7]
+    def stray(given: DecodeArguments) -> None:
+        reference.decode(given)
+        out = given.out
         out.as_strided((1,), (1,), out.storage_offset() + out.shape[2]).fill_(5.0)
 
     memory, counted = torch.full((3, 4, 80), torch.nan, dtype=torch.bfloat16), new_statistics()
-    on_device(stray)(*step, memory[..., :64], counted)
+    on_device(stray)(DecodeArguments(*step, memory[..., :64], counted))
     expected, statistics = torch.empty_like(case.query).contiguous(), new_statistics()
-    reference.decode(*step, expected, statistics)
+    reference.decode(DecodeArguments(*step, expected, statistics))
     assert torch.equal(memory[..., :64], expected)
     assert torch.equal(counted, statistics)
     assert memory[0, 0, 64] == 5.0

@@ -120,6 +120,7 @@ def test_memory_that_grows_after_the_warm_up_has_a_slope():
     memory.samples = [(second, sizes | {1: 500 + 3 * second / 60}) for second, sizes in memory.samples]
     memory.titles = {1: "server", 2: "engine"}
     assert memory.slope() == pytest.approx(3.0, abs=1e-6)
+    assert memory.curve() == [1752, 1456, 1158, 1012, 1014, 1018, 1020, 1024, 1026, 1030]
     server, engine = memory.by_process()
     assert server == "server: 530 MiB, +3.00 MiB/min"
     assert engine.startswith("engine: 500 MiB")

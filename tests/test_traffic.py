@@ -11,7 +11,7 @@ from screen_cases import with_screen
 from traffic_model import traffic
 from triton.runtime import interpreter
 
-from topt_vllm.attention.common import Stat, choose_rows_per_state, new_statistics
+from topt_vllm.attention.common import DecodeArguments, Stat, choose_rows_per_state, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import LaunchShape
 from topt_vllm.attention.triton.workspace import Parts
@@ -74,9 +74,8 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     lists = 2 * 3 * launch.choose(LaunchShape(1, 6, 2, 80, 2), LIMITS, 3).list_keys * (4 + 1)
     tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
-    launcher.Bound(workspace).decode(
-        query, cache, batch, case.thetas, case.selection, case.scale, case.softcap, out, statistics
-    )
+    step = case.thetas, case.selection, case.scale, case.softcap
+    launcher.Bound(workspace).decode(DecodeArguments(query, cache, batch, *step, out, statistics))
     shape = Shape((seq_len,) * 2, 6, 2, 80, block_size, torch.bfloat16)
     rows = int(statistics[0, Stat.V_ROWS_READ])
     expected = traffic(shape, rows, LIMITS, programs=3)
@@ -102,17 +101,11 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
     tensors = {"key": key, "codes": screen.codes, "query": query, "out": out}
     # The last but one part of the workspace; behind it are the coefficients.
     meter = Meter(monkeypatch, tensors | {"queries": parts["query_codes"]})
-    launcher.Bound(workspace).decode(
-        query,
-        cache,
+    batch, step = (
         replace(case.batch, max_query_rows=1),
-        case.thetas,
-        case.selection,
-        case.scale,
-        case.softcap,
-        out,
-        statistics,
+        (case.thetas, case.selection, case.scale, case.softcap),
     )
+    launcher.Bound(workspace).decode(DecodeArguments(query, cache, batch, *step, out, statistics))
     shape = Shape((300,) * 2, 6, 2, 80, 32, torch.bfloat16)
     counted = statistics[0].int().tolist()
     rows, candidates = counted[Stat.V_ROWS_READ], counted[Stat.K_ROWS_READ]

@@ -13,7 +13,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from topt_vllm.attention import reference
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
+from topt_vllm.attention.common import (
+    DecodeArguments,
+    DecodeBatch,
+    PagedCache,
+    Selection,
+    Thetas,
+    choose_rows_per_state,
+)
 from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import LayerStates, states_of
 
@@ -197,9 +204,10 @@ class Rig:
         reference.finish(cache, DecodeBatch(whole, batch.seq_lens, batch.block_table))
         query = step.query[: step.metadata.num_decode_rows]
         out = torch.empty_like(query, dtype=torch.float32)
-        reference.decode(
-            query, cache, batch, thetas, selection, SCALE, 0.0, out, None, sinks=self._sinks(index)
+        given = DecodeArguments(
+            query, cache, batch, thetas, selection, SCALE, 0.0, out, sinks=self._sinks(index)
         )
+        reference.decode(given)
         return out
 
     def dense(self, step: Step, index: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from topt_vllm.attention.common import (
     Capabilities,
+    DecodeArguments,
     DecodeBatch,
     PagedCache,
     RowThetas,
@@ -41,21 +42,8 @@ class Implementation(Protocol):
         """
         ...
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
-        thetas: Thetas | RowThetas | None,
-        selection: Selection,
-        scale: float,
-        softcap: float,
-        out: torch.Tensor,
-        statistics: torch.Tensor | None,
-        reached: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """As :func:`decode`."""
+    def decode(self, given: DecodeArguments) -> None:
+        """Writes ``given.out``, and adds to its accumulators."""
         ...
 
     def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
@@ -220,7 +208,9 @@ def decode(
         out = query.new_empty(*query.shape[:2], cache.value.shape[3])
     if query.shape[0]:
         implementation.decode(
-            query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
+            DecodeArguments(
+                query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
+            )
         )
     return out
 

@@ -261,3 +261,25 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     max_query_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DecodeArguments:
+    """What an implementation decodes; attributes as the arguments of :func:`topt_vllm.attention.api.decode`."""
+
+    query: torch.Tensor
+    cache: PagedCache
+    batch: DecodeBatch
+    thetas: Thetas | RowThetas | None
+    selection: Selection
+    scale: float
+    softcap: float
+    out: torch.Tensor
+    statistics: torch.Tensor | None = None
+    reached: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def vmean(self) -> bool:
+        """Whether the V sums are read."""
+        return self.thetas is not None and self.selection.compensation == "vmean"

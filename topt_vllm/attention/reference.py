@@ -25,6 +25,7 @@ import torch
 
 from topt_vllm.attention.common import (
     Capabilities,
+    DecodeArguments,
     DecodeBatch,
     KeyScreen,
     PagedCache,
@@ -193,20 +194,10 @@ def attend_row(
     return out
 
 
-def decode(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    thetas: Thetas | RowThetas | None,
-    selection: Selection,
-    scale: float,
-    softcap: float,
-    out: torch.Tensor,
-    statistics: torch.Tensor | None,
-    reached: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`."""
+def decode(given: DecodeArguments) -> None:
+    """Every row of a batch over the paged cache."""
+    cache, batch, selection, out = given.cache, given.batch, given.selection, given.out
+    statistics, reached = given.statistics, given.reached
     block_size = cache.value.shape[2]
     # Where nothing is compensated, nothing is kept for where sums end.
     state_rows = cache.rows_per_state if selection.compensation == "vmean" else None
@@ -219,17 +210,17 @@ def decode(
         for row in range(first, end):
             n = last_len - (end - 1 - row)
             out[row] = attend_row(
-                query[row],
+                given.query[row],
                 key[:, :n],
                 value[:, :n],
-                _theta(thetas, row, n),
+                _theta(given.thetas, row, n),
                 selection,
-                scale,
-                softcap,
+                given.scale,
+                given.softcap,
                 dense_from=None if state_rows is None else (n - 1) // state_rows * state_rows,
                 statistics=None if statistics is None else statistics[0],
                 reached=None if reached is None else reached[row],
-                sinks=sinks,
+                sinks=given.sinks,
                 key_screen=cache.key_screen,
             ).to(out.dtype)
 

@@ -102,7 +102,7 @@ def tune(
     Raises:
         RuntimeError: A candidate's output is wrong.
     """
-    step = DecodeStep(*inputs.arguments(thetas, selection, torch.empty_like(inputs.query)))
+    step = DecodeStep(**vars(inputs.arguments(thetas, selection, torch.empty_like(inputs.query))))
     expected = expect(inputs, thetas, selection)
     heuristic, *others = [
         _try(launch, step, gpu, chip, used, expected)

@@ -3,12 +3,18 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache, Selection, Thetas, choose_rows_per_state
+from topt_vllm.attention.common import (
+    DecodeArguments,
+    DecodeBatch,
+    PagedCache,
+    Selection,
+    Thetas,
+    choose_rows_per_state,
+)
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,10 @@ class Inputs:
         selection: Selection,
         out: torch.Tensor,
         statistics: torch.Tensor | None = None,
-    ) -> tuple[Any, ...]:
+    ) -> DecodeArguments:
         """Of an implementation's ``decode``."""
         given = (self.query, self.cache, self.batch, thetas, selection)
-        return *given, self.scale, self.softcap, out, statistics
+        return DecodeArguments(*given, self.scale, self.softcap, out, statistics)
 
     def groups(self) -> Iterator[tuple[int, int, int, slice]]:
         """Each KV head of each sequence: the sequence, its length, the KV head, and the query heads of it."""

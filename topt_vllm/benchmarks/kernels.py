@@ -36,7 +36,7 @@ def our_kernel(
     """Ours at these thresholds, one entry per layer."""
 
     def prepare(inputs: Inputs, out: torch.Tensor, theta: Thetas | None) -> Call:
-        return partial(implementation.decode, *inputs.arguments(theta, selection, out))
+        return partial(implementation.decode, inputs.arguments(theta, selection, out))
 
     return over_layers(name, prepare, layers, thetas)
 
@@ -51,7 +51,7 @@ def count(
     found = []
     for inputs, theta in zip(layers, thetas, strict=True):
         statistics, out = implementation.new_statistics(inputs.query.device), torch.empty_like(inputs.query)
-        implementation.decode(*inputs.arguments(theta, selection, out, statistics))
+        implementation.decode(inputs.arguments(theta, selection, out, statistics))
         found.append(statistics.sum(dim=0))
     return torch.stack(found)
 

@@ -67,7 +67,7 @@ def with_screen(
 def specified(inputs: Inputs, thetas: Thetas | None, selection: Selection) -> torch.Tensor:
     """What the reference operator gives for a case with a screen, float32 [S, H, D]."""
     out = torch.empty_like(inputs.query, dtype=torch.float32)
-    reference.decode(*inputs.arguments(thetas, selection, out))
+    reference.decode(inputs.arguments(thetas, selection, out))
     return out
 
 

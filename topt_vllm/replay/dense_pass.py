@@ -70,9 +70,10 @@ class DensePass:
         self._outputs: dict[tuple[range, int], Any] = {}
         self._checked: dict[int, torch.Tensor | None] = {}
         self._seen: set[int] = set()
+        self._tokens = torch.tensor([tokens], device=model.device)
         record = partial(self._record, observe)
         with torch.inference_mode(), self._recording(spans), selected(model, record):
-            hidden = self.model.hidden(torch.tensor([tokens], device=model.device))
+            hidden = self.model.hidden(self._tokens)
         del self._checked
         without = sorted(set(subject.attention_layers) - self._seen)
         if without:

@@ -20,18 +20,6 @@ from topt_vllm.replay.scores import LayerCall
 class WholePass(DensePass):
     """Keeps the tokens, and runs them again."""
 
-    def __init__(
-        self,
-        model: Any,
-        subject: Subject,
-        tokens: list[int],
-        spans: tuple[range, ...] = (),
-        observe: Observer | None = None,
-    ) -> None:
-        """Makes the pass; arguments as for :class:`DensePass`."""
-        super().__init__(model, subject, tokens, spans, observe)
-        self._tokens = torch.tensor([tokens], device=model.device)
-
     def decode(
         self,
         inputs: torch.Tensor,

@@ -9,10 +9,10 @@ import torch
 from topt_vllm.attention.common import (
     SCREEN_LIMITS,
     Capabilities,
+    DecodeArguments,
     DecodeBatch,
     PagedCache,
     RowThetas,
-    Selection,
     Thetas,
 )
 from topt_vllm.attention.common import new_statistics as new_statistics
@@ -44,40 +44,17 @@ def prepare(device_type: str = "cpu") -> None:
     _operators()
 
 
-def decode(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    thetas: Thetas | RowThetas | None,
-    selection: Selection,
-    scale: float,
-    softcap: float,
-    out: torch.Tensor,
-    statistics: torch.Tensor | None,
-    reached: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    scalar: bool = False,
-) -> None:
-    """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
+def decode(given: DecodeArguments, scalar: bool = False) -> None:
+    """Every row of a batch over the paged cache, whose K is stored [D, P] (``stride(2) == 1``) and V [P, D].
 
     Args:
-        query: [R, H, D].
-        cache: Blocks of K stored [D, P] (``key.stride(2) == 1``), blocks of V [P, D]; bfloat16, float16, float32,
-            float8_e4m3fn or float8_e5m2.
-        batch: Rows, context lengths and block table, int32.
-        thetas: Thresholds of heads or of rows, or None for θ = −inf.
-        selection: Selection and compensation.
-        scale: Factor of q·k.
-        softcap: Logits softcap, 0 for none.
-        out: [R, H, D], written.
-        statistics: float64 [slots, 8] to add to, or None.
-        reached: int64 [R, H] to add to, or None.
-        sinks: float32 [H], or None.
+        given: The cache holds bfloat16, float16, float32, float8_e4m3fn or float8_e5m2.
         scalar: Run the plain loops that check the vector kernel; slow.
     """
-    of_heads = thetas if isinstance(thetas, Thetas) else None
+    cache, batch, selection = given.cache, given.batch, given.selection
+    of_heads = given.thetas if isinstance(given.thetas, Thetas) else None
     _operators().decode(
-        query,
+        given.query,
         cache.key,
         cache.value,
         cache.value_sums,
@@ -87,21 +64,21 @@ def decode(
         of_heads.lengths if of_heads else None,
         of_heads.theta if of_heads else None,
         of_heads.law if of_heads else None,
-        thetas.theta if isinstance(thetas, RowThetas) else None,
+        given.thetas.theta if isinstance(given.thetas, RowThetas) else None,
         selection.min_seq_len,
         selection.sink_tokens,
         selection.recent_tokens,
         selection.group_keep == "union",
         selection.compensation == "vmean",
-        scale,
-        softcap,
-        out,
-        statistics,
+        given.scale,
+        given.softcap,
+        given.out,
+        given.statistics,
         *_screen(cache),
         cache.key_screen.margin if cache.key_screen else None,
         cache.key_screen.min_seq_len if cache.key_screen else 0,
-        reached,
-        sinks,
+        given.reached,
+        given.sinks,
         cache.key_scale,
         cache.value_scale,
         scalar,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache
+from topt_vllm.attention.common import DecodeArguments, DecodeBatch, KeyScreen, PagedCache
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton import primitives
 
@@ -49,31 +49,25 @@ def compute_dtype(query: torch.Tensor, key: torch.Tensor, interpreted: bool) -> 
     return _TRITON[query.dtype]
 
 
-def check(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    out: torch.Tensor,
-    reached: torch.Tensor | None,
-    needs_sums: bool,
-) -> None:
+def check(given: DecodeArguments) -> None:
     """Refuses what the decode kernels would misread.
 
     Raises:
         RuntimeError: Names the argument, what is expected and what was given.
     """
+    query, cache, reached = given.query, given.cache, given.reached
     if query.dtype not in _TRITON:
         _refuse("query", " or ".join(map(str, _TRITON)), query.dtype)
     if cache.key.dtype not in _TRITON and cache.key.dtype not in _FORMATS:
         _refuse("key", " or ".join(map(str, [*_TRITON, *_FORMATS])), cache.key.dtype)
     if cache.value.dtype != cache.key.dtype:
         _refuse("value", f"the dtype of key, {cache.key.dtype}", cache.value.dtype)
-    if needs_sums and cache.value_sums is None:
+    if given.vmean and cache.value_sums is None:
         _refuse("value_sums", "a tensor with vmean", None)
-    _check_contiguous(query=query, out=out)
+    _check_contiguous(query=query, out=given.out)
     if reached is not None and (reached.shape != query.shape[:2] or not reached.is_contiguous()):
         _refuse("reached", f"contiguous {list(query.shape[:2])}", f"{list(reached.shape)}")
-    check_cache(cache, batch)
+    check_cache(cache, given.batch)
 
 
 def check_cache(cache: PagedCache, batch: DecodeBatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.common import DecodeArguments, KeyScreen, Thetas
 from topt_vllm.attention.screen import NOISE, hadamard_block
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
@@ -49,31 +49,13 @@ class Call:
         self.kernel[self.grid](**self.arguments)
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """One decode call of a layer; attributes as the arguments of :func:`topt_vllm.attention.api.decode`."""
-
-    query: torch.Tensor
-    cache: PagedCache
-    batch: DecodeBatch
-    thetas: Thetas | RowThetas | None
-    selection: Selection
-    scale: float
-    softcap: float
-    out: torch.Tensor
-    statistics: torch.Tensor | None
-    reached: torch.Tensor | None = None
-    sinks: torch.Tensor | None = None
+class DecodeStep(DecodeArguments):
+    """One decode call of a layer."""
 
     @property
     def max_query_rows(self) -> int:
         """No sequence has more query rows."""
         return self.batch.max_query_rows or self.query.shape[0]
-
-    @property
-    def vmean(self) -> bool:
-        """Whether the V sums are read."""
-        return self.thetas is not None and self.selection.compensation == "vmean"
 
     @property
     def screen(self) -> KeyScreen | None:

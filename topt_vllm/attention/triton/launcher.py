@@ -9,11 +9,9 @@ from topt_vllm.attention import common
 from topt_vllm.attention.common import (
     SCREEN_LIMITS,
     Capabilities,
+    DecodeArguments,
     DecodeBatch,
     PagedCache,
-    RowThetas,
-    Selection,
-    Thetas,
 )
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.attention.triton.arguments import check, check_cache
@@ -75,48 +73,20 @@ class Bound:
         """Those of the module."""
         return capabilities
 
-    def decode(
-        self,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
-        thetas: Thetas | RowThetas | None,
-        selection: Selection,
-        scale: float,
-        softcap: float,
-        out: torch.Tensor,
-        statistics: torch.Tensor | None,
-        reached: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """Every row of a batch over the paged cache; arguments as :func:`topt_vllm.attention.api.decode`.
-
-        Args:
-            query: [R, H, D].
-            cache: Blocks in any layout whose V rows are contiguous.
-            batch: Rows, context lengths and block table, int32.
-            thetas: Thresholds, or None for θ = −inf.
-            selection: Selection and compensation.
-            scale: Factor of q·k.
-            softcap: Logits softcap, 0 for none.
-            out: [R, H, Dv], written.
-            statistics: float64 [slots, 8] to add to, or None.
-            reached: int64 [R, H] to add to, or None.
-            sinks: float32 [H], or None.
+    def decode(self, given: DecodeArguments) -> None:
+        """Every row of a batch over the paged cache, in any layout whose V rows are contiguous.
 
         Raises:
             RuntimeError: A tensor that the kernel can't read, or a workspace that is too small.
         """
-        step = DecodeStep(
-            query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
-        )
-        check(query, cache, batch, out, reached, step.vmean)
-        launch = step.choose(limits_of(query.device), self.workspace.programs)
+        step = DecodeStep(**vars(given))
+        check(step)
+        launch = step.choose(limits_of(step.query.device), self.workspace.programs)
         words, memory = step.parts(launch).words, self.workspace.memory
         if words > memory.numel():
             raise RuntimeError(
-                f"workspace: expected at least {words} words for {query.shape[0]} rows of "
-                f"{batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate must be told the "
+                f"workspace: expected at least {words} words for {step.query.shape[0]} rows of "
+                f"{step.batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate must be told the "
                 "largest batch"
             )
         for call in step.calls(launch, memory, interpreted()):
@@ -147,24 +117,8 @@ def allocate(
     return Bound(allocate_workspace(max_sequences, max_query_rows, num_heads, num_kv_heads, head_dim, device))
 
 
-def decode(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    thetas: Thetas | RowThetas | None,
-    selection: Selection,
-    scale: float,
-    softcap: float,
-    out: torch.Tensor,
-    statistics: torch.Tensor | None,
-    reached: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-    programs: int | None = None,
-) -> None:
+def decode(given: DecodeArguments, programs: int | None = None) -> None:
     """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
-    step = DecodeStep(query, cache, batch, thetas, selection, scale, softcap, out, statistics)
-    words = step.parts(step.choose(limits_of(query.device), programs)).words
-    workspace = Workspace(torch.empty(words, dtype=torch.float32, device=query.device), programs)
-    Bound(workspace).decode(
-        query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
-    )
+    step, device = DecodeStep(**vars(given)), given.query.device
+    words = step.parts(step.choose(limits_of(device), programs)).words
+    Bound(Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)).decode(given)
