@@ -204,10 +204,7 @@ def test_sequences_have_to_reach_the_thresholds(folder, tmp_path):
     [
         (["--k", "32"], "--k"),
         (["--budget", "auto", "--max-loss", "1%"], "--budget, --max-loss"),
-        (
-            ["--sigma", "1", "--dense-layers", "0", "--topk-at-calibration"],
-            "--dense-layers, --sigma, --topk-at",
-        ),
+        (["--sigma", "1", "--dense-layers", "0"], "--dense-layers, --sigma"),
         (["--force", "--resume"], "--force, --resume"),
     ],
 )

@@ -57,7 +57,7 @@ def make_table(
             tokens=2 * lengths[-1],
             max_seq_length=lengths[-1],
             seed=0,
-            options={"sigma": 0.0, "topk_at_calibration": None, "dtype": "float32"},
+            options={"sigma": 0.0, "dtype": "float32"},
             libraries={"torch": "2"},
             date="2026-01-31",
         ),

@@ -118,7 +118,6 @@ def _table(
             options={
                 "budget": options.budget,
                 "sigma": options.sigma,
-                "topk_at_calibration": options.ks[-1] if options.topk_at_calibration else None,
                 "rows_per_length": ROWS_PER_LENGTH,
                 "dtype": dtype,
                 "device": device,

@@ -1,8 +1,8 @@
 """Passes over the calibration sequences: the scores that thresholds follow from, and what skipping by them does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -16,7 +16,6 @@ from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_sco
 from topt_vllm.replay.capture import Observer, captured
 from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.model import Subject
-from topt_vllm.replay.rule import Rows, Rule
 from topt_vllm.replay.scores import LayerCall
 
 
@@ -105,7 +104,7 @@ def collect_errors(
 
             calls = passes.pop(index, [])
             if not calls:
-                _run(model, plan, sequence, observe)
+                observed(model, subject, sequence, observe)
             with torch.inference_mode():
                 while calls:
                     observe(calls.pop(0))
@@ -151,24 +150,11 @@ def _sequence(
         values[call.layer] = [kth_scores(call, sample.rows, plan.ks).cpu(), key_sums(call.query, call.key)]
         progress()
 
-    _run(model, plan, sequence, observe)
+    observed(model, plan.subject, sequence, observe)
     return values
 
 
-def _run(model: Any, plan: Plan, sequence: list[int], observe: Observer) -> None:
-    """One forward pass, with the attention that was asked for."""
-    options, subject = plan.options, plan.subject
-    sparse = set(subject.full_layers) - set(plan.dense_layers) if options.topk_at_calibration else set()
-    observed(model, subject, sequence, observe, dict.fromkeys(sparse, _TopKeys(options.ks[-1])))
-
-
-def observed(
-    model: Any,
-    subject: Subject,
-    sequence: list[int],
-    observe: Observer,
-    rules: Mapping[int, Rule] | None = None,
-) -> None:
+def observed(model: Any, subject: Subject, sequence: list[int], observe: Observer) -> None:
     """One forward pass; every full-attention layer must have been seen, or thresholds would be missing."""
     seen: list[int] = []
 
@@ -177,23 +163,10 @@ def observed(
         observe(call)
 
     tokens = torch.tensor([sequence], device=model.device)
-    with torch.inference_mode(), captured(model, subject.identity, counted, rules):
+    with torch.inference_mode(), captured(model, subject.identity, counted):
         CausalLM(model).hidden(tokens)
     if seen != subject.full_layers:
         raise CalibrationError(
             f"{subject.identity.id}: its configuration has the full-attention layers {subject.full_layers}, "
             f"but layers {seen} called the AttentionInterface; this architecture can't be calibrated"
         )
-
-
-@dataclass(frozen=True)
-class _TopKeys(Rule):
-    """About what thresholds will do: each query head uses its ``k`` best keys, and the mean of V for the others."""
-
-    k: int
-
-    compensate: ClassVar[bool] = True
-
-    def keep(self, rows: Rows) -> torch.Tensor:
-        least = rows.scores.topk(min(self.k, rows.scores.shape[-1]), dim=-1).values[..., -1:]
-        return (rows.scores >= least).logical_and_(rows.scores > -torch.inf)

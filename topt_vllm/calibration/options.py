@@ -22,7 +22,6 @@ _NOT_FOR_K_SCREENS = (
     "target_rows",
     "dense_layers",
     "sigma",
-    "topk_at_calibration",
     "force",
     "resume",
 )
@@ -96,11 +95,6 @@ class CalibrationOptions:
         None, "layers to attend densely (default 0)", group=_BUDGETS, nargs="*", metavar="LAYER"
     )
     sigma: float = option(0.0, "standard deviations added to θ (default %(default)s)", group=_THRESHOLDS)
-    topk_at_calibration: bool = option(
-        False,
-        "run the model with top-k attention (the largest --k), as sparse layers will feed later ones; slow",
-        group=_THRESHOLDS,
-    )
     seed: int = option(0, "of the choice of query rows (default %(default)s)", group=_THRESHOLDS)
     device: str | None = option(
         None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN

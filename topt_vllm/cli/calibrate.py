@@ -123,7 +123,6 @@ def _resolved(plan: "Plan") -> str:
         "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
         "sigma": options.sigma,
         "work": _work(plan),
-        "attention": f"top {options.ks[-1]} keys" if options.topk_at_calibration else "dense",
         "seed": options.seed,
         "device": options.device or "a GPU where there is one",
         "dtype": options.dtype,

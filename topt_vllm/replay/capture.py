@@ -1,10 +1,10 @@
 """Looks into a transformers model's attention layers through transformers' AttentionInterface.
 
 The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only softcaps
-and attention sinks, which SDPA drops, and attention under a rule, if asked for, are computed here.
+and attention sinks, which SDPA drops, are computed here.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from topt_vllm.replay.options import ReplayError
-from topt_vllm.replay.rule import Rule, attend
+from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.table.identity import ModelIdentity
 
@@ -84,10 +84,9 @@ Attention = Callable[[Asked], torch.Tensor]
 class _Capture:
     """The attention function of one run."""
 
-    def __init__(self, identity: ModelIdentity, observe: Observer, rules: Mapping[int, Rule]) -> None:
+    def __init__(self, identity: ModelIdentity, observe: Observer) -> None:
         self._identity = identity
         self._observe = observe
-        self._rules = rules
         self._windowed = set(identity.sliding_window_layers)
 
     def __call__(self, asked: Asked) -> torch.Tensor:
@@ -97,9 +96,6 @@ class _Capture:
         if not windowed:
             check_plain_causal(asked, call, call.mask)
             self._observe(call)
-        rule = self._rules.get(call.layer)
-        if rule is not None:
-            return attend(call, rule).transpose(0, 1).unsqueeze(0)
         return whole_sequence(asked, call)
 
     def _check_heads(self, call: LayerCall) -> None:
@@ -115,18 +111,15 @@ class _Capture:
 
 
 @contextmanager
-def captured(
-    model: Any, identity: ModelIdentity, observe: Observer, rules: Mapping[int, Rule] | None = None
-) -> Iterator[None]:
+def captured(model: Any, identity: ModelIdentity, observe: Observer) -> Iterator[None]:
     """Within it, every full-attention layer of ``model`` is shown to ``observe`` before its output is computed.
 
     Args:
         model: A transformers model; run it with a batch of one sequence and no cache.
         identity: Of the model; its layers with a sliding window are passed through unseen.
         observe: Gets each layer's call, in order.
-        rules: Attention of some layers; the others are dense.
     """
-    with selected(model, _Capture(identity, observe, rules or {})):
+    with selected(model, _Capture(identity, observe)):
         yield
 
 
