@@ -91,15 +91,44 @@ def test_settings_without_the_backend_are_warned_of(
 ):
     pytest.importorskip("vllm")
     pytest.importorskip("vllm.platforms").current_platform.is_cpu() or pytest.skip("a CPU's platform")
+    from topt_vllm.backend import unused_settings
     from topt_vllm.backend.hosts import cpu_platform
 
     said: list[str] = []
-    monkeypatch.setattr(cpu_platform.logger, "warning", said.append)
+    monkeypatch.setattr(unused_settings.logger, "warning", said.append)
     monkeypatch.setattr(cpu_platform.TopThetaCpuPlatform.__base__, "check_and_update_config", lambda _: None)
-    cpu_platform.warn_of_unused_settings.cache_clear()
+    unused_settings.warn_of_unused_settings.cache_clear()
     attention = SimpleNamespace(backend=None, backend_per_kind=None)
     config = SimpleNamespace(model_config=object(), attention_config=attention, additional_config=additional)
     for _ in range(2):
         cpu_platform.TopThetaCpuPlatform.check_and_update_config(config)
     assert len(said) == warned
     assert all("Add --attention-backend TOPTHETA" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("command", "warned"),
+    [
+        ("""serve MODEL --additional-config {"toptheta":{"budget":64}}""", 1),
+        ("""serve MODEL --additional-config={"toptheta":{}} --attention-backend FLASH_ATTN""", 1),
+        ("""serve MODEL --additional-config {"toptheta":{}} --attention-backend TOPTHETA""", 0),
+        ("""serve MODEL --additional-config {"toptheta":{}} --config FILE""", 0),
+        ("""serve MODEL --additional-config {"other":{}}""", 0),
+        ("serve toptheta", 0),
+    ],
+)
+def test_where_the_platform_is_not_ours_the_command_line_is_read(
+    command: str, warned: int, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("vllm")
+    from topt_vllm import plugin
+    from topt_vllm.backend import compat, unused_settings
+
+    said: list[str] = []
+    monkeypatch.setattr(unused_settings.logger, "warning", said.append)
+    monkeypatch.setattr(compat, "cpu_platform_in_force", lambda: None)
+    monkeypatch.setattr("sys.argv", ["vllm", *command.split(" ")])
+    unused_settings.warn_of_unused_settings.cache_clear()
+    for _ in range(2):
+        plugin.register()
+    assert len(said) == warned

@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm import large_pages
-from topt_vllm.backend import compat
+from topt_vllm.backend import compat, unused_settings
 
 logger = logging.getLogger("vllm.topt_vllm")
 
@@ -47,15 +47,6 @@ def note_small_pages() -> None:
         )
 
 
-@cache
-def warn_of_unused_settings() -> None:
-    """Says in the log that TOPTHETA's settings have no effect; once in a process."""
-    logger.warning(
-        'TOPTHETA: --additional-config has settings of "toptheta", but another attention backend runs, and they '
-        "have no effect. Add --attention-backend TOPTHETA, or remove them."
-    )
-
-
 class TopThetaCpuPlatform(_CpuPlatform):
     """The CPU platform in force (plain or Zen) plus TOPTHETA."""
 
@@ -76,7 +67,7 @@ class TopThetaCpuPlatform(_CpuPlatform):
             large_pages.ask()
             note_small_pages()
         elif isinstance(others := vllm_config.additional_config, dict) and "toptheta" in others:
-            warn_of_unused_settings()
+            unused_settings.warn_of_unused_settings()
 
     @classmethod
     def get_attn_backend_cls(
