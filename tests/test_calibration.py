@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 from topt_vllm.attention.common import Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row, scaled_scores
 from topt_vllm.calibration.calibrate import calibrate, prepare
-from topt_vllm.calibration.collect import _TopKeys
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.calibration.quality import quality
@@ -25,7 +25,7 @@ from topt_vllm.replay.capture import captured
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.predictions import Losses
-from topt_vllm.replay.rule import attend
+from topt_vllm.replay.rule import Rows, Rule, attend
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import cut_sequences
 from topt_vllm.replay.top_theta import TopTheta
@@ -88,10 +88,23 @@ def test_attention_in_chunks_is_the_operators(softcap):
         torch.testing.assert_close(out[:, row], expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class TopKeys(Rule):
+    """Each query head uses its ``k`` best keys, and the mean of V for the others."""
+
+    k: int
+
+    compensate: ClassVar[bool] = True
+
+    def keep(self, rows: Rows) -> torch.Tensor:
+        least = rows.scores.topk(min(self.k, rows.scores.shape[-1]), dim=-1).values[..., -1:]
+        return (rows.scores >= least) & (rows.scores > -torch.inf)
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_top_k_attention_is_the_operators_with_theta_at_the_kth_score():
     call = random_call()
-    out = attend(call, _TopKeys(6))
+    out = attend(call, TopKeys(6))
     for row in (2, 5, 6, 33, 69):
         key, value = call.key[:, : row + 1], call.value[:, : row + 1]
         scores = scaled_scores(call.query[:, row], key, 0.7)

@@ -9,7 +9,15 @@ from attention_cases import Case, implementation, random_case
 from device import DEVICE, TRITON
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import Capabilities, PagedCache, ScreenLimits, Selection, Stat, new_statistics
+from topt_vllm.attention.common import (
+    Capabilities,
+    LargestBatch,
+    PagedCache,
+    ScreenLimits,
+    Selection,
+    Stat,
+    new_statistics,
+)
 
 NARROW = ["reference", TRITON]
 
@@ -91,7 +99,10 @@ def test_what_each_does_beyond_the_others(impl: str):
     api.require(module)
     if impl == "triton":
         api.require(module, graphs=True)
-        assert module.allocate(2, 1, 4, 2, 64, torch.device("meta")).capabilities == CAPABILITIES[impl]
+        assert (
+            module.allocate(LargestBatch(2, 1, 4, 2, 64, torch.device("meta"))).capabilities
+            == CAPABILITIES[impl]
+        )
     else:
         with pytest.raises(ValueError, match="can't run inside CUDA graphs; triton can"):
             api.require(module, graphs=True)

@@ -11,7 +11,13 @@ from screen_cases import with_screen
 from traffic_model import traffic
 from triton.runtime import interpreter
 
-from topt_vllm.attention.common import DecodeArguments, Stat, choose_rows_per_state, new_statistics
+from topt_vllm.attention.common import (
+    DecodeArguments,
+    LargestBatch,
+    Stat,
+    choose_rows_per_state,
+    new_statistics,
+)
 from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import LaunchShape
 from topt_vllm.attention.triton.workspace import Parts
@@ -70,7 +76,7 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     statistics = new_statistics()
     batch = replace(case.batch, max_query_rows=1)
     device = torch.device("cpu")
-    workspace = launcher.allocate_workspace(2, 1, 6, 2, 80, device, programs=3)
+    workspace = launcher.allocate_workspace(LargestBatch(2, 1, 6, 2, 80, device), programs=3)
     lists = 2 * 3 * launch.choose(LaunchShape(1, 6, 2, 80, 2), LIMITS, 3).list_keys * (4 + 1)
     tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
@@ -95,7 +101,7 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
     assert screen is not None
     key, query, out = case.cache.key.contiguous(), case.query.contiguous(), torch.empty_like(case.query)
     cache, statistics = replace(case.cache, key=key), new_statistics()
-    workspace = launcher.allocate_workspace(2, 1, 6, 2, 80, torch.device("cpu"), programs=3)
+    workspace = launcher.allocate_workspace(LargestBatch(2, 1, 6, 2, 80, torch.device("cpu")), programs=3)
     chosen = launch.choose(LaunchShape(1, 6, 2, 80, 2, screened=True), LIMITS, 3)
     parts = Parts.of(chosen, 2, 6, 2, 80, 80).cut(workspace.memory)
     tensors = {"key": key, "codes": screen.codes, "query": query, "out": out}

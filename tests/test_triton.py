@@ -13,7 +13,7 @@ from attention_cases import NAN, Case, finish, implementation, kept_sets, poison
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import PagedCache, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import LargestBatch, PagedCache, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import LaunchShape
 
@@ -182,7 +182,7 @@ def test_every_fp8_number_is_decoded(dtype: torch.dtype):
 
 def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
     case = random_case([(1, 300), (2, 65)])
-    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, DEVICE, programs=3)
+    workspace = launcher.allocate_workspace(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
     workspace.memory.fill_(NAN)
     bound = triton_implementation(launcher.Bound(workspace).decode)
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
@@ -234,7 +234,9 @@ def test_many_sequences_have_programs_of_two_warps():
 
 def test_lists_do_not_grow_with_batch_or_context():
     words = [
-        launcher.allocate_workspace(sequences, 1, 32, 8, 128, torch.device("meta")).memory.numel()
+        launcher.allocate_workspace(
+            LargestBatch(sequences, 1, 32, 8, 128, torch.device("meta"))
+        ).memory.numel()
         for sequences in (1024, 2047)
     ]
     partials, queries = 1023 * 8 * 4 * (128 + 4), 1023 * 32 * (128 // 4 + 5)

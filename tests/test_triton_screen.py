@@ -12,7 +12,7 @@ from device import DEVICE, triton_implementation
 from screen_cases import transform_of, with_screen
 
 from topt_vllm.attention import api, reference
-from topt_vllm.attention.common import RowThetas, Selection, Stat, Thetas, new_statistics
+from topt_vllm.attention.common import LargestBatch, RowThetas, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.screen import EncodedKeys
 from topt_vllm.attention.triton import launch, launcher
 
@@ -242,7 +242,7 @@ def test_a_row_that_cannot_be_stored_is_a_candidate():
 def test_a_workspace_serves_screens():
     case = with_screen(random_case([(1, 200), (2, 65)]), "triton")
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
-    workspace = launcher.allocate_workspace(4, 3, 4, 2, 64, DEVICE, programs=3)
+    workspace = launcher.allocate_workspace(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
     workspace.memory.fill_(NAN)
     bound = launcher.Bound(workspace)
     assert bound.screen_bytes("int4", 64, 16) == 16 * (32 + 4)

@@ -10,6 +10,7 @@ from topt_vllm.attention.common import (
     Capabilities,
     DecodeArguments,
     DecodeBatch,
+    LargestBatch,
     PagedCache,
     RowThetas,
     Selection,
@@ -75,26 +76,10 @@ class Implementation(Protocol):
         """
         ...
 
-    def allocate(
-        self,
-        max_sequences: int,
-        max_query_rows: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device,
-    ) -> "Implementation":
+    def allocate(self, largest: LargestBatch) -> "Implementation":
         """The implementation on buffers for batches of up to these sizes; with the capability ``graphs``.
 
         It allocates nothing when it runs, and reads nothing back. Layers that run one after another can share it.
-
-        Args:
-            max_sequences: Most sequences of a step.
-            max_query_rows: Most query rows of one sequence.
-            num_heads: Query heads.
-            num_kv_heads: KV heads.
-            head_dim: Of K or V, whichever is larger.
-            device: Of the tensors.
         """
         ...
 

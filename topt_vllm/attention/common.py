@@ -264,6 +264,27 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True)
+class LargestBatch:
+    """What buffers have to do for.
+
+    Attributes:
+        max_sequences: Most sequences of a step.
+        max_query_rows: Most query rows of one sequence.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_dim: Of K or V, whichever is larger.
+        device: Of the tensors.
+    """
+
+    max_sequences: int
+    max_query_rows: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
 class DecodeArguments:
     """What an implementation decodes; attributes as the arguments of :func:`topt_vllm.attention.api.decode`."""
 

@@ -1,18 +1,18 @@
 """What the layers of one metadata builder share: the operator, its workspace and the counters."""
 
 import weakref
-from typing import Any
 
 import torch
 
 from topt_vllm.attention.api import Implementation
+from topt_vllm.attention.common import LargestBatch
 from topt_vllm.backend.counters import DeviceCounters
 from topt_vllm.backend.startup import Resolved
 from topt_vllm.backend.thresholds import Thresholds
 from topt_vllm.backend.warm_up import WarmUp
 
 # By device and sizes: layers run one after another, so groups of the same sizes share one. It goes with the last.
-_allocated: weakref.WeakValueDictionary[tuple[Any, ...], Implementation] = weakref.WeakValueDictionary()
+_allocated: weakref.WeakValueDictionary[LargestBatch, Implementation] = weakref.WeakValueDictionary()
 
 
 class LayerGroup:
@@ -80,9 +80,9 @@ class LayerGroup:
         if self._kernel is not None:
             return
         self.warm_up = WarmUp(max_sequences, max_query_rows)
-        key = (self._device, *self._heads, max_sequences, max_query_rows)
-        kernel = _allocated.get(key)
+        largest = LargestBatch(max_sequences, max_query_rows, *self._heads, self._device)
+        kernel = _allocated.get(largest)
         if kernel is None:
-            kernel = self._implementation.allocate(max_sequences, max_query_rows, *self._heads, self._device)
-            _allocated[key] = kernel
+            kernel = self._implementation.allocate(largest)
+            _allocated[largest] = kernel
         self._kernel = kernel

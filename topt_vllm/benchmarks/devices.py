@@ -8,6 +8,7 @@ from typing import cast
 import torch
 
 from topt_vllm.attention.api import Implementation, load_implementation
+from topt_vllm.attention.common import LargestBatch
 from topt_vllm.benchmarks.cases import Inputs, Shape, SharedRows, make_inputs, placed_inputs
 from topt_vllm.benchmarks.kernels import platform_kernel
 from topt_vllm.benchmarks.rivals import rivals
@@ -88,7 +89,7 @@ class Gpu:
         launcher.prepare(self.device.type)
         shape = inputs.shape
         heads = (shape.heads, shape.kv_heads, shape.head_dim)
-        return cast(Implementation, launcher.allocate(shape.batch, 1, *heads, self.device))
+        return cast(Implementation, launcher.allocate(LargestBatch(shape.batch, 1, *heads, self.device)))
 
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """As :meth:`Cpu.rivals`."""

@@ -11,6 +11,7 @@ from topt_vllm.attention.common import (
     Capabilities,
     DecodeArguments,
     DecodeBatch,
+    LargestBatch,
     PagedCache,
 )
 from topt_vllm.attention.screen import ScreenFormat
@@ -105,16 +106,9 @@ class Bound:
         return screen_bytes(format, head_dim, block_size)
 
 
-def allocate(
-    max_sequences: int,
-    max_query_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-) -> Bound:
+def allocate(largest: LargestBatch) -> Bound:
     """As ``allocate`` of :class:`topt_vllm.attention.api.Implementation`."""
-    return Bound(allocate_workspace(max_sequences, max_query_rows, num_heads, num_kv_heads, head_dim, device))
+    return Bound(allocate_workspace(largest))
 
 
 def decode(given: DecodeArguments, programs: int | None = None) -> None:

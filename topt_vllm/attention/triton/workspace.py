@@ -5,6 +5,7 @@ from itertools import product
 
 import torch
 
+from topt_vllm.attention.common import LargestBatch
 from topt_vllm.attention.triton.launch import Launch, LaunchShape, choose, limits_of, power_of_two
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 
@@ -90,33 +91,21 @@ class Workspace:
     programs: int | None = None
 
 
-def allocate_workspace(
-    max_sequences: int,
-    max_query_rows: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    device: torch.device,
-    programs: int | None = None,
-) -> Workspace:
+def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> Workspace:
     """A workspace for every batch of up to these sizes; layers that run one after another can share it.
 
     Args:
-        max_sequences: Most sequences of a step.
-        max_query_rows: Most query rows of one sequence.
-        num_heads: Query heads.
-        num_kv_heads: KV heads.
-        head_dim: Of K or V, whichever is larger.
-        device: Of the tensors.
+        largest: The sizes.
         programs: Fixed number of programs of a KV head instead of the heuristic's.
     """
     words = 0
-    heads = num_heads, num_kv_heads, head_dim
-    limits = limits_of(device)
-    kinds = product({1, max_query_rows}, (1, 2, 4), (False, True), {1, max_sequences}, (16, 64))
-    for rows, item_bytes, screened, sequences, block_size in kinds:
-        shape = LaunchShape(rows, *heads, item_bytes, screened, sequences, block_size)
+    heads = largest.num_heads, largest.num_kv_heads, largest.head_dim
+    limits = limits_of(largest.device)
+    sequences, rows = {1, largest.max_sequences}, {1, largest.max_query_rows}
+    kinds = product(rows, (1, 2, 4), (False, True), sequences, (16, 64))
+    for query_rows, item_bytes, screened, batch, block_size in kinds:
+        shape = LaunchShape(query_rows, *heads, item_bytes, screened, batch, block_size)
         launch = choose(shape, limits, programs)
-        items = max_sequences * launch.chunks(rows)
-        words = max(words, Parts.of(launch, items, *heads, head_dim).words)
-    return Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)
+        items = largest.max_sequences * launch.chunks(query_rows)
+        words = max(words, Parts.of(launch, items, *heads, largest.head_dim).words)
+    return Workspace(torch.empty(words, dtype=torch.float32, device=largest.device), programs)
