@@ -5,7 +5,7 @@ import subprocess
 from fractions import Fraction
 from pathlib import Path
 
-CSRC = Path("topt_vllm/attention/cpu/csrc")
+ROOT = Path(__file__).parents[1]
 
 
 def exact(code: int) -> Fraction:
@@ -20,11 +20,10 @@ def exact(code: int) -> Fraction:
 
 
 def test_the_example_gives_the_values_of_the_standard(tmp_path: Path) -> None:
-    page = Path("docs/cache_formats.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/cache_formats.md").read_text(encoding="utf-8")
     block = re.search(r"```cpp\n(.*?)```", page, re.DOTALL)
-    power = re.search(
-        r"^constexpr float power_of_two.*$", (CSRC / "bytes.h").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    header = (ROOT / "topt_vllm/attention/cpu/csrc/bytes.h").read_text(encoding="utf-8")
+    power = re.search(r"^constexpr float power_of_two.*$", header, re.MULTILINE)
     assert block is not None
     assert power is not None
     values = {code: float(exact(code)).hex() for code in range(1, 128)} | {0: "0.0"}
