@@ -9,7 +9,7 @@ def register() -> None:
 
     compat.register_backend()
     # Where the platform isn't ours no configuration is seen unless TOPTHETA runs, and the command has to do.
-    if compat.cpu_platform_in_force() is None and unused_settings.in_command(sys.argv):
+    if unused_settings.in_command(sys.argv) and compat.cpu_platform_in_force() is None:
         unused_settings.warn_of_unused_settings()
 
 

@@ -177,7 +177,12 @@ def decode(
     Raises:
         ValueError: Shapes or options that contradict each other, or that the implementation doesn't take.
     """
-    _check(query, cache, batch, thetas, selection)
+    if out is None:
+        out = query.new_empty(*query.shape[:2], cache.value.shape[3])
+    given = DecodeArguments(
+        query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
+    )
+    _check(given)
     if statistics is not None and (statistics.dim() != 2 or statistics.shape[1] != len(Stat)):
         raise ValueError(f"statistics {tuple(statistics.shape)} must be [slots, {len(Stat)}]")
     if reached is not None and isinstance(thetas, RowThetas):
@@ -189,24 +194,13 @@ def decode(
     )
     if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32):
         raise ValueError(f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]")
-    if out is None:
-        out = query.new_empty(*query.shape[:2], cache.value.shape[3])
     if query.shape[0]:
-        implementation.decode(
-            DecodeArguments(
-                query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
-            )
-        )
+        implementation.decode(given)
     return out
 
 
-def _check(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    thetas: Thetas | RowThetas | None,
-    selection: Selection,
-) -> None:
+def _check(given: DecodeArguments) -> None:
+    query, cache, batch, thetas = given.query, given.cache, given.batch, given.thetas
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, key_dim = cache.value.shape[1], cache.key.shape[3]
     if cache.key.shape[:3] != cache.value.shape[:3]:
@@ -227,7 +221,7 @@ def _check(
         raise ValueError(
             f"theta {tuple(thetas.theta.shape)} must be [H={num_heads}, L={thetas.lengths.shape[0]}]"
         )
-    if selection.compensation == "vmean" and thetas is not None and cache.rows_per_state is None:
+    if given.vmean and cache.rows_per_state is None:
         raise ValueError(
             "vmean needs value_sums [B, Hkv, P / T, Dv]; give the cache some, or set the compensation to none"
         )

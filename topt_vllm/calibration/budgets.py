@@ -17,9 +17,8 @@ from topt_vllm.calibration.search import Measured, search
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, sensitivity
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.capture import Observer
-from topt_vllm.replay.replay import Replay, replayed_rows
+from topt_vllm.replay.replay import Replay
 from topt_vllm.replay.top_theta import TopTheta
-from topt_vllm.replay.whole_pass import dense_pass
 from topt_vllm.table.schema import Budget, Quality
 
 # Rows decoded to measure a budget: the last ones of a sequence.
@@ -112,9 +111,7 @@ def _mean(numbers: list[float]) -> float:
 def _replay(model: Any, plan: Plan, tokens: list[int], rows: int, observe: Observer | None = None) -> Replay:
     """Rows below the first calibrated length are dense, so there is nothing to measure."""
     count = max(1, min(rows, len(tokens) - plan.lengths[0]))
-    span = replayed_rows(len(tokens), count)
-    dense = dense_pass(model, plan.subject, tokens[:-1], (span,), observe)
-    return Replay(model, plan.subject, tokens, count, dense)
+    return Replay(model, plan.subject, tokens, count, observe=observe)
 
 
 def _measure(replay: Replay, plan: Plan, budget: Budget) -> tuple[Quality, float]:

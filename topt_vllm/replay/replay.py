@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.capture import Observer
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
@@ -33,6 +34,7 @@ class Replay:
         sequence: list[int],
         count: int,
         dense: DensePass | None = None,
+        observe: Observer | None = None,
     ) -> None:
         """Makes the dense pass.
 
@@ -43,13 +45,14 @@ class Replay:
             count: Rows to run again, less than the sequence has.
             dense: A pass over a sequence that starts with this one, with :func:`replayed_rows` among its spans;
                 None to make one.
+            observe: Is shown the layers without a window of the pass that is made.
 
         Raises:
             ReplayError: The model has no next-token scores at these rows.
         """
         span = replayed_rows(len(sequence), count)
         self._span = span
-        self._dense = dense or dense_pass(model, subject, sequence[:-1], (span,))
+        self._dense = dense or dense_pass(model, subject, sequence[:-1], (span,), observe)
         self.length, self.first = span.stop, span.start
         self.rows = torch.arange(span.start, span.stop)
         tokens = torch.tensor([sequence], device=model.device)

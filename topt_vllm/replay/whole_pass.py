@@ -18,7 +18,7 @@ from topt_vllm.replay.scores import LayerCall
 
 
 class WholePass(DensePass):
-    """Keeps the tokens, and runs them again."""
+    """Runs the tokens again."""
 
     def decode(
         self,
