@@ -83,6 +83,19 @@ class Implementation(Protocol):
         """
         ...
 
+    def copy_to_amx(self, cache: PagedCache, blocks: torch.Tensor, copy: torch.Tensor) -> None:
+        """Copies blocks of K and V into the layout of vLLM's AMX kernels; with the capability ``amx_copies``.
+
+        Args:
+            cache: Of bfloat16 or float16, K of a block stored [D, P], V [P, D].
+            blocks: int64 [n], physical blocks.
+            copy: [n, Hkv, P, 2 D], contiguous; written.
+
+        Raises:
+            RuntimeError: Other shapes or dtypes, or a block that the cache doesn't have.
+        """
+        ...
+
 
 def load_implementation(name: str, device_type: str) -> tuple[str, Implementation]:
     """Imports an implementation and does its one-time work (compiling), so that the first step is not slow.

@@ -68,11 +68,13 @@ class Capabilities:
         narrow_values: Takes heads of V that are smaller than those of K.
         screens: Formats of the K screens that it has, and where each pays.
         graphs: Runs on buffers that were allocated before, and reads nothing back: a CUDA graph can hold it.
+        amx_copies: Copies blocks of a CPU cache into the layout of vLLM's AMX kernels.
     """
 
     narrow_values: bool = False
     screens: Mapping[ScreenFormat, ScreenLimits] = field(default_factory=dict)
     graphs: bool = False
+    amx_copies: bool = False
 
 
 @dataclass(frozen=True)

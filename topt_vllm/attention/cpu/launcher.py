@@ -19,7 +19,7 @@ from topt_vllm.attention.common import new_statistics as new_statistics
 from topt_vllm.attention.cpu import jit
 from topt_vllm.attention.screen import ScreenFormat
 
-capabilities = Capabilities(screens={"int4+4": SCREEN_LIMITS["int4+4"]})
+capabilities = Capabilities(screens={"int4+4": SCREEN_LIMITS["int4+4"]}, amx_copies=True)
 
 _FOLDER = Path(__file__).parent / "csrc"
 
@@ -88,6 +88,11 @@ def decode(given: DecodeArguments, scalar: bool = False) -> None:
 def stream(memory: torch.Tensor) -> int:
     """Reads all of a tensor with every thread, to measure bandwidth; the sum of its words."""
     return _operators().stream(memory)
+
+
+def copy_to_amx(cache: PagedCache, blocks: torch.Tensor, copy: torch.Tensor) -> None:
+    """Copies blocks of the cache; as ``copy_to_amx`` of :class:`topt_vllm.attention.api.Implementation`."""
+    _operators().copy_to_amx(cache.key, cache.value, blocks, copy)
 
 
 def finish(cache: PagedCache, batch: DecodeBatch) -> None:

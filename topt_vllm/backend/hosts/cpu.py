@@ -1,13 +1,16 @@
 """TOPTHETA on vLLM's CPU attention."""
 
-import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
@@ -16,20 +19,44 @@ from topt_vllm.attention.common import PagedCache
 from topt_vllm.backend import compat
 from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.builder import TopThetaBuilder
+from topt_vllm.backend.hosts import amx
+from topt_vllm.backend.hosts.amx import Copies, CopyMetadata
 from topt_vllm.backend.impl import TopThetaImpl
+from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import has_other_layers
 from topt_vllm.config import ConfigError, TopThetaConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger("vllm.topt_vllm")
-
 # ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
 _READABLE_ISAS = ("vec", "vec16")
 
 
-class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
+class _Prefill(CPUAttentionBackendImpl):
+    """vLLM's, which reads a copy of the cache where the metadata has one."""
+
+    views: Callable[[Any, torch.Tensor], PagedCache]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One step of one layer; shapes as the platform's ``forward``."""
+        if isinstance(attn_metadata, CopyMetadata):
+            kv_cache = attn_metadata.copy.load(self.views(layer, kv_cache))
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+
+
+class CpuTopThetaImpl(TopThetaImpl, _Prefill):
     """Prefill on CPU attention."""
 
     # Asked when the first rows are written, for then all layers are made.
@@ -81,29 +108,75 @@ class CpuTopThetaImpl(TopThetaImpl, CPUAttentionBackendImpl):
 
 
 class _VectorBuilder(CPUAttentionMetadataBuilder):
-    """Metadata of vLLM's vector kernels, whose K layout is the operator's."""
+    """Metadata of vLLM's vector kernels, whose cache layout is the operator's; of AMX kernels where a copy pays."""
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.isa: str
-        if self.isa == "amx":
+        self._has_amx = self.isa == "amx"
+        # Of what prompts read, for AMX kernels; None where they take vector kernels.
+        self._copies: Copies | None = None
+        if self._has_amx:
             self.isa = "vec"
             self._set_isa_to_layers(layer_names)
-            logger.info("TOPTHETA: prefill uses vLLM's vector kernels instead of AMX, whose K layout differs")
         if self.isa not in _READABLE_ISAS:
             raise NotImplementedError(
                 f"TOPTHETA reads the cache layouts {_READABLE_ISAS}, but vLLM uses {self.isa!r} on this CPU. "
                 "Use --attention-backend CPU_ATTN here."
             )
 
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        """As the platform does, for the cache or for a copy of what the batch reads of it."""
+        common = common_attn_metadata
+        copy = self._copies.of(common) if self._copies is not None else None
+        if copy is None:
+            return super().build(common_prefix_len, common, fast_build)
+        self.isa = "amx"
+        try:
+            common = common.replace(block_table_tensor=copy.block_table)
+            return CopyMetadata(**vars(super().build(common_prefix_len, common, fast_build)), copy=copy)
+        finally:
+            self.isa = "vec"
+
+
+def _platform_builder(
+    kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+) -> CPUAttentionMetadataBuilder:
+    """Of layers that stay with the platform: in its own layout, unless the operator may read the same cache."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+    shared = any(layer.kv_sharing_target_layer_name for layer in layers)
+    kind = _VectorBuilder if shared else CPUAttentionMetadataBuilder
+    return kind(kv_cache_spec, layer_names, vllm_config, device)
+
 
 class CpuTopThetaBuilder(TopThetaBuilder, _VectorBuilder):
     """Prefill metadata of CPU attention."""
 
-    platform_builder = _VectorBuilder
+    platform_builder = staticmethod(_platform_builder)
     replays_graphs = False
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if not self._has_amx:
+            return
+        implementation = resolve(vllm_config).implementation
+        if self._bound.group is not None and amx.reads(implementation, self.dtype, self.kv_cache_dtype):
+            # The longest prompt, and what else may begin in the same step.
+            most = (
+                vllm_config.model_config.max_model_len + vllm_config.scheduler_config.max_num_batched_tokens
+            )
+            self._copies = Copies(implementation, self.block_size, self.num_heads // self.num_kv_heads, most)
+        # The platform's builder has set its own for all.
+        if self._platform is not None:
+            for layer in get_layers_from_vllm_config(vllm_config, Attention, layer_names).values():
+                stays = getattr(layer.impl, "platform_reason", None)
+                layer.isa = self._platform.isa if stays else self.isa
 
     def _host_lengths(self, common: CommonAttentionMetadata) -> torch.Tensor:
         return common.seq_lens

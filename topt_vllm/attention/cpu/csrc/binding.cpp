@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "amx_layout.h"
 #include "kernel.h"
 
 #ifndef TOPT_LIBRARY
@@ -334,6 +335,30 @@ void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums,
   if (p.screen.codes) write_all_codes(p, stored);
 }
 
+// Copies blocks of K and V as vLLM's AMX kernels read them.
+void copy_to_amx(const Tensor& key, const Tensor& value, const Tensor& blocks, const Tensor& copy) {
+  topt::Problem p{};
+  set_cache(p, key, value, std::nullopt);
+  TORCH_CHECK(key.element_size() == 2, "key: expected elements of 16 bits, got ", key.scalar_type());
+  check(blocks, "blocks", 1, at::kLong);
+  TORCH_CHECK(blocks.is_contiguous(), "blocks: expected a contiguous tensor, got strides ", blocks.strides());
+  const int64_t size = 2 * static_cast<int64_t>(p.block_size) * p.head_dim, heads = p.num_kv_heads;
+  TORCH_CHECK(copy.scalar_type() == key.scalar_type() && copy.is_contiguous() && copy.device().is_cpu() &&
+                  copy.numel() == blocks.size(0) * heads * size,
+              "copy: expected ", blocks.size(0) * heads * size, " contiguous elements of ", key.scalar_type(), ", got ",
+              copy.sizes(), " of ", copy.scalar_type());
+  const auto* ids = blocks.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < blocks.size(0); ++i) {
+    TORCH_CHECK(ids[i] >= 0 && ids[i] < key.size(0), "blocks: expected 0 to ", key.size(0) - 1, ", got ", ids[i]);
+  }
+  auto* target = static_cast<uint16_t*>(copy.data_ptr());
+  at::parallel_for(0, blocks.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      topt::copy_to_amx(p, ids[i / heads], static_cast<int>(i % heads), target + i * size);
+    }
+  });
+}
+
 // Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
 int64_t stream(const Tensor& memory) {
   TORCH_CHECK(memory.is_contiguous() && memory.device().is_cpu(), "memory: expected a contiguous CPU tensor, got strides ",
@@ -367,6 +392,8 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "Tensor? screen_scale, Tensor? screen_signs, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, "
       "Tensor? key_scale) -> ()");
   m.impl("finish", c10::DispatchKey::CPU, TORCH_FN(finish));
+  m.def("copy_to_amx(Tensor key, Tensor value, Tensor blocks, Tensor(a!) copy) -> ()");
+  m.impl("copy_to_amx", c10::DispatchKey::CPU, TORCH_FN(copy_to_amx));
   m.def("stream(Tensor memory) -> int");
   m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));
   m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));
