@@ -87,7 +87,7 @@ class Implementation(Protocol):
         """Copies blocks of K and V into the layout of vLLM's AMX kernels; with the capability ``amx_copies``.
 
         Args:
-            cache: Of bfloat16 or float16, K of a block stored [D, P], V [P, D].
+            cache: Of two bytes an element or one, K of a block stored [D, P], V [P, D].
             blocks: int64 [n], physical blocks.
             copy: [n, Hkv, P, 2 D], contiguous; written.
 

@@ -106,13 +106,11 @@ def reads(implementation: Implementation, dtype: torch.dtype, kv_cache_dtype: st
         dtype: Of the model.
         kv_cache_dtype: vLLM's name of the cache's.
     """
-    if kv_cache_dtype in compat.CPU_FP8_DTYPES:
-        reason = "an fp8 cache isn't copied"
-    elif not implementation.capabilities.amx_copies:
+    if not implementation.capabilities.amx_copies:
         reason = "the implementation doesn't copy caches"
     elif not torch.cpu._init_amx():  # asks Linux, once for a process; in engines oneDNN has, too
         reason = "Linux doesn't let this process use AMX"
-    elif not _writes_as_vllm(implementation, dtype):
+    elif not _writes_as_vllm(implementation, dtype, kv_cache_dtype):
         reason = "this vLLM lays out caches for AMX in another way"
     else:
         return True
@@ -120,17 +118,21 @@ def reads(implementation: Implementation, dtype: torch.dtype, kv_cache_dtype: st
     return False
 
 
-def _writes_as_vllm(implementation: Implementation, dtype: torch.dtype) -> bool:
+def _writes_as_vllm(implementation: Implementation, dtype: torch.dtype, kv_cache_dtype: str) -> bool:
     """Whether copies are laid out as vLLM's AMX writer does it, for which its versions may differ."""
     block_size, head_dim = 32, 64
-    rows = (
-        torch.arange(2 * block_size * head_dim).to(torch.int16).view(dtype).view(2, block_size, 1, head_dim)
-    )
-    stored = torch.empty(2, 1, 1, 2 * block_size, head_dim, dtype=dtype)
-    for isa, memory in zip(("vec", "amx"), stored, strict=True):
-        ops.cpu_attn_reshape_and_cache(*rows, *memory.chunk(2, dim=2), torch.arange(block_size), isa)
-    vectors, tiles = stored
+    numbers = torch.arange(2 * block_size * head_dim)
+    stored = compat.CPU_FP8_DTYPES.get(kv_cache_dtype)
+    if stored is None:
+        rows = numbers.to(torch.int16).view(dtype)
+    else:  # such as no rounding changes
+        rows = (numbers % 113).to(torch.uint8).view(stored).to(dtype)
+    caches = torch.zeros(2, 1, 1, 2 * block_size, head_dim, dtype=dtype if stored is None else torch.uint8)
+    for isa, memory in zip(("vec", "amx"), caches, strict=True):
+        parts = *rows.view(2, block_size, 1, head_dim), *memory.chunk(2, dim=2), torch.arange(block_size)
+        ops.cpu_attn_reshape_and_cache(*parts, isa, kv_cache_dtype=kv_cache_dtype)
+    vectors, tiles = caches.view(stored or dtype)
     key, value = vectors.chunk(2, dim=2)
     cache = PagedCache(key.view(1, 1, head_dim, block_size).transpose(2, 3), value)
     copy = Copy(implementation, torch.tensor([0]), torch.zeros(1, 1, dtype=torch.int32)).load(cache)
-    return torch.equal(copy.view(torch.int16).flatten(), tiles.view(torch.int16).flatten())
+    return torch.equal(*(part.flatten().view(torch.uint8) for part in (copy, tiles)))

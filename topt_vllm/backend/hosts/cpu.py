@@ -52,7 +52,7 @@ class _Prefill(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         """One step of one layer; shapes as the platform's ``forward``."""
         if isinstance(attn_metadata, CopyMetadata):
-            kv_cache = attn_metadata.copy.load(self.views(layer, kv_cache))
+            kv_cache = attn_metadata.copy.load(self.views(layer, kv_cache)).view(kv_cache.dtype)
         return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
 
 

@@ -339,7 +339,7 @@ void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums,
 void copy_to_amx(const Tensor& key, const Tensor& value, const Tensor& blocks, const Tensor& copy) {
   topt::Problem p{};
   set_cache(p, key, value, std::nullopt);
-  TORCH_CHECK(key.element_size() == 2, "key: expected elements of 16 bits, got ", key.scalar_type());
+  TORCH_CHECK(key.element_size() <= 2, "key: expected elements of 16 or 8 bits, got ", key.scalar_type());
   check(blocks, "blocks", 1, at::kLong);
   TORCH_CHECK(blocks.is_contiguous(), "blocks: expected a contiguous tensor, got strides ", blocks.strides());
   const int64_t size = 2 * static_cast<int64_t>(p.block_size) * p.head_dim, heads = p.num_kv_heads;
@@ -351,12 +351,18 @@ void copy_to_amx(const Tensor& key, const Tensor& value, const Tensor& blocks, c
   for (int64_t i = 0; i < blocks.size(0); ++i) {
     TORCH_CHECK(ids[i] >= 0 && ids[i] < key.size(0), "blocks: expected 0 to ", key.size(0) - 1, ", got ", ids[i]);
   }
-  auto* target = static_cast<uint16_t*>(copy.data_ptr());
-  at::parallel_for(0, blocks.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      topt::copy_to_amx(p, ids[i / heads], static_cast<int>(i % heads), target + i * size);
-    }
-  });
+  const auto copy_as = [&](auto* target) {
+    at::parallel_for(0, blocks.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        topt::copy_to_amx(p, ids[i / heads], static_cast<int>(i % heads), target + i * size);
+      }
+    });
+  };
+  if (key.element_size() == 2) {
+    copy_as(static_cast<uint16_t*>(copy.data_ptr()));
+  } else {
+    copy_as(static_cast<uint8_t*>(copy.data_ptr()));
+  }
 }
 
 // Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
