@@ -2,7 +2,7 @@
 
 fp8 caches are compared with a float32 model. The writer cuts digits off, so where two engines round K differently,
 a code is the next one now and then. With bfloat16 that moves logits by more than their rounding, and between vLLM's
-own kernels too: with AMX, stock prefills with others than TOPTHETA.
+own kernels too.
 """
 
 from dataclasses import asdict
