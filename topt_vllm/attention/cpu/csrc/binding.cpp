@@ -271,6 +271,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.value_scale = scale_of(value_scale, "value_scale");
   p.softcap = static_cast<float>(softcap);
   if (p.query_start_loc[p.num_sequences] == p.query_start_loc[0]) return;
+  p.blocks_per_screened_tile = p.screen.codes ? topt::choose_screened_blocks(p, at::get_num_threads()) : 0;
   topt::Counts counts;
   set_reached(p, query, reached);
   double dropped = 0;

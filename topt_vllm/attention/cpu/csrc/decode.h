@@ -59,20 +59,20 @@ struct Scratch {
   ScreenQueries screen;
   int count[kMaxItemRows];
 
-  static int64_t capacity(const Problem& p) { return kFlushRows + tile_tokens(p) + kLanes; }
+  static int64_t capacity(const Problem& p) { return kFlushRows + largest_tile(p) + kLanes; }
   static int64_t bytes(const Problem& p) {
-    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
+    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = largest_tile(p);
     const int64_t words = tile / kLanes * (p.group() + 3);
     // Scores and candidates of two tiles: the screen runs one ahead.
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
     total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    total += 4 * (2 * (tile + kLanes) + 2 * p.blocks_per_tile + vectors * tile);
+    total += 4 * (2 * (tile + kLanes) + 2 * p.blocks_per_screened_tile + vectors * tile);
     total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * (4 * kFineRows * (vectors + 4) + p.head_dim);
     return (total + 24 * 64 + 4095) / 4096 * 4096;
   }
   Scratch(const Problem& p, char* memory) {
-    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = tile_tokens(p);
+    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = largest_tile(p);
     auto carve = [&](auto*& pointer, int64_t count) {
       using Element = std::remove_reference_t<decltype(*pointer)>;
       pointer = reinterpret_cast<Element*>(memory);
@@ -89,7 +89,7 @@ struct Scratch {
     carve(read, tile / kLanes);
     carve(candidates, 2 * (tile / kLanes));
     carve(listed, 2 * (tile + kLanes));
-    carve(ends, 2 * p.blocks_per_tile);
+    carve(ends, 2 * p.blocks_per_screened_tile);
     carve(fine, vectors * tile);
     carve(rules, vectors);
     carve(screen.codes, vectors * p.head_dim);
@@ -169,7 +169,8 @@ class Decoder {
       }
       for (int row = 0; row < item.rows; ++row) {
         if (s.count[row] >= kFlushRows) flush(row, softmax);
-        const int start = tile * tile_tokens(p), seen = std::min(s.rules[row * group].n - start, tile_tokens(p));
+        const int size = tile_blocks(p, screened) * p.block_size, start = tile * size;
+        const int seen = std::min(s.rules[row * group].n - start, size);
         if (seen <= 0) continue;
         if (screened) drop_rest(row, seen, softmax);
         select(item, row, screened ? candidates_of(row, start, seen) : all_keys(row, start, seen), softmax, counts);
@@ -223,10 +224,10 @@ class Decoder {
   // With a screen, tiles alternate between two sets of scores.
   void turn_to(int tile) {
     const int set = screened ? tile & 1 : 0;
-    scores = s.scores + set * static_cast<int64_t>(queries.count) * tile_tokens(p);
-    candidates = s.candidates + set * (tile_tokens(p) / kLanes);
-    listed = s.listed + set * (tile_tokens(p) + kLanes);
-    ends = s.ends + set * p.blocks_per_tile;
+    scores = s.scores + set * static_cast<int64_t>(queries.count) * largest_tile(p);
+    candidates = s.candidates + set * (largest_tile(p) / kLanes);
+    listed = s.listed + set * (largest_tile(p) + kLanes);
+    ends = s.ends + set * p.blocks_per_screened_tile;
   }
 
   void load_queries(const Item& item) {
@@ -282,7 +283,7 @@ class Decoder {
       next_key = later_key(item, block + p.blocks_per_tile, end, after);
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
-                  scores + (block - first) * p.block_size, tile_tokens(p), next_key);
+                  scores + (block - first) * p.block_size, largest_tile(p), next_key);
       count_keys(item, block * p.block_size, tokens, counts);
     }
   }
@@ -316,10 +317,10 @@ class Decoder {
   void screen_tile(const Item& item, int tile, int end_tile, const Item* after) {
     // By value, so that stores of scores leave it in registers.
     const ScreenQueries q = s.screen;
-    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
-    const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
+    const int first = tile * p.blocks_per_screened_tile, last = std::min(first + p.blocks_per_screened_tile, blocks_of(p, item));
+    const int end = std::min(end_tile * p.blocks_per_screened_tile, blocks_of(p, item));
     const int distance = std::max(1, kScreenAhead / p.block_size);
-    const int stride = tile_tokens(p);
+    const int stride = largest_tile(p);
     const int64_t group_bytes = ScreenBlock::group_bytes(q.dim);
     int count = 0;
     for (int block = first; block < last; ++block) {
@@ -356,8 +357,8 @@ class Decoder {
   // Scores of a screened tile's candidates by both planes.
   void refine(const Item& item, int tile, Counts& counts) {
     const ScreenQueries q = s.screen;
-    const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
-    const int stride = tile_tokens(p);
+    const int first = tile * p.blocks_per_screened_tile, last = std::min(first + p.blocks_per_screened_tile, blocks_of(p, item));
+    const int stride = largest_tile(p);
     int from = 0;
     for (int block = first; block < last; ++block) {
       const ScreenBlock codes = screen_block(p, item.sequence, item.kv_head, block);
@@ -398,7 +399,7 @@ class Decoder {
 
   template <int MT>
   void drop(int row, int first, int seen, Softmax& softmax) {
-    const int stride = tile_tokens(p), words = (seen + kLanes - 1) / kLanes;
+    const int stride = largest_tile(p), words = (seen + kLanes - 1) / kLanes;
     const float* scores = this->scores + static_cast<int64_t>(first) * stride;
     // Twice where scores turn out to leave a reference behind: mostly in the first tile alone.
     for (bool raised = true; raised;) {
@@ -442,7 +443,7 @@ class Decoder {
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
   template <int MT>
   void mark(const Item& item, int row, int g, const Keys& keys, Softmax& softmax, Counts& counts) {
-    const int first = row * group + g, stride = tile_tokens(p), count = keys.count;
+    const int first = row * group + g, stride = largest_tile(p), count = keys.count;
     const KeepRule* rules = s.rules + first;
     float* scores = keys.scores + static_cast<int64_t>(first) * stride;
     bool forced = keys.low > 0 || keys.high < count;
@@ -545,7 +546,7 @@ class Decoder {
   // ones; returns whether a head drops a row that is read.
   template <int MT>
   bool weigh(int row, int g, const float* of, int words, int pending, Asks asks, Softmax& softmax) {
-    const int first = row * group + g, stride = tile_tokens(p);
+    const int first = row * group + g, stride = largest_tile(p);
     const float* scores = of + static_cast<int64_t>(first) * stride;
     float* weights = s.weights + first * s.capacity(p) + pending;
     Vec16 reference[MT], used_sum[MT], dropped_sum[MT];

@@ -1,6 +1,7 @@
 // One decode call in raw pointers. No torch type appears in it, so the kernel can be read and built alone.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -63,18 +64,34 @@ struct Problem {
   bool keep_union, vmean;
   float scale, softcap;
 
-  // A tile is the K that is scored before selection: one block, or several small ones.
-  int blocks_per_tile;
+  // A tile is what is scored before selection: of K that is read in full one block, or several small ones; of its copy
+  // more, for few of those keys are candidates.
+  int blocks_per_tile, blocks_per_screened_tile;
 
   int group() const { return num_heads / num_kv_heads; }
 };
 
-inline int tile_tokens(const Problem& p) { return p.blocks_per_tile * p.block_size; }
+inline int tile_blocks(const Problem& p, bool screened) {
+  return screened ? p.blocks_per_screened_tile : p.blocks_per_tile;
+}
+inline int largest_tile(const Problem& p) {
+  return std::max(p.blocks_per_tile, p.blocks_per_screened_tile) * p.block_size;
+}
 
 // Tiles of about eight pages of K, which ahead.h walks side by side, and of 128 tokens at least.
 inline int choose_blocks_per_tile(int head_dim, int block_size, int element_size) {
   const int bytes = 32768 / (head_dim * block_size * element_size), tokens = 128 / block_size;
   return bytes > tokens ? (bytes > 1 ? bytes : 1) : (tokens > 1 ? tokens : 1);
+}
+
+// Tokens of a tile of the copy, where eight tiles are left for each thread: enough candidates for loops that pay, few
+// enough scores for the first cache.
+constexpr int kScreenedTile = 512;
+inline int choose_screened_blocks(const Problem& p, int threads) {
+  int64_t tokens = 0;
+  for (int sequence = 0; sequence < p.num_sequences; ++sequence) tokens += p.seq_lens[sequence];
+  const int64_t share = tokens * p.num_kv_heads / (8 * threads);
+  return std::max(p.blocks_per_tile, static_cast<int>(std::min<int64_t>(share, kScreenedTile)) / p.block_size);
 }
 
 // Context length of a query row of a sequence.

@@ -17,14 +17,14 @@ struct Item {
   int row, rows;        // query rows, at most kMaxItemRows
   int context;          // of the last row
   bool screened;        // by the copy of K, all rows alike
-  int tiles;
+  int tiles;            // of tile_blocks
   int64_t first_tile;   // position on the line
 };
 
 struct Schedule {
   std::vector<Item> items;
   std::vector<int> remaining;  // tiles of each item that are not processed yet
-  int64_t tiles = 0;
+  int64_t tiles = 0, tokens = 0;
   int units = 0;
 
   int64_t unit_begin(int unit) const { return tiles * unit / units; }
@@ -60,15 +60,16 @@ inline int blocks_of(const Problem& p, const Item& item) {
 
 // Query rows of one KV head, `rows` from `row` on, as items: rows that a screen serves and others part ways.
 inline void add_items(const Problem& p, int sequence, int kv_head, int row, int rows, Schedule& s) {
-  const int tile = tile_tokens(p), end = row + rows;
+  const int end = row + rows;
   const auto screened = [&](int at) { return is_screened(p, at, kv_head, row_length(p, sequence, at)); };
   while (row < end) {
     const bool kind = screened(row);
     int next = p.screen.codes ? row + 1 : end;
     while (next < end && screened(next) == kind) ++next;
-    const int context = row_length(p, sequence, next - 1), tiles = std::max(1, (context + tile - 1) / tile);
+    const int context = row_length(p, sequence, next - 1), tile = tile_blocks(p, kind) * p.block_size;
+    const int tiles = std::max(1, (context + tile - 1) / tile);
     s.items.push_back({sequence, kv_head, row, next - row, context, kind, tiles, s.tiles});
-    s.tiles += tiles;
+    s.tiles += tiles, s.tokens += context;
     row = next;
   }
 }
@@ -76,7 +77,7 @@ inline void add_items(const Problem& p, int sequence, int kv_head, int row, int 
 // Fills `s` in place, so that its memory is reused from call to call.
 inline void plan(const Problem& p, int threads, Schedule& s) {
   s.items.clear();
-  s.tiles = 0;
+  s.tiles = s.tokens = 0;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     const int end = p.query_start_loc[sequence + 1];
     for (int row = p.query_start_loc[sequence]; row < end; row += kMaxItemRows) {
@@ -87,9 +88,9 @@ inline void plan(const Problem& p, int threads, Schedule& s) {
   }
   s.remaining.resize(s.items.size());
   for (size_t i = 0; i < s.items.size(); ++i) s.remaining[i] = s.items[i].tiles;
-  // Several units a thread even out what selection and other load make uneven; a unit below 8 tiles isn't worth
+  // Several units a thread even out what selection and other load make uneven; a unit below 1,024 tokens isn't worth
   // its merge.
-  const int64_t wanted = threads == 1 ? 1 : std::min<int64_t>(8 * threads, std::max<int64_t>(threads, s.tiles / 8));
+  const int64_t wanted = threads == 1 ? 1 : std::min<int64_t>(8 * threads, std::max<int64_t>(threads, s.tokens / 1024));
   s.units = static_cast<int>(std::min(wanted, s.tiles));
 }
 
