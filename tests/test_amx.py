@@ -103,25 +103,26 @@ def test_a_copy_is_made_where_it_pays(contexts: list[int], rows: list[int], most
 
 
 @pytest.mark.parametrize(
-    ("implementation", "permitted", "reason"),
+    ("implementation", "kv_cache_dtype", "permitted", "reason"),
     [
-        (reference, True, "the implementation doesn't copy caches"),
-        (launcher, False, "Linux doesn't let this process use AMX"),
+        (launcher, "fp8", True, "of fp8_e4m3 they are inexact"),
+        (reference, "auto", True, "the implementation doesn't copy caches"),
+        (launcher, "auto", False, "Linux doesn't let this process use AMX"),
     ],
 )
 def test_the_log_says_why_prompts_take_vector_kernels(
-    monkeypatch: pytest.MonkeyPatch, implementation: Any, permitted: bool, reason: str
+    monkeypatch: pytest.MonkeyPatch, implementation: Any, kv_cache_dtype: str, permitted: bool, reason: str
 ):
     said: list[str] = []
     monkeypatch.setattr(amx.logger, "info", lambda text, *values: said.append(text % values))
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: permitted)
-    assert not amx.reads(implementation, torch.bfloat16, "auto")
+    assert not amx.reads(implementation, torch.bfloat16, kv_cache_dtype)
     assert len(said) == 1
-    assert said[0].endswith(f"slower: {reason}")
+    assert said[0].endswith(f"AMX kernels: {reason}")
 
 
 @amx_only
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8_e5m2"])
 def test_copies_are_laid_out_as_vllm_writes(monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str):
     said: list[str] = []
     monkeypatch.setattr(amx.logger, "info", lambda text, *values: said.append(text % values))
@@ -135,7 +136,7 @@ def test_copies_are_laid_out_as_vllm_writes(monkeypatch: pytest.MonkeyPatch, kv_
 @amx_only
 @pytest.mark.parametrize(
     ("groups", "kv_cache_dtype"),
-    [(1, "auto"), (2, "auto"), (1, "fp8")],
+    [(1, "auto"), (2, "auto"), (1, "fp8_e5m2")],
     ids=["alone", "beside_windows", "fp8"],
 )
 def test_prompts_are_attended_to_in_full(make_rig: Any, groups: int, kv_cache_dtype: str):

@@ -15,9 +15,11 @@ from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.benchmarks import comparison
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
+from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
+from topt_vllm.benchmarks.timing import Variant
 from topt_vllm.cli.main import main
 
 SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)
@@ -169,3 +171,19 @@ def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.
     target = ThetaSet(0.2, [thetas_for(inputs, 0.2, selection)])
     with pytest.raises(RuntimeError, match="rounding decides about 100 of"):
         compare([inputs], [target], NO_SCREEN, [TRANSFORM], selection, 0)
+
+
+def test_a_wrong_rival_is_left_out_with_the_reason():
+    def wrong(layers: Any) -> tuple[list[Variant], dict[str, str]]:
+        out = torch.empty_like(layers[0].query)
+        return [Variant("wrong", lambda: out.fill_(0.5), [out])], {"absent": "not here"}
+
+    class Device(Cpu):
+        rivals = staticmethod(wrong)
+
+    [record] = compare(
+        [small_case()], [ThetaSet(1.0, [None])], NO_SCREEN, [TRANSFORM], Selection(), 0, Device()
+    )
+    assert record["platform"] is None
+    assert record["left_out"]["absent"] == "not here"
+    assert "against float64" in record["left_out"]["wrong"]

@@ -106,7 +106,10 @@ def reads(implementation: Implementation, dtype: torch.dtype, kv_cache_dtype: st
         dtype: Of the model.
         kv_cache_dtype: vLLM's name of the cache's.
     """
-    if not implementation.capabilities.amx_copies:
+    if compat.CPU_FP8_DTYPES.get(kv_cache_dtype) is torch.float8_e4m3fn:
+        # On average by 1.7 % of an output's root mean square in 0.32, where vector kernels and fp8_e5m2 are exact.
+        reason = "of fp8_e4m3 they are inexact"
+    elif not implementation.capabilities.amx_copies:
         reason = "the implementation doesn't copy caches"
     elif not torch.cpu._init_amx():  # asks Linux, once for a process; in engines oneDNN has, too
         reason = "Linux doesn't let this process use AMX"
@@ -114,7 +117,7 @@ def reads(implementation: Implementation, dtype: torch.dtype, kv_cache_dtype: st
         reason = "this vLLM lays out caches for AMX in another way"
     else:
         return True
-    logger.info("TOPTHETA: prompts take vLLM's vector kernels instead of AMX, which are slower: %s", reason)
+    logger.info("TOPTHETA: prompts take vLLM's vector kernels, slower than its AMX kernels: %s", reason)
     return False
 
 
