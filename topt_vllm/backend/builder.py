@@ -70,6 +70,7 @@ class TopThetaBuilder(_Platform):
         if any(layer.impl.platform_reason for layer in layers.values()):
             self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
         self._captured = False
+        self._implementation = resolved.implementation
         self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
 

@@ -87,7 +87,7 @@ def compare(
         try:
             _check(rival, dense)
         except RuntimeError as wrong:
-            left_out |= {rival.name: str(wrong)}
+            left_out[rival.name] = str(wrong)
         else:
             rivals.append(rival)
     keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), selection))

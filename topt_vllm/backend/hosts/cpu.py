@@ -22,7 +22,6 @@ from topt_vllm.backend.builder import TopThetaBuilder
 from topt_vllm.backend.hosts import amx
 from topt_vllm.backend.hosts.amx import Copies, CopyMetadata
 from topt_vllm.backend.impl import TopThetaImpl
-from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import has_other_layers
 from topt_vllm.config import ConfigError, TopThetaConfig
 
@@ -39,21 +38,12 @@ class _Prefill(CPUAttentionBackendImpl):
     views: Callable[[Any, torch.Tensor], PagedCache]
 
     def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, attn_metadata: Any, *rest: Any
     ) -> torch.Tensor:
-        """One step of one layer; shapes as the platform's ``forward``."""
+        """One step of one layer; arguments as the platform's ``forward`` has them."""
         if isinstance(attn_metadata, CopyMetadata):
             kv_cache = attn_metadata.copy.load(self.views(layer, kv_cache)).view(kv_cache.dtype)
-        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, *rest)
 
 
 class CpuTopThetaImpl(TopThetaImpl, _Prefill):
@@ -165,7 +155,7 @@ class CpuTopThetaBuilder(TopThetaBuilder, _VectorBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if not self._has_amx:
             return
-        implementation = resolve(vllm_config).implementation
+        implementation = self._implementation
         if self._bound.group is not None and amx.reads(implementation, self.dtype, self.kv_cache_dtype):
             # The longest prompt, and what else may begin in the same step.
             most = (
