@@ -275,15 +275,6 @@ def test_auto_with_windowed_layers(folders):
     assert quality.v_rows_read < 0.5
 
 
-def test_mass_budgets(folders):
-    table = run(folders["llama"], budget="mass", masses=(20.0, 5.0))
-    assert [budget.key for budget in table.budgets] == ["mass-20%", "mass-5%"]
-    much, little = (budget.quality for budget in table.budgets)
-    assert much.kept_over_k is None
-    assert 0.0 < little.dropped_mass < much.dropped_mass
-    assert little.v_rows_read > much.v_rows_read
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -127,7 +127,6 @@ REFUSED = {
         "[9] are not layers that get thresholds; those are 0 to 2",
     ),
     "all layers dense": (["--dense-layers", "0", "1", "2"], "nothing would be sparse"),
-    "sigma": (["--sigma", "nan"], "--sigma is nan"),
     "no such text": (["--dataset", "missing.txt"], "--dataset missing.txt: no such file"),
     "no such device": (["--device", "cuda:77"], "--device cuda:77 can't be used here"),
     "nonsense device": (["--device", "gpu"], "--device gpu can't be used here"),

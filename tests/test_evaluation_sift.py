@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from topt_vllm.evaluation.rules import sift
-from topt_vllm.evaluation.rules.sift import Quantile, Sift, SiftContext, SiftStep
+from topt_vllm.evaluation.rules.sift import Quantile, Sift, SiftContext
 from topt_vllm.replay.rule import Rows
 
-RULES = [Sift, SiftStep, SiftContext]
+RULES = [Sift, SiftContext]
 
 
 def rows_of(scores: torch.Tensor, first: int) -> Rows:
@@ -61,7 +61,7 @@ def test_the_paper_thresholds_probabilities_and_ours_scores(short_warmup: int):
     scores[2] += 40.0
     rows = rows_of(scores, 10)
     assert Sift(0.9).keep(rows)[0, 2].nonzero().flatten().tolist() == [4, 11]
-    assert int(SiftStep(0.9).keep(rows_of(scores, 10))[0, 2].sum()) == 12
+    assert int(SiftContext(0.9).keep(rows_of(scores, 10))[0, 2].sum()) == 12
     assert not Sift.union
     assert not Sift.compensate
     assert SiftContext.union
@@ -69,12 +69,22 @@ def test_the_paper_thresholds_probabilities_and_ours_scores(short_warmup: int):
 
 
 def test_the_power_law_in_the_rows_number_is_followed(short_warmup: int):
-    """Quantiles 0 and 1 at rows 1 and 2 give θ(x) = log2 x: 1.585 at row 3."""
+    """Quantiles 0 and 1 above -30 at rows 1 and 2 give θ(x) = log2 x - 30: -28.415 at row 3."""
+    scores = torch.full((3, 24), -39.0)
+    scores[:, 4] = 0.0  # which alone makes the softmax's denominator
+    scores[0, 0], scores[1, 0] = -30.0, -29.0
+    scores[2, :3] = torch.tensor([-28.4, -28.5, -29.0])
+    rows = rows_of(scores, 10)
+    assert Sift(0.8).keep(rows)[0, 2].nonzero().flatten().tolist() == [0, 4, 11]
+
+
+def test_the_served_law_is_in_the_context_and_flat_where_contexts_are_alike(short_warmup: int):
+    """From contexts 10 and 11 a slope of 1/ln 1.1 would follow; shrunk, θ stays between what was seen."""
     scores = torch.full((3, 24), -9.0)
     scores[0, 0], scores[1, 0] = 0.0, 1.0
-    scores[2, :3] = torch.tensor([1.6, 1.5, 1.0])
+    scores[2, :3] = torch.tensor([1.1, 0.9, -0.1])
     rows = rows_of(scores, 10)
-    assert SiftStep(0.9).keep(rows)[0, 2].nonzero().flatten().tolist() == [0, 11]
+    assert SiftContext(0.9).keep(rows)[0, 2].nonzero().flatten().tolist() == [0, 1, 11]
 
 
 def test_tuning_samples_the_quantile_that_the_law_aims_at():

@@ -78,10 +78,3 @@ def test_rows_of_all_heads_are_the_union(call):
             shares.append(kept.view(KV_HEADS, -1, row + 1).any(dim=1).float().mean(dim=1))
         expected = torch.stack(shares).mean(dim=0)
         torch.testing.assert_close(found.rows[:, index].view(KV_HEADS, -1).sum(dim=1).float(), expected)
-
-
-def test_dropped_probability_falls_to_nothing(call):
-    dropped = errors_of(call, None).dropped
-    assert bool((dropped.diff(dim=1) <= 1e-12).all())
-    assert dropped[:, 0].min() > 0.05
-    assert dropped[:, -1].abs().max() < 1e-9

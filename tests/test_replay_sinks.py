@@ -87,8 +87,12 @@ def test_constant_probabilities_are_those_beside_the_sink():
 def test_errors_of_heads_count_probabilities_beside_the_sink():
     rows = torch.arange(N)
     found, without = (head_errors(made(sinks), rows, [THETAS], None) for sinks in (SINKS, None))
-    dropped = (expected_probabilities(made()) * (made().scores(rows) < 0.5)).sum(dim=-1)
-    newest = torch.diagonal(expected_probabilities(made()) * (made().scores(rows) < 0.5), dim1=1, dim2=2)
-    torch.testing.assert_close(found.dropped[:, 0], (dropped - newest).mean(dim=1), rtol=1e-5, atol=1e-6)
+    call = made()
+    skipped = call.scores(rows) < 0.5
+    skipped.diagonal(dim1=1, dim2=2).fill_(False)
+    weights, means = expected_probabilities(call) * skipped, call.means.double().repeat_interleave(2, dim=0)
+    errors = weights @ values(call) - weights.sum(dim=-1, keepdim=True) * means
+    expected = errors.square().sum(dim=-1).mean(dim=1)
+    torch.testing.assert_close(found.energy[:, 0], expected, rtol=1e-4, atol=1e-7)
     assert found.energy[3, 0] < 1e-6 < without.energy[3, 0]
     torch.testing.assert_close(found.rows, without.rows)

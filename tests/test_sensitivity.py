@@ -19,7 +19,7 @@ def test_sensitivity_is_taken_where_rounding_does_not_hide_it(
     ks = tuple(1 << power for power in range(12))
     thetas = [Thetas(torch.tensor([8]), torch.zeros(1, 1), torch.zeros(1, 2)) for _ in ks]
     energies = torch.tensor([[100.0 / k for k in ks]], dtype=torch.float64)
-    errors = HeadErrors(energies, energies, energies, energies[0])
+    errors = HeadErrors(energies, energies, energies[0])
     true = 0.01
     number = {id(entry): index for index, entry in enumerate(thetas)}
 
@@ -39,6 +39,6 @@ def test_a_layer_that_rounding_hides_altogether_is_not_taken_for_free(monkeypatc
     thetas = [Thetas(torch.tensor([8]), torch.zeros(1, 1), torch.zeros(1, 2)) for _ in range(2)]
     energies = torch.tensor([[2.0, 1.0]], dtype=torch.float64)
     monkeypatch.setattr(sensitivity, "_divergence", lambda *_: 0.002)
-    errors = HeadErrors(energies, energies, energies, energies[0])
+    errors = HeadErrors(energies, energies, energies[0])
     subject = SimpleNamespace(full_layers=range(30))
     assert sensitivity.sensitivity(None, subject, 0, (1, 16), thetas, errors) > 0

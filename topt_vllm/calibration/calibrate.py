@@ -69,9 +69,9 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], Ke
     with tqdm(total=options.num_samples * layers, desc="calibrating", unit="layer") as bar:
         collected = collect(model, plan, partial, bar.update)
     maker, statistics = Maker(plan, collected.moments), key_statistics(collected.keys, options.seed)
-    budgets = [maker.constant(k) for k in options.ks] if options.budget != "mass" else []
-    if options.budget != "k":
-        budgets += _measured_budgets(model, plan, maker, partial, collected.passes)
+    budgets = [maker.constant(k) for k in options.ks]
+    if options.budget == "auto":
+        budgets += _targeted_budgets(model, plan, maker, partial, collected.passes)
     length = len(plan.sequences.held_back) - 1
     shares = CandidateShares(plan.subject, length, statistics.transforms(), budgets, plan.lengths)
     with tqdm(total=len(budgets), desc="measuring on held-back text", unit="budget") as bar:
@@ -79,15 +79,13 @@ def _budgets(model: Any, plan: Plan, partial: Partial) -> tuple[list[Budget], Ke
     return shares.added_to(budgets), statistics
 
 
-def _measured_budgets(
+def _targeted_budgets(
     model: Any, plan: Plan, maker: Maker, partial: Partial, passes: dict[int, list[LayerCall]]
 ) -> list[Budget]:
-    """Those that follow from what skipping does: shares of probability, or allocations for targets."""
+    """Allocations for targets, from what skipping does."""
     options, layers = plan.options, len(plan.subject.full_layers)
     with tqdm(total=len(plan.error_sequences) * layers, desc="errors of heads", unit="layer") as bar:
         errors = collect_errors(model, plan, partial, maker.thetas(), passes, bar.update)
-    if options.budget == "mass":
-        return [maker.mass(percent, errors) for percent in options.masses]
     with tqdm(total=len(plan.allocated_layers), desc="sensitivity of layers", unit="layer") as bar:
         path = greedy_path(curves(model, plan, maker, errors, partial, bar.update))
     with tqdm(total=MAX_RUNS * len(options.targets), desc="searching targets", unit="run") as bar:
@@ -117,7 +115,6 @@ def _table(
             seed=options.seed,
             options={
                 "budget": options.budget,
-                "sigma": options.sigma,
                 "rows_per_length": ROWS_PER_LENGTH,
                 "dtype": dtype,
                 "device": device,

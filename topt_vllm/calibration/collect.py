@@ -57,7 +57,7 @@ def collect(model: Any, plan: Plan, partial: Partial, progress: Callable[[int], 
         values = partial.load(f"sequence-{index:04}")
         if values is None:
             calls: list[LayerCall] = []
-            keep = calls.append if index >= before and plan.options.budget != "k" else None
+            keep = calls.append if index >= before and plan.options.budget == "auto" else None
             values = _sequence(model, plan, sequence, sample, lambda: progress(1), keep)
             if calls:
                 passes[index - before] = calls

@@ -30,13 +30,11 @@ class HeadErrors:
         energy: float64 [H, K], ‖W e‖² when the head uses only the keys that it keeps itself.
         rows: float64 [H, K], share of its KV head's V rows that a head causes to be read, a row being split evenly
             among the heads that keep it.
-        dropped: float64 [H, K], probability of the keys that a head skips by its own rule.
         layer_energy: float64 [K], of all heads together at the same budget, each using what its group reads.
     """
 
     energy: torch.Tensor
     rows: torch.Tensor
-    dropped: torch.Tensor
     layer_energy: torch.Tensor
 
 
@@ -58,7 +56,6 @@ def head_errors(
         slices = projection.float().view(-1, num_heads, value_dim).transpose(0, 1)
     energy = torch.zeros(num_heads, count, dtype=torch.float64)
     read = torch.zeros(num_heads, count, dtype=torch.float64)
-    dropped = torch.zeros(num_heads, count, dtype=torch.float64)
     together = torch.zeros(count, dtype=torch.float64)
     rows = rows.to(call.query.device)
     means = call.value.float().cumsum(dim=1)[:, rows] / (rows + 1)[:, None]
@@ -68,9 +65,8 @@ def head_errors(
         shared = bucket.unflatten(0, (num_kv_heads, -1)).amin(dim=1)
         shared = shared.repeat_interleave(num_heads // num_kv_heads, dim=0)
         weights = probabilities(scores, call.sinks)
-        own, mass = _errors(weights, bucket, call.value, means[:, part], count)
-        union, _ = _errors(weights, shared, call.value, means[:, part], count)
-        dropped += mass.sum(dim=2).T.double().cpu()
+        own = _errors(weights, bucket, call.value, means[:, part], count)
+        union = _errors(weights, shared, call.value, means[:, part], count)
         if slices is None:
             energy += own.square().sum(dim=(2, 3)).T.double().cpu()
             together += union.square().sum(dim=(1, 2, 3)).double().cpu()
@@ -79,7 +75,7 @@ def head_errors(
             energy += ((own @ gram) * own).sum(dim=(2, 3)).T.double().cpu()
             together += torch.einsum("khrd,hod->kro", union, slices).square().sum(dim=(1, 2)).double().cpu()
         read += _rows_caused(bucket, num_kv_heads, rows[part], count)
-    return HeadErrors(*(total / len(rows) for total in (energy, read, dropped, together)))
+    return HeadErrors(*(total / len(rows) for total in (energy, read, together)))
 
 
 def mean_errors(found: list[HeadErrors]) -> HeadErrors:
@@ -117,23 +113,18 @@ def _buckets(scores: torch.Tensor, rows: torch.Tensor, thetas: list[Thetas]) -> 
 
 def _errors(
     weights: torch.Tensor, bucket: torch.Tensor, value: torch.Tensor, means: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """e of every budget, float32 [K, H, r, Dv], and the probability skipped, [K, H, r]."""
+) -> torch.Tensor:
+    """e of every budget, float32 [K, H, r, Dv]."""
     num_kv_heads, m = value.shape[0], weights.shape[-1]
     values = value[:, :m].float()
-    errors, masses = [], []
+    errors = []
     for index in range(1, count + 1):
         inside = (weights * (bucket == index)).unflatten(0, (num_kv_heads, -1))
         mass = inside.sum(dim=-1, keepdim=True)
         used = (inside.flatten(1, 2) @ values).unflatten(1, inside.shape[1:3])
         errors.append((used - mass * means[:, None]).flatten(0, 1))
-        masses.append(mass.flatten(0, 1)[..., 0])
-    return _above(errors), _above(masses)
-
-
-def _above(buckets: list[torch.Tensor]) -> torch.Tensor:
-    """Budget k skips what only larger ones keep, and what none does: sums of the buckets from k's on."""
-    return torch.stack(buckets).flip(0).cumsum(dim=0).flip(0)
+    # Budget k skips what only larger ones keep, and what none does: the buckets from k's on.
+    return torch.stack(errors).flip(0).cumsum(dim=0).flip(0)
 
 
 def _rows_caused(bucket: torch.Tensor, num_kv_heads: int, rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """What a calibration run is asked to do, and what can be refused before a model is touched."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,23 +10,21 @@ from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, flag_of, opt
 
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
-BUDGETS = ("k", "mass", "auto")
+BUDGETS = ("k", "auto")
 
 # What --k-screen-only has no use for.
 _NOT_FOR_K_SCREENS = (
     "budget",
     "ks",
-    "masses",
     "max_loss",
     "target_rows",
     "dense_layers",
-    "sigma",
     "force",
     "resume",
 )
 
 # Headings of the help.
-_BUDGETS, _THRESHOLDS, _RUN = "budgets", "thresholds", "run and output"
+_BUDGETS, _RUN = "budgets", "run and output"
 
 
 class CalibrationError(ReplayError):
@@ -41,10 +38,6 @@ def _percent(text: str) -> float:
 
 def _ascending(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(values))
-
-
-def _descending(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(sorted(values, reverse=True))
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,10 @@ class CalibrationOptions:
     max_seq_length: int | None = option(
         None, "tokens of a sequence (default: the model's context, at most 8192)"
     )
-    budget: Literal["k", "mass", "auto"] = option(
+    budget: Literal["k", "auto"] = option(
         "k",
-        "k: the same number of keys everywhere; mass: a share of dropped probability; auto: those of --k, and "
-        "one for each target, with more keys for the heads that lose more (default %(default)s)",
+        "k: the same number of keys everywhere; auto: those of --k, and one for each target, with more keys for "
+        "the heads that lose more (default %(default)s)",
         group=_BUDGETS,
         choices=BUDGETS,
     )
@@ -75,14 +68,6 @@ class CalibrationOptions:
         group=_BUDGETS,
         flag="k",
         convert=_ascending,
-    )
-    masses: tuple[float, ...] = option(
-        (5.0,),
-        "budgets of --budget mass (default 5%%)",
-        group=_BUDGETS,
-        flag="mass",
-        type=_percent,
-        convert=_descending,
     )
     max_loss: tuple[float, ...] = option(
         (), "targets of --budget auto: rise of perplexity, as 1%%", group=_BUDGETS, type=_percent
@@ -94,8 +79,7 @@ class CalibrationOptions:
     dense_layers: tuple[int, ...] | None = option(
         None, "layers to attend densely (default 0)", group=_BUDGETS, nargs="*", metavar="LAYER"
     )
-    sigma: float = option(0.0, "standard deviations added to θ (default %(default)s)", group=_THRESHOLDS)
-    seed: int = option(0, "of the choice of query rows (default %(default)s)", group=_THRESHOLDS)
+    seed: int = option(0, "of the choice of query rows (default %(default)s)", group=_RUN)
     device: str | None = option(
         None, "cpu, cuda, cuda:N, or auto for all GPUs (default: a GPU where there is one)", group=_RUN
     )
@@ -124,19 +108,13 @@ class CalibrationOptions:
             raise CalibrationError(f"--k is {list(self.ks)}; different budgets of at least 1 are needed")
         if self.budget not in BUDGETS:
             raise CalibrationError(f"--budget is {self.budget!r}; allowed: {', '.join(BUDGETS)}")
-        for name, percents in (
-            ("--mass", self.masses),
-            ("--max-loss", self.max_loss),
-            ("--target-rows", self.target_rows),
-        ):
+        for name, percents in (("--max-loss", self.max_loss), ("--target-rows", self.target_rows)):
             if any(not 0 < percent < 100 for percent in percents) or len(set(percents)) < len(percents):
                 raise CalibrationError(
                     f"{name} is {list(percents)}; different percentages above 0 and below 100 are needed"
                 )
         if (self.max_loss or self.target_rows) and self.budget != "auto":
             raise CalibrationError("--max-loss and --target-rows are targets of --budget auto; add it")
-        if not math.isfinite(self.sigma):
-            raise CalibrationError(f"--sigma is {self.sigma}; it must be finite")
         if self.dtype not in DTYPES:
             raise CalibrationError(f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.k_screen_only:

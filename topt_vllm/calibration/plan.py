@@ -43,7 +43,7 @@ class Plan:
     @property
     def ks(self) -> tuple[int, ...]:
         """Every k that thresholds are collected for, ascending: those asked for, and those that heads may get."""
-        offered = ladder(self.max_seq_length) if self.options.budget != "k" else ()
+        offered = ladder(self.max_seq_length) if self.options.budget == "auto" else ()
         return tuple(sorted({*self.options.ks, *offered}))
 
     @property

@@ -4,8 +4,8 @@ Per layer, query head and budget k, let s_k(n) be the k-th largest score of a ro
 around each calibrated length L, and
 
 * the law: c0 + c1 ln n, least squares over all rows, each length weighted equally;
-* θ(L) = mean of s_k(n) + c1 (ln L − ln n) over the rows of L, plus sigma standard deviations of the same. The
-  correction by the slope keeps a one-sided sample, such as that of the longest length, from being biased.
+* θ(L) = mean of s_k(n) + c1 (ln L − ln n) over the rows of L. The correction by the slope keeps a one-sided
+  sample, such as that of the longest length, from being biased.
 
 Only sums are kept, so memory doesn't grow with the number of sequences.
 """
@@ -115,25 +115,22 @@ class KthScoreMoments:
     def __init__(self, num_budgets: int, num_heads: int, lengths: list[int]) -> None:
         self._lengths = torch.tensor(lengths, dtype=torch.float64)
         self._x = torch.zeros(3, len(lengths), dtype=torch.float64)  # 1, x, x²
-        self._y = torch.zeros(3, num_budgets, num_heads, len(lengths), dtype=torch.float64)  # y, xy, y²
+        self._y = torch.zeros(2, num_budgets, num_heads, len(lengths), dtype=torch.float64)  # y, xy
 
     def add(self, sample: RowSample, values: torch.Tensor) -> None:
         """Adds rows; ``values`` is s_k, [K, H, R]."""
         x, y = (sample.rows + 1).double().log(), values.cpu().double()
         self._x.index_add_(1, sample.length_of, torch.stack([torch.ones_like(x), x, x * x]))
-        self._y.index_add_(3, sample.length_of, torch.stack([y, x * y, y * y]))
+        self._y.index_add_(3, sample.length_of, torch.stack([y, x * y]))
 
-    def fit(self, budget: int, sigma: float) -> Fit:
-        """Law and thresholds of one budget, shifted by ``sigma`` standard deviations."""
+    def fit(self, budget: int) -> Fit:
+        """Law and thresholds of one budget."""
         count, x, xx = self._x[0], self._x[1] / self._x[0], self._x[2] / self._x[0]
-        y, xy, yy = self._y[:, budget] / count
+        y, xy = self._y[:, budget] / count
         spread = xx.mean() - x.mean() ** 2
         slope = torch.zeros_like(y[:, 0])
         if float(spread) > 1e-12:
             slope = (xy.mean(dim=1) - x.mean() * y.mean(dim=1)) / spread
-        c1 = slope[:, None]
-        variance = (yy - y * y) + c1 * c1 * (xx - x * x) - 2 * c1 * (xy - x * y)
-        deviation = variance.clamp_min(0).sqrt()
-        theta = y + c1 * (self._lengths.log() - x) + sigma * deviation
-        c0 = y.mean(dim=1) - slope * x.mean() + sigma * deviation.mean(dim=1)
+        theta = y + slope[:, None] * (self._lengths.log() - x)
+        c0 = y.mean(dim=1) - slope * x.mean()
         return Fit(torch.stack([c0, slope], dim=1), theta)

@@ -90,11 +90,10 @@ def _work(plan: "Plan") -> str:
     from topt_vllm.calibration.search import MAX_RUNS
     from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, SENSITIVITY_RUNS
 
-    options, passes = plan.options, plan.options.num_samples + 1
-    if options.budget != "k":
-        passes += len(plan.error_sequences)
-    if options.budget != "auto":
+    passes = plan.options.num_samples + 1
+    if plan.options.budget != "auto":
         return f"{passes} passes"
+    passes += len(plan.error_sequences)
     tuning, layers = len(plan.sequences.tuning), len(plan.allocated_layers)
     stateful = plan.subject.stateful
     scanned, tried = (
@@ -121,7 +120,6 @@ def _resolved(plan: "Plan") -> str:
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
         "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
-        "sigma": options.sigma,
         "work": _work(plan),
         "seed": options.seed,
         "device": options.device or "a GPU where there is one",

@@ -13,7 +13,7 @@ from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.
-SIFT = ("sift", "sift-step", "sift-context")
+SIFT = ("sift", "sift-context")
 # Evaluates budgets only, and only where it is named.
 ADAPTING = "toptheta-adapt"
 OURS = ("toptheta", "toptheta-nomean", ADAPTING)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from topt_vllm.evaluation.rules.blasst import Blasst
 from topt_vllm.evaluation.rules.quest import PAGE, Quest
-from topt_vllm.evaluation.rules.sift import Sift, SiftContext, SiftStep
+from topt_vllm.evaluation.rules.sift import Sift, SiftContext
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.rules.toptheta import TopThetaNoMean, maker, position_range
@@ -66,7 +66,7 @@ def families(names: tuple[str, ...], table: ThresholdTable, longest: int) -> lis
         Family("quest", "pages", lambda x: Quest(_whole(x)), _whole, 0.0, math.log(pages)),
     ]
     # By the share that is kept, for it is that which spans orders of magnitude.
-    for name, rule in (("sift", Sift), ("sift-step", SiftStep), ("sift-context", SiftContext)):
+    for name, rule in (("sift", Sift), ("sift-context", SiftContext)):
         make = _by_kept_share(rule)
         known.append(Family(name, "tau", make, lambda x: 1 - math.exp(x), -math.log(longest), math.log(0.99)))
     return [family for family in known if family.name in names]

@@ -3,9 +3,9 @@
 Idea: the τ-quantile of a head's attention follows a power law along a sequence, y = α·x^β.
 Rule: the first WARMUP rows are dense; then a key is kept whose y reaches the law's value, or that is the newest.
 ``sift`` is the paper's: y is the probability, x the number of the decoded row, and what is dropped is lost.
-``sift-step`` thresholds exp(score), as a kernel can while it reads K, shares rows within a group, and puts the mean
-of V in place of what is dropped. ``sift-context`` also fits in the context length and shrinks the slope: what a
-server does under ``policy: sift`` (see :mod:`topt_vllm.sift`).
+``sift-context`` is what a server does under ``policy: sift`` (see :mod:`topt_vllm.sift`): y is exp(score), which a
+kernel knows while it reads K, x the context length, the slope is shrunk, rows are shared within a group, and the
+mean of V stands in for what is dropped.
 Parameter: τ.
 """
 
@@ -55,8 +55,6 @@ class Sift(Rule):
 
     tau: float
 
-    by_score: ClassVar[bool] = False
-    by_context: ClassVar[bool] = False
     stiffness: ClassVar[float] = 1e-9  # next to none; rows of one length tell no slope
     in_order: ClassVar[bool] = True
 
@@ -71,13 +69,21 @@ class Sift(Rule):
         if not rows.shared:
             rows.shared.append(_Sequence(int(rows.contexts[0])))
         (sequence,) = rows.shared
-        levels = rows.scores if self.by_score else rows.scores - rows.log_denominator()
+        levels = self._levels(rows)
         kept = [self._keep_row(sequence, levels[:, row], n) for row, n in enumerate(rows.contexts.tolist())]
         return torch.stack(kept, dim=1)
 
+    def _levels(self, rows: Rows) -> torch.Tensor:
+        """ln y, float32 [H, r, m]."""
+        return rows.scores - rows.log_denominator()
+
+    def _place(self, sequence: _Sequence, n: int) -> int:
+        """x of the row with context n."""
+        return n - sequence.first + 1
+
     def _keep_row(self, sequence: _Sequence, level: torch.Tensor, n: int) -> torch.Tensor:
         """Of one row: float32 [H, m] to bool [H, m]."""
-        x = torch.tensor(float(n if self.by_context else n - sequence.first + 1)).log()
+        x = torch.tensor(float(self._place(sequence, n))).log()
         kept = torch.zeros_like(level, dtype=torch.bool)
         if sequence.law is not None:
             kept[:, :n] = level[:, :n] >= (sequence.law[:, 0] + sequence.law[:, 1] * x)[:, None]
@@ -92,17 +98,15 @@ class Sift(Rule):
 
 
 @dataclass(frozen=True)
-class SiftStep(Sift):
-    """On scores, with our union and compensation; fitted in the number of the decoded row."""
+class SiftContext(Sift):
+    """On scores, with our union and compensation, fitted in the context length: ``policy: sift``."""
 
-    by_score: ClassVar[bool] = True
     union: ClassVar[bool] = True
     compensate: ClassVar[bool] = True
-
-
-@dataclass(frozen=True)
-class SiftContext(SiftStep):
-    """The same, fitted in the context length with a shrunk slope: ``policy: sift``."""
-
-    by_context: ClassVar[bool] = True
     stiffness: ClassVar[float] = STIFFNESS
+
+    def _levels(self, rows: Rows) -> torch.Tensor:
+        return rows.scores
+
+    def _place(self, sequence: _Sequence, n: int) -> int:
+        return n
