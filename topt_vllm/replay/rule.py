@@ -16,6 +16,7 @@ from topt_vllm.replay.scores import (
     for_each_part,
     probabilities,
     true_per_row,
+    zeroed,
 )
 
 
@@ -201,7 +202,7 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
     used = read[:, None] if rule.union else grouped
     weights = rows.by_group(probabilities(rows.scores, rows.sinks))
     seen = 1.0 if rows.sinks is None else weights.sum(dim=-1, keepdim=True)
-    weights.mul_(used)
+    zeroed(weights, used)
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
         weights /= mass + (1.0 - seen)

@@ -12,6 +12,7 @@ import torch
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.replay.rule import Rows, Rule, visible
+from topt_vllm.replay.scores import reaching
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,6 @@ def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tenso
         newest: int64 [r], index of each row's newest key.
     """
     # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
-    kept = scores >= theta[..., None].clamp(min=torch.finfo(scores.dtype).min)
+    kept = reaching(scores, theta.clamp(min=torch.finfo(scores.dtype).min))
     kept[:, torch.arange(len(newest), device=kept.device), newest] = True
     return kept
