@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from topt_vllm.replay.scores import reaching, true_per_row, zeroed
+from topt_vllm.replay.scores import ones_and_zeros, reaching, true_per_row
 
 
 @pytest.fixture
@@ -31,9 +31,7 @@ def test_what_is_true_in_a_row(scores: torch.Tensor):
     assert true_per_row(kept).dtype == torch.int32
 
 
-def test_weights_that_are_not_used_are_overwritten(scores: torch.Tensor):
-    weights = torch.softmax(scores.nan_to_num(), dim=-1).unflatten(0, (2, 2))
-    used = torch.rand(2, 1, 3, 37, generator=torch.Generator().manual_seed(1)) < 0.5
-    expected = torch.where(used, weights, 0.0)
-    assert torch.equal(zeroed(weights, used), expected)
-    assert torch.equal(weights, expected)
+def test_ones_and_zeros_of_what_is_true(scores: torch.Tensor):
+    kept = (scores > 0.5).unflatten(0, (2, 2))
+    for mask in (kept, kept[:, 0], kept[:, :, None, :, ::3]):
+        assert torch.equal(ones_and_zeros(mask), mask.float())

@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from topt_vllm.attention.common import Thetas
-from topt_vllm.replay.scores import LayerCall, probabilities
+from topt_vllm.replay.scores import LayerCall, ones_and_zeros, probabilities
 
 # Names of the projection behind the heads in transformers' models.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
@@ -119,7 +119,7 @@ def _errors(
     values = value[:, :m].float()
     errors = []
     for index in range(1, count + 1):
-        inside = (weights * (bucket == index)).unflatten(0, (num_kv_heads, -1))
+        inside = (weights * ones_and_zeros(bucket == index)).unflatten(0, (num_kv_heads, -1))
         mass = inside.sum(dim=-1, keepdim=True)
         used = (inside.flatten(1, 2) @ values).unflatten(1, inside.shape[1:3])
         errors.append((used - mass * means[:, None]).flatten(0, 1))
@@ -133,7 +133,7 @@ def _rows_caused(bucket: torch.Tensor, num_kv_heads: int, rows: torch.Tensor, co
     contexts = (rows + 1).double()
     found = []
     for index in range(count):
-        kept = by_group <= index
-        among = kept.sum(dim=1, keepdim=True).clamp_(min=1).float().reciprocal_()
+        kept = ones_and_zeros(by_group <= index)
+        among = kept.sum(dim=1, keepdim=True).clamp_(min=1).reciprocal_()
         found.append(((kept * among).sum(dim=-1) / contexts.to(among.device)).sum(dim=-1).flatten())
     return torch.stack(found, dim=1).double().cpu()

@@ -14,9 +14,9 @@ from topt_vllm.replay.scores import (
     LayerCall,
     any_of_group,
     for_each_part,
+    ones_and_zeros,
     probabilities,
     true_per_row,
-    zeroed,
 )
 
 
@@ -202,7 +202,7 @@ def attend_rows(rule: Rule, rows: Rows, value: torch.Tensor, means: torch.Tensor
     used = read[:, None] if rule.union else grouped
     weights = rows.by_group(probabilities(rows.scores, rows.sinks))
     seen = 1.0 if rows.sinks is None else weights.sum(dim=-1, keepdim=True)
-    zeroed(weights, used)
+    weights.mul_(ones_and_zeros(used))
     mass = weights.sum(dim=-1, keepdim=True)
     if rule.renormalise:
         weights /= mass + (1.0 - seen)
