@@ -26,6 +26,7 @@ def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
     except (ImportError, AttributeError):
         return None
     isa = _platform_isa(layers[0].shape)
+    _run_prompt(isa, layers[0])
     return over_layers(f"CPU_ATTN ({isa})", partial(_platform_call, isa), layers)
 
 
@@ -90,18 +91,22 @@ def _platform_isa(shape: Shape) -> str:
     return isa
 
 
+def _run_prompt(isa: str, inputs: Inputs) -> None:
+    """A prompt of vLLM's kernel, as has run before in an engine.
+
+    Without one its vector kernel takes up to six times as long on Intel, until the scratch memory that it shares
+    with prompts was used.
+    """
+    shape, batch = inputs.shape, inputs.batch
+    rows = min(_PROMPT_ROWS, shape.lengths[0])
+    query = torch.randn(rows, shape.heads, shape.head_dim).to(shape.dtype)
+    first = DecodeBatch(torch.tensor([0, rows], dtype=torch.int32), batch.seq_lens[:1], batch.block_table[:1])
+    _bind(inputs, inputs.memory, isa, query, first, torch.empty_like(query))()
+
+
 def _platform_call(isa: str, inputs: Inputs, out: torch.Tensor) -> Call:
     """A call of vLLM's kernel."""
-    shape = inputs.shape
     memory = _in_layout(inputs, isa) if isa == "amx" else inputs.memory
-    # In an engine a prompt has run before. Where none has, vLLM's vector kernel takes up to six times as long on
-    # Intel, until the scratch memory that it shares with prompts was used.
-    rows = min(_PROMPT_ROWS, shape.lengths[0])
-    prompt = torch.randn(rows, shape.heads, shape.head_dim).to(shape.dtype)
-    first = DecodeBatch(
-        torch.tensor([0, rows], dtype=torch.int32), inputs.batch.seq_lens[:1], inputs.batch.block_table[:1]
-    )
-    _bind(inputs, memory, isa, prompt, first, torch.empty_like(prompt))()
     return _bind(inputs, memory, isa, inputs.query, inputs.batch, out)
 
 
