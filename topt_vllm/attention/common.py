@@ -52,11 +52,12 @@ class ScreenLimits:
 
 
 # int4: measured on an H100, where it pays below 62 % of candidates at 16 sequences of 32k and below 36 % at one.
-# int4+4: about where it stops paying on CPUs in calls with 10 % of V, not measured closer. A row of a thousand keys
-# fits their caches, and the query's transform costs what reading less of K spares.
+# int4+4: on an Intel Xeon, two threads, it pays below 59 % with one sequence of 32k, below 39 % with eight of
+# 8k and three heads of 64 in a group (docs/results.md). A row of a thousand keys fits their caches, and the
+# query's transform costs what reading less of K spares.
 SCREEN_LIMITS: Mapping[ScreenFormat, ScreenLimits] = {
     "int4": ScreenLimits(largest_share=0.36),
-    "int4+4": ScreenLimits(largest_share=0.2, min_seq_len=1024),
+    "int4+4": ScreenLimits(largest_share=0.36, min_seq_len=1024),
 }
 
 
