@@ -156,12 +156,26 @@ def test_score_that_is_no_number_names_layer_and_head(value):
         (8192, 256, [512, 1024, 2048, 4096, 8192]),
         (1000, 128, [256, 512, 1000]),
         (300, 100, [256, 300]),
-        (256, 1, [256]),
-        (1024, 257, [1024]),
+        (257, 1, [256, 257]),
+        (1025, 257, [1024, 1025]),
     ],
 )
 def test_calibrated_lengths(longest, k, lengths):
     assert calibrated_lengths(longest, k) == lengths
+
+
+@pytest.mark.parametrize(("longest", "k", "first"), [(256, 1, 256), (512, 256, 512), (1000, 257, 1024)])
+def test_sequences_go_beyond_the_first_length(longest, k, first):
+    """Of a held-back text as long as that, every row would be dense and nothing measured."""
+    with pytest.raises(CalibrationError, match=f"--k {k} needs sequences of more than {first} tokens"):
+        calibrated_lengths(longest, k)
+
+
+def test_the_shortest_sequences_have_a_row_to_measure(folders):
+    (budget,) = run(folders["llama"], max_seq_length=257, ks=(16,), num_samples=1).budgets
+    assert budget.quality.rows == 1
+    assert budget.quality.v_rows_read < 1.0
+    assert budget.quality.layer_candidates[0] == 1.0 > max(budget.quality.layer_candidates[1:])
 
 
 def test_sampled_rows_lie_around_their_lengths():

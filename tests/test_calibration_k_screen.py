@@ -197,6 +197,9 @@ def test_sequences_have_to_reach_the_thresholds(folder, tmp_path):
     dump(make_table(identity, lengths=[512, 1024]), path)
     with pytest.raises(CalibrationError, match=r"--max-seq-length is 320, but .* has thresholds from 512"):
         prepare_screen(options(folder, output=path, k_screen_only=True))
+    dump(make_table(identity, lengths=[LENGTH, 1024]), path, force=True)
+    with pytest.raises(CalibrationError, match="and none of a held-back text would be measured"):
+        prepare_screen(options(folder, output=path, k_screen_only=True))
 
 
 @pytest.mark.parametrize(

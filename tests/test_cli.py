@@ -116,7 +116,7 @@ REFUSED = {
     "no samples": (["--num-samples", "0"], "--num-samples is 0"),
     "k of zero": (["--k", "0", "16"], "--k is [0, 16]"),
     "k twice": (["--k", "16", "16"], "--k is [16, 16]"),
-    "k too large": (["--k", "300"], "--k 300 needs sequences of at least 1024 tokens"),
+    "k too large": (["--k", "300"], "--k 300 needs sequences of more than 1024 tokens"),
     "context too short": (["--max-seq-length", "4096"], "is 4096, but the model's context is 2048"),
     "text too short": (
         ["--num-samples", "7"],

@@ -95,7 +95,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # By option: the command with {} for a hostile file. Good files, where others are needed, lie in {good}.
 READS = {
     "calibrate --model": "calibrate --model {} --dataset {good}/text.txt --output {out} --dry-run",
-    "calibrate --dataset": "calibrate --model {good}/model --dataset {} --num-samples 1 --max-seq-length 256 "
+    "calibrate --dataset": "calibrate --model {good}/model --dataset {} --num-samples 1 --max-seq-length 300 "
     "--k 16 --output {out} --dry-run",
     "calibrate --k-screen-only": "calibrate --model {good}/model --dataset {good}/text.txt --output {} "
     "--num-samples 1 --max-seq-length 512 --k-screen-only --dry-run",
@@ -123,9 +123,9 @@ READS = {
 }
 WRITES = {
     "calibrate --output": "calibrate --model {good}/model --dataset {good}/text.txt --num-samples 1 "
-    "--max-seq-length 256 --k 16 --output {} --dry-run",
+    "--max-seq-length 300 --k 16 --output {} --dry-run",
     "calibrate --output --force": "calibrate --model {good}/model --dataset {good}/text.txt --num-samples 1 "
-    "--max-seq-length 256 --k 16 --output {} --force --dry-run",
+    "--max-seq-length 300 --k 16 --output {} --force --dry-run",
     "inspect --plot": "inspect {good}/table.yaml --plot {}",
     "evaluate --json": "evaluate --model m --dataset t --json {} --dry-run",
     "evaluate --plot": "evaluate --model m --dataset t --plot {} --dry-run",

@@ -47,10 +47,10 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     table = _table(options, subject)
     length = subject.max_seq_length(options.max_seq_length)
-    if length < table.lengths[0]:
+    if length <= table.lengths[0]:
         raise CalibrationError(
-            f"--max-seq-length is {length}, but {options.output} has thresholds from {table.lengths[0]} tokens on; "
-            "use longer sequences"
+            f"--max-seq-length is {length}, but {options.output} has thresholds from {table.lengths[0]} tokens on, "
+            "and none of a held-back text would be measured; use longer sequences"
         )
     check_weights(options.model)
     documents, _ = read_texts(options.dataset, (options.num_samples + 1) * length)

@@ -143,15 +143,16 @@ def calibrated_lengths(max_seq_length: int, largest_k: int) -> list[int]:
     """Context lengths that get a θ of their own: octaves, and the longest length.
 
     The first is at least twice the largest budget that is asked for, for below that nearly every key is among the
-    top k; budgets of ``auto`` ask at most half of a context.
+    top k; budgets of ``auto`` ask at most half of a context. Sequences are longer: the last token of the held-back
+    one is only predicted, and shorter contexts than the first length are dense, so nothing would be measured.
 
     Raises:
         CalibrationError: The sequences are too short for the budget.
     """
     first = max(SHORTEST_LENGTH, 1 << (2 * largest_k - 1).bit_length())
-    if max_seq_length < first:
+    if max_seq_length <= first:
         raise CalibrationError(
-            f"--k {largest_k} needs sequences of at least {first} tokens, twice the budget; "
+            f"--k {largest_k} needs sequences of more than {first} tokens, for contexts below are dense; "
             f"--max-seq-length is {max_seq_length}. Raise it or lower --k"
         )
     octaves = [1 << power for power in range(first.bit_length() - 1, max_seq_length.bit_length())]
