@@ -86,7 +86,7 @@ def test_v_narrower_than_k_is_refused_by_name():
 
 CAPABILITIES = {
     "reference": Capabilities(narrow_values=True, screens={"int4": ScreenLimits(), "int4+4": ScreenLimits()}),
-    "cpu": Capabilities(screens={"int4+4": ScreenLimits(0.2, 1024)}, amx_copies=True),
+    "cpu": Capabilities(screens={"int4+4": ScreenLimits(0.36, 1024)}, amx_copies=True),
     "triton": Capabilities(narrow_values=True, screens={"int4": ScreenLimits(0.36)}, graphs=True),
 }
 
