@@ -205,6 +205,7 @@ def test_sequences_have_to_reach_the_thresholds(folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "flags"),
     [
+        (["--k", "32"], "--k"),
         (["--budget", "auto", "--max-loss", "1%"], "--budget, --max-loss"),
         (["--k", "16", "--dense-layers", "0"], "--k, --dense-layers"),
         (["--force", "--resume"], "--force, --resume"),

@@ -110,7 +110,7 @@ def _mean(numbers: list[float]) -> float:
 
 def _replay(model: Any, plan: Plan, tokens: list[int], rows: int, observe: Observer | None = None) -> Replay:
     """Rows below the first calibrated length are dense, so there is nothing to measure."""
-    count = max(1, min(rows, len(tokens) - plan.lengths[0]))
+    count = min(rows, len(tokens) - plan.lengths[0])
     return Replay(model, plan.subject, tokens, count, observe=observe)
 
 

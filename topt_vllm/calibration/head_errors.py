@@ -51,9 +51,10 @@ def head_errors(
     """
     num_heads, num_kv_heads, value_dim = call.query.shape[0], call.key.shape[0], call.value.shape[2]
     count = len(thetas)
-    slices = None
+    slices = gram = None
     if projection is not None:
         slices = projection.float().view(-1, num_heads, value_dim).transpose(0, 1)
+        gram = slices.transpose(1, 2) @ slices
     energy = torch.zeros(num_heads, count, dtype=torch.float64)
     read = torch.zeros(num_heads, count, dtype=torch.float64)
     together = torch.zeros(count, dtype=torch.float64)
@@ -71,7 +72,6 @@ def head_errors(
             energy += own.square().sum(dim=(2, 3)).T.double().cpu()
             together += union.square().sum(dim=(1, 2, 3)).double().cpu()
         else:
-            gram = slices.transpose(1, 2) @ slices
             energy += ((own @ gram) * own).sum(dim=(2, 3)).T.double().cpu()
             together += torch.einsum("khrd,hod->kro", union, slices).square().sum(dim=(1, 2)).double().cpu()
         read += _rows_caused(bucket, num_kv_heads, rows[part], count)
