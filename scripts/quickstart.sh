@@ -107,18 +107,19 @@ prepare_table() {
 start_server() {
     local settings command
     settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "budget": sys.argv[2]}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    # vLLM would fill nearly all memory with the cache, and leave one core of a few to its other processes.
     # Eager, for compiling the model takes longer than the one answer; serve without it for a longer run.
-    command=("$VENV/bin/vllm" serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
+    command=(env VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
+        VLLM_CPU_NUM_OF_RESERVED_CPU="${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}" "$VENV/bin/vllm"
+        serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
         --attention-backend TOPTHETA --additional-config "$settings"
         --max-model-len 8192 --dtype bfloat16 --enforce-eager --host 127.0.0.1 --port "$PORT")
-    say "  $(command_line "${command[@]}")"
-    # Here the workers leave their counters, which the server adds to its /metrics.
+    # Here the workers leave their counters, which the server adds to its /metrics. Each server needs an empty folder of
+    # its own, so the command to paste makes one.
+    say "  PROMETHEUS_MULTIPROC_DIR=\"\$(mktemp -d)\" $(command_line "${command[@]}")"
     mkdir "$SCRATCH/prometheus"
     : >"$LOG"
-    # vLLM would leave one core of a few to its other processes.
-    PROMETHEUS_MULTIPROC_DIR="$SCRATCH/prometheus" VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}" \
-        VLLM_CPU_NUM_OF_RESERVED_CPU="${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}" \
-        setsid "${command[@]}" >"$LOG" 2>&1 </dev/null &
+    PROMETHEUS_MULTIPROC_DIR="$SCRATCH/prometheus" setsid "${command[@]}" >"$LOG" 2>&1 </dev/null &
     SERVER=$!
 }
 

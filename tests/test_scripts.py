@@ -19,10 +19,15 @@ SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
 BASH = shutil.which("bash") or "/bin/bash"
 TOOLS = ("dirname", "sed", "cat", "cut", "sha256sum", "tail")
 
-# Stands in for vLLM: a front end with one worker, which answers /health, or dies when told to.
+# Stands in for vLLM: a front end with one worker, which answers /health, or dies when told to. It says
+# how it was called.
 FAKE_VLLM = """#!{python}
 import http.server, os, subprocess, sys, time
 port = sys.argv[sys.argv.index("--port") + 1]
+settings = {{name: value for name, value in os.environ.items() if name.startswith("VLLM_CPU_")}}
+print("CALL", sys.argv, settings, os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"]), flush=True)
+if os.environ.get("FAKE_SAYS_NO_MORE"):
+    sys.exit()
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "fake-worker", port])
 print("TOPTHETA: cpu kernel, table fake.yaml", flush=True)
 if os.environ.get("FAKE_DIES"):
@@ -212,6 +217,19 @@ def test_quickstart_ends_with_its_result_and_leaves_nothing(checkout: Path, tmp_
     assert json.loads(result)["v_rows_read"] == 0.1
     assert workers(port) == []
     assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_command_that_is_shown_starts_the_same_server(checkout: Path, tmp_path: Path):
+    port, cache = free_port(), tmp_path / "cache"
+    script = checkout / "scripts" / "quickstart.sh"
+    done = run(script, "--port", port, TOPT_CACHE_DIR=str(cache), VLLM_CPU_KVCACHE_SPACE="3")
+    assert done.returncode == 0, done.stderr
+    (shown,) = (line for line in done.stdout.splitlines() if " serve " in line)
+    call = run(BASH, "-c", shown, FAKE_SAYS_NO_MORE="1", TMPDIR=str(tmp_path)).stdout
+    assert "'VLLM_CPU_KVCACHE_SPACE': '3'" in call
+    assert "'VLLM_CPU_NUM_OF_RESERVED_CPU': '0'" in call
+    assert (cache / "logs" / f"quickstart-{port}.log").read_text().startswith(call)
 
 
 @pytest.mark.slow
