@@ -134,6 +134,17 @@ is_healthy() {
     [[ $status == *" 200 "* ]]
 }
 
+# What the server is at, by lines of vLLM's log (0.31 to 0.33).
+stage() {
+    if grep -q 'Starting to load model' "$LOG"; then
+        say "loading the model"
+    elif grep -q 'Initializing a V1 LLM engine' "$LOG"; then
+        say "starting the engine"
+    else
+        say "checking model, table and kernel"
+    fi
+}
+
 wait_for_health() {
     local started=$SECONDS next=10
     say "Waiting for the server, which compiles the decode kernel the first time (log: $LOG)"
@@ -148,7 +159,7 @@ wait_for_health() {
             die "the server was not ready after 15 minutes; the end of its log is above."
         fi
         if ((SECONDS - started >= next)); then
-            say "  $((SECONDS - started)) s: $(last_line "$LOG")"
+            say "  $((SECONDS - started)) s: $(stage)"
             next=$((next + 10))
         fi
         sleep 1
