@@ -10,7 +10,8 @@
 #   --port N     serve on this port of 127.0.0.1 (default 8000)
 #
 # The last line is QUICKSTART and a JSON object: v_rows_read, decode_tokens_per_second, answer.
-# Environment: TOPT_CACHE_DIR is where model, texts and kernels go (default ~/.cache/topt_vllm).
+# Environment: TOPT_CACHE_DIR is where model, texts and kernels go (default ~/.cache/topt_vllm), as
+# models/SmolLM2-135M-Instruct, texts/*.txt and kernels/.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -22,6 +23,7 @@ BUDGET=loss-1%
 SHIPPED="$ROOT/configs/SmolLM2-135M-Instruct.yaml"
 OWN_TABLE="$CACHE/tables/SmolLM2-135M-Instruct.yaml"
 TABLE="$SHIPPED"
+PLAY="$CACHE/texts/romeo_and_juliet.txt"
 SERVER=""
 SCRATCH=""
 LOG=""
@@ -174,12 +176,13 @@ show_log() {
 }
 
 explain_keep() {
+    local url="http://127.0.0.1:$PORT"
     cat <<TEXT
-The server keeps running at http://127.0.0.1:$PORT/v1 (log: $LOG).
-  curl http://127.0.0.1:$PORT/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "SmolLM2-135M-Instruct", "messages": [{"role": "user", "content": "What is gravity?"}]}'
-  Python: OpenAI(base_url="http://127.0.0.1:$PORT/v1", api_key="none").chat.completions.create(…)
+The server keeps running at $url/v1 (log: $LOG).
+  talk about the play: $(command_line "$VENV/bin/python" "$ROOT/scripts/chat.py" --url "$url" --text "$PLAY")
+  from Python: OpenAI(base_url="$url/v1", api_key="none").chat.completions.create(…); short prompts skip nothing
   stop it: kill -- -$SERVER; rm -r $(printf '%q' "$SCRATCH")
+    kill ends the server with all its processes; the folder has its workers' counters, and nothing else needs it
 TEXT
 }
 
@@ -211,12 +214,11 @@ main() {
     wait_for_health
     step "5/5 A question about a long text"
     forward "$VENV/bin/python" "$ROOT/scripts/ask.py" --url "http://127.0.0.1:$PORT" \
-        --text "$CACHE/texts/romeo_and_juliet.txt" --result "$SCRATCH/result.json"
+        --text "$PLAY" --result "$SCRATCH/result.json"
     if [[ -n $CHAT ]]; then
         say ""
         # In the foreground, for it reads the terminal.
-        "$VENV/bin/python" "$ROOT/scripts/chat.py" --url "http://127.0.0.1:$PORT" \
-            --text "$CACHE/texts/romeo_and_juliet.txt" || true
+        "$VENV/bin/python" "$ROOT/scripts/chat.py" --url "http://127.0.0.1:$PORT" --text "$PLAY" || true
     fi
     if [[ -n $KEEP ]]; then
         say ""
