@@ -120,7 +120,11 @@ REFUSED = {
     "context too short": (["--max-seq-length", "4096"], "is 4096, but the model's context is 2048"),
     "text too short": (
         ["--num-samples", "7"],
-        "the text has 4000 tokens; 7 calibration sequences and one held back of 512 tokens need 4096",
+        "the text has 4000 tokens, and sequences of 512 tokens need 4096: 7 and 1 held back. Add text",
+    ),
+    "text too short to tune": (
+        ["--num-samples", "6", "--budget", "auto"],
+        "sequences of 512 tokens need 4608: 6, 2 more to tune on and 1 held back. Add text",
     ),
     "no such layer": (
         ["--dense-layers", "0", "9"],
@@ -206,6 +210,7 @@ def test_dry_run_writes_nothing(folder, capsys, monkeypatch):
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert printed["k"] == "16, 32"
     assert printed["lengths"] == "256, 512"
+    assert printed["sequences"] == "2 and 1 held back, of 512 tokens"
     assert not (folder / "out.yaml").exists()
 
 

@@ -109,13 +109,16 @@ def _work(plan: "Plan") -> str:
 
 
 def _resolved(plan: "Plan") -> str:
+    from topt_vllm.replay.texts import counted
+
     options, subject = plan.options, plan.subject
+    sequences = counted(options.num_samples, len(plan.sequences.tuning))
     lines = {
         "model": f"{options.model} ({subject.identity.architecture})",
         "fingerprint": subject.identity.fingerprint,
         "layers": f"{len(subject.full_layers)} with thresholds of {subject.identity.num_layers}",
         "dataset": ", ".join(source.name for source in plan.sources),
-        "sequences": f"{options.num_samples} and 1 held back, of {plan.max_seq_length} tokens",
+        "sequences": f"{sequences}, of {plan.max_seq_length} tokens",
         "lengths": ", ".join(map(str, plan.lengths)),
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),

@@ -167,13 +167,18 @@ def cut_sequences(
     needed = (total + 1) * body
     if len(stream) < needed:
         raise ReplayError(
-            f"the text has {len(stream)} tokens; {total} calibration sequences and one held back of {length} "
-            f"tokens need {needed}. Add text, or lower --num-samples or --max-seq-length"
+            f"the text has {len(stream)} tokens, and sequences of {length} tokens need {needed}: "
+            f"{counted(count, tuning)}. Add text, or lower --num-samples or --max-seq-length"
         )
     slack = len(stream) - needed
     starts = [i * body + (slack * i // (total - 1) if total > 1 else 0) for i in range(total)]
     sequences = [prefix + stream[start : start + body].tolist() for start in starts]
     return Sequences(sequences[:count], prefix + stream[-body:].tolist(), sequences[count:])
+
+
+def counted(count: int, tuning: int) -> str:
+    """How many sequences there are of each kind, in words."""
+    return f"{count}{f', {tuning} more to tune on' if tuning else ''} and 1 held back"
 
 
 def _prefix(tokenizer: Any) -> list[int]:
