@@ -251,8 +251,11 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
     dump(table, tmp_path / "table.yaml")
     assert load(tmp_path / "table.yaml") == table
     assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.png")]) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert all(budget.key in printed for budget in (little, much, close))
+    assert "k=16" in printed
+    assert "k=rows" not in printed
+    assert said.endswith(f"wrote {tmp_path / 'table.png'}\n")
     # The header of a PNG file.
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
     assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.odd")]) == 2

@@ -210,6 +210,7 @@ def test_dry_run_writes_nothing(folder, capsys, monkeypatch):
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert printed["k"] == "16, 32"
     assert printed["lengths"] == "256, 512"
+    assert printed["dense"] == "layers  layer 0"
     assert printed["sequences"] == "2 and 1 held back, of 512 tokens"
     assert not (folder / "out.yaml").exists()
 
@@ -278,7 +279,7 @@ def test_inspect(tmp_path, capsys):
 
     assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
     text = capsys.readouterr().out
-    for part in ("tiny (LlamaForCausalLM)", "256, 512, 1024 tokens", "25.0%", "sliding window"):
+    for part in ("tiny (LlamaForCausalLM)", "512, 1024 tokens", "25.0%", "sliding window", "  layer 0\n"):
         assert part in text
     assert "K screen     no statistics of K; topt-vllm calibrate --k-screen-only adds them" in text
 

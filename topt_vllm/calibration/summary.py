@@ -57,16 +57,20 @@ def _spread(shares: dict[int, float]) -> str:
 def _budgets(table: ThresholdTable) -> list[str]:
     width = max(6, *(len(str(budget.key)) for budget in table.budgets))
     lines = [
-        f"{'k':>{width}}  {'kept/k p5':>9} {'p50':>5} {'p95':>5}  {'V rows read':>11}  {'dropped mass':>12}  "
+        f"{'budget':>{width}}  {'kept/k p5':>9} {'p50':>5} {'p95':>5}  {'V rows read':>11}  {'dropped mass':>12}  "
         f"{'loss':>7}  {'agreement':>9}  dense layers"
     ]
     for budget in table.budgets:
-        dense = ", ".join(map(str, budget.dense_layers)) or "none"
-        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {dense}")
+        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {listed(budget.dense_layers)}")
     tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
     if tokens is not None:
         lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
     return lines + _law(table)
+
+
+def listed(layers: list[int]) -> str:
+    """Layers in words: without them a lone 0 would be read as their number."""
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "none"
 
 
 def _law(table: ThresholdTable) -> list[str]:
@@ -97,7 +101,7 @@ def _quality(quality: Quality | None) -> str:
 def _theta_ranges(table: ThresholdTable) -> list[str]:
     lines = [
         "θ over query heads and lengths",
-        " layer" + "".join(f"{f'k={b.key}':>18}" for b in table.budgets),
+        " layer" + "".join(f"{b.key if b.k is None else f'k={b.k}':>18}" for b in table.budgets),
     ]
     for position, entry in enumerate(table.budgets[0].layers):
         ranges = "".join(f"{_range(budget, position):>18}" for budget in table.budgets)

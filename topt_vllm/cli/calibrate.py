@@ -109,6 +109,7 @@ def _work(plan: "Plan") -> str:
 
 
 def _resolved(plan: "Plan") -> str:
+    from topt_vllm.calibration.summary import listed
     from topt_vllm.replay.texts import counted
 
     options, subject = plan.options, plan.subject
@@ -122,7 +123,7 @@ def _resolved(plan: "Plan") -> str:
         "lengths": ", ".join(map(str, plan.lengths)),
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
-        "dense layers": ", ".join(map(str, plan.dense_layers)) or "none",
+        "dense layers": listed(plan.dense_layers),
         "work": _work(plan),
         "seed": options.seed,
         "device": options.device or "a GPU where there is one",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds the command's options."""
     parser = subparsers.add_parser("inspect", help="show what a threshold table holds")
-    parser.add_argument("table", type=Path, help="YAML file")
+    parser.add_argument("table", type=Path, help="YAML file; topt-vllm verify names that of a model")
     parser.add_argument("--json", action="store_true", help="print one JSON object without the thresholds")
     parser.add_argument(
         "--plot",
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         table = load(args.table)
         if args.plot is not None:
             plot(table, args.plot)
+            # Not to the standard output, which may be one JSON object.
+            print(f"wrote {args.plot}", file=sys.stderr)
     except (ThresholdTableError, CalibrationError, OSError) as error:
         raise UserError(str(error)) from error
     print(json.dumps(_facts(table), ensure_ascii=False) if args.json else describe(table))
