@@ -204,6 +204,11 @@ def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
         "install", "entry_points", "kernel", "table", "engine", "tokens", "rows_skipped", "loss"
     ]  # fmt: skip
     assert all(check.passed for check in found.values()), found
+    assert "budget loss-0.2% (its last, a server's default)" in found["table"].detail
+    assert found["rows_skipped"].detail.startswith(
+        "budget loss-0.2%, contexts of 1536 to 1728 tokens: 40.0% of V rows read (the table's own text: 10.6% at "
+        "up to 8192 tokens; the share falls as contexts grow)"
+    )
     assert run.settings == [None, {"toptheta": {"thresholds": "none"}}, {"toptheta": {}}]
     screened = FakeEngine()
     outcome(smollm2, None, screened, "int4+4")

@@ -80,9 +80,10 @@ def read_table(model: Model, thresholds: str | None) -> tuple[ThresholdTable | N
     table, path = found
     budget = table.budget(None)
     quality = f"; {budget.quality.sentence()}" if budget.quality is not None else ""
+    lengths = f"{table.lengths[0]} to {table.lengths[-1]} tokens"
     return (
         table,
-        f"{path}, budget {budget.key}, calibrated at {table.lengths[0]} to {table.lengths[-1]} tokens{quality}",
+        f"{path}, budget {budget.key} (its last, a server's default), calibrated at {lengths}{quality}",
     )
 
 

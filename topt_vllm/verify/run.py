@@ -81,13 +81,15 @@ def _dense_checks(model: plan.Model | None, run: Run) -> Iterator[Check]:
 def _sparse_checks(
     model: plan.Model, table: Any, thresholds: str | None, k_screen: str | None, run: Run
 ) -> Iterator[Check]:
-    quality = table.budget(None).quality
+    budget = table.budget(None)
+    quality = budget.quality
     result: dict[str, Any] = {}
 
     def rows_skipped() -> str:
-        request = plan.forced_request(model, plan.forced_text(model, table), thresholds, k_screen)
-        result.update(run(request, ENGINE_SECONDS))
-        return verdicts.rows_skipped(result["totals"], quality)
+        forced = plan.forced_text(model, table)
+        result.update(run(plan.forced_request(model, forced, thresholds, k_screen), ENGINE_SECONDS))
+        used = f"budget {budget.key}, contexts of {forced.first} to {len(forced.tokens)} tokens"
+        return f"{used}: {verdicts.rows_skipped(result['totals'], quality)}"
 
     yield attempt("rows_skipped", rows_skipped)
     if result:

@@ -73,7 +73,10 @@ def rows_skipped(totals: dict[str, float], quality: Quality | None) -> str:
     reasons = ", ".join(f"{reason} {count / rows:.1%}" for reason, count in dense.items())
     if not 0 < read < total:
         raise CheckError(f"{read:.0f} of {total:.0f} V rows were read; dense rows: {reasons or 'none'}")
-    table = f" (the table's own text: {quality.v_rows_read:.1%})" if quality is not None else ""
+    table = ""
+    if quality is not None:
+        table = f" (the table's own text: {quality.v_rows_read:.1%} at up to {quality.tokens} tokens"
+        table += "; the share falls as contexts grow)"
     return f"{read / total:.1%} of V rows read{table}; dense rows: {reasons or 'none'}"
 
 
