@@ -97,6 +97,7 @@ def request(model: Path, dtype: str, settings: dict[str, Any] | None) -> Request
         "kv_cache_memory_bytes": 1 << 28,
         "enforce_eager": True,
         "logprobs_mode": "raw_logits",
+        "language_model_only": True,
     }
     return Request(arguments | backend, prompts, _ANSWER, separate_core=False)
 

@@ -1,6 +1,7 @@
 """Tiny configurations of the families of models that people serve, and of what can't be calibrated."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from tiny_models import SMALL
@@ -20,6 +21,10 @@ DELTA_NET = {
     "linear_value_head_dim": 8,
     "layer_types": [LINEAR, FULL, FULL],
 }
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+# Of the Qwen models, which turn a channel by one of three positions.
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MAMBA = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,
@@ -210,6 +215,46 @@ FAMILIES = {
     "lfm2": Family(
         transformers.Lfm2Config(**PLAIN, layer_types=["conv", FULL, FULL]), full=(1, 2), free=(0,), alike=True
     ),
+    # Models that take images or sound too, as language models.
+    "qwen2.5-vl": Family(
+        transformers.Qwen2_5_VLConfig(
+            text_config={**PLAIN, "rope_parameters": MROPE},
+            vision_config={**QWEN_VISION, "out_hidden_size": 32},
+        )
+    ),
+    "qwen3-vl": Family(
+        transformers.Qwen3VLConfig(
+            text_config={**SMALL, "rope_parameters": MROPE},
+            vision_config={**QWEN_VISION, "out_hidden_size": 32, "deepstack_visual_indexes": [0]},
+        ),
+        alike=True,
+    ),
+    "gemma3, images": Family(
+        transformers.Gemma3Config(
+            text_config={**SMALL, **WINDOWS},
+            vision_config={**VISION, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+        ),
+        full=(1,),
+    ),
+    "mistral3": Family(
+        transformers.Mistral3Config(
+            text_config={**SMALL, "model_type": "mistral"},
+            vision_config={**VISION, "model_type": "pixtral", "image_size": 28, "patch_size": 14},
+        ),
+        alike=True,
+    ),
+    "internvl": Family(
+        transformers.InternVLConfig(
+            text_config={**PLAIN, "model_type": "qwen2"},
+            vision_config={**VISION, "image_size": [28, 28], "patch_size": [14, 14]},
+        ),
+        alike=True,
+    ),
+    "voxtral": Family(
+        transformers.VoxtralConfig(text_config={**SMALL, "model_type": "llama"}, audio_config=VISION),
+        alike=True,
+    ),
     # V is smaller than K; layers with a window have more heads of both, and sinks.
     "mimo v2": Family(
         transformers.MiMoV2FlashConfig(**SMALL, **EXPERTS, **WINDOWS, v_head_dim=6, n_routed_experts=4),
@@ -222,12 +267,15 @@ _WIDTHS = ("head_dim", "hidden_size", "n_embd", "word_embed_proj_dim", "v_head_d
 _FACTOR = 4
 _LINEAR = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 _GEMMA4 = {"global_head_dim": 64}
-_OTHERS: dict[str, dict[str, int]] = {
+_MROPE = {"rope_parameters": {**MROPE, "mrope_section": [8, 4, 4]}}
+_OTHERS: dict[str, dict[str, Any]] = {
     "qwen3-next": _LINEAR,
     "qwen3.5": _LINEAR,
     "gemma4": _GEMMA4 | {"num_global_key_value_heads": 1},
     "gemma4, shared K and V": _GEMMA4,
     "granite hybrid": {"mamba_n_heads": 32},
+    "qwen2.5-vl": _MROPE,
+    "qwen3-vl": _MROPE,
 }
 
 
@@ -235,10 +283,14 @@ def served_config(name: str) -> PretrainedConfig:
     """A family's configuration, large enough for vLLM's CPU kernels."""
     config = FAMILIES[name].config
     facts = config.to_dict()
-    wide = {key: facts[key] * _FACTOR for key in _WIDTHS if isinstance(facts.get(key), int)}
+    text = facts.get("text_config", facts)
+    wide = {key: text[key] * _FACTOR for key in _WIDTHS if isinstance(text.get(key), int)}
+    text |= wide | _OTHERS.get(name, {})
+    if "vision_config" in facts and "out_hidden_size" in facts["vision_config"]:
+        facts["vision_config"]["out_hidden_size"] = text["hidden_size"]
     for key in ("architectures", "transformers_version", "per_layer_config"):
         facts.pop(key, None)
-    return type(config)(**facts | wide | _OTHERS.get(name, {}))
+    return type(config)(**facts)
 
 
 # What can't be calibrated, and what the message says.
@@ -260,7 +312,7 @@ REFUSED = {
         transformers.GraniteMoeHybridConfig(**PLAIN, **MAMBA, layer_types=[LINEAR] * 3),
         "no layer has attention",
     ),
-    "qwen2-vl": (transformers.Qwen2VLConfig(), "Qwen2VLConfig has a text model inside"),
+    "clip": (transformers.CLIPConfig(), "CLIPConfig has a text model inside"),
     "bloom": (
         transformers.BloomConfig(hidden_size=32, n_layer=1, n_head=2),
         "does not call its AttentionInterface",

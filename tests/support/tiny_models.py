@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 SMALL = {
     "hidden_size": 32,
@@ -37,7 +42,8 @@ def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
 def save_model(folder: Path, config: Any) -> Path:
     """A model with random weights, loud enough for its scores to differ, and its tokenizer."""
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    by_text = type(config) in AutoModelForCausalLM._model_mapping
+    model = (AutoModelForCausalLM if by_text else AutoModelForMultimodalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("q_proj", "k_proj", "c_attn")):

@@ -214,7 +214,7 @@ def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # device_map needs accelerate; one device does without.
     spread: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
-    reader = transformers.AutoModelForCausalLM
+    reader = _auto_class(read_config(model, trust_remote_code))
     # It would make weights up in place of those whose shapes differ; without that its error doesn't name them.
     more = {"output_loading_info": True, "ignore_mismatched_sizes": True, **spread}
     with _quiet():
@@ -264,6 +264,13 @@ def _require_dequantiser(config: Any, model: str) -> None:
         raise ReplayError(f"{model}: its weights are compressed, and can't be read here: {reason}") from error
 
 
+def _auto_class(config: Any) -> Any:
+    """What transformers loads the model with: one that also sees or hears where it has none for text alone."""
+    by_text, by_more = transformers.AutoModelForCausalLM, transformers.AutoModelForMultimodalLM
+    kind = type(config)
+    return by_more if kind in by_more._model_mapping and kind not in by_text._model_mapping else by_text
+
+
 def _skeleton(config: Any, model: str, trust_remote_code: bool) -> Any:
     """The model without weights.
 
@@ -272,7 +279,7 @@ def _skeleton(config: Any, model: str, trust_remote_code: bool) -> Any:
     """
     try:
         with _quiet(), torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     # Code of any architecture runs here, and what it can't make of a configuration raises anything.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
