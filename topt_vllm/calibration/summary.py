@@ -1,6 +1,7 @@
 """What a table says, as text for people."""
 
 from topt_vllm.calibration.law import held_out_error
+from topt_vllm.table.layers import in_words
 from topt_vllm.table.schema import Budget, Quality, ThresholdTable
 
 
@@ -61,16 +62,11 @@ def _budgets(table: ThresholdTable) -> list[str]:
         f"{'loss':>7}  {'agreement':>9}  dense layers"
     ]
     for budget in table.budgets:
-        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {listed(budget.dense_layers)}")
+        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {in_words(budget.dense_layers)}")
     tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
     if tokens is not None:
         lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
     return lines + _law(table)
-
-
-def listed(layers: list[int]) -> str:
-    """Layers in words: without them a lone 0 would be read as their number."""
-    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}" if layers else "none"
 
 
 def _law(table: ThresholdTable) -> list[str]:

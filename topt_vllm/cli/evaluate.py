@@ -72,6 +72,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
         print(tasks)
     if options.plot:
         plot(records, options.plot)
+        print(f"wrote {options.plot}", file=sys.stderr)
 
 
 def _subject(plan: "Plan") -> dict[str, Any]:
@@ -85,11 +86,10 @@ def _subject(plan: "Plan") -> dict[str, Any]:
 
 
 def _resolved(plan: "Plan") -> str:
+    from topt_vllm.table.layers import in_words
+
     options, subject = plan.options, plan.subject
-    dense = {
-        f"{target:.0%}": ", ".join(map(str, sorted(layers))) or "none"
-        for target, layers in plan.dense.items()
-    }
+    dense = [f"{in_words(layers)} at {target:.0%}" for target, layers in plan.dense.items()]
     needles = f"{', '.join(map(str, options.needles))} tokens, depths {', '.join(map(str, options.depths))}"
     lines = {
         "model": f"{options.model} ({subject.identity.architecture}), {options.dtype}",
@@ -103,7 +103,7 @@ def _resolved(plan: "Plan") -> str:
         "work": "each run repeats the whole sequence, for some layers keep a state"
         if subject.stateful
         else "each run repeats the decoded rows",
-        "dense layers": "; ".join(f"at {target}: {layers}" for target, layers in dense.items()) or "-",
+        "dense layers": "; ".join(dense) or "-",
         "budgets": ", ".join(map(str, options.ks)) or "-",
         "K screens": ", ".join(options.k_screens),
         "needles": needles if options.needles else "-",
