@@ -265,10 +265,11 @@ def _require_dequantiser(config: Any, model: str) -> None:
 
 
 def _auto_class(config: Any) -> Any:
-    """What transformers loads the model with: one that also sees or hears where it has none for text alone."""
-    by_text, by_more = transformers.AutoModelForCausalLM, transformers.AutoModelForMultimodalLM
-    kind = type(config)
-    return by_more if kind in by_more._model_mapping and kind not in by_text._model_mapping else by_text
+    """What transformers loads the model with: a class that takes images or sound too where text has none alone."""
+    by_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and not by_text:
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForCausalLM
 
 
 def _skeleton(config: Any, model: str, trust_remote_code: bool) -> Any:
