@@ -24,7 +24,7 @@ TOOLS = ("dirname", "sed", "cat", "cut", "sha256sum", "tail")
 FAKE_VLLM = """#!{python}
 import http.server, os, subprocess, sys, time
 port = sys.argv[sys.argv.index("--port") + 1]
-settings = {{name: value for name, value in os.environ.items() if name.startswith("VLLM_CPU_")}}
+settings = {{name: value for name, value in sorted(os.environ.items()) if name.startswith("VLLM_CPU_")}}
 print("CALL", sys.argv, settings, os.listdir(os.environ["PROMETHEUS_MULTIPROC_DIR"]), flush=True)
 if os.environ.get("FAKE_SAYS_NO_MORE"):
     sys.exit()
