@@ -358,4 +358,4 @@ def test_dry_run_loads_nothing(folder, capsys):
     assert main(command(folder, "--dry-run", "--tune-on", str(folder / "code.txt"))) == 0
     shown = capsys.readouterr().out
     assert "tuned on      code.txt" in shown
-    assert "at 5%: none" in shown
+    assert "none at 5%" in shown
