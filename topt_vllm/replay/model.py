@@ -214,7 +214,7 @@ def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # device_map needs accelerate; one device does without.
     spread: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
-    reader = _auto_class(read_config(model, trust_remote_code))
+    reader = _auto_class(_read(transformers.AutoConfig, model, trust_remote_code))
     # It would make weights up in place of those whose shapes differ; without that its error doesn't name them.
     more = {"output_loading_info": True, "ignore_mismatched_sizes": True, **spread}
     with _quiet():
