@@ -1,8 +1,8 @@
 """What a table says, as text for people."""
 
 from topt_vllm.calibration.law import held_out_error
-from topt_vllm.table.layers import in_words
 from topt_vllm.table.schema import Budget, Quality, ThresholdTable
+from topt_vllm.table.words import budget_in_words, layers_in_words
 
 
 def describe(table: ThresholdTable) -> str:
@@ -62,7 +62,9 @@ def _budgets(table: ThresholdTable) -> list[str]:
         f"{'loss':>7}  {'agreement':>9}  dense layers"
     ]
     for budget in table.budgets:
-        lines.append(f"{budget.key:>{width}}  {_quality(budget.quality)}  {in_words(budget.dense_layers)}")
+        lines.append(
+            f"{budget.key:>{width}}  {_quality(budget.quality)}  {layers_in_words(budget.dense_layers)}"
+        )
     tokens = next((budget.quality.tokens for budget in table.budgets if budget.quality), None)
     if tokens is not None:
         lines.append(f"        (on {tokens} held-back tokens; kept/k and dropped mass in sparse layers only)")
@@ -97,7 +99,7 @@ def _quality(quality: Quality | None) -> str:
 def _theta_ranges(table: ThresholdTable) -> list[str]:
     lines = [
         "θ over query heads and lengths",
-        " layer" + "".join(f"{b.key if b.k is None else f'k={b.k}':>18}" for b in table.budgets),
+        " layer" + "".join(f"{budget_in_words(budget.key):>18}" for budget in table.budgets),
     ]
     for position, entry in enumerate(table.budgets[0].layers):
         ranges = "".join(f"{_range(budget, position):>18}" for budget in table.budgets)

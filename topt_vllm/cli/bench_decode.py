@@ -12,6 +12,7 @@ from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import check_screens
+from topt_vllm.table.words import budget_in_words
 
 if TYPE_CHECKING:
     from topt_vllm.attention.common import Selection
@@ -281,7 +282,7 @@ def _line(r: dict[str, Any]) -> str:
     if r["ms_platform"]:
         stock = f"{r['ms_platform']:8.3f} ({r['ms_platform_p20']:.3f}-{r['ms_platform_p80']:.3f})"
         ratio = f"{r['ratio_platform']:.2f}"
-    keep = f"k={r['k']}" if r["k"] else f"{r['keep_target']:.2f}"
+    keep = budget_in_words(r["k"]) if r["k"] else f"{r['keep_target']:.2f}"
     return (
         f"{r['batch']:4d} {r['seq_len']:7d} {keep:>7} {r['k_screen']:>7} {r['candidates']:7.2%}"
         f" {r['k_rows_read']:7.2%} {r['v_rows_read']:7.2%} {ours:>25} {stock:>28} {ratio:>10}"

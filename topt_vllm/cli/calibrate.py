@@ -110,7 +110,7 @@ def _work(plan: "Plan") -> str:
 
 def _resolved(plan: "Plan") -> str:
     from topt_vllm.replay.texts import counted
-    from topt_vllm.table.layers import in_words
+    from topt_vllm.table.words import layers_in_words
 
     options, subject = plan.options, plan.subject
     sequences = counted(options.num_samples, len(plan.sequences.tuning))
@@ -123,7 +123,7 @@ def _resolved(plan: "Plan") -> str:
         "lengths": ", ".join(map(str, plan.lengths)),
         "k": ", ".join(map(str, options.ks)),
         "budgets": ", ".join([options.budget, *(target.name for target in options.targets)]),
-        "dense layers": in_words(plan.dense_layers),
+        "dense layers": layers_in_words(plan.dense_layers),
         "work": _work(plan),
         "seed": options.seed,
         "device": options.device or "a GPU where there is one",

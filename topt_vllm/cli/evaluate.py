@@ -86,10 +86,10 @@ def _subject(plan: "Plan") -> dict[str, Any]:
 
 
 def _resolved(plan: "Plan") -> str:
-    from topt_vllm.table.layers import in_words
+    from topt_vllm.table.words import layers_in_words
 
     options, subject = plan.options, plan.subject
-    dense = [f"{in_words(layers)} at {target:.0%}" for target, layers in plan.dense.items()]
+    dense = [f"{layers_in_words(layers)} at {target:.0%}" for target, layers in plan.dense.items()]
     needles = f"{', '.join(map(str, options.needles))} tokens, depths {', '.join(map(str, options.depths))}"
     lines = {
         "model": f"{options.model} ({subject.identity.architecture}), {options.dtype}",

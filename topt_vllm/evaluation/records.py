@@ -9,6 +9,7 @@ from topt_vllm.evaluation.options import NO_SCREEN, OURS
 from topt_vllm.replay.attention import Counts
 from topt_vllm.replay.predictions import Comparison
 from topt_vllm.replay.scores import percentiles
+from topt_vllm.table.words import budget_in_words, layers_in_words
 
 _BINS = 8
 # Rows whose mean counts as one independent number for the standard error: neighbours are alike.
@@ -97,14 +98,15 @@ def by_position(compared: Comparison, row_contexts: torch.Tensor) -> list[dict[s
 
 
 HEADER = (
-    f"{'text':<22} {'context':>7} {'rows':>6} {'rule':<16} {'parameter':>11} {'V read':>7} {'kept':>7}"
+    f"{'text':<22} {'context':>7} {'target':>10} {'rule':<16} {'parameter':>11} {'V read':>7} {'kept':>7}"
     f" {'perplexity':>10} {'loss':>8} {'±':>6} {'KL':>8} {'agree':>7} {'dropped':>8}  dense layers"
 )
 
 
 def target_of(record: dict[str, Any]) -> str:
     """What a rule was tuned to, or the budget that it is."""
-    return f"{record['rows_target']:.0%}" if record["rows_target"] is not None else f"k={record['k']}"
+    share = record["rows_target"]
+    return f"{share:.0%}" if share is not None else budget_in_words(record["k"])
 
 
 def line(record: dict[str, Any]) -> str:
@@ -112,11 +114,11 @@ def line(record: dict[str, Any]) -> str:
     target = target_of(record)
     parameter = "-" if record["parameter"] is None else f"{record['parameter']:.4g}"
     text = (
-        f"{record['text'][:22]:<22} {record['context']:>7} {target:>6} {record['rule']:<16} {parameter:>11}"
+        f"{record['text'][:22]:<22} {record['context']:>7} {target:>10} {record['rule']:<16} {parameter:>11}"
         f" {record['v_rows_read']:7.2%} {record['elements_kept']:7.2%} {record['perplexity']:10.3f}"
         f" {record['loss_pct']:+7.2f}% {record['loss_pct_se']:6.2f}"
         f" {record['kl']:8.4f} {record['agreement']:7.2%} {record['dropped_mass']:8.2%}"
-        f"  {', '.join(map(str, record['dense_layers'])) or 'none'}"
+        f"  {layers_in_words(record['dense_layers'])}"
     )
     if record["k_screen"] != NO_SCREEN:
         margin, candidates = record["k_screen_margin"], record["candidates"]

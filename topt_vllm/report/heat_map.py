@@ -12,6 +12,7 @@ from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Figure, Section, Table
 from topt_vllm.report.svg import WIDTH, picture, tag, text
 from topt_vllm.table.schema import Budget, ThresholdTable
+from topt_vllm.table.words import budget_in_words
 
 # From low to high θ. Lightness rises evenly, so that the map also reads in grey.
 COLOURS = (
@@ -73,7 +74,7 @@ def _spread(thetas: Iterable[float]) -> tuple[float, float, float]:
 
 
 def _finding(budget: Budget) -> str:
-    name, known = numbers.budget(budget.key), list(chain.from_iterable(_sparse(budget).values()))
+    name, known = budget_in_words(budget.key), list(chain.from_iterable(_sparse(budget).values()))
     if not known:
         return f"All layers of budget {name} are dense."
     low, middle, high = map(numbers.plain, _spread(known))
@@ -114,7 +115,7 @@ def _figure(table: ThresholdTable, budget: Budget, limits: tuple[float, float]) 
     grid = _Grid(layers, table.model.num_query_heads, table.model.num_kv_heads)
     body = [*_cells(grid, _sparse(budget), limits), *_names(grid), *_colour_bar(limits, grid.bottom + 40)]
     label = f"Heat map. {_finding(budget)}"
-    return Figure(picture(grid.bottom + 68, label, body), f"Budget {numbers.budget(budget.key)}")
+    return Figure(picture(grid.bottom + 68, label, body), f"Budget {budget_in_words(budget.key)}")
 
 
 def _cells(grid: _Grid, sparse: dict[int, list[float]], limits: tuple[float, float]) -> list[Markup]:
@@ -163,5 +164,5 @@ def _colour_bar(limits: tuple[float, float], top: float) -> list[Markup]:
 
 def _by_layer(budget: Budget) -> Table:
     rows = [(str(layer), *map(numbers.plain, _spread(heads))) for layer, heads in _sparse(budget).items()]
-    caption = f"Budget {numbers.budget(budget.key)} in numbers: θ over query heads"
+    caption = f"Budget {budget_in_words(budget.key)} in numbers: θ over query heads"
     return Table(caption, ("Layer", "Lowest", "Median", "Highest"), rows, folded=True)

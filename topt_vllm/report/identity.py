@@ -6,6 +6,7 @@ from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Columns, Section, Table
 from topt_vllm.table.schema import Budget, Quality, ThresholdTable
+from topt_vllm.table.words import budget_in_words, layers_in_words
 
 
 def facts(table: ThresholdTable) -> list[tuple[str, str]]:
@@ -39,8 +40,8 @@ def facts(table: ThresholdTable) -> list[tuple[str, str]]:
         ),
         (
             "Budgets",
-            ", ".join(numbers.budget(budget.key) for budget in table.budgets)
-            + f"; the default is {numbers.budget(table.budget(None).key)}",
+            ", ".join(budget_in_words(budget.key) for budget in table.budgets)
+            + f"; the default is {budget_in_words(table.budget(None).key)}",
         ),
     ]
 
@@ -71,13 +72,13 @@ def quality(inputs: Inputs) -> Section:
 def _finding(budget: Budget) -> str:
     found = budget.quality
     if found is None:
-        return f"The default budget {numbers.budget(budget.key)} was not measured: no text was held back."
+        return f"The default budget {budget_in_words(budget.key)} was not measured: no text was held back."
     parts = [f"reads {numbers.share(found.v_rows_read)} of V rows"]
     if found.loss_pct is not None:
         parts.append(f"loses {numbers.rise(found.loss_pct)} of perplexity")
     if found.agreement is not None:
         parts.append(f"keeps {numbers.share(found.agreement)} of the most likely next tokens")
-    return f"The default budget {numbers.budget(budget.key)} {', '.join(parts)} on held-back text."
+    return f"The default budget {budget_in_words(budget.key)} {', '.join(parts)} on held-back text."
 
 
 def _measured(cell: Callable[[Quality], str], otherwise: str = numbers.NOTHING) -> Callable[[Budget], str]:
@@ -85,7 +86,7 @@ def _measured(cell: Callable[[Quality], str], otherwise: str = numbers.NOTHING) 
 
 
 _COLUMNS: Columns = (
-    ("Budget", lambda budget: numbers.budget(budget.key)),
+    ("Budget", lambda budget: budget_in_words(budget.key)),
     ("Loss", _measured(lambda found: numbers.rise(found.loss_pct), "not measured")),
     ("V rows read", _measured(lambda found: numbers.share(found.v_rows_read))),
     ("KL, nats", _measured(lambda found: numbers.plain(found.kl, 4))),
@@ -94,5 +95,5 @@ _COLUMNS: Columns = (
     ("kept/k p5", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p5", None)))),
     ("p50", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p50", None)))),
     ("p95", _measured(lambda found: numbers.plain(getattr(found.kept_over_k, "p95", None)))),
-    ("Dense layers", lambda budget: ", ".join(map(str, budget.dense_layers)) or "none"),
+    ("Dense layers", lambda budget: layers_in_words(budget.dense_layers)),
 )

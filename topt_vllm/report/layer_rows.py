@@ -9,6 +9,7 @@ from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Figure, Section
 from topt_vllm.report.svg import Scale, path, picture, tag
 from topt_vllm.table.schema import Budget
+from topt_vllm.table.words import budget_in_words
 
 # Percent; a layer that reads less is drawn here.
 _FLOOR = 0.1
@@ -47,11 +48,11 @@ def _finding(budget: Budget) -> str:
     shares = dict(enumerate(_shares(budget)))
     known = {entry.layer: shares[entry.layer] for entry in budget.layers if entry.layer in shares}
     if not known:
-        return f"Budget {numbers.budget(budget.key)}: no layer has thresholds."
+        return f"Budget {budget_in_words(budget.key)}: no layer has thresholds."
     most = max(known, key=known.__getitem__)
     middle = sorted(known.values())[(len(known) - 1) // 2]
     return (
-        f"With budget {numbers.budget(budget.key)}, half of the layers that have thresholds read "
+        f"With budget {budget_in_words(budget.key)}, half of the layers that have thresholds read "
         f"{numbers.share(middle / 100)} of their V rows or less; layer {most} reads the most, "
         f"{numbers.share(known[most] / 100)}."
     )
@@ -76,5 +77,5 @@ def _figure(budget: Budget, low: float) -> Figure:
         *(tag("circle", cx=x, cy=y, r=min(2.5, 90 / len(points)), class_="dot s0") for x, y in points),
     ]
     return Figure(
-        picture(axes.height, f"Curve. {_finding(budget)}", parts), f"Budget {numbers.budget(budget.key)}"
+        picture(axes.height, f"Curve. {_finding(budget)}", parts), f"Budget {budget_in_words(budget.key)}"
     )

@@ -9,6 +9,7 @@ from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Evaluated
 from topt_vllm.report.svg import marker, picture
 from topt_vllm.table.schema import ThresholdTable
+from topt_vllm.table.words import budget_in_words
 
 
 def losses(inputs: Inputs) -> Section:
@@ -60,7 +61,7 @@ def _legend(rules: dict[str, int]) -> list[Key]:
 def _own(table: ThresholdTable) -> list[Figure]:
     """The budgets as the calibrator measured them, if it did: those with a k, then those with a name."""
     points = [
-        Point(100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, numbers.budget(budget.key))
+        Point(100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, budget_in_words(budget.key))
         for budget in sorted(table.budgets, key=lambda budget: budget.k is None)
         if budget.quality is not None and budget.quality.loss_pct is not None
     ]

@@ -38,11 +38,6 @@ def tokens(count: int) -> str:
     return f"{count:,}".replace(",", "\u202f")
 
 
-def budget(key: int | str | None) -> str:
-    """``k=64``, or the name."""
-    return f"k={key}" if isinstance(key, int) else str(key)
-
-
 def span(values: Iterable[float]) -> str:
     """``1.04× to 7.01×``."""
     ordered = sorted(values)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from topt_vllm.report import numbers
+from topt_vllm.table.words import budget_in_words
 
 # Percent; nobody wants to read a larger loss.
 _MOST = 1e12
@@ -129,7 +129,7 @@ class Evaluated(_Part):
         """Its target or budget, for people."""
         if self.rows_target is not None:
             return f"{100 * self.rows_target:g}\u00a0% of V rows"
-        return numbers.budget(self.k)
+        return budget_in_words(self.k)
 
 
 class Decoded(_Part):

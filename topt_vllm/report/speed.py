@@ -11,6 +11,7 @@ from topt_vllm.report.inputs import Inputs
 from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Decoded, Served
 from topt_vllm.report.svg import WIDTH, Scale, picture, tag, text
+from topt_vllm.table.words import budget_in_words
 
 _COMMANDS = {
     "decode": "topt-vllm bench decode --batch 1 8 --seq-lens 2048 8192 --keep 1.0 0.1 --json B.json",
@@ -52,7 +53,7 @@ def _kernel(case: Decoded) -> float | None:
 
 
 def _name(case: Decoded) -> str:
-    aim = numbers.budget(case.k) if case.k is not None else f"{100 * case.keep_target:g}\u00a0% kept"
+    aim = budget_in_words(case.k) if case.k is not None else f"{100 * case.keep_target:g}\u00a0% kept"
     screen = "" if case.k_screen == "off" else f", K screen {case.k_screen}"
     ragged = case.lengths is not None and "+" in case.lengths
     batch = case.lengths if ragged else f"{case.batch} × {numbers.tokens(case.seq_len)}"

@@ -1,6 +1,5 @@
 """What the layers of a model are, read off its transformers configuration."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # By the names that transformers gives them in ``layer_types``. Hybrid layers have a state-space part beside their
@@ -52,12 +51,6 @@ def layer_kinds(config: Any, context: int | None = None) -> list[str]:
             if window is not None and context is not None and window >= context:
                 kinds[layer] = "full_attention"
     return kinds
-
-
-def in_words(layers: Iterable[int]) -> str:
-    """Layers with that word, without which a lone 0 would be read as their number; ``none`` without any."""
-    numbers = sorted(layers)
-    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}" if numbers else "none"
 
 
 def _named_kinds(config: Any) -> list[str]:

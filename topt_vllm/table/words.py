@@ -1,0 +1,14 @@
+"""Layers and budgets in the words of tables and logs."""
+
+from collections.abc import Iterable
+
+
+def layers_in_words(layers: Iterable[int]) -> str:
+    """Layers with that word, without which a lone 0 would be read as their number; ``none`` without any."""
+    numbers = sorted(layers)
+    return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}" if numbers else "none"
+
+
+def budget_in_words(key: int | str | None) -> str:
+    """``k=64``, or the name."""
+    return f"k={key}" if isinstance(key, int) else str(key)
