@@ -15,6 +15,7 @@ from topt_vllm.benchmarks.lengths import describe_lengths
 from topt_vllm.benchmarks.oracle import Expectation, expect
 from topt_vllm.benchmarks.screens import OFF, Screens, bytes_read, specified, with_screen
 from topt_vllm.benchmarks.timing import Variant, take_turns
+from topt_vllm.table.words import budget_in_words
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def compare(
             expect(inputs, theta, selection) for inputs, theta in zip(layers, target.thetas, strict=True)
         ]
         for name in screens.names:
-            label = f"k = {target.k}" if target.k else f"{target.keep:g} kept"
+            label = budget_in_words(target.k) if target.k else f"{target.keep:g} kept"
             title = f"{label}, k_screen {name}"
             variant = device.ready(our_kernel(title, module, screened[name], target.thetas, selection))
             error = _check(
