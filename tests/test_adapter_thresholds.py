@@ -4,6 +4,7 @@ import logging
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,6 +137,22 @@ def test_sift_asks_either_of_vllm_s_runners_for_names(
         step = common.replace(req_idx=torch.tensor(places))
         warm.append(rig.builder.build(0, step).thresholds.warm.tolist())
     assert warm == [[True, True], [True, True], [True, False]]
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_batches_of_no_request_are_dense_and_leave_no_trace(
+    make_rig: Any, named: Any, monkeypatch: pytest.MonkeyPatch, host: Host
+):
+    """vLLM's runners warm up with such, and idle ranks of data parallelism step with them beside the others."""
+    rig = make_rig(host, settings=SIFT)
+    laws = rig.builder._bound.group.thresholds._requests
+    common = rig.common(BatchSpec("decode", [1, 1], [1, 1]))
+    named("a")  # the last step's, and it is one more in the batch
+    assert rig.builder.build(0, common).thresholds is None
+    table = SimpleNamespace(index_to_req_id={1: "a"})
+    monkeypatch.setattr(requests, "_runner", SimpleNamespace(req_states=table))
+    assert rig.builder.build(0, common.replace(req_idx=np.arange(2))).thresholds is None
+    assert len(laws) == 0
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

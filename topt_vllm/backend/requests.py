@@ -50,13 +50,19 @@ def ended(requests: Iterable[str]) -> None:
         table.forget(names)
 
 
-def of_batch(common: Any, count: int) -> list[str]:
+def of_batch(common: Any, count: int) -> list[str] | None:
     """Names of the first ``count`` requests of the batch that is being built, in its order.
+
+    None where rows are nobody's: vLLM warms up with such batches, and ranks of data parallelism that have no
+    request take part in the others' steps with them (0.32).
 
     Raises:
         RuntimeError: Another worker than TOPTHETA's runs the model.
     """
     found = runner("policy sift")
     if common.req_idx is not None:  # vLLM's second model runner keeps requests in a table
-        return [found.req_states.index_to_req_id[int(index)] for index in common.req_idx[:count]]
-    return list(found.input_batch.req_ids[:count])
+        known = found.req_states.index_to_req_id
+        names = [known[int(index)] for index in common.req_idx[:count] if int(index) in known]
+    else:
+        names = list(found.input_batch.req_ids[:count])
+    return names if len(names) == count else None

@@ -208,10 +208,9 @@ class SiftingThresholds(Thresholds):
         )
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> SiftStep | None:
-        """The step's rows by request; None where their lengths aren't known, so that all of them are dense."""
-        if lengths is None:
+        """The step's rows by request; None where their lengths or requests aren't known: then all are dense."""
+        if lengths is None or (names := requests.of_batch(common, len(starts) - 1)) is None:
             return None
-        names = requests.of_batch(common, len(starts) - 1)
         return self._requests.step(names, starts, lengths).to(self._device)
 
     def rows_before_known(self, step: SiftStep | None, dense_up_to: int) -> int:
