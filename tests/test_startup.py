@@ -396,6 +396,12 @@ def test_sift_refuses_speculators_with_steps_of_their_own(start: Any):
     start({"policy": "sift"}, speculative_config=SimpleNamespace(method="ngram"))
 
 
+def test_sift_refuses_microbatches(start: Any):
+    """vLLM builds the metadata of each part of a step, and doesn't say whose rows a part has."""
+    with pytest.raises(ConfigError, match="policy is 'sift', but --enable-dbo cuts steps in two"):
+        start({"policy": "sift"}, use_ubatching=True)
+
+
 DRAFTS = SimpleNamespace(method="custom_class", model=compat.DRAFTER)
 
 

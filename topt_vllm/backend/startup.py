@@ -152,7 +152,7 @@ def _with_sift(known: Resolved, vllm_config: "VllmConfig", name: str) -> Resolve
     """The outcome under ``policy: sift``, which has no table.
 
     Raises:
-        ConfigError: The speculator or the worker doesn't go with it.
+        ConfigError: The speculator, the worker or microbatches don't go with it.
     """
     worker = vllm_config.parallel_config.worker_cls
     if vllm_config.device_config.device_type != "cpu" and worker != compat.GPU_WORKER:
@@ -165,6 +165,12 @@ def _with_sift(known: Resolved, vllm_config: "VllmConfig", name: str) -> Resolve
         raise ConfigError(
             f"toptheta.policy is 'sift', but speculation is {speculative.method!r}: a draft model's steps would "
             "count as those of the requests. Use ngram, or policy toptheta."
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        # vLLM (0.32) names no requests of a part; TOPTHETA would take each part's for the step's first.
+        raise ConfigError(
+            "toptheta.policy is 'sift', but --enable-dbo cuts steps in two, whose rows can't be told by request. "
+            "Leave one of them out."
         )
     config, sparse, layers = known.config, len(known.see_all), known.identity.num_layers
     rows = f"policy sift: {config.sift_warmup} dense rows of each request, then thresholds that skip "
