@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from prometheus_client.parser import text_string_to_metric_families
 
 from topt_vllm.attention.common import Stat, new_statistics
-from topt_vllm.backend.exporter import Amounts
+from topt_vllm.backend.exporter import Amounts, Exporter
 from topt_vllm.backend.metrics import LayerAccumulators, Recorder, summary
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana-dashboard.json"
@@ -132,6 +132,25 @@ def test_a_worker_that_was_killed_stays_in_the_sum_and_its_table_does_not(tmp_pa
     tables = [name for name in found if "table_info" in name]
     assert len(tables) == 1
     assert 'name="new"' in tables[0]
+
+
+def test_ranks_that_start_together_may_clear_up_after_the_same_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What one has found the other has removed meanwhile."""
+    pids = [2**22 + 1, 2**22 + 2]  # beyond those that Linux gives
+    for pid in pids:
+        (tmp_path / f"gauge_livemax_{pid}.db").touch()
+    remove = os.remove
+
+    def remove_twice(path: str) -> None:
+        remove(path)
+        remove(path)
+
+    monkeypatch.setattr(os, "remove", remove_twice)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    Exporter(CollectorRegistry())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_the_platforms_kernel_are_told_apart():

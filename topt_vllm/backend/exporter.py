@@ -8,6 +8,7 @@ worker that is started again goes on where the sum stood.
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,4 +138,6 @@ def _forget_gauges_of_dead_processes() -> None:
     for path in Path(folder).glob("gauge_live*_*.db"):
         pid = path.stem.rpartition("_")[2]
         if pid.isdecimal() and not Path("/proc", pid).exists():
-            multiprocess.mark_process_dead(int(pid), folder)
+            # Ranks start side by side, and another one may be quicker.
+            with suppress(FileNotFoundError):
+                multiprocess.mark_process_dead(int(pid), folder)
