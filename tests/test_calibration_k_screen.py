@@ -191,6 +191,16 @@ def test_there_has_to_be_a_table_of_the_model(folder, tmp_path, capsys):
     assert load(path) == make_table()
 
 
+def test_a_table_that_cannot_be_replaced_is_refused_before_the_work(folder, tmp_path, monkeypatch):
+    path = tmp_path / "table.yaml"
+    dump(make_table(identify(AutoConfig.from_pretrained(folder), "tiny"), lengths=[64, 256]), path)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(
+        CalibrationError, match=rf"--output {path}: the folder {tmp_path} can't be written to"
+    ):
+        prepare_screen(options(folder, output=path, k_screen_only=True))
+
+
 def test_sequences_have_to_reach_the_thresholds(folder, tmp_path):
     path = tmp_path / "table.yaml"
     identity = identify(AutoConfig.from_pretrained(folder), "tiny")

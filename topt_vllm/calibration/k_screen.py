@@ -12,6 +12,7 @@ from topt_vllm.calibration.collect import observed
 from topt_vllm.calibration.key_statistics import key_statistics, key_sums
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.plan import check_vocabulary
+from topt_vllm.output import not_writable
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm, load_tokenizer
 from topt_vllm.replay.scores import LayerCall
@@ -41,11 +42,14 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
     """Everything that can fail without the weights.
 
     Raises:
-        CalibrationError: There is no table of the model, or an option, the model or the text can't be used.
+        CalibrationError: There is no table of the model, it can't be replaced, or an option, the model or the text
+            can't be used.
     """
     check_device(options.device)
     subject = examine(options.model, trust_remote_code=options.trust_remote_code)
     table = _table(options, subject)
+    if problem := not_writable(options.output):
+        raise CalibrationError(f"--output {options.output}: {problem}")
     length = subject.max_seq_length(options.max_seq_length)
     if length <= table.lengths[0]:
         raise CalibrationError(
