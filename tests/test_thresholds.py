@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from table_factory import make_identity, make_table
 
 from topt_vllm.attention.common import Thetas
+from topt_vllm.output import not_writable
 from topt_vllm.table.file import dump, dumps, load
 from topt_vllm.table.schema import ThresholdTableError
 
@@ -208,6 +209,26 @@ def test_existing_table_stays_without_force(tmp_path):
     assert path.read_text(encoding="utf-8") == "mine"
     dump(make_table(), path, force=True)
     assert load(path) == make_table()
+
+
+def test_a_link_is_replaced_and_its_own_folder_has_to_be_writable(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (there / "t.yaml").write_text("mine", encoding="utf-8")
+    for target in (there / "t.yaml", "/nowhere/t.yaml"):
+        path = here / "t.yaml"
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        assert not_writable(path) is None
+        dump(make_table(), path, force=True)
+        assert not path.is_symlink()
+        assert load(path) == make_table()
+    assert (there / "t.yaml").read_text(encoding="utf-8") == "mine"
+    path.unlink()
+    path.symlink_to(there / "t.yaml")
+    monkeypatch.setattr("os.access", lambda folder, _: folder != here)
+    assert not_writable(path) == f"the folder {here} can't be written to"
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):

@@ -72,7 +72,8 @@ def refuse_overwrite(path: Path, force: bool) -> None:
 def not_writable(path: Path) -> str | None:
     """Why a file can't be made there, or None; call it before the long work."""
     try:
-        folder = path.resolve().parent
+        # A link is replaced, wherever it points to.
+        folder = path.parent.resolve()
         exists = folder.is_dir()
     except (OSError, RuntimeError) as error:  # pathlib's own, of links in a circle
         return str(getattr(error, "strerror", None) or error)
