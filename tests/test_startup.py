@@ -23,7 +23,7 @@ from topt_vllm.backend import compat
 from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.skipping import why_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
-from topt_vllm.config import ConfigError
+from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table import search
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
@@ -110,6 +110,22 @@ def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path)
         start({})
     # The folder's name has a space: the command must be ready for a shell.
     assert f"topt-vllm calibrate --model '{model}'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a model of mine", "model--copy", "model.git", "a/b/c"])
+def test_names_that_are_none_for_the_hub_have_no_table_there(
+    table: ThresholdTable, hf_config: LlamaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """A replay names the model of its capture by the folder that it lay in."""
+    monkeypatch.delenv("TOPT_THRESHOLDS", raising=False)
+    monkeypatch.setattr(search, "__file__", str(tmp_path / "package" / "table" / "search.py"))
+    identity = identify(hf_config, name)
+    with pytest.raises(ThresholdTableError, match=f"no threshold table for {name}"):
+        search.find_table(TopThetaConfig(), identity, name, None)
+    (tmp_path / "configs").mkdir()
+    dump(table, tmp_path / "configs" / "a.yaml")
+    _, path = search.find_table(TopThetaConfig(), identity, name, None)
+    assert path.name == "a.yaml"
 
 
 def test_two_shipped_tables_of_one_model_are_not_chosen_between(

@@ -78,8 +78,12 @@ def _model_folder(model: str, revision: str | None) -> list[Path]:
         path = folder / TABLE_IN_MODEL_FOLDER
         return [path] if path.is_file() else []
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(model, TABLE_IN_MODEL_FOLDER, revision=revision)
+    try:
+        cached = try_to_load_from_cache(model, TABLE_IN_MODEL_FOLDER, revision=revision)
+    except HFValidationError:  # a capture knows its model by the folder's name, which needn't be one for the hub
+        return []
     return [Path(cached)] if isinstance(cached, str) else []
 
 
