@@ -228,6 +228,17 @@ def test_a_broken_table_is_refused(start: Any, table: ThresholdTable, tmp_path: 
         start({"thresholds": str(path)})
 
 
+def test_a_table_that_was_calibrated_anew_is_read_anew(start: Any, table: ThresholdTable, model: Path):
+    """A notebook starts one engine after the other."""
+    dump(table, model / "toptheta.yaml")
+    settings = {"implementation": "reference", "budget": table.budgets[0].k}
+    assert f"budget {table.budgets[0].k}," in start(settings).description
+    others = table.model_copy(update={"budgets": table.budgets[1:]})
+    dump(others, model / "toptheta.yaml", force=True)
+    with pytest.raises(ThresholdTableError, match=f"the table has budgets {table.budgets[1].k};"):
+        start(settings)
+
+
 def test_a_budget_that_the_table_lacks_is_refused(start: Any, table: ThresholdTable, model: Path):
     dump(table, model / "toptheta.yaml")
     with pytest.raises(ThresholdTableError, match="budget is 7, but the table has budgets"):
@@ -489,7 +500,6 @@ def test_a_screen_needs_statistics_of_the_keys_and_shows_who_makes_them(
     assert f"toptheta.k_screen is 'int4', but {path} has no key_statistics" in str(error.value)
     assert command in str(error.value)
     dump(screened(table), path, force=True)
-    search._load.cache_clear()
     resolved = start({"implementation": "reference", "k_screen": "int4", "thresholds": str(path)})
     assert set(resolved.screens) == {0, 1}
     assert resolved.screens[1].mean.shape == (2, 16)
@@ -527,7 +537,6 @@ def test_layers_in_which_a_screen_does_not_pay_go_without(
     assert set(resolved.screens) == {1}
     assert "K screen int4+4 with margin hard, not in layers 0, where too many" in resolved.description
     dump(screened(table, [0.3, 0.0]), model / "toptheta.yaml", force=True)
-    search._load.cache_clear()
     assert set(start(settings).screens) == {0, 1}
 
 

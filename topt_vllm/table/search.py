@@ -53,7 +53,7 @@ def find_table(
             f"{', '.join(map(str, candidates))}. Name the one to use with toptheta.thresholds."
         )
     path = candidates[0]
-    table = _load(path)
+    table = _load(path, _version(path))
     difference = identity.difference(table.model)
     if difference:
         raise ThresholdTableError(
@@ -68,8 +68,19 @@ def chooses_no_table(config: TopThetaConfig) -> bool:
     return (config.thresholds or envs.get("TOPT_THRESHOLDS")) == NO_THRESHOLDS
 
 
-# The front end checks the table before the engine starts, and each layer of a worker asks again.
-_load = lru_cache(maxsize=2)(load)
+@lru_cache(maxsize=2)
+def _load(path: Path, version: tuple[int, ...] | None) -> ThresholdTable:
+    """Once for all who ask: the front end checks the table, and each layer of a worker asks again."""
+    return load(path)
+
+
+def _version(path: Path) -> tuple[int, ...] | None:
+    """Changes with the file, which a process that starts several engines may find mended; None without a file."""
+    try:
+        facts = path.stat()
+    except (OSError, ValueError):  # whoever reads it says so
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
 
 def _model_folder(model: str, revision: str | None) -> list[Path]:
@@ -82,7 +93,9 @@ def _model_folder(model: str, revision: str | None) -> list[Path]:
 
     try:
         cached = try_to_load_from_cache(model, TABLE_IN_MODEL_FOLDER, revision=revision)
-    except HFValidationError:  # a capture knows its model by the folder's name, which needn't be one for the hub
+    except (
+        HFValidationError
+    ):  # a capture knows its model by the folder's name, which needn't be one for the hub
         return []
     return [Path(cached)] if isinstance(cached, str) else []
 
