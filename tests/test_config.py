@@ -48,6 +48,14 @@ def test_settings_reach_the_policy():
     assert config.selection == Selection(99, 4, 8, "head", "vmean")
 
 
+@pytest.mark.parametrize("tokens", [2**31 - 1, 10**12, 10**20])
+def test_more_tokens_than_a_context_can_have_are_all(tokens):
+    """An engine would start with a number beyond the operator's integers, and end at the first row decoded."""
+    config = TopThetaConfig(min_seq_len=tokens, sink_tokens=tokens, recent_tokens=tokens)
+    assert config.min_seq_len == tokens
+    assert config.selection == Selection(2**31 - 1, 2**31 - 1, 2**31 - 1)
+
+
 def test_configuration_is_frozen():
     with pytest.raises(FrozenInstanceError):
         TopThetaConfig().budget = 3  # type: ignore[misc]

@@ -18,6 +18,8 @@ from topt_vllm.sift import SiftSettings
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
+# Lengths are int32 where they are used. Whoever asks for more tokens means all.
+_LONGEST_CONTEXT = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -271,7 +273,11 @@ class TopThetaConfig:
 
     @property
     def selection(self) -> Selection:
-        """The part that the operator needs."""
+        """The part that the operator needs; its numbers of tokens fit the operator's integers."""
         return Selection(
-            self.min_seq_len, self.sink_tokens, self.recent_tokens, self.group_keep, self.compensation
+            min(self.min_seq_len, _LONGEST_CONTEXT),
+            min(self.sink_tokens, _LONGEST_CONTEXT),
+            min(self.recent_tokens, _LONGEST_CONTEXT),
+            self.group_keep,
+            self.compensation,
         )

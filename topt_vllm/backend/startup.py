@@ -67,7 +67,7 @@ class Resolved:
     def dense_up_to(self) -> int:
         """Longest context that is attended densely for being short (tokens)."""
         shortest = [int(thetas.lengths[0]) - 1 for thetas in self.thetas.values()]
-        return max([self.config.min_seq_len, *shortest])
+        return max([self.config.selection.min_seq_len, *shortest])
 
 
 def resolve(vllm_config: "VllmConfig") -> Resolved:
