@@ -12,7 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_factory import make_identity, make_table
+from table_factory import make_identity, make_key_statistics, make_table
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.output import not_writable
@@ -144,6 +144,21 @@ BROKEN = {
         "budgets[0].dense_layers: layers [1] are not among the full-attention layers",
     ),
 }
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e-50, 1e-40])
+def test_scales_have_an_inverse_in_float32(tmp_path, scale):
+    """K is divided by them; an answer would be NaN."""
+    table = make_table()
+    content = table.model_copy(update={"key_statistics": make_key_statistics(table.model)}).model_dump()
+    content["key_statistics"]["layers"][1]["scale"][0][3] = scale
+    with pytest.raises(
+        ThresholdTableError, match=r"layers\[1\].scale: must be finite and above 0 in float32"
+    ):
+        load(write(tmp_path / "broken.yaml", content))
+    content["key_statistics"]["layers"][1]["scale"][0][3] = 1e-37
+    transform = load(write(tmp_path / "small.yaml", content)).key_statistics.transforms()[2]
+    assert (1.0 / transform.scale).isfinite().all()
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())

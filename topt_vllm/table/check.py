@@ -19,6 +19,8 @@ from topt_vllm.table.schema import (
 # Lengths are int32 and thresholds float32 where they are used.
 _MAX_LENGTH = 2**31 - 1
 _MAX_THETA = 3.4e38
+# What is divided by: smaller ones have no inverse in float32, or are 0 there.
+_MIN_SCALE = 2.0**-126
 _MAX_LAYERS = 10_000
 
 _SHORT = reprlib.Repr()
@@ -133,9 +135,9 @@ def _keys(statistics: KeyStatistics, expected: list[int], num_kv_heads: int, hea
             if [len(row) for row in rows] != [head_dim] * num_kv_heads:
                 problem = f"{num_kv_heads} KV heads of {head_dim} numbers expected, got {clipped(rows)}"
                 yield key, problem
-            least = 0.0 if name == "scale" else -_MAX_THETA
+            least = _MIN_SCALE if name == "scale" else -_MAX_THETA
             if not all(least < number < _MAX_THETA for row in rows for number in row):
-                problem = "must be finite" + (" and above 0" if name == "scale" else "")
+                problem = "must be finite" + (" and above 0 in float32" if name == "scale" else "")
                 yield key, f"{problem}, got {clipped(rows)}"
 
 
