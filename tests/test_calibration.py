@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.attention.common import Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row, scaled_scores
-from topt_vllm.calibration.calibrate import calibrate, prepare
+from topt_vllm.calibration.calibrate import _today, calibrate, prepare
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.calibration.quality import quality
@@ -352,6 +353,20 @@ def test_same_seed_gives_the_same_bytes(folders, monkeypatch):
     assert first == second
     assert "date: '1970-01-02'" in first
     assert dumps(run(folders["llama"], seed=8)) != first
+
+
+@pytest.mark.parametrize("epoch", ["yesterday", "1e9", "9" * 30])
+def test_a_date_that_is_none_is_refused_before_the_weights(folders, monkeypatch, epoch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_causal_lm", None)
+    with pytest.raises(CalibrationError, match=f"SOURCE_DATE_EPOCH is '{epoch}'; seconds since 1970"):
+        run(folders["llama"])
+
+
+def test_an_empty_date_is_today(monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    monkeypatch.setattr(time, "time", lambda: 86400.0)
+    assert _today() == "1970-01-02"
 
 
 def test_thresholds_keep_about_k_keys(folders):

@@ -37,8 +37,9 @@ def calibrate(plan: Plan, write: Callable[[ThresholdTable], None] | None = None)
 
     Raises:
         CalibrationError: The weights can't be loaded, the model's scores can't be used, memory runs out, or another
-            process is making the same table.
+            process is making the same table; or SOURCE_DATE_EPOCH is no date.
     """
+    _today()  # asked once before the work, for it may raise
     partial = Partial(plan)
     options = plan.options
     model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
@@ -129,6 +130,15 @@ def _table(
 
 
 def _today() -> str:
-    """ISO date in UTC; SOURCE_DATE_EPOCH makes it reproducible."""
-    seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+    """ISO date in UTC; SOURCE_DATE_EPOCH makes it reproducible.
+
+    Raises:
+        CalibrationError: That is set, and not to a number of seconds.
+    """
+    seconds = os.environ.get("SOURCE_DATE_EPOCH") or time.time()
+    try:
+        return time.strftime("%Y-%m-%d", time.gmtime(int(seconds)))
+    except (ValueError, OverflowError, OSError) as error:
+        raise CalibrationError(
+            f"SOURCE_DATE_EPOCH is {seconds!r}; seconds since 1970 are expected, or unset it"
+        ) from error
