@@ -81,6 +81,20 @@ def test_names_and_values_in_metrics():
     }
 
 
+def test_layers_of_a_later_engine_add_to_those_of_the_same_number():
+    """A notebook may start one engine after the other in its own process."""
+    registry = CollectorRegistry()
+    recorder = Recorder(registry)
+    recorder.describe(TABLE, 0, 1, per_layer=True)
+    for rows in (5, 2):
+        recorder.add_layer(LayerAccumulators(decoded(rows, 100, 10, 4, 2), 4, label="1"))
+        recorder.export()
+    recorder.close()
+    found = samples(registry)
+    assert found['toptheta:layer_v_rows_total{layer="1"}'] == 7 * 100 * 2
+    assert found["toptheta:v_rows_total"] == 7 * 100 * 2
+
+
 @pytest.mark.parametrize(("kv_heads", "ranks"), [(4, 2), (2, 2), (1, 2), (2, 4), (1, 4)])
 def test_ranks_sum_to_what_one_rank_counts(kv_heads: int, ranks: int):
     """Also where there are more ranks than KV heads, so that several ranks hold the same one."""

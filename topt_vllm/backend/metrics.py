@@ -167,7 +167,10 @@ class Recorder:
         sums = own.sum(dim=0) + torch.tensor(self._platform, dtype=torch.float64)
         by_layer: dict[str, list[float]] = {}
         if self._per_layer:
-            by_layer = {layer.label: row for layer, row in zip(layers, own.tolist(), strict=True)}
+            # A process that starts another engine has layers of the same names again.
+            for layer, row in zip(layers, own.tolist(), strict=True):
+                before = by_layer.get(layer.label, [0.0] * len(Stat))
+                by_layer[layer.label] = [a + b for a, b in zip(before, row, strict=True)]
         # Last: a layer counts why it is dense before it decodes, so no row looks sparse for lack of a reason.
         return Amounts(sums.tolist(), head_rows, Counter(self._dense_rows), by_layer)
 
