@@ -139,6 +139,10 @@ BROKEN = {
         lambda content: content["budgets"][1].update(k=None, name="a\nb"),
         "budgets[1].name: up to 80 printable characters expected",
     ),
+    "a number for a name": (
+        lambda content: content["budgets"][1].update(k=None, name="64"),
+        "budgets[1].name: a number is no name, got '64'",
+    ),
     "dense layer that has a window": (
         set_at("budgets", 0, "dense_layers", value=[1]),
         "budgets[0].dense_layers: layers [1] are not among the full-attention layers",

@@ -90,6 +90,9 @@ def _names(table: ThresholdTable) -> _Problems:
         if budget.name is not None and not (len(budget.name) <= 80 and budget.name.isprintable()):
             problem = f"up to 80 printable characters expected, got {clipped(budget.name)}"
             yield f"budgets[{b}].name", problem
+        if budget.name is not None and budget.name.isdigit():
+            # Settings and options take it for a k.
+            yield f"budgets[{b}].name", f"a number is no name, got {clipped(budget.name)}"
     ks = [budget.k for budget in table.budgets if budget.k is not None]
     if not _ascending(ks):
         yield "budgets", f"k must be strictly ascending, got {clipped(ks)}"
