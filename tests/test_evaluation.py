@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,18 @@ def test_a_text_that_the_table_was_calibrated_on_is_named(folder, tmp_path, caps
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_texts_of_the_same_name_are_told_apart(folder, tmp_path):
+    """Records, plots and reports go by the name."""
+    for name in ("play", "code"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.txt").write_bytes((folder / f"{name}.txt").read_bytes())
+    texts = tuple(str(tmp_path / name / "test.txt") for name in ("play", "code"))
+    found = prepare(replace(options(folder), dataset=texts)).texts
+    assert [text.name for text in found] == list(texts)
+    (alone,) = prepare(replace(options(folder), dataset=texts[:1])).texts
+    assert alone.name == "test.txt"
+
+
 def test_dry_run_loads_nothing(folder, capsys):
     assert main(command(folder, "--dry-run", "--tune-on", str(folder / "code.txt"))) == 0
     shown = capsys.readouterr().out

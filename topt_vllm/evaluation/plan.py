@@ -1,6 +1,6 @@
 """What an evaluation will do, checked without the weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Text:
     """One text.
 
     Attributes:
-        name: File name or hub id.
+        name: File name or hub id; the path where files of several folders have the same name.
         sequences: Evaluated token sequences.
         tuning: The sequence that parameters are tuned on; none of the above.
         tuned_on: Where that comes from.
@@ -113,6 +113,8 @@ def prepare(options: EvaluationOptions) -> Plan:
     # Once, for it may be a pipe.
     apart = _tuning_text(options, tokenizer, length)
     texts = [_text(options, tokenizer, name, length, calibrated, apart) for name in names]
+    if len({text.name for text in texts}) < len(texts):
+        texts = [replace(text, name=_as_text(name)) for text, name in zip(texts, names, strict=True)]
     first = texts[0].sequences[0]
     needles = hide(tokenizer, first, options.needles, options.depths)
     tasks = {
@@ -121,6 +123,11 @@ def prepare(options: EvaluationOptions) -> Plan:
         for length in options.task_lengths
     }
     return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
+
+
+def _as_text(name: str) -> str:
+    """Names of files are bytes, and needn't be text."""
+    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
