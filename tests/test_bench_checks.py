@@ -1,7 +1,9 @@
 """What the decode benchmark checks before it times anything, on small synthetic caches."""
 
 import json
+import re
 import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
 from topt_vllm.benchmarks.timing import Variant
+from topt_vllm.cli import bench_output
 from topt_vllm.cli.main import main
 
 SHAPE = Shape((300, 300), 4, 2, 32, 64, torch.bfloat16)
@@ -187,3 +190,18 @@ def test_a_wrong_rival_is_left_out_with_the_reason():
     assert record["platform"] is None
     assert record["left_out"]["absent"] == "not here"
     assert "against float64" in record["left_out"]["wrong"]
+
+
+def test_the_commit_is_that_of_the_source_tree_or_none(tmp_path, monkeypatch):
+    """Slim images have no git, and an installed package may lie in somebody else's tree."""
+    package = tmp_path / "tree" / "lib" / "topt_vllm" / "cli"
+    package.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path / "tree"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(bench_output, "__file__", str(package / "bench_output.py"))
+    assert bench_output._commit() is None
+    (tmp_path / "tree" / ".git").rename(tmp_path / "tree" / "lib" / ".git")
+    assert re.fullmatch("[0-9a-f]{4,}", bench_output._commit())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench_output._commit() is None

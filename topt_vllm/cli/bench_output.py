@@ -51,11 +51,15 @@ def write_json(path: Path | None, content: Any) -> None:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Of the source tree; None for an installed package, and where git isn't."""
+    root = Path(__file__).parents[2]
+    # Above an installed package may lie a tree of the user's.
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
     return done.stdout.strip() or None
