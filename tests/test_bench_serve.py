@@ -14,6 +14,7 @@ from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, Stream, summarise
 from topt_vllm.benchmarks.model_shapes import SHAPES
 from topt_vllm.benchmarks.server import picked_backend
+from topt_vllm.cli.main import main
 from topt_vllm.table.identity import identify
 
 
@@ -79,3 +80,21 @@ def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():
     tokens = 8 * 32768
     assert 1.25 < cache_bytes(shape, tokens) / (tokens * 131072) < 2
     assert cache_bytes(shape, 1) == 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"budgt": 64}', "toptheta.budgt"),
+        ('{"budget": "64"}', "toptheta.budget is '64'"),
+        ("null", "object"),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_first_server(
+    settings: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """TOPTHETA's server starts when the platform's has been measured."""
+    monkeypatch.setattr(serve.ServeBenchmark, "run", lambda *_: pytest.fail("served"))
+    given = ["--model", "nowhere", "--dataset", __file__, "--toptheta", settings]
+    assert main(["bench", "serve", *given]) == 2
+    assert message in capsys.readouterr().err

@@ -36,8 +36,11 @@ def add_mode(modes: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from topt_vllm.benchmarks.serve import ServeBenchmark
+    from topt_vllm.config import TopThetaConfig
     from topt_vllm.replay.texts import read_texts
 
+    # Their server starts when the other has been measured.
+    TopThetaConfig.from_additional_config({"toptheta": args.toptheta})
     tokens = args.concurrency * args.prompt_tokens
     documents, _ = read_texts(tuple(args.dataset), tokens, stretches=1)
     text = "\n\n".join(documents)
