@@ -317,6 +317,14 @@ def test_thresholds_read_the_share_of_what_the_layers_were_called_with(
         worker.thetas_found(512, 4, [0.1], 1)
 
 
+def test_a_screen_that_the_kernel_lacks_is_refused_before_the_first_engine(tmp_path: Path):
+    def ask(*_: Any) -> Any:
+        pytest.fail("an engine was started")
+
+    with pytest.raises(ValueError, match=r"--k-screen int4: the cpu kernel has int4\+4"):
+        benchmark(config_only(tmp_path), keeps=(0.1,), k_screens=("off", "int4")).run(print, ask)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

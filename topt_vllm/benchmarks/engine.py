@@ -1,5 +1,6 @@
 """The whole engine offline: decode steps of the platform's backend and of TOPTHETA behind cached prompts."""
 
+import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from topt_vllm.attention.api import IMPLEMENTATIONS
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.engine_record import Contender
 from topt_vllm.benchmarks.model_shapes import has_weights
@@ -73,11 +75,12 @@ class EngineBenchmark:
             ``settings`` and ``engines``, one record each; the platform's is the first.
 
         Raises:
-            ValueError: The model can't decode so many tokens, an argument is the benchmark's own, or the machine
-                was too busy for a result.
+            ValueError: The model can't decode so many tokens, an argument is the benchmark's own, the kernel has no
+                such K screen, or the machine was too busy for a result.
             EngineError: An engine failed.
         """
         settings = self._settings()
+        self._check_screens()
         with tempfile.TemporaryDirectory() as folder:
             table = self._find_table(Path(folder), report, ask_engine)
             contenders = self._contenders(table)
@@ -95,6 +98,14 @@ class EngineBenchmark:
         stock = median(contenders[0].steps)
         records = [contender.record(stock, self.batch) for contender in contenders]
         return {"settings": settings, "engines": records}
+
+    def _check_screens(self) -> None:
+        """Refuses what an engine would, once others have been timed."""
+        implementation = importlib.import_module(IMPLEMENTATIONS[self.kernel])
+        for k_screen in self.k_screens:
+            if k_screen not in ("off", *implementation.capabilities.screens):
+                known = ", ".join(implementation.capabilities.screens)
+                raise ValueError(f"--k-screen {k_screen}: the {self.kernel} kernel has {known}")
 
     @property
     def dummy(self) -> bool:
