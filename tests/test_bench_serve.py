@@ -75,6 +75,38 @@ def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
     assert outcome["ratio_decode"] == 1
 
 
+@pytest.mark.parametrize(
+    ("concurrency", "prompt_tokens", "max_tokens"), [(1, 500, 8), (2, 64, 4), (8, 16, 128)]
+)
+def test_a_server_warms_up_within_what_it_was_started_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrency: int, prompt_tokens: int, max_tokens: int
+):
+    """A server of one sequence answers two requests in turns, and there is no time in which both decode."""
+    pytest.importorskip("vllm")
+    asked: list[tuple[list[list[int]], int]] = []
+
+    @contextmanager
+    def server(*given: Any) -> Iterator[str]:
+        given[-1].write_text("")
+        yield "http://here"
+
+    def measure(_: str, __: str, prompts: list[list[int]], tokens: int) -> Measurement:
+        asked.append((prompts, tokens))
+        return Measurement(2.0, 1.0, 1.0, 4, 2.0)
+
+    monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "measure", measure)
+    model = str(save_model(tmp_path, LlamaConfig(**SMALL)))
+    serve.ServeBenchmark(model, "ab " * 400, concurrency, prompt_tokens, max_tokens, 1, {}).run(
+        lambda _: None
+    )
+    assert len(asked) == 4
+    for prompts, tokens in asked:
+        assert 1 <= len(prompts) <= concurrency
+        assert all(1 <= len(prompt) <= prompt_tokens for prompt in prompts)
+        assert 1 <= tokens <= max_tokens
+
+
 def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():
     shape = identify(LlamaConfig(**SHAPES["llama-8b"]), "llama-8b")
     tokens = 8 * 32768

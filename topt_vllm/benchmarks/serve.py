@@ -97,7 +97,8 @@ class ServeBenchmark:
             log = Path(folder) / "server.log"
             with serve(self.model, backend, toptheta, options, log) as url:
                 # The first request of a server compiles and warms up; it is not measured.
-                measure(url, self.model, [prompts[0][:64], prompts[0][64:128]], 8)
+                short = [prompts[0][:64], prompts[0][-64:]][: self.concurrency]
+                measure(url, self.model, short, min(8, self.max_tokens))
                 result = measure(url, self.model, prompts, self.max_tokens)
                 return result, backend or picked_backend(log.read_text())
 
