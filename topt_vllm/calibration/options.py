@@ -1,5 +1,6 @@
 """What a calibration run is asked to do, and what can be refused before a model is touched."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,7 +34,10 @@ class CalibrationError(ReplayError):
 
 def _percent(text: str) -> float:
     """A number with or without a percent sign."""
-    return float(text.removesuffix("%"))
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: a percentage is expected, such as 1%") from error
 
 
 def _ascending(values: Iterable[int]) -> tuple[int, ...]:
