@@ -47,11 +47,12 @@ def _run(args: argparse.Namespace) -> int:
     tokens = args.concurrency * args.prompt_tokens
     documents, _ = read_texts(tuple(args.dataset), tokens, stretches=1)
     text = "\n\n".join(documents)
-    origin = provenance()
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
     benchmark = ServeBenchmark(
         args.model, text, *sizes, args.toptheta, trust_remote_code=args.trust_remote_code
     )
+    benchmark.check()
+    origin = provenance()
     outcome = benchmark.run(lambda line: print(line, flush=True))
     print("            tokens/s   ms between tokens   ms to first token   (medians)")
     for name in ("platform", "toptheta"):
