@@ -112,7 +112,11 @@ def main(argv: list[str] | None = None) -> int:
     """Asks, then prints answer, share of V rows read and speed."""
     options = parse(argv)
     client = OpenAI(base_url=f"{options.url}/v1", api_key="none", timeout=900, max_retries=0)
-    text = options.text.read_text(encoding="utf-8")[: options.characters]
+    try:
+        text = options.text.read_text(encoding="utf-8")[: options.characters]
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"error: --text {options.text} can't be read: {error}", file=sys.stderr)
+        return 1
     try:
         model = client.models.list().data[0].id
         before = counters(options.url)

@@ -76,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         text = options.text.read_text(encoding="utf-8")[: options.characters] if options.text else ""
+    except (OSError, UnicodeDecodeError) as error:
+        print(f"error: --text {options.text} can't be read: {error}", file=sys.stderr)
+        return 1
+    try:
         chat = Chat(options.url, text, options.max_tokens)
     except (OpenAIError, OSError) as error:
         print(f"error: {options.url}: {error}", file=sys.stderr)

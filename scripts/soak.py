@@ -26,6 +26,9 @@ from soak_traffic import LENGTHS, Answer, Clients, Prompt, Tally, make_prompts
 
 from topt_vllm import envs
 from topt_vllm.benchmarks.server import is_healthy, serve
+from topt_vllm.cli import UserError
+from topt_vllm.cli.options import check_least, json_object
+from topt_vllm.output import not_writable
 from topt_vllm.verify.plan import no_table
 
 PLATFORM_BACKEND = "CPU_ATTN"
@@ -42,7 +45,7 @@ class Soak:
         self._args, self._folder = args, folder
         self._prompts: list[Prompt] = make_prompts(args.model, args.texts, args.prompts, args.max_tokens)
         self._max_model_len = max(LENGTHS) + args.max_tokens + 8
-        self._toptheta: dict[str, Any] = json.loads(args.toptheta)
+        self._toptheta: dict[str, Any] = args.toptheta
         self._dense = self._toptheta.get("thresholds") == "none"
 
     def run(self) -> dict[str, Any]:
@@ -230,7 +233,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=str(cache / "models/SmolLM2-135M-Instruct"), help="folder; default: %(default)s")
     add("--texts", type=Path, default=cache / "texts", help="folder of *.txt; default: %(default)s")
-    add("--toptheta", default=json.dumps(no_table()), help="the plugin's settings; default: %(default)s")
+    add(
+        "--toptheta",
+        type=json_object('{"budget": 128}'),
+        default=no_table(),
+        help=f"the plugin's settings; default: {json.dumps(no_table())}",
+    )
     add(
         "--backend",
         default="TOPTHETA",
@@ -262,11 +270,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--log-folder", type=Path, default=Path(), help="for the servers' logs; default: here")
     add("--json", type=Path, help="write the outcome there too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        check_least(args, {"minutes": 0, "clients": 1, "prompts": 1, "max_tokens": 1, "step_tokens": 1})
+    except UserError as error:
+        parser.error(str(error))
+    if args.json and (problem := not_writable(args.json)):
+        parser.error(f"--json {args.json}: {problem}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    # As Ctrl-C does: servers are ended too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(args, Path(folder))
         outcome = soak.kill_worker() if args.kill_worker else soak.run()

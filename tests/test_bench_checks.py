@@ -105,6 +105,69 @@ def test_ragged_batches_that_mean_nothing_are_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("decode --kv-heads 0", "--kv-heads 0: at least 1 is needed"),
+        ("decode --heads -8", "--heads -8: at least 1"),
+        ("decode --batch 4 0", "--batch 0: at least 1"),
+        ("decode --seq-lens 64 -5", "--seq-lens -5: at least 1"),
+        ("decode --threads 0", "--threads 0: at least 1"),
+        ("decode --seconds nan", "--seconds nan: at least 0"),
+        ("decode --head-dim 65", "--head-dim 65: a multiple of 16 is needed"),
+        ("decode --block-size 100", "--block-size 100: a multiple of 16"),
+        ("decode --device cuda --head-dim 65", "--head-dim 65: a multiple of 8"),
+        ("autotune --batch 0", "--batch 0: at least 1"),
+        ("autotune --kv-heads 3", "--heads 32 is not a multiple of --kv-heads 3"),
+        ("autotune --keep 0", "--keep 0.0: a share"),
+        ("serve --model m --dataset t --concurrency 0", "--concurrency 0: at least 1"),
+        ("serve --model m --dataset t --max-tokens 1", "--max-tokens 1: at least 2"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(shlex.split(f"bench {options}")) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "bench decode --k-screen-margin wide",
+            "'wide': a number of standard deviations is expected, or hard",
+        ),
+        ("bench serve --model m --dataset t --toptheta [1]", "'[1]': a JSON object is expected, such as '{"),
+        (
+            "calibrate --model m --dataset t --max-loss little",
+            "'little': a percentage is expected, such as 1%",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+):
+    """Those of users, not names of functions."""
+    with pytest.raises(SystemExit):
+        main(shlex.split(command))
+    assert message in capsys.readouterr().err
+
+
+def test_a_kernel_that_cannot_be_built_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def prepare(device_type: str) -> None:
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr("topt_vllm.attention.cpu.launcher.prepare", prepare)
+    assert main(["bench", "decode", "--json", str(tmp_path / "out.json")]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "topt-vllm: error: no C++ compiler found\n")
+
+
 def test_synthetic_cases_take_screens(tmp_path: Path):
     shape = "--batch 2 --seq-lens 400 --heads 4 --kv-heads 2 --head-dim 64"
     records = bench_decode(f"{shape} --keep 1.0 0.1 --k-screen off int4+4", tmp_path)

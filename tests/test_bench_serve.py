@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from table_factory import make_table
 from tiny_models import SMALL, save_model
 from transformers import LlamaConfig
 
@@ -15,6 +16,7 @@ from topt_vllm.benchmarks.client import Measurement, Stream, summarise
 from topt_vllm.benchmarks.model_shapes import SHAPES
 from topt_vllm.benchmarks.server import picked_backend
 from topt_vllm.cli.main import main
+from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
 
 
@@ -105,6 +107,33 @@ def test_a_server_warms_up_within_what_it_was_started_for(
         assert 1 <= len(prompts) <= concurrency
         assert all(1 <= len(prompt) <= prompt_tokens for prompt in prompts)
         assert 1 <= tokens <= max_tokens
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--toptheta", '{"budgt": 64}'], "toptheta.budgt (value 64) is not a setting"),
+        (["--toptheta", '{"budget": 100}'], "budget is 100, but the table has budgets 64, 128"),
+        (["--toptheta", '{"thresholds": "absent.yaml"}'], "absent.yaml: can't be read"),
+        (["--prompt-tokens", "2040"], "are more than the model's context of 2048 tokens"),
+        (["--concurrency", "9"], "900 are needed for different prompts. Add text, or lower --concurrency"),
+    ],
+)
+def test_what_toptheta_would_refuse_is_refused_before_the_platform_is_measured(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+):
+    monkeypatch.setattr(serve, "serve", pytest.fail)
+    model = save_model(tmp_path / "model", LlamaConfig(**SMALL))
+    dump(make_table(identify(LlamaConfig(**SMALL), "model")), model / "toptheta.yaml")
+    (tmp_path / "text.txt").write_text("ab " * 200)
+    sizes = ["--concurrency", "2", "--prompt-tokens", "100", "--max-tokens", "9"]
+    command = ["bench", "serve", "--model", str(model), "--dataset", str(tmp_path / "text.txt")]
+    assert main([*command, *sizes, *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from table_factory import make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
 
@@ -262,6 +263,14 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
     assert "table.odd" in capsys.readouterr().err
     assert table.budget("loss-0.5%") is close
     assert table.budget(None) is close
+
+
+def test_a_picture_without_a_suffix_is_a_png_and_nothing_lies_beside_it(tmp_path):
+    pytest.importorskip("matplotlib", reason="the picture needs the extra `plot`")
+    dump(make_table(), tmp_path / "table.yaml")
+    assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "picture")]) == 0
+    assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture", "table.yaml"]
 
 
 def test_a_target_that_is_not_reached_is_said(folders, capsys):

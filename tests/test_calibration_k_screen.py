@@ -187,7 +187,10 @@ def test_there_has_to_be_a_table_of_the_model(folder, tmp_path, capsys):
     assert f"topt-vllm calibrate --model {folder} --dataset {folder}/text.txt --output {path}" in error
     dump(make_table(), path)
     assert main(command(folder, "--output", str(path))) == 2
-    assert "this table belongs to tiny, not to" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "this table belongs to tiny, not to" in error
+    # Another model's table isn't to be replaced.
+    assert error.endswith(f"--output {tmp_path / 'table-new.yaml'}\n")
     assert load(path) == make_table()
 
 

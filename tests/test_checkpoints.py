@@ -62,6 +62,10 @@ def lfs_pointer(model: Path) -> None:
     (model / "model.safetensors").write_text(POINTER.format(0))
 
 
+def no_folder(model: Path) -> None:
+    shutil.rmtree(model)
+
+
 def lfs_pointer_of_the_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").write_text(POINTER.format(0))
 
@@ -137,6 +141,7 @@ def gguf_file(model: Path) -> None:
 
 
 BROKEN = {
+    no_folder: "no such folder; a folder in Hugging Face's format",
     lfs_pointer: "model.safetensors: a Git LFS pointer, not the file itself; run `git lfs pull` in the folder",
     lfs_pointer_of_the_tokenizer: "tokenizer.json: a Git LFS pointer",
     cut_off: "it was cut off, or is no safetensors file; download it again",

@@ -133,7 +133,11 @@ REFUSED = {
     "all layers dense": (["--dense-layers", "0", "1", "2"], "nothing would be sparse"),
     "no such text": (["--dataset", "missing.txt"], "--dataset missing.txt: no such file"),
     "no such device": (["--device", "cuda:77"], "--device cuda:77 can't be used here"),
-    "nonsense device": (["--device", "gpu"], "--device gpu can't be used here"),
+    "nonsense device": (
+        ["--device", "gpu"],
+        "--device gpu can't be used here: no such device; name cpu, cuda",
+    ),
+    "seed beyond torch's": (["--seed", str(1 << 63)], "its size must be below 2^62"),
     "no such folder": (["--output", "/nowhere/t.yaml"], "the folder /nowhere does not exist"),
 }
 

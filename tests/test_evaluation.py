@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -317,10 +318,14 @@ def test_needles_alone(folder, tmp_path):
         (["--needles", "64"], "--needles 64: prompts are longer than the table's first length, 64"),
         (["--needles", "120"], "--needles 120: too short for 5 facts and a question"),
         (["--depths", "2"], "--depths 2.0: 0 is the start"),
-        (["--num-samples", "9"], "the text has 1400 tokens"),
+        (["--lengths", "-5"], "--lengths -5: contexts are longer"),
+        (["--max-seq-length", "0"], "--max-seq-length is 0, but the table's first length is 64"),
+        (["--num-samples", "9"], "play.txt: the text has 1400 tokens"),
         (["--thresholds", "none"], "an evaluation needs thresholds"),
+        (["--thresholds", ""], "toptheta.thresholds is ''"),
         (["--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),
-        (["--tune-on", "absent.txt"], "no such file"),
+        (["--tune-on", "absent.txt"], "error: --tune-on absent.txt: no such file"),
+        (["--tune-on", os.devnull], f"error: --tune-on {os.devnull}: a device"),
     ],
 )
 @pytest.mark.usefixtures("no_weights")

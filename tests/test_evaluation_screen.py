@@ -175,6 +175,7 @@ def test_records_pair_a_screen_with_none(folder, tmp_path, capsys, monkeypatch):
         (["--k-screen", "int4", "--rules", "topk"], "--k-screen int4 is for the rule toptheta"),
         (["--k-screen", "int4", "--k-screen-margin", "-1"], "--k-screen-margin is -1.0; it must be"),
         (["--k-screen", "int4", "--k-screen-margin", "nan"], "--k-screen-margin is nan; it must be"),
+        (["--k-screen-margin", "3"], "--k-screen-margin is that of a K screen; name one with --k-screen"),
     ],
 )
 def test_options_that_are_refused(folder, more, message, capsys):

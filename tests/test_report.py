@@ -328,6 +328,9 @@ def test_missing_files_and_devices_are_refused(folder, capsys):
     assert main(["report", str(folder / "none.yaml"), "-o", str(folder / "r.html")]) == 2
     assert "can't be read" in capsys.readouterr().err
     assert main(["report", str(folder / "t.yaml"), "-o", str(folder / "no" / "r.html")]) == 2
+    assert f"the folder {folder / 'no'} does not exist" in capsys.readouterr().err
+    assert main(["report", str(folder / "t.yaml"), "-o", str(folder)]) == 2
+    assert "is a folder, a device or a pipe; name a file" in capsys.readouterr().err
     assert not (folder / "r.html").exists()
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from topt_vllm.replay.texts import read_texts
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"])
 BASH = shutil.which("bash") or "/bin/bash"
@@ -125,6 +127,20 @@ def test_help_names_the_usage_and_an_unknown_option_is_refused(name: str):
 @pytest.mark.parametrize("name", ["prepare_demo.py", "ask.py", "chat.py"])
 def test_python_scripts_have_help(name: str):
     assert "usage:" in run(sys.executable, ROOT / "scripts" / name, "--help").stdout
+
+
+def test_the_folder_of_texts_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What says from which packages it was made is none of its texts; older folders say it in plain sight."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import prepare_demo
+
+    (tmp_path / "play.txt").write_text("To be")
+    prepare_demo.mark(tmp_path, ("plays==1",))
+    assert prepare_demo.is_prepared(tmp_path, ("plays==1",))
+    assert not prepare_demo.is_prepared(tmp_path, ("plays==2",))
+    assert read_texts((str(tmp_path),), 1)[0] == ["To be"]
+    (tmp_path / prepare_demo.MARKER).rename(tmp_path / "prepared.json")
+    assert prepare_demo.is_prepared(tmp_path, ("plays==1",))
 
 
 FAKE_COMMAND = """#!{python}

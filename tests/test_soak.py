@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestServer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
+from soak import parse
 from soak_checks import Memory, inconsistencies, judge
 from soak_traffic import Answer, Clients, Prompt, Tally
 
@@ -34,6 +35,23 @@ GOLDEN = [
 def verdicts(tokens: list[int], logprobs: list[float], finish: str | None = "length"):
     answer = Answer([f"token_id:{token}" for token in tokens], logprobs, [{}] * len(tokens), finish)
     return judge([(0, answer)], GOLDEN, PROMPTS, noise=0.25)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--toptheta", "none"], "'none': a JSON object is expected"),
+        (["--clients", "0"], "--clients 0: at least 1 is needed"),
+        (["--minutes", "-1"], "--minutes -1.0: at least 0"),
+        (["--json", "/nowhere/s.json"], "the folder /nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_a_server_starts(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit):
+        parse(options)
+    assert message in capsys.readouterr().err
 
 
 def test_equal_answer_passes_with_its_drift():

@@ -105,6 +105,22 @@ def test_the_key_wins_then_the_environment_then_the_folder(
     assert set(resolved.thetas) == sparse
 
 
+def test_a_table_that_the_environment_names_wrongly_is_said_to_be_its(
+    start: Any, table: ThresholdTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "another.yaml"
+    monkeypatch.setenv("TOPT_THRESHOLDS", str(path))
+    with pytest.raises(ThresholdTableError, match=r"^TOPT_THRESHOLDS names .*another.yaml: can't be read"):
+        start({})
+    dump(make_table(), path)
+    with pytest.raises(
+        ThresholdTableError, match=r"^TOPT_THRESHOLDS names .*another.yaml: model: this table"
+    ):
+        start({})
+    with pytest.raises(ThresholdTableError, match=r"^/.*another.yaml: model: this table"):
+        start({"thresholds": str(path)})
+
+
 def test_without_a_table_the_calibrate_command_is_shown(start: Any, model: Path):
     with pytest.raises(ThresholdTableError) as error:
         start({})

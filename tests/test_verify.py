@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -225,6 +226,21 @@ def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
 def test_a_k_screen_needs_thresholds(capsys: pytest.CaptureFixture[str]):
     assert main(["verify", "--model", "m", "--thresholds", "none", "--k-screen", "int4"]) == 2
     assert "--k-screen int4: θ = −inf leaves nothing to screen" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_k_screen_that_cannot_be_is_said_before_engines_start(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(plan, "device_type", lambda: "cpu")
+    table = tmp_path / "old.yaml"
+    table.write_text(SHIPPED.read_text(encoding="utf-8").partition("key_statistics:")[0], encoding="utf-8")
+    model = plan.read_model(str(smollm2))
+    with pytest.raises(CheckError, match=f"--k-screen-only --output {re.escape(str(table))}"):
+        plan.read_table(model, str(table), "int4+4")
+    with pytest.raises(ValueError, match="has no K screen 'int4'; it has: "):
+        plan.read_table(model, None, "int4")
+    assert plan.read_table(model, None, "int4+4")[0] is not None
 
 
 @pytest.mark.slow

@@ -28,8 +28,11 @@ def in_one_step(path: Path, force: bool = False) -> Iterator[Path]:
         OSError: The file exists and ``force`` is not set, or it can't be written.
     """
     refuse_overwrite(path, force)
-    # Names may be as long as the file system allows.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".topt-vllm-", suffix=path.suffix[:9])
+    try:
+        # Names may be as long as the file system allows.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".topt-vllm-", suffix=path.suffix[:9])
+    except OSError as error:
+        raise OSError(f"{path}: {not_writable(path) or error.strerror}") from error
     os.close(handle)
     try:
         yield Path(name)
@@ -63,10 +66,10 @@ def _umask() -> int:
 
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raises FileExistsError when ``path`` exists and ``force`` is not set; call it before the long work."""
-    if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path} exists; give another --output, or --force to replace it")
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is a folder, a device or a pipe; name a file")
+    if os.path.lexists(path) and not force:
+        raise FileExistsError(f"{path} exists; give another --output, or --force to replace it")
 
 
 def not_writable(path: Path) -> str | None:

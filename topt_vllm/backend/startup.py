@@ -92,7 +92,10 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
             f"toptheta.implementation is {name!r}, which can't run inside vLLM's CUDA graphs; "
             "allowed on GPUs: auto | triton"
         )
-    require(implementation, screen=config.screen)
+    try:
+        require(implementation, screen=config.screen)
+    except ValueError as error:
+        raise ConfigError(f"toptheta.k_screen on {device_type}: {error}") from error
     text = hf_config.get_text_config()
     kinds = enumerate(layer_kinds(text, model_config.max_model_len))
     see_all = [layer for layer, kind in kinds if kind in FULL]

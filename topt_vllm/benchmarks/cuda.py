@@ -15,7 +15,7 @@ def find_gpu() -> Gpu:
     if not torch.cuda.is_available():
         raise ValueError(
             f"--device cuda needs a GPU that torch sees: torch {torch.__version__}, "
-            f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}; use --device cpu here"
+            f"CUDA {torch.version.cuda}, ROCm {torch.version.hip}; run it where there is one"
         )
     device = torch.device("cuda", torch.cuda.current_device())
     return Gpu(device, _capture, _EventTimer(device))

@@ -10,8 +10,10 @@ from typing import Any
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, measure
 from topt_vllm.benchmarks.server import picked_backend, serve
+from topt_vllm.config import TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
 from topt_vllm.table.identity import identify
+from topt_vllm.table.search import find_table
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,25 @@ class ServeBenchmark:
     toptheta: dict[str, Any]
     dtype: str = "bfloat16"
     trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Refuses what TOPTHETA's server would refuse; the platform's is measured before it starts.
+
+        Raises:
+            ValueError: The model can't be read or has a shorter context, or settings or table can't be used.
+        """
+        config = TopThetaConfig.from_additional_config({"toptheta": self.toptheta})
+        model = read_config(self.model, self.trust_remote_code)
+        longest = getattr(model.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and self.prompt_tokens + self.max_tokens > longest:
+            raise ValueError(
+                f"--prompt-tokens {self.prompt_tokens} and --max-tokens {self.max_tokens} are more than the "
+                f"model's context of {longest} tokens; ask for fewer"
+            )
+        if config.sift is None and (
+            found := find_table(config, identify(model, self.model), self.model, None)
+        ):
+            found[0].budget(config.budget)
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Serves both backends ``rounds`` times in turns.
@@ -76,7 +97,10 @@ class ServeBenchmark:
         ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
         needed = self.concurrency * self.prompt_tokens
         if len(ids) < needed:
-            raise ValueError(f"the text has {len(ids)} tokens; {needed} are needed for different prompts")
+            raise ValueError(
+                f"the text has {len(ids)} tokens; {needed} are needed for different prompts. Add text, or lower "
+                "--concurrency or --prompt-tokens"
+            )
         return [ids[start : start + self.prompt_tokens] for start in range(0, needed, self.prompt_tokens)]
 
     def _options(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
     if not path.is_file():
         raise CalibrationError(
             f"--k-screen-only adds to a table, and {path} is none. Name it with --output, or calibrate one, K "
-            f"screens included:\n    {_full_command(options)}"
+            f"screens included:\n    {_full_command(options, path)}"
         )
     try:
         table = load(path)
@@ -80,14 +81,22 @@ def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
         raise CalibrationError(
             f"{path}: this table belongs to {table.model.id[:80]}, not to {options.model}: {difference} (model "
             f"against table). Name the right one with --output, or calibrate one, K screens included:\n"
-            f"    {_full_command(options)}"
+            f"    {_full_command(options, _free_name(path))}"
         )
     return table
 
 
-def _full_command(options: CalibrationOptions) -> str:
+def _full_command(options: CalibrationOptions, output: Path) -> str:
     texts = ("--model", options.model, "--dataset", *options.dataset)
-    return shlex.join(["topt-vllm", "calibrate", *texts, "--output", str(options.output)])
+    return shlex.join(["topt-vllm", "calibrate", *texts, "--output", str(output)])
+
+
+def _free_name(path: Path) -> Path:
+    """Beside another model's table, which stays."""
+    free = path
+    while free.exists():
+        free = free.with_stem(f"{free.stem}-new")
+    return free
 
 
 def add_key_statistics(plan: ScreenPlan) -> ThresholdTable:

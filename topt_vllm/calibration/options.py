@@ -1,5 +1,6 @@
 """What a calibration run is asked to do, and what can be refused before a model is touched."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +12,8 @@ from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, flag_of, opt
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
 BUDGETS = ("k", "auto")
+# torch takes 64 bits, and sequences count on from it.
+_LARGEST_SEED = 1 << 62
 
 # What --k-screen-only has no use for.
 _NOT_FOR_K_SCREENS = (
@@ -33,7 +36,10 @@ class CalibrationError(ReplayError):
 
 def _percent(text: str) -> float:
     """A number with or without a percent sign."""
-    return float(text.removesuffix("%"))
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: a percentage is expected, such as 1%") from error
 
 
 def _ascending(values: Iterable[int]) -> tuple[int, ...]:
@@ -104,6 +110,8 @@ class CalibrationOptions:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise CalibrationError(f"--num-samples is {self.num_samples}; it must be at least 1")
+        if abs(self.seed) >= _LARGEST_SEED:
+            raise CalibrationError(f"--seed is {self.seed}; its size must be below 2^62")
         if not self.ks or min(self.ks) < 1 or list(self.ks) != sorted(set(self.ks)):
             raise CalibrationError(f"--k is {list(self.ks)}; different budgets of at least 1 are needed")
         if self.budget not in BUDGETS:

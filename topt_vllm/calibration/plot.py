@@ -16,7 +16,7 @@ def plot(table: ThresholdTable, path: Path) -> None:
 
     Args:
         table: The table.
-        path: Picture to write; its suffix chooses the format.
+        path: Picture to write; its suffix chooses the format, PNG where it has none.
 
     Raises:
         CalibrationError: matplotlib is missing, or doesn't know the format.
@@ -34,7 +34,8 @@ def plot(table: ThresholdTable, path: Path) -> None:
     figure.suptitle(f"{table.model.id}: {table.calibration.max_seq_length} tokens, {table.calibration.date}")
     try:
         with in_one_step(path, force=True) as temporary:
-            figure.savefig(temporary, dpi=110)
+            # By name: matplotlib would add a suffix to a file without one, and write beside it.
+            figure.savefig(temporary, dpi=110, format=path.suffix.removeprefix(".") or "png")
     except ValueError as error:
         raise CalibrationError(f"--plot {path}: {error}") from error
 

@@ -4,11 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
+from topt_vllm.cli.options import check_least
 
 _AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked
 against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
 heuristic's choice; to use it, change attention/triton/launch.py and check with `topt-vllm bench compile`."""
+
+
+_SIZES = {"batch": 16, "seq-len": 32768, "heads": 32, "kv-heads": 8, "head-dim": 128, "block-size": 64}
 
 
 def add_mode(modes: Any) -> None:
@@ -16,8 +21,7 @@ def add_mode(modes: Any) -> None:
     parser = modes.add_parser("autotune", help="launch parameters on a GPU", description=_AUTOTUNE)
     add = parser.add_argument
     add("--device", choices=("cuda",), default="cuda", help="default %(default)s")
-    sizes = {"batch": 16, "seq-len": 32768, "heads": 32, "kv-heads": 8, "head-dim": 128, "block-size": 64}
-    for name, default in sizes.items():
+    for name, default in _SIZES.items():
         add(f"--{name}", type=int, default=default, help="default %(default)s")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default %(default)s")
     add("--keep", type=float, default=0.1, help="target share of V rows (default %(default)s)")
@@ -26,6 +30,11 @@ def add_mode(modes: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_least(args, dict.fromkeys((name.replace("-", "_") for name in _SIZES), 1))
+    if args.heads % args.kv_heads:
+        raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
+    if not 0 < args.keep <= 1:
+        raise UserError(f"--keep {args.keep}: a share lies above 0 and up to 1")
     import torch
 
     from topt_vllm.attention.common import Selection

@@ -11,7 +11,7 @@ from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import check_screens
+from topt_vllm.cli.options import check_least, check_screens
 from topt_vllm.table.words import budget_in_words
 
 if TYPE_CHECKING:
@@ -42,6 +42,12 @@ _BATCH = [1, 8]
 _SEQ_LENS = [2048, 8192, 32768]
 # Tokens of a KV block where none are named; on GPUs those of TOPTHETA's cache.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 64}
+# The smallest numbers that make sense.
+_LEAST = dict.fromkeys(("batch", "seq_lens", "heads", "kv_heads", "head_dim", "block_size", "threads"), 1) | {
+    "seconds": 0
+}
+# What sizes are multiples of, by device.
+_MULTIPLES = {"cpu": {"head_dim": 16, "block_size": 16}, "cuda": {"head_dim": 8, "block_size": 16}}
 # Options of a replay, which mean nothing without a captured cache.
 _REPLAY = ("thresholds", "budget", "layers")
 
@@ -130,7 +136,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 def _budget(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -163,9 +169,14 @@ def _run(args: argparse.Namespace) -> int:
 
 def _device(args: argparse.Namespace) -> "Device":
     """Where to measure."""
+    from topt_vllm.attention.api import load_implementation
     from topt_vllm.benchmarks.devices import CPU
 
     if args.device == "cpu":
+        try:
+            load_implementation("cpu", "cpu")
+        except RuntimeError as error:  # no compiler, or no place for what it makes
+            raise UserError(str(error)) from error
         return CPU
     if args.cache_dtype not in (None, "auto"):
         raise UserError("--cache-dtype: with --device cuda, only auto is measured")
@@ -180,6 +191,10 @@ def _device(args: argparse.Namespace) -> "Device":
 
 def _check(args: argparse.Namespace) -> None:
     """Refuses options that contradict each other, and fills in the defaults of a synthetic cache."""
+    check_least(args, _LEAST)
+    for name, size in _MULTIPLES[args.device].items():
+        if (given := getattr(args, name)) is not None and given % size:
+            raise UserError(f"--{name.replace('_', '-')} {given}: a multiple of {size} is needed")
     if "k_screen_margin" not in args:
         args.k_screen_margin = DEFAULT_MARGIN
     elif args.k_screen == ["off"]:

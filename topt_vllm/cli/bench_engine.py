@@ -1,7 +1,6 @@
 """``topt-vllm bench engine``: decode steps of the whole engine, offline, with dummy weights or a model's own."""
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import add_trust_remote_code, check_screens
+from topt_vllm.cli.options import add_trust_remote_code, check_least, check_screens, json_object
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -51,7 +50,7 @@ def add_mode(modes: Any) -> None:
     add("--rounds", type=int, default=1, help="how often all engines are started (default %(default)s)")
     add(
         "--engine",
-        type=_object,
+        type=json_object('{"enforce_eager": true}'),
         default={},
         metavar="JSON",
         help="more arguments of vllm.LLM, for all engines",
@@ -73,18 +72,6 @@ def _share(text: str) -> float | str:
     return share
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: a JSON object is expected, such as '{{\"enforce_eager\": true}}'"
-        )
-    return found
-
-
 def _run(args: argparse.Namespace) -> int:
     _check(args)
     from topt_vllm.benchmarks.engine import EngineBenchmark, our_kernel
@@ -103,12 +90,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1}
-    if args.first_length is not None:
-        least["first_length"] = 1
-    for name, value in least.items():
-        if getattr(args, name) < value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value} is needed")
+    check_least(args, {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1, "first_length": 1})
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
     check_screens(args.k_screen)

@@ -1,12 +1,11 @@
 """``topt-vllm bench serve``: the whole engine behind the OpenAI API, under the same long prompts."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import add_trust_remote_code
+from topt_vllm.cli.options import add_trust_remote_code, check_least, json_object
 
 _SERVE = """Serves the model with the backend that vLLM picks and with TOPTHETA in turns, sends both the same long
 prompts through the OpenAI API, and compares the time in which all requests decode. Prefix caching is off."""
@@ -28,27 +27,32 @@ def add_mode(modes: Any) -> None:
     add("--prompt-tokens", type=int, default=7000, help="of each prompt (default %(default)s)")
     add("--max-tokens", type=int, default=128, help="of each answer (default %(default)s)")
     add("--rounds", type=int, default=1, help="how often both are served (default %(default)s)")
-    add("--toptheta", type=json.loads, default={}, metavar="JSON", help="settings, as in --additional-config")
+    add(
+        "--toptheta",
+        type=json_object('{"budget": 128}'),
+        default={},
+        metavar="JSON",
+        help="settings, as in --additional-config",
+    )
     add_trust_remote_code(parser)
     add("--json", type=Path, metavar="FILE", help="write the result; the file must not exist")
     parser.set_defaults(bench=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_least(args, {"concurrency": 1, "prompt_tokens": 1, "max_tokens": 2, "rounds": 1})
     from topt_vllm.benchmarks.serve import ServeBenchmark
-    from topt_vllm.config import TopThetaConfig
     from topt_vllm.replay.texts import read_texts
 
-    # Their server starts when the other has been measured.
-    TopThetaConfig.from_additional_config({"toptheta": args.toptheta})
     tokens = args.concurrency * args.prompt_tokens
     documents, _ = read_texts(tuple(args.dataset), tokens, stretches=1)
     text = "\n\n".join(documents)
-    origin = provenance()
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
     benchmark = ServeBenchmark(
         args.model, text, *sizes, args.toptheta, trust_remote_code=args.trust_remote_code
     )
+    benchmark.check()
+    origin = provenance()
     outcome = benchmark.run(lambda line: print(line, flush=True))
     print("            tokens/s   ms between tokens   ms to first token   (medians)")
     for name in ("platform", "toptheta"):

@@ -1,7 +1,8 @@
 """From dataclasses of options to command line arguments, and back."""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -76,3 +77,35 @@ def check_screens(names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in allowed]
     if unknown:
         raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
+
+
+def check_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
+    """Refuses numbers that are too small; options that weren't given pass.
+
+    Args:
+        args: What argparse has made of the command line.
+        least: The smallest that makes sense, by option.
+
+    Raises:
+        UserError: One is smaller, or no number.
+    """
+    for name, smallest in least.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not value >= smallest:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least {smallest} is needed")
+
+
+def json_object(example: str) -> Any:
+    """The type of an option that takes a JSON object, such as the example."""
+
+    def read(text: str) -> dict[str, Any]:
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise argparse.ArgumentTypeError(f"{text!r}: a JSON object is expected, such as '{example}'")
+        return found
+
+    return read

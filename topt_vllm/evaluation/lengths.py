@@ -18,16 +18,12 @@ def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
             f"--task-lengths {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
         )
     lengths = (*options.lengths, *options.needles, *_task_lengths(options))
-    return subject.max_seq_length(options.max_seq_length or max(lengths, default=None))
+    asked = options.max_seq_length
+    return subject.max_seq_length(max(lengths, default=None) if asked is None else asked)
 
 
 def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
     """Refuses lengths that the sequences or the table don't reach."""
-    if longest < table.lengths[0] + 2:
-        raise EvaluationError(
-            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
-            "below which every row is dense; evaluate on longer sequences"
-        )
     for length in options.lengths:
         if not table.lengths[0] + 2 <= length <= longest:
             raise EvaluationError(
@@ -41,6 +37,11 @@ def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTabl
                 f"{flag} {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
                 f"at most as long as --max-seq-length, {longest}"
             )
+    if longest < table.lengths[0] + 2:
+        raise EvaluationError(
+            f"--max-seq-length is {longest}, but the table's first length is {table.lengths[0]}, "
+            "below which every row is dense; evaluate on longer sequences"
+        )
 
 
 def check_generate(options: EvaluationOptions, subject: Subject, longest: int, table: ThresholdTable) -> None:

@@ -224,6 +224,10 @@ class EvaluationOptions:
             self.k_screen_margin is None or 0 <= self.k_screen_margin < math.inf,
             f"--k-screen-margin is {self.k_screen_margin}; it must be a number of at least 0, or {HARD}",
         )
+        require(
+            self.k_screen_margin == DEFAULT_MARGIN or self.k_screens != (NO_SCREEN,),
+            "--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out",
+        )
         require(self.decode_rows >= 2, f"--decode-rows is {self.decode_rows}; it must be at least 2")
         require(self.num_samples >= 1, f"--num-samples is {self.num_samples}; it must be at least 1")
         require(

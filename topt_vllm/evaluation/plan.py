@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from topt_vllm.config import TopThetaConfig
+from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.evaluation.cases import Case
 from topt_vllm.evaluation.lengths import check_generate, check_lengths, longest_sequence
 from topt_vllm.evaluation.needles import Needle, hide
@@ -16,7 +16,8 @@ from topt_vllm.evaluation.rules.toptheta import ladder
 from topt_vllm.evaluation.tasks.making import make_cases
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
-from topt_vllm.replay.texts import cut_sequences, read_texts
+from topt_vllm.replay.options import ReplayError
+from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 from topt_vllm.table.search import find_table
@@ -131,10 +132,10 @@ def _as_text(name: str) -> str:
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
-    config = TopThetaConfig(thresholds=options.thresholds)
     try:
+        config = TopThetaConfig(thresholds=options.thresholds)
         found = find_table(config, subject.identity, options.model, subject.identity.revision)
-    except ThresholdTableError as error:
+    except (ConfigError, ThresholdTableError) as error:
         raise EvaluationError(str(error)) from error
     if found is None:
         raise EvaluationError(
@@ -198,7 +199,7 @@ def _text(
 ) -> Text:
     documents, sources = read_texts((name,), (options.num_samples + 1) * length)
     # The part held back of a text is what its parameters are tuned on, unless another text serves for that.
-    found = cut_sequences(tokenizer, documents, options.num_samples, length)
+    found = _cut(tokenizer, documents, options.num_samples, length, name)
     named = sources[0].name if len(sources) == 1 else name
     seen = any(source.sha256 in calibrated for source in sources)
     tuning, tuned_on = apart or (found.held_back, f"the end of {named}")
@@ -209,6 +210,17 @@ def _tuning_text(options: EvaluationOptions, tokenizer: Any, length: int) -> tup
     """The sequence of ``--tune-on``, and its text's name."""
     if options.tune_on is None:
         return None
-    documents, sources = read_texts((options.tune_on,), 2 * length)
-    found = cut_sequences(tokenizer, documents, 1, length)
+    try:
+        documents, sources = read_texts((options.tune_on,), 2 * length)
+        found = _cut(tokenizer, documents, 1, length, options.tune_on)
+    except ReplayError as error:
+        raise EvaluationError(f"--tune-on {str(error).removeprefix('--dataset ')}") from error
     return found.calibration[0], sources[0].name if len(sources) == 1 else options.tune_on
+
+
+def _cut(tokenizer: Any, documents: list[str], count: int, length: int, name: str) -> Sequences:
+    """Sequences of one text, which messages name: there may be several."""
+    try:
+        return cut_sequences(tokenizer, documents, count, length)
+    except ReplayError as error:
+        raise EvaluationError(f"{name}: {error}") from error

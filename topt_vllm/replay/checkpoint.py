@@ -27,9 +27,12 @@ def check_files(model: str) -> None:
         model: Folder or hub id.
 
     Raises:
-        ReplayError: A file, a folder without a configuration, or one whose files were never fetched.
+        ReplayError: No folder, a file, a folder without a configuration, or one whose files were never fetched.
     """
     folder = Path(model)
+    # Names on the hub have one slash at most; transformers would speak of their grammar.
+    if not folder.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise ReplayError(f"--model {model}: no such folder; {_WORKS}")
     if folder.exists() and not folder.is_dir():
         raise ReplayError(f"--model {model}: {_kind(folder)}; {_WORKS}")
     if not folder.is_dir():

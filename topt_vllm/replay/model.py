@@ -239,6 +239,8 @@ def check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith(("Expected one of", "Invalid device string")):
+            reason = "no such device; name cpu, cuda, cuda:N, or auto for all GPUs"
         raise ReplayError(f"--device {device} can't be used here: {reason}") from error
 
 

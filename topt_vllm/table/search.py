@@ -53,11 +53,16 @@ def find_table(
             f"{', '.join(map(str, candidates))}. Name the one to use with toptheta.thresholds."
         )
     path = candidates[0]
-    table = _load(path, _version(path))
+    # Whoever named no table doesn't know where this one comes from.
+    source = "TOPT_THRESHOLDS names " if named and config.thresholds is None else ""
+    try:
+        table = _load(path, _version(path))
+    except ThresholdTableError as error:
+        raise ThresholdTableError(f"{source}{error}") from error
     difference = identity.difference(table.model)
     if difference:
         raise ThresholdTableError(
-            f"{path}: model: this table belongs to {table.model.id[:80]}, not to {model}: {difference} "
+            f"{source}{path}: model: this table belongs to {table.model.id[:80]}, not to {model}: {difference} "
             f"(served model against table). Calibrate one:\n    {calibrate_command(model)}"
         )
     return table, path
@@ -93,9 +98,8 @@ def _model_folder(model: str, revision: str | None) -> list[Path]:
 
     try:
         cached = try_to_load_from_cache(model, TABLE_IN_MODEL_FOLDER, revision=revision)
-    except (
-        HFValidationError
-    ):  # a capture knows its model by the folder's name, which needn't be one for the hub
+    except HFValidationError:
+        # A capture knows its model by the folder's name, which needn't be one for the hub.
         return []
     return [Path(cached)] if isinstance(cached, str) else []
 

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from topt_vllm.attention.api import load_implementation, require
+from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
+from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
@@ -68,16 +71,27 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
     return Model(name, identity, longest, tokens, trust_remote_code)
 
 
-def read_table(model: Model, thresholds: str | None) -> tuple[ThresholdTable | None, str]:
+def read_table(
+    model: Model, thresholds: str | None, k_screen: str | None = None
+) -> tuple[ThresholdTable | None, str]:
     """The table that a server would use (None for θ = −inf), and what it is in words.
 
     Raises:
         ThresholdTableError: There is none, or it is broken or another model's.
+        CheckError: It knows nothing of the keys that a K screen copies.
+        ValueError: The kernel here has no such K screen.
     """
     found = find_table(TopThetaConfig(thresholds=thresholds), model.identity, model.name, None)
     if found is None:
         return None, "θ = −inf was asked for; nothing is skipped, so nothing more is checked"
     table, path = found
+    if k_screen is not None:
+        require(load_implementation("auto", device_type())[1], screen=cast(ScreenFormat, k_screen))
+        if table.key_statistics is None:
+            raise CheckError(
+                f"{path} has no key_statistics, which a K screen is made with. Add them: "
+                f"{k_screen_command(model.name, path)}"
+            )
     budget = table.budget(None)
     quality = f"; {budget.quality.sentence()}" if budget.quality is not None else ""
     lengths = f"{table.lengths[0]} to {table.lengths[-1]} tokens"

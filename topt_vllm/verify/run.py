@@ -42,7 +42,7 @@ def verify(
 
     def table() -> str:
         found["model"] = plan.read_model(model, trust_remote_code)
-        found["table"], words = plan.read_table(found["model"], thresholds)
+        found["table"], words = plan.read_table(found["model"], thresholds, k_screen)
         return words
 
     check = attempt("table", table)
