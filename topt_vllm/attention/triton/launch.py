@@ -199,10 +199,11 @@ def _screen_tiles(
 
     Codes are a quarter of K, so a tile may have more of them, but its scores take the same registers.
     """
-    wide, fp8 = dim_pad >= 256, item_bytes == 1
+    wide = dim_pad >= 256
     if columns == MATRIX_COLUMNS:
-        return 64 if wide and fp8 else 128, candidates
-    return 32 if wide else 64, min(candidates, 16) if wide or (fp8 and not single) else candidates
+        return 64 if wide else 128, candidates
+    tile = 16 if wide else 64 if single else 32
+    return tile, min(candidates, 16 if item_bytes == 1 and not single else tile)
 
 
 def _stages(tile_bytes: int, beside: int, single: bool, resident: int, limits: GpuLimits) -> int:
