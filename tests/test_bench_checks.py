@@ -141,6 +141,7 @@ def test_numbers_that_mean_nothing_are_refused(
             "'wide': a number of standard deviations is expected, or hard",
         ),
         ("bench serve --model m --dataset t --toptheta [1]", "'[1]': a JSON object is expected, such as '{"),
+        ("bench serve --model m --dataset t --toptheta null", "'null': a JSON object is expected"),
         (
             "calibrate --model m --dataset t --max-loss little",
             "'little': a percentage is expected, such as 1%",

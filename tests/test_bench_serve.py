@@ -113,6 +113,7 @@ def test_a_server_warms_up_within_what_it_was_started_for(
     ("more", "message"),
     [
         (["--toptheta", '{"budgt": 64}'], "toptheta.budgt (value 64) is not a setting"),
+        (["--toptheta", '{"budget": "64"}'], "toptheta.budget is '64'"),
         (["--toptheta", '{"budget": 100}'], "budget is 100, but the table has budgets 64, 128"),
         (["--toptheta", '{"thresholds": "absent.yaml"}'], "absent.yaml: can't be read"),
         (["--prompt-tokens", "2040"], "are more than the model's context of 2048 tokens"),
@@ -141,21 +142,3 @@ def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():
     tokens = 8 * 32768
     assert 1.25 < cache_bytes(shape, tokens) / (tokens * 131072) < 2
     assert cache_bytes(shape, 1) == 256 << 20
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ('{"budgt": 64}', "toptheta.budgt"),
-        ('{"budget": "64"}', "toptheta.budget is '64'"),
-        ("null", "object"),
-    ],
-)
-def test_wrong_settings_are_refused_before_the_first_server(
-    settings: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """TOPTHETA's server starts when the platform's has been measured."""
-    monkeypatch.setattr(serve.ServeBenchmark, "run", lambda *_: pytest.fail("served"))
-    given = ["--model", "nowhere", "--dataset", __file__, "--toptheta", settings]
-    assert main(["bench", "serve", *given]) == 2
-    assert message in capsys.readouterr().err
