@@ -146,6 +146,9 @@ def test_numbers_that_mean_nothing_are_refused(
             "calibrate --model m --dataset t --max-loss little",
             "'little': a percentage is expected, such as 1%",
         ),
+        ("evaluate --model m --dataset t --rows few", "'few': a share is expected, such as 0.1 or 10%"),
+        ("bench decode --keep few%", "'few%': a share is expected, such as 0.1 or 10%"),
+        ("bench engine --shape llama-8b --keep few", "a share is expected, such as 0.1 or 10%, or none"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(

@@ -52,6 +52,19 @@ def test_what_does_not_fit_is_refused(wrong, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--model", "m", "--dataset", "t", "--rows", "0.1", "10%"],
+        ["bench", "decode", "--keep", "0.1", "10%"],
+        ["bench", "engine", "--shape", "llama-8b", "--keep", "0.1", "10%"],
+    ],
+)
+def test_shares_may_be_written_as_percentages(command: list[str]):
+    given = build_parser().parse_args(command)
+    assert (given.rows if command[0] == "evaluate" else given.keep) == [0.1, 0.1]
+
+
 def test_help_lists_groups_names_and_defaults():
     shown = " ".join(parser().format_help().split())
     assert "--name NAME who" in shown

@@ -1,6 +1,5 @@
 """What a calibration run is asked to do, and what can be refused before a model is touched."""
 
-from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Literal
 
 from topt_vllm.calibration.search import Target
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, flag_of, option
+from topt_vllm.shares import read_percent
 
 SHORTEST_LENGTH = 256
 ROWS_PER_LENGTH = 64
@@ -32,14 +32,6 @@ _BUDGETS, _RUN = "budgets", "run and output"
 
 class CalibrationError(ReplayError):
     """A calibration that can't be run; the message says what to change."""
-
-
-def _percent(text: str) -> float:
-    """A number with or without a percent sign."""
-    try:
-        return float(text.removesuffix("%"))
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r}: a percentage is expected, such as 1%") from error
 
 
 def _ascending(values: Iterable[int]) -> tuple[int, ...]:
@@ -76,10 +68,10 @@ class CalibrationOptions:
         convert=_ascending,
     )
     max_loss: tuple[float, ...] = option(
-        (), "targets of --budget auto: rise of perplexity, as 1%%", group=_BUDGETS, type=_percent
+        (), "targets of --budget auto: rise of perplexity, as 1%%", group=_BUDGETS, type=read_percent
     )
     target_rows: tuple[float, ...] = option(
-        (), "likewise: V rows read, all layers counted", group=_BUDGETS, type=_percent
+        (), "likewise: V rows read, all layers counted", group=_BUDGETS, type=read_percent
     )
     # None: layer 0 where it has thresholds.
     dense_layers: tuple[int, ...] | None = option(

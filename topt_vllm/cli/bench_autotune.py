@@ -7,6 +7,7 @@ from typing import Any
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
 from topt_vllm.cli.options import check_least
+from topt_vllm.shares import read_share
 
 _AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked
 against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
@@ -24,7 +25,7 @@ def add_mode(modes: Any) -> None:
     for name, default in _SIZES.items():
         add(f"--{name}", type=int, default=default, help="default %(default)s")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default %(default)s")
-    add("--keep", type=float, default=0.1, help="target share of V rows (default %(default)s)")
+    add("--keep", type=read_share, default=0.1, metavar="SHARE", help="of V rows (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write one record per candidate; the file must not exist")
     parser.set_defaults(bench=_run)
 

@@ -12,6 +12,7 @@ from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import check_least, check_screens
+from topt_vllm.shares import read_share
 from topt_vllm.table.words import budget_in_words
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _add_synthetic(group: Any) -> None:
     )
     add(
         "--keep",
-        type=float,
+        type=read_share,
+        metavar="SHARE",
         nargs="+",
         help="target shares of V rows, counted once per KV head (default 1.0 0.3 0.1 0.03)",
     )

@@ -9,6 +9,7 @@ from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import add_trust_remote_code, check_least, check_screens, json_object
+from topt_vllm.shares import read_share
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -64,9 +65,9 @@ def _share(text: str) -> float | str:
     if text == "none":
         return text
     try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
+        share = read_share(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or none") from error
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a share above 0 and up to 1 is expected, or none")
     return share

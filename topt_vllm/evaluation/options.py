@@ -10,6 +10,7 @@ from typing import Any
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.output import not_writable
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
+from topt_vllm.shares import read_share
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
 # Named where they are wanted: they start with a warm-up that the others don't have.
@@ -72,9 +73,10 @@ class EvaluationOptions:
     )
     rows: tuple[float, ...] = option(
         (0.05, 0.1, 0.2),
-        "shares of V rows to tune the rules to, all layers counted (default 0.05 0.1 0.2)",
+        "shares of V rows to tune the rules to, all layers counted, as 0.1 or 10%% (default 0.05 0.1 0.2)",
         group=_RULES,
         nargs="*",
+        type=read_share,
         metavar="SHARE",
         convert=_set,
     )
