@@ -148,7 +148,10 @@ def test_numbers_that_mean_nothing_are_refused(
         ),
         ("evaluate --model m --dataset t --rows few", "'few': a share is expected, such as 0.1 or 10%"),
         ("bench decode --keep few%", "'few%': a share is expected, such as 0.1 or 10%"),
-        ("bench engine --shape llama-8b --keep few", "a share is expected, such as 0.1 or 10%, or none"),
+        (
+            "bench engine --shape llama-8b --keep few",
+            "'few': a share above 0 and up to 1 is expected, or none",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(

@@ -66,8 +66,8 @@ def _share(text: str) -> float | str:
         return text
     try:
         share = read_share(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or none") from error
+    except argparse.ArgumentTypeError:
+        share = 0.0
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a share above 0 and up to 1 is expected, or none")
     return share
