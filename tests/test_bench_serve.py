@@ -1,5 +1,6 @@
 """The serving benchmark: its arithmetic, and what the servers are asked for; no server runs."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,30 @@ def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
     assert size == cache_bytes(identify(LlamaConfig(**SMALL), ""), 2 * 508)
     assert outcome["settings"]["platform_backend"] == "CPU_ATTN"
     assert outcome["ratio_decode"] == 1
+
+
+def test_drafts_are_those_of_topthetas_server_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("vllm")
+    asked: dict[str | None, list[str]] = {}
+
+    @contextmanager
+    def server(
+        model: str, backend: str | None, toptheta: Any, options: list[str], log: Path
+    ) -> Iterator[str]:
+        asked[backend] = options
+        log.write_text("")
+        yield "http://here"
+
+    monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
+    (tmp_path / "text.txt").write_text("ab " * 400)
+    model = save_model(tmp_path / "model", LlamaConfig(**SMALL))
+    dump(make_table(identify(LlamaConfig(**SMALL), "model")), model / "toptheta.yaml")
+    drafts = {"model": "topt_vllm.backend.drafting.SparseDrafter", "num_speculative_tokens": 4}
+    command = ["bench", "serve", "--model", str(model), "--dataset", str(tmp_path / "text.txt")]
+    command += ["--concurrency", "2", "--prompt-tokens", "100", "--toptheta", '{"budget": 64}']
+    assert main([*command, "--speculative-config", json.dumps(drafts)]) == 0
+    assert asked["TOPTHETA"] == [*asked[None], "--speculative-config", json.dumps(drafts)]
 
 
 @pytest.mark.parametrize(

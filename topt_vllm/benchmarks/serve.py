@@ -1,5 +1,6 @@
 """The whole engine: ``vllm serve`` with the backend that it picks and with TOPTHETA, in turns, same prompts."""
 
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ class ServeBenchmark:
         toptheta: The plugin's settings.
         dtype: Of weights and cache.
         trust_remote_code: Whether to run code that comes with the model.
+        speculative: vLLM's speculative configuration of TOPTHETA's server; the other one drafts nothing.
     """
 
     model: str
@@ -41,6 +43,7 @@ class ServeBenchmark:
     toptheta: dict[str, Any]
     dtype: str = "bfloat16"
     trust_remote_code: bool = False
+    speculative: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Refuses what TOPTHETA's server would refuse; the platform's is measured before it starts.
@@ -117,6 +120,8 @@ class ServeBenchmark:
     ) -> tuple[Measurement, str]:
         """One server's measurement and the name of its backend."""
         backend, toptheta = (None, None) if name == "platform" else ("TOPTHETA", self.toptheta)
+        if backend is not None and self.speculative is not None:
+            options = [*options, "--speculative-config", json.dumps(self.speculative)]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "server.log"
             with serve(self.model, backend, toptheta, options, log) as url:

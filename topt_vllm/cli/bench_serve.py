@@ -34,6 +34,12 @@ def add_mode(modes: Any) -> None:
         metavar="JSON",
         help="settings, as in --additional-config",
     )
+    add(
+        "--speculative-config",
+        type=json_object('{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}'),
+        metavar="JSON",
+        help="drafts of TOPTHETA's server, as vllm serve takes them; the other one has none",
+    )
     add_trust_remote_code(parser)
     add("--json", type=Path, metavar="FILE", help="write the result; the file must not exist")
     parser.set_defaults(bench=_run)
@@ -49,7 +55,12 @@ def _run(args: argparse.Namespace) -> int:
     text = "\n\n".join(documents)
     sizes = (args.concurrency, args.prompt_tokens, args.max_tokens, args.rounds)
     benchmark = ServeBenchmark(
-        args.model, text, *sizes, args.toptheta, trust_remote_code=args.trust_remote_code
+        args.model,
+        text,
+        *sizes,
+        args.toptheta,
+        trust_remote_code=args.trust_remote_code,
+        speculative=args.speculative_config,
     )
     benchmark.check()
     origin = provenance()
