@@ -56,7 +56,7 @@ def outcome(name: str, family: Family) -> dict[str, str]:
             ("sparse", {"thresholds": str(model / "toptheta.yaml")}),
         ):
             try:
-                engines[column] = engine_forks.run(request(model, dtype, settings), _ENGINE_SECONDS)
+                engines[column] = engine_forks.run(request(model, dtype, settings, family.engine), _ENGINE_SECONDS)
                 found[column] = _VERDICTS[column](engines)
             except EngineError as error:
                 found[column] = f"fails: {reason(str(error))}"
@@ -81,8 +81,8 @@ def command(*arguments: str) -> str:
     return "yes" if status == 0 else said.getvalue().strip().splitlines()[-1]
 
 
-def request(model: Path, dtype: str, settings: dict[str, Any] | None) -> Request:
-    """Prompts of random bytes, for TOPTHETA with these settings or for stock."""
+def request(model: Path, dtype: str, settings: dict[str, Any] | None, engine: dict[str, Any]) -> Request:
+    """Prompts of random bytes, for TOPTHETA with these settings or for stock, with more arguments of the engine."""
     source = random.Random(0)
     prompts = [source.choices(range(256), k=length) for length in (1, 100, 400, 700)]
     backend: dict[str, Any] = {"attention_backend": "CPU_ATTN"}
@@ -99,7 +99,7 @@ def request(model: Path, dtype: str, settings: dict[str, Any] | None) -> Request
         "logprobs_mode": "raw_logits",
         "language_model_only": True,
     }
-    return Request(arguments | backend, prompts, _ANSWER, separate_core=False)
+    return Request(arguments | backend | engine, prompts, _ANSWER, separate_core=False)
 
 
 def stock_verdict(engines: dict[str, dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Tiny configurations of the families of models that people serve, and of what can't be calibrated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
@@ -32,6 +32,8 @@ MAMBA = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
 }
+# vLLM 0.32's Mamba-2 on CPUs fails with prefix caching: it looks for states at the ends of chunks, and has those of sequences.
+NO_PREFIX_CACHING = {"enable_prefix_caching": False}
 GEMMA4 = {
     **SMALL,
     "sliding_window": 32,
@@ -51,6 +53,7 @@ class Family:
         free: Layers without attention.
         quick: Whether its round trip through the command line belongs to the fast loop.
         alike: Whether it differs from others in its forward pass only, so that the fast loop leaves it out.
+        engine: More arguments of its engines.
     """
 
     config: PretrainedConfig
@@ -58,6 +61,7 @@ class Family:
     free: tuple[int, ...] = ()
     quick: bool = False
     alike: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -169,8 +173,11 @@ FAMILIES = {
         full=(1,),
         free=(0, 2),
         alike=True,
+        engine=NO_PREFIX_CACHING,
     ),
-    "falcon-h1": Family(transformers.FalconH1Config(**SMALL, **MAMBA, mamba_d_ssm=64)),
+    "falcon-h1": Family(
+        transformers.FalconH1Config(**SMALL, **MAMBA, mamba_d_ssm=64), engine=NO_PREFIX_CACHING
+    ),
     "nemotron-h": Family(
         transformers.NemotronHConfig(
             **SMALL,
@@ -186,6 +193,7 @@ FAMILIES = {
         ),
         full=(2,),
         free=(0, 1, 3),
+        engine=NO_PREFIX_CACHING,
     ),
     "jamba": Family(
         transformers.JambaConfig(
@@ -273,7 +281,20 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "qwen3.5": _LINEAR,
     "gemma4": _GEMMA4 | {"num_global_key_value_heads": 1},
     "gemma4, shared K and V": _GEMMA4,
-    "granite hybrid": {"mamba_n_heads": 32},
+    # Convolutions have a multiple of 32 channels: those of the heads and twice those of the states.
+    "granite hybrid": {"mamba_n_heads": 32, "mamba_d_state": 16},
+    "falcon-h1": {"mamba_d_state": 16},
+    # Experts without a gate run on GPUs alone.
+    "nemotron-h": {"ssm_state_size": 16, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
+    # As its checkpoints have it.
+    "lfm2": {
+        "conv_dim": 128,
+        "block_dim": 128,
+        "block_ff_dim": 32,
+        "block_multiple_of": 32,
+        "block_auto_adjust_ff_dim": False,
+        "block_ffn_dim_multiplier": 1.0,
+    },
     "qwen2.5-vl": _MROPE,
     "qwen3-vl": _MROPE,
 }

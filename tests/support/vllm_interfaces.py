@@ -63,6 +63,9 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("model_executor/layers/attention/attention.py", "Attention"): {
         "process_weights_after_loading": "self act_dtype",
     },
+    ("model_executor/layers/mamba/ops/ssu_dispatch.py", ""): {
+        "initialize_mamba_ssu_backend": "mamba_config kv_cache_config use_replayssm",
+    },
     ("v1/attention/backend.py", "CommonAttentionMetadata"): {"replace": "self **kwargs"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {
         "__init__": f"{_IMPL} sinks",
@@ -198,16 +201,20 @@ NAMES: dict[tuple[str, str], str] = {
     "tokens_per_state page_size_bytes",
     ("v1/kv_cache_interface.py", "FullAttentionSpec"): "attention_chunk_size",
     ("v1/kv_cache_interface.py", "ChunkedLocalAttentionSpec"): "attention_chunk_size",
+    ("v1/kv_cache_interface.py", "KVCacheGroupSpec"): "layer_names kv_cache_spec",
+    ("v1/kv_cache_interface.py", "KVCacheConfig"): "num_blocks kv_cache_tensors kv_cache_groups",
+    ("v1/kv_cache_interface.py", "MambaSpec"): "shapes dtypes mamba_type",
+    ("model_executor/layers/mamba/abstract.py", "MambaBase"): "mamba_type",
     ("v1/kv_cache_layout.py", "KVCacheLayout"): "LBHNC BLHNC BLNHC",
     ("model_executor/layers/attention/attention.py", "Attention"): "impl kv_cache layer_name "
     "num_heads num_kv_heads head_size head_size_v sliding_window kv_sharing_target_layer_name",
     ("platforms/interface.py", "Platform"): "device_name device_type",
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config compilation_config "
     "device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config "
-    "lora_config use_v2_model_runner",
+    "lora_config mamba_config use_v2_model_runner",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
-    "kv_sharing_fast_prefill",
+    "kv_sharing_fast_prefill use_replayssm",
     ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance kv_connector "
     "kv_connector_extra_config kv_connector_module_path",
     ("forward_context.py", "ForwardContext"): "attn_metadata",

@@ -237,6 +237,32 @@ def let_caches_be_shared_beside_states() -> None:
     gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups = add_with_specs
 
 
+def start_state_space_layers(vllm_config: Any) -> None:
+    """Chooses the kernels of Mamba layers, as vLLM does where it plans the cache, but whatever its groups are.
+
+    Where pages of a group are of several sizes, vLLM (0.31 to 0.33) overlooks them, and the first decoded row ends
+    with "Mamba SSU backend has not been initialized". It only asks for their kind. Goes when it looks inside those
+    groups, as it does elsewhere.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.ops.ssu_dispatch import initialize_mamba_ssu_backend
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
+
+    layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, MambaBase)
+    groups = [
+        KVCacheGroupSpec(
+            [name], MambaSpec(block_size=1, shapes=(), dtypes=(), mamba_type=layer.mamba_type)
+        )
+        for name, layer in layers.items()
+    ]
+    initialize_mamba_ssu_backend(
+        vllm_config.mamba_config,
+        KVCacheConfig(num_blocks=0, kv_cache_tensors=[], kv_cache_groups=groups),
+        use_replayssm=vllm_config.cache_config.use_replayssm,
+    )
+
+
 def is_draft_layer(layer_name: str) -> bool:
     """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
     return layer_name.startswith("draft_model.")

@@ -241,6 +241,8 @@ def register(vllm_config: VllmConfig) -> None:
             if owner != name:
                 compat.let_caches_be_shared_beside_states()
             context.update(states_for(owner, layer, resolved, vllm_config, screened))
+    if any(isinstance(layer, StatesLayer) for layer in context.values()):
+        compat.start_state_space_layers(vllm_config)
 
 
 def states_for(
