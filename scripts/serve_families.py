@@ -56,7 +56,9 @@ def outcome(name: str, family: Family) -> dict[str, str]:
             ("sparse", {"thresholds": str(model / "toptheta.yaml")}),
         ):
             try:
-                engines[column] = engine_forks.run(request(model, dtype, settings, family.engine), _ENGINE_SECONDS)
+                engines[column] = engine_forks.run(
+                    request(model, dtype, settings, family.engine), _ENGINE_SECONDS
+                )
                 found[column] = _VERDICTS[column](engines)
             except EngineError as error:
                 found[column] = f"fails: {reason(str(error))}"

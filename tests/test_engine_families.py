@@ -1,4 +1,4 @@
-"""Engines on models whose layers differ in heads or kind, or have windows that no context outgrows: rows are skipped.
+"""Engines on models whose layers differ in heads or kind, or have windows that no context outgrows: some skip rows.
 
 scripts/serve_families.py compares the tokens of all families with stock's; docs/models.md has what came of it.
 """

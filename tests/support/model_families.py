@@ -32,7 +32,7 @@ MAMBA = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
 }
-# vLLM 0.32's Mamba-2 on CPUs fails with prefix caching: it looks for states at the ends of chunks, and has those of sequences.
+# With it vLLM 0.32's Mamba-2 fails on CPUs: it looks for states at the ends of chunks, and has those of sequences.
 NO_PREFIX_CACHING = {"enable_prefix_caching": False}
 GEMMA4 = {
     **SMALL,
@@ -286,7 +286,18 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "falcon-h1": {"mamba_d_state": 16},
     # Experts without a gate run on GPUs alone.
     "nemotron-h": {"ssm_state_size": 16, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
-    # As its checkpoints have it.
+    # What follows is in the configurations of their checkpoints, and not in transformers' own.
+    "mimo v2": {
+        "hybrid_layer_pattern": [1, 0, 1],
+        "moe_layer_freq": [0, 1, 1],
+        "sliding_window_size": 32,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 32,
+        "swa_v_head_dim": 24,
+        "add_swa_attention_sink_bias": True,
+        "layernorm_epsilon": 1e-5,
+    },
     "lfm2": {
         "conv_dim": 128,
         "block_dim": 128,

@@ -251,9 +251,7 @@ def start_state_space_layers(vllm_config: Any) -> None:
 
     layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, MambaBase)
     groups = [
-        KVCacheGroupSpec(
-            [name], MambaSpec(block_size=1, shapes=(), dtypes=(), mamba_type=layer.mamba_type)
-        )
+        KVCacheGroupSpec([name], MambaSpec(block_size=1, shapes=(), dtypes=(), mamba_type=layer.mamba_type))
         for name, layer in layers.items()
     ]
     initialize_mamba_ssu_backend(
