@@ -5,6 +5,7 @@ The operator's semantics are in test_operator.py, over every implementation.
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -223,6 +224,28 @@ def test_programs_fill_the_device_once_whatever_the_batch():
     assert launch.choose(LaunchShape(1, 32, 8, 128, 2), HOPPER).programs == 33
     assert launch.choose(LaunchShape(1, 8, 1, 128, 2), HOPPER).programs == 264
     assert launch.choose(LaunchShape(1, 1024, 512, 128, 2), HOPPER).programs == 1
+
+
+@pytest.mark.parametrize(
+    ("hip", "reported", "expected"),
+    [
+        (
+            None,
+            {"shared_memory_per_multiprocessor": 228 << 10, "shared_memory_per_block_optin": 227 << 10},
+            launch.GpuLimits.of(90, 132, 228 << 10, 227 << 10),
+        ),
+        ("6.4", {"gcnArchName": "gfx942"}, launch.GpuLimits.of(None, 132, 64 << 10, 64 << 10)),
+    ],
+    ids=["cuda", "rocm"],
+)
+def test_a_gpu_is_asked_only_what_its_torch_knows(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, reported: dict[str, Any], expected: launch.GpuLimits
+):
+    """Torch for ROCm has no shared memory that a block may opt in to (torch/cuda/_utils.py)."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, **reported)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert launch.limits_of.__wrapped__(torch.device("cuda:0")) == expected
 
 
 def test_many_sequences_have_programs_of_two_warps():
