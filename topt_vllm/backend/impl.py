@@ -7,7 +7,7 @@ from vllm.config import get_current_vllm_config
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, PagedCache
-from topt_vllm.backend import connectors
+from topt_vllm.backend import compat, connectors
 from topt_vllm.backend.layer import TopThetaLayer
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.states import register
@@ -24,6 +24,8 @@ class TopThetaImpl(_Platform):
     platform_reason: str | None = None
     # Whether it was made without its window, which no context outgrows.
     sees_all: bool = False
+    # Whether it is of a draft model, or of a head that drafts.
+    of_drafter: bool = False
     # Whether it was looked at for what it stores beside its cache.
     states_known: bool = False
     # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without.
@@ -46,6 +48,7 @@ class TopThetaImpl(_Platform):
         **kwargs: Any,
     ) -> None:
         self._vllm_config = get_current_vllm_config()
+        self.of_drafter = compat.loads_drafter()
         if sliding_window is not None and sliding_window >= self._vllm_config.model_config.max_model_len:
             self.sees_all, sliding_window = True, None
         super().__init__(
