@@ -112,6 +112,21 @@ def test_a_replayed_graph_finishes_states_and_moves_with_the_thresholds(make_rig
         torch.testing.assert_close(*rig.sums(row, 128), rtol=1e-5, atol=1e-4)
 
 
+def test_a_step_without_requests_counts_nothing_and_takes_nothing_away(make_rig: Any):
+    """A rank of data parallelism that has none replays a graph, as for a capture, between real steps."""
+    rig = make_rig(TRITON)
+    rig.write_contexts(DECODE)
+    rig.step(DECODE)
+    for _ in range(2):
+        metadata = rig.builder.build_for_cudagraph_capture(rig.common(CAPTURE))
+        rig.attend(0, metadata, MAX_SEQUENCES)
+    assert rig.statistics()[Stat.ROWS] > 4
+    rig.builder.build(0, rig.common(DECODE))
+    statistics = rig.statistics()
+    assert statistics[Stat.ROWS] == 4
+    assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
+
+
 def test_settling_fetches_what_the_device_counted_since_the_last_copy(make_rig: Any):
     """A step's metadata is built before the step is decoded, so the last step is never in its copy."""
     rig = make_rig(TRITON)
