@@ -57,11 +57,13 @@ class BoundLayers:
         group: What the layers that decode with the operator share; None without any.
         model: What the host counts of a step of the model.
         drafts: What it counts of a step of the draft model, or of the model's own drafts.
+        sparse: Whether some of the builder's own layers may skip rows.
     """
 
     group: LayerGroup | None
     model: HostCounters
     drafts: HostCounters
+    sparse: bool
 
 
 def bind_layers(
@@ -100,11 +102,11 @@ def bind_layers(
     if all(each.drafts for each in known):  # the draft model's own builder
         model = drafts
     if not found.layers:
-        return BoundLayers(None, model, drafts)
+        return BoundLayers(None, model, drafts, False)
     first = found.layers[0].layer
     bound = first.impl.bound
     if bound is not None and bound.group.block_size == block_size:
-        return BoundLayers(bound.group, model, drafts)
+        return BoundLayers(bound.group, model, drafts, any(found.sparse))
     thresholds = _thresholds(found, resolved, first.num_heads, max_rows, device)
     group = LayerGroup(
         resolved,
@@ -124,7 +126,7 @@ def bind_layers(
             states_of(each.name, each.layer, vllm_config),
             _key_screen(each, device) if own.skips else None,
         )
-    return BoundLayers(group, model, drafts)
+    return BoundLayers(group, model, drafts, any(found.sparse))
 
 
 def _sort(layers: list[ModelLayer], dense_on_platform: bool) -> _Sorted:

@@ -136,10 +136,11 @@ class TopThetaBuilder(_Platform):
         seq_lens = self._host_lengths(common)
         lengths = None if seq_lens is None else row_lengths(starts, seq_lens[:num_decodes])
         warming = 0
-        if group is not None and of_model:
+        # A speculator of vLLM's second model runner has a builder of its own for its layers' part of a group.
+        if group is not None and of_model and self._bound.sparse:
             metadata.thresholds = group.thresholds.before(common, starts, lengths)
             warming = group.thresholds.rows_before_known(metadata.thresholds, self._dense_up_to)
-        elif group is not None:
+        elif group is not None and not of_model:
             metadata.thresholds = group.thresholds.of_drafts()
         counters.count(int(starts[-1]), lengths, warming)
         if lengths is not None:
