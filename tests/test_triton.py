@@ -16,7 +16,9 @@ from device import DEVICE, triton_implementation
 from topt_vllm.attention import api
 from topt_vllm.attention.common import LargestBatch, PagedCache, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton.calls import items_pad
 from topt_vllm.attention.triton.launch import LaunchShape
+from topt_vllm.backend.warm_up import WarmUp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -253,6 +255,21 @@ def test_many_sequences_have_programs_of_two_warps():
     few, many = (launch.choose(shape, HOPPER) for shape in shapes)
     assert (few.num_warps, few.tile, few.programs) == (4, 128, 33)
     assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
+
+
+@pytest.mark.parametrize("query_rows", [1, 8, 20])
+@pytest.mark.parametrize("most", [8, 100, 300, 1024, 4096])
+def test_warm_up_batches_have_the_kernels_of_every_other(most: int, query_rows: int):
+    """Which depend on the number of sequences, though not on each: a server's first ones compile them all."""
+
+    def kernel(sequences: int, screened: bool) -> Any:
+        shape = LaunchShape(query_rows, 32, 8, 128, 2, screened, sequences, 64)
+        chosen = launch.choose(shape, HOPPER)
+        return chosen, items_pad(sequences * chosen.chunks(query_rows))
+
+    for screened in (False, True):
+        warm = [kernel(sequences, screened) for sequences in WarmUp(most, query_rows).sequences]
+        assert all(kernel(sequences, screened) in warm for sequences in range(1, most + 1))
 
 
 def test_lists_do_not_grow_with_batch_or_context():
