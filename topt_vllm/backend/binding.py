@@ -92,7 +92,7 @@ def bind_layers(
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
     known = [ModelLayer(layer, name, resolved, ranks) for name, layer in layers.items()]
-    found = _sort(known, resolved.dense_on_platform)
+    found = _sort(known)
     model = HostCounters(found.dense, sum(found.sparse), found.platform, resolved.dense_up_to)
     drafts = HostCounters(found.draft_dense, 0, found.draft_platform, resolved.dense_up_to)
     if resolved.drafts:
@@ -129,12 +129,12 @@ def bind_layers(
     return BoundLayers(group, model, drafts, any(found.sparse))
 
 
-def _sort(layers: list[ModelLayer], dense_on_platform: bool) -> _Sorted:
+def _sort(layers: list[ModelLayer]) -> _Sorted:
     found = _Sorted()
     for each in layers:
         found.replicas = each.kv_replicas
         thetas, reason = each.thresholds()
-        if reason and (dense_on_platform or each.layer.sliding_window is not None):
+        if reason is not None and each.stays_with_platform(reason):
             each.layer.impl.platform_reason = reason
             kinds = found.draft_platform if each.drafts else found.platform
             kinds[_platform_layer(each, reason)] += 1
