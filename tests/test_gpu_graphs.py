@@ -36,6 +36,7 @@ from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from topt_vllm.adaptation import ROWS
 from topt_vllm.attention.common import DecodeBatch, Stat
 from topt_vllm.attention.triton.calls import Call
+from topt_vllm.backend import thresholds
 from topt_vllm.backend.metrics import recorder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -237,6 +238,20 @@ def test_building_metadata_reads_nothing_off_the_device(
         metadata = builder.build(0, common)
         assert metadata.num_decode_rows == batch.query_lens.count(1)
         builder.build_for_cudagraph_capture(common)
+
+
+def test_thresholds_that_adapt_are_told_of_a_step_through_pinned_memory(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A copy of other memory is staged by the driver, which may wait; VLLM_GPU_SYNC_CHECK calls that an error."""
+    rig = make_rig(FLASH, settings={"adapt": True})
+    copied: list[Any] = []
+    copy = thresholds.async_tensor_h2d
+    monkeypatch.setattr(
+        thresholds, "async_tensor_h2d", lambda data, device: copied.append(data) or copy(data, device)
+    )
+    rig.builder.build(0, rig.common(DECODE))
+    assert [lengths.tolist() for lengths in copied] == [DECODE.seq_lens]
 
 
 @interpreter_only

@@ -138,6 +138,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "set_current_vllm_config": "vllm_config check_compile prefix",
     },
     ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
+    ("utils/torch_utils.py", ""): {"async_tensor_h2d": "data device dtype out"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
     ("distributed/parallel_state.py", ""): {"get_tensor_model_parallel_rank": ""},
     ("distributed/kv_transfer/kv_transfer_state.py", ""): {
