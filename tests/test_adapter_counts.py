@@ -24,6 +24,7 @@ from adapter_cases import (
 from adapter_engine import make_rig
 from adapter_rig import layer_name
 from device import synchronize
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat
 from topt_vllm.backend.metrics import recorder, summary
@@ -133,6 +134,17 @@ def test_drafting_moves_no_thresholds(make_rig: Any, host: Host):
     assert thresholds._contexts is None
     rig.builder.build(0, rig.common(DECODE))
     assert thresholds._contexts.tolist() == DECODE.seq_lens
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_a_speculator_s_own_builder_moves_no_thresholds(make_rig: Any, host: Host):
+    """The second model runner builds for a draft model as for a model, by builders of its layers alone."""
+    rig = make_rig(host, layers=2, prefixes=(layer_name(0), DRAFT), settings={"adapt": True})
+    groups, _, _ = init_attn_backend(rig.plan, rig.config, host.device, active_layer_names={DRAFT})
+    builder = groups[0][0].get_metadata_builder()
+    assert builder._bound.group is rig.builder._bound.group
+    assert builder.build(0, rig.common(DECODE)).thresholds is None
+    assert rig.builder._bound.group.thresholds._contexts is None
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

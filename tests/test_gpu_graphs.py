@@ -36,6 +36,7 @@ from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 from topt_vllm.adaptation import ROWS
 from topt_vllm.attention.common import DecodeBatch, Stat
 from topt_vllm.attention.triton.calls import Call
+from topt_vllm.backend import thresholds
 from topt_vllm.backend.metrics import recorder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -110,6 +111,21 @@ def test_a_replayed_graph_finishes_states_and_moves_with_the_thresholds(make_rig
     torch.testing.assert_close(output.float(), expected, **CLOSE)
     for row in range(MAX_SEQUENCES):
         torch.testing.assert_close(*rig.sums(row, 128), rtol=1e-5, atol=1e-4)
+
+
+def test_a_step_without_requests_counts_nothing_and_takes_nothing_away(make_rig: Any):
+    """A rank of data parallelism that has none replays a graph, as for a capture, between real steps."""
+    rig = make_rig(TRITON)
+    rig.write_contexts(DECODE)
+    rig.step(DECODE)
+    for _ in range(2):
+        metadata = rig.builder.build_for_cudagraph_capture(rig.common(CAPTURE))
+        rig.attend(0, metadata, MAX_SEQUENCES)
+    assert rig.statistics()[Stat.ROWS] > 4
+    rig.builder.build(0, rig.common(DECODE))
+    statistics = rig.statistics()
+    assert statistics[Stat.ROWS] == 4
+    assert statistics[Stat.ELEMENTS] == sum(DECODE.seq_lens) * NUM_HEADS
 
 
 def test_settling_fetches_what_the_device_counted_since_the_last_copy(make_rig: Any):
@@ -222,6 +238,20 @@ def test_building_metadata_reads_nothing_off_the_device(
         metadata = builder.build(0, common)
         assert metadata.num_decode_rows == batch.query_lens.count(1)
         builder.build_for_cudagraph_capture(common)
+
+
+def test_thresholds_that_adapt_are_told_of_a_step_through_pinned_memory(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A copy of other memory is staged by the driver, which may wait; VLLM_GPU_SYNC_CHECK calls that an error."""
+    rig = make_rig(FLASH, settings={"adapt": True})
+    copied: list[Any] = []
+    copy = thresholds.async_tensor_h2d
+    monkeypatch.setattr(
+        thresholds, "async_tensor_h2d", lambda data, device: copied.append(data) or copy(data, device)
+    )
+    rig.builder.build(0, rig.common(DECODE))
+    assert [lengths.tolist() for lengths in copied] == [DECODE.seq_lens]
 
 
 @interpreter_only

@@ -12,14 +12,16 @@ from adapter_cases import (
     DECODE,
     FLASH,
     GPU_HOSTS,
+    HEAD_DIM,
     MIXED,
+    NUM_HEADS,
     TRITON,
     Host,
     Table,
     vllm_config,
 )
 from adapter_engine import make_rig
-from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl, FlashAttentionMetadataBuilder
 
 from topt_vllm.attention.common import Stat
 from topt_vllm.attention.triton.launcher import Bound
@@ -74,6 +76,25 @@ def test_outputs_are_not_quantised_behind_the_operator_s_back(make_rig: Any):
     assert not impl.fused_output_quant_supported(None)
     with pytest.raises(NotImplementedError, match="output_scale"):
         impl.forward(None, None, None, None, None, None, None, output_scale=torch.ones(1))
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_the_operator_s_buffers_are_there_when_vllm_measures_memory(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, drafts: int
+):
+    """Hundreds of megabytes with drafts and large heads, which came on top of what the cache leaves."""
+    rig = make_rig(
+        FLASH, Table(dense_layers=(0,)), layers=2, drafts=drafts, settings={"implementation": "auto"}
+    )
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda impl, *arguments: arguments[-1])
+    query = torch.empty(3, NUM_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=FLASH.device)
+    for layer in rig.layers:
+        layer.impl.forward(layer, query, query, query, torch.empty(0), None, query)
+    dense, sparse = (layer.impl.allocated for layer in rig.layers)
+    rig.builders[1].build(0, rig.common(DECODE))
+    assert dense is None
+    assert sparse is rig.bound(1).group.kernel
+    assert isinstance(sparse, Bound)
 
 
 def test_blocks_are_large_enough_for_the_sums_to_be_cheap():

@@ -111,6 +111,33 @@ def test_sinks_and_large_heads_are_served_where_the_platform_s_prefill_can(
 
 
 @pytest.mark.parametrize(
+    ("hybrid", "version", "settings", "refused"),
+    [
+        (True, 4, {}, True),
+        (True, 4, {"compensation": "none"}, False),
+        (True, 2, {}, False),
+        (False, 4, {}, False),
+    ],
+)
+def test_blocks_that_vllm_cannot_split_are_refused_with_the_remedy(
+    vllm_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    hybrid: bool,
+    version: int,
+    settings: dict[str, str],
+    refused: bool,
+):
+    """Heads of 256 on Blackwell: vLLM's own message, when the cache is allocated, names what doesn't help here."""
+    as_on_gpu(vllm_config, monkeypatch, implementation="triton", **settings)
+    monkeypatch.setattr(type(vllm_config.model_config), "is_hybrid", hybrid)
+    monkeypatch.setattr(flash_attn, "uses_fa4_hd256_kernel", lambda *sizes: True)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **options: version)
+    reasons = FlashTopThetaBackend.validate_configuration(**selection())
+    assert bool(reasons) == refused
+    assert not refused or "flash_attn_version 2" in reasons[0]
+
+
+@pytest.mark.parametrize(
     ("settings", "reason"),
     [
         ({"budget": 7}, "budgets"),

@@ -47,6 +47,18 @@ def test_rows_after_the_decode_rows_are_a_batch_of_their_own():
         assert np.array_equal(ours, theirs), field.name
 
 
+@pytest.mark.parametrize("decoding", [1, 2, 3, 4])
+def test_what_platforms_take_is_at_multiples_of_16_bytes(decoding: int):
+    """Triton attention was compiled anew while serving, at most numbers of decode rows before a prompt."""
+    whole = batch([*[(300, 1)] * decoding, (40, 40), (50, 50)])
+    whole = whole.replace(block_table_tensor=whole.block_table_tensor[:, :3].contiguous())
+    found = rows_after(whole, decoding, decoding)
+    for name in ("query_start_loc", "seq_lens", "block_table_tensor"):
+        tensor, before = getattr(found, name), getattr(whole, name)
+        assert tensor.data_ptr() % 16 == 0, name
+        assert name == "query_start_loc" or torch.equal(tensor, before[decoding:])
+
+
 def test_a_batch_without_decode_rows_is_left_as_it_is():
     whole = batch([(40, 40)])
     assert rows_after(whole, 0, 0) is whole

@@ -345,7 +345,7 @@ def test_kv_heads_are_each_layer_s_own(start: Any):
     resolved = start({"thresholds": "none"}, hf_config=gemma)
     assert resolved.kv_heads == {0: 4, 1: 1, 2: 1}
     for index, ranks, heads, replicas in ((0, 1, 4, 1), (0, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
-        layer = SimpleNamespace(num_kv_heads=heads)
+        layer = SimpleNamespace(num_kv_heads=heads, impl=None)
         assert (
             ModelLayer(layer, f"model.layers.{index}.self_attn.attn", resolved, ranks).kv_replicas == replicas
         )

@@ -5,6 +5,7 @@ The operator's semantics are in test_operator.py, over every implementation.
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from device import DEVICE, triton_implementation
 from topt_vllm.attention import api
 from topt_vllm.attention.common import LargestBatch, PagedCache, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton.calls import items_pad
 from topt_vllm.attention.triton.launch import LaunchShape
+from topt_vllm.backend.warm_up import WarmUp
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
@@ -225,11 +228,48 @@ def test_programs_fill_the_device_once_whatever_the_batch():
     assert launch.choose(LaunchShape(1, 1024, 512, 128, 2), HOPPER).programs == 1
 
 
+@pytest.mark.parametrize(
+    ("hip", "reported", "expected"),
+    [
+        (
+            None,
+            {"shared_memory_per_multiprocessor": 228 << 10, "shared_memory_per_block_optin": 227 << 10},
+            launch.GpuLimits.of(90, 132, 228 << 10, 227 << 10),
+        ),
+        ("6.4", {"gcnArchName": "gfx942"}, launch.GpuLimits.of(None, 132, 64 << 10, 64 << 10)),
+    ],
+    ids=["cuda", "rocm"],
+)
+def test_a_gpu_is_asked_only_what_its_torch_knows(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, reported: dict[str, Any], expected: launch.GpuLimits
+):
+    """Torch for ROCm has no shared memory that a block may opt in to (torch/cuda/_utils.py)."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, **reported)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert launch.limits_of.__wrapped__(torch.device("cuda:0")) == expected
+
+
 def test_many_sequences_have_programs_of_two_warps():
     shapes = (LaunchShape(1, 32, 8, 128, 2, True, sequences, 64) for sequences in (3, 4))
     few, many = (launch.choose(shape, HOPPER) for shape in shapes)
     assert (few.num_warps, few.tile, few.programs) == (4, 128, 33)
     assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
+
+
+@pytest.mark.parametrize("query_rows", [1, 8, 20])
+@pytest.mark.parametrize("most", [8, 100, 300, 1024, 4096])
+def test_warm_up_batches_have_the_kernels_of_every_other(most: int, query_rows: int):
+    """Which depend on the number of sequences, though not on each: a server's first ones compile them all."""
+
+    def kernel(sequences: int, screened: bool) -> Any:
+        shape = LaunchShape(query_rows, 32, 8, 128, 2, screened, sequences, 64)
+        chosen = launch.choose(shape, HOPPER)
+        return chosen, items_pad(sequences * chosen.chunks(query_rows))
+
+    for screened in (False, True):
+        warm = [kernel(sequences, screened) for sequences in WarmUp(most, query_rows).sequences]
+        assert all(kernel(sequences, screened) in warm for sequences in range(1, most + 1))
 
 
 def test_lists_do_not_grow_with_batch_or_context():

@@ -48,6 +48,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "get_cudagraph_support": "cls vllm_config kv_cache_spec",
         "update_block_table": "self metadata blk_table slot_mapping",
     },
+    ("v1/attention/backend.py", ""): {"max_decode_query_len": "vllm_config"},
     ("v1/attention/backend.py", "AttentionImpl"): {
         "forward": _FORWARD,
         "fused_output_quant_supported": "self quant_key",
@@ -140,6 +141,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "set_current_vllm_config": "vllm_config check_compile prefix",
     },
     ("model_executor/models/utils.py", ""): {"extract_layer_index": "layer_name num_attn_module"},
+    ("utils/torch_utils.py", ""): {"async_tensor_h2d": "data device dtype out"},
     ("utils/import_utils.py", ""): {"resolve_obj_by_qualname": "qualname"},
     ("distributed/parallel_state.py", ""): {"get_tensor_model_parallel_rank": ""},
     ("distributed/kv_transfer/kv_transfer_state.py", ""): {
@@ -212,13 +214,16 @@ NAMES: dict[tuple[str, str], str] = {
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config compilation_config "
     "device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config "
     "lora_config mamba_config use_v2_model_runner",
-    ("config/attention.py", "AttentionConfig"): "backend backend_per_kind",
+    ("config/attention.py", "AttentionConfig"): "backend backend_per_kind flash_attn_version",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill use_replayssm",
     ("config/kv_transfer.py", "KVTransferConfig"): "is_kv_transfer_instance kv_connector "
     "kv_connector_extra_config kv_connector_module_path",
     ("forward_context.py", "ForwardContext"): "attn_metadata",
-    ("config/model.py", "ModelConfig"): "dtype enable_trace_replay get_head_size is_mm_prefix_lm runner_type "
+    (
+        "config/model.py",
+        "ModelConfig",
+    ): "dtype enable_trace_replay get_head_size is_hybrid is_mm_prefix_lm runner_type "
     "logits_processors logprobs_mode is_multimodal_model uses_mrope",
     ("sampling_params.py", "SamplingParams"): "extra_args logprobs prompt_logprobs trace_decode_token_ids",
     (
@@ -227,7 +232,9 @@ NAMES: dict[tuple[str, str], str] = {
     ): "tensor_parallel_size pipeline_parallel_size data_parallel_size use_ubatching worker_cls",
     ("config/compilation.py", "CompilationConfig"): "static_forward_context",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_seqs",
-    ("config/speculative.py", "SpeculativeConfig"): "method model num_speculative_tokens",
+    ("config/speculative.py", "SpeculativeConfig"): "method model num_speculative_tokens draft_model_config "
+    "target_model_config target_parallel_config",
+    ("compilation/backends.py", ""): "model_tag",
     # Names of a batch's requests, in either model runner, and its block tables in the first.
     ("v1/core/sched/output.py", "SchedulerOutput"): "finished_req_ids",
     ("v1/worker/gpu_model_runner.py", "GPUModelRunner"): "attn_groups input_batch",

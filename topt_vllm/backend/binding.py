@@ -57,11 +57,13 @@ class BoundLayers:
         group: What the layers that decode with the operator share; None without any.
         model: What the host counts of a step of the model.
         drafts: What it counts of a step of the draft model, or of the model's own drafts.
+        sparse: Whether some of the builder's own layers may skip rows.
     """
 
     group: LayerGroup | None
     model: HostCounters
     drafts: HostCounters
+    sparse: bool
 
 
 def bind_layers(
@@ -90,7 +92,7 @@ def bind_layers(
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
     known = [ModelLayer(layer, name, resolved, ranks) for name, layer in layers.items()]
-    found = _sort(known, resolved.dense_on_platform)
+    found = _sort(known)
     model = HostCounters(found.dense, sum(found.sparse), found.platform, resolved.dense_up_to)
     drafts = HostCounters(found.draft_dense, 0, found.draft_platform, resolved.dense_up_to)
     if resolved.drafts:
@@ -100,11 +102,11 @@ def bind_layers(
     if all(each.drafts for each in known):  # the draft model's own builder
         model = drafts
     if not found.layers:
-        return BoundLayers(None, model, drafts)
+        return BoundLayers(None, model, drafts, False)
     first = found.layers[0].layer
     bound = first.impl.bound
     if bound is not None and bound.group.block_size == block_size:
-        return BoundLayers(bound.group, model, drafts)
+        return BoundLayers(bound.group, model, drafts, any(found.sparse))
     thresholds = _thresholds(found, resolved, first.num_heads, max_rows, device)
     group = LayerGroup(
         resolved,
@@ -124,15 +126,15 @@ def bind_layers(
             states_of(each.name, each.layer, vllm_config),
             _key_screen(each, device) if own.skips else None,
         )
-    return BoundLayers(group, model, drafts)
+    return BoundLayers(group, model, drafts, any(found.sparse))
 
 
-def _sort(layers: list[ModelLayer], dense_on_platform: bool) -> _Sorted:
+def _sort(layers: list[ModelLayer]) -> _Sorted:
     found = _Sorted()
     for each in layers:
         found.replicas = each.kv_replicas
         thetas, reason = each.thresholds()
-        if reason and (dense_on_platform or each.layer.sliding_window is not None):
+        if reason is not None and each.stays_with_platform(reason):
             each.layer.impl.platform_reason = reason
             kinds = found.draft_platform if each.drafts else found.platform
             kinds[_platform_layer(each, reason)] += 1

@@ -69,7 +69,6 @@ class TopThetaBuilder(_Platform):
         self._platform: Any | None = None
         if any(layer.impl.platform_reason for layer in layers.values()):
             self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
-        self._captured = False
         self._implementation = resolved.implementation
         self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
@@ -103,8 +102,13 @@ class TopThetaBuilder(_Platform):
         return self._build_step(common_attn_metadata, True, self._bound.drafts, of_model=False)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TopThetaMetadata:
-        """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted."""
-        self._captured = True
+        """Builds the metadata of a graph; the rows that are decoded while it is captured aren't counted.
+
+        vLLM's second model runner also replays graphs with it while it serves, for steps of a data-parallel rank
+        that has no request (0.31 to 0.33).
+        """
+        if self._bound.group is not None:
+            self._bound.group.counters.hold()
         common = common_attn_metadata
         # Short contexts, or capturing takes long; none that is empty, so that every output is written.
         common.seq_lens.fill_(common.max_query_len)
@@ -122,9 +126,7 @@ class TopThetaBuilder(_Platform):
         metadata = self._metadata(common, parts, whole, fast_build)
         group = self._bound.group
         if group is not None:
-            if self._captured:
-                self._captured = False
-                group.counters.reset()
+            if group.counters.release():
                 group.thresholds.forget()
             group.counters.publish()
         num_decodes = parts[0]
@@ -134,10 +136,11 @@ class TopThetaBuilder(_Platform):
         seq_lens = self._host_lengths(common)
         lengths = None if seq_lens is None else row_lengths(starts, seq_lens[:num_decodes])
         warming = 0
-        if group is not None and of_model:
+        # A speculator of vLLM's second model runner has a builder of its own for its layers' part of a group.
+        if group is not None and of_model and self._bound.sparse:
             metadata.thresholds = group.thresholds.before(common, starts, lengths)
             warming = group.thresholds.rows_before_known(metadata.thresholds, self._dense_up_to)
-        elif group is not None:
+        elif group is not None and not of_model:
             metadata.thresholds = group.thresholds.of_drafts()
         counters.count(int(starts[-1]), lengths, warming)
         if lengths is not None:

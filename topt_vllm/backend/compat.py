@@ -261,6 +261,33 @@ def start_state_space_layers(vllm_config: Any) -> None:
     )
 
 
+def of_served_model(vllm_config: Any) -> Any:
+    """The configuration of the served model, where this is the one that a separate draft model is made with.
+
+    vLLM's second model runner (0.31 to 0.33) puts the draft model into the model's place and leaves the attention
+    backend as it is; the first one picks a backend for the draft model anew.
+    """
+    speculative = vllm_config.speculative_config
+    served = getattr(speculative, "target_model_config", None)
+    model_config = vllm_config.model_config
+    if served is None or model_config is served or model_config is not speculative.draft_model_config:
+        return vllm_config
+    found = copy.copy(vllm_config)
+    found.model_config, found.parallel_config = served, speculative.target_parallel_config
+    return found
+
+
+def loads_drafter() -> bool:
+    """Whether the layers that are being made draft for the served model: those of another model, or of a head.
+
+    Names don't tell: heads of EAGLE number their layers on behind the model's, those of MTP in part from 0, as the
+    model's. vLLM tags what it loads beside the model, for its compiler (0.31 to 0.33).
+    """
+    from vllm.compilation import backends
+
+    return backends.model_tag == "draft_model" or backends.model_tag.endswith("_head")
+
+
 def is_draft_layer(layer_name: str) -> bool:
     """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
     return layer_name.startswith("draft_model.")

@@ -39,6 +39,9 @@ class DeviceCounters:
         # What is on the host already, and isn't spread over slots, needs no copy.
         self._copies = layers.is_cuda or layers.shape[1] > 1
         self._sums = layers.new_zeros(len(layers), len(Stat))
+        # What it was before what doesn't count.
+        self._before = torch.zeros_like(layers)
+        self._holding = False
         self._host = layers[:, 0]
         if self._copies:
             self._host = torch.zeros(len(layers), len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
@@ -47,9 +50,18 @@ class DeviceCounters:
             recorder().add_layer(LayerAccumulators(host, num_heads, kv_replicas, label))
         recorder().on_settle(self._fetch)
 
-    def reset(self) -> None:
-        """Forgets what was counted so far; nothing waits for it."""
-        self.layers.zero_()
+    def hold(self) -> None:
+        """Has nothing count that the layers add from here to :meth:`release`."""
+        if not self._holding:
+            self._holding = True
+            self._before.copy_(self.layers)
+
+    def release(self) -> bool:
+        """Ends that, if it was begun, and says whether it was; nothing waits for it."""
+        held, self._holding = self._holding, False
+        if held:
+            self.layers.copy_(self._before)
+        return held
 
     def publish(self) -> None:
         """Lets the host have the sums of the steps so far, at most twenty times a second; nothing waits for it."""

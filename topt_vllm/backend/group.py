@@ -15,6 +15,14 @@ from topt_vllm.backend.warm_up import WarmUp
 _allocated: weakref.WeakValueDictionary[LargestBatch, Implementation] = weakref.WeakValueDictionary()
 
 
+def on_buffers(implementation: Implementation, largest: LargestBatch) -> Implementation:
+    """The operator on buffers for batches of these sizes, which all who ask for the same share."""
+    kernel = _allocated.get(largest)
+    if kernel is None:
+        kernel = _allocated[largest] = implementation.allocate(largest)
+    return kernel
+
+
 class LayerGroup:
     """What layers share that one metadata builder serves.
 
@@ -81,8 +89,4 @@ class LayerGroup:
             return
         self.warm_up = WarmUp(max_sequences, max_query_rows)
         largest = LargestBatch(max_sequences, max_query_rows, *self._heads, self._device)
-        kernel = _allocated.get(largest)
-        if kernel is None:
-            kernel = self._implementation.allocate(largest)
-            _allocated[largest] = kernel
-        self._kernel = kernel
+        self._kernel = on_buffers(self._implementation, largest)

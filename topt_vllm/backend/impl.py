@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import max_decode_query_len
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache
-from topt_vllm.backend import connectors
+from topt_vllm.attention.common import DecodeBatch, LargestBatch, PagedCache
+from topt_vllm.backend import compat, connectors
+from topt_vllm.backend.group import on_buffers
 from topt_vllm.backend.layer import TopThetaLayer
 from topt_vllm.backend.metadata import TopThetaMetadata
 from topt_vllm.backend.states import register
@@ -24,13 +26,22 @@ class TopThetaImpl(_Platform):
     platform_reason: str | None = None
     # Whether it was made without its window, which no context outgrows.
     sees_all: bool = False
+    # Whether it is of a draft model, or of a head that drafts.
+    of_drafter: bool = False
     # Whether it was looked at for what it stores beside its cache.
     states_known: bool = False
+    # What decodes in it, where that isn't the platform's kernel; known as `states_known` is.
+    operator: api.Implementation | None = None
+    # The same on its buffers, so that they are there when vLLM measures what memory is left for the cache.
+    allocated: api.Implementation | None = None
     # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without.
     sinks: torch.Tensor | None
     # The same as the operator takes them, float32.
     operator_sinks: torch.Tensor | None = None
     logits_soft_cap: float
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
     # Every rank would need all of a context's V sums.
     supports_dcp: bool = False
 
@@ -46,6 +57,7 @@ class TopThetaImpl(_Platform):
         **kwargs: Any,
     ) -> None:
         self._vllm_config = get_current_vllm_config()
+        self.of_drafter = compat.loads_drafter()
         if sliding_window is not None and sliding_window >= self._vllm_config.model_config.max_model_len:
             self.sees_all, sliding_window = True, None
         super().__init__(
@@ -97,6 +109,7 @@ class TopThetaImpl(_Platform):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("TOPTHETA doesn't quantise its output (output_scale)")
         if attn_metadata is None:  # vLLM's profiling run
+            self._allocate(query.device)
             return super().forward(layer, query, key, value, kv_cache, None, output)
         if self.platform_reason:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata.whole, output)
@@ -116,6 +129,15 @@ class TopThetaImpl(_Platform):
         if attn_metadata.decode is not None:
             self._decode(bound, cache, query, attn_metadata, attn_metadata.decode, output)
         return output
+
+    def _allocate(self, device: torch.device) -> None:
+        """Allocates what the builder of this layer will ask for."""
+        if self.allocated is not None or self.operator is None or not self.operator.capabilities.graphs:
+            return
+        config = self._vllm_config
+        most = config.scheduler_config.max_num_seqs, max_decode_query_len(config)
+        largest = LargestBatch(*most, self.num_heads, self.num_kv_heads, self.head_size, device)
+        self.allocated = on_buffers(self.operator, largest)
 
     def _decode(
         self,

@@ -43,10 +43,15 @@ class ModelLayer:
         return compat.is_draft_layer(self.name)
 
     @property
+    def of_drafter(self) -> bool:
+        """Whether it is that, or of a head that drafts, whose numbers may start again at 0 too."""
+        return self.drafts or getattr(self.layer.impl, "of_drafter", False)
+
+    @property
     def label(self) -> str:
-        """In the metrics: its number, after ``draft_model.`` in a draft model, whose numbers start again."""
+        """In the metrics: its number, after ``draft_model.`` where it is no layer of the model."""
         number = str(extract_layer_index(self.name))
-        return f"draft_model.{number}" if self.drafts else number
+        return f"draft_model.{number}" if self.of_drafter else number
 
     @property
     def kv_replicas(self) -> float:
@@ -56,7 +61,7 @@ class ModelLayer:
         rows are counted as if each rank had heads of its own.
         """
         known = self.resolved.kv_heads.get(extract_layer_index(self.name))
-        if known is None or self.drafts:
+        if known is None or self.of_drafter:
             return 1.0
         return max(1.0, self.layer.num_kv_heads * self.tensor_parallel_size / known)
 
@@ -71,7 +76,7 @@ class ModelLayer:
         if self.layer.sliding_window is not None:  # a window is short already
             return None, "sliding_window"
         index, identity = extract_layer_index(self.name), self.resolved.identity
-        if self.drafts or index >= identity.num_layers:
+        if self.of_drafter or index >= identity.num_layers:
             return None, "draft_model"
         if self.resolved.config.sift is not None:
             return None, None
@@ -81,6 +86,12 @@ class ModelLayer:
             return None, "sliding_window" if index in identity.sliding_window_layers else "dense_layer"
         heads, thetas = self._heads(), self.resolved.thetas[index]
         return (thetas if self.tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None
+
+    def stays_with_platform(self, reason: str | None) -> bool:
+        """Whether the platform's kernel decodes in it too; ``reason`` as :meth:`thresholds` has it."""
+        return reason is not None and (
+            self.resolved.dense_on_platform or self.layer.sliding_window is not None
+        )
 
     def promised_keys(self) -> list[int] | None:
         """Keys that each of this rank's query heads should keep, None unless thresholds adapt.

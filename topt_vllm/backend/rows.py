@@ -64,6 +64,8 @@ def rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int)
     per_request = {
         name: value[num_decodes:] for name in _PER_REQUEST if (value := getattr(common, name)) is not None
     }
+    for name in ("seq_lens", "block_table_tensor"):
+        per_request[name] = _aligned(per_request[name])
     return common.replace(
         query_start_loc=common.query_start_loc[num_decodes:] - num_rows,
         query_start_loc_cpu=common.query_start_loc_cpu[num_decodes:] - num_rows,
@@ -75,6 +77,14 @@ def rows_after(common: CommonAttentionMetadata, num_decodes: int, num_rows: int)
         _token_to_req_indices_cache=None,
         **per_request,
     )
+
+
+def _aligned(part: torch.Tensor) -> torch.Tensor:
+    """The same numbers, at a multiple of 16 bytes.
+
+    vLLM's Triton kernels are compiled anew for other pointers, and what it warms up with are whole batches.
+    """
+    return part.clone() if part.storage_offset() * part.element_size() % 16 else part
 
 
 def few_rows(common: CommonAttentionMetadata, threshold: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -73,11 +73,14 @@ class Resolved:
 def resolve(vllm_config: "VllmConfig") -> Resolved:
     """Checks everything that can be known before the model is loaded, and compiles the kernel.
 
+    A separate draft model has no table of its own: for its layers too it is the served model's outcome.
+
     Raises:
         ConfigError: A setting of ``toptheta``, or a vLLM option that TOPTHETA refuses.
         ThresholdTableError: No usable table.
         RuntimeError: The kernel can't be built.
     """
+    vllm_config = compat.of_served_model(vllm_config)
     config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
     device_type = vllm_config.device_config.device_type
     dense_on_platform = device_type != "cpu" and config.implementation == "auto"

@@ -235,6 +235,8 @@ def register(vllm_config: VllmConfig) -> None:
             layer.sliding_window = None
         known = ModelLayer(layer, name, resolved, tensor_parallel_size)
         _, reason = known.thresholds()
+        if not known.stays_with_platform(reason):
+            layer.impl.operator = resolved.implementation
         if reason is None:
             screened = known.screen() is not None
             owner = layer.kv_sharing_target_layer_name or name

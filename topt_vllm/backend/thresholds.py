@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from topt_vllm.adaptation import ThetaController
 from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Thetas
@@ -153,7 +154,8 @@ class AdaptingThresholds(Thresholds):
             self._controller.count(self._reached[:, : self._rows], self._contexts)
         self._reached[:, : self._rows].zero_()
         self._rows = int(starts[-1])
-        self._contexts = None if lengths is None else lengths.to(self._reached.device, non_blocking=True)
+        # From pinned memory: the copy of any other may wait for the step before.
+        self._contexts = None if lengths is None else async_tensor_h2d(lengths, self._reached.device)
 
     def forget(self) -> None:
         self._contexts = None

@@ -7,6 +7,9 @@ import torch
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import DecodeBatch, PagedCache
 
+# Of batches: from one of these sizes to the next kernels are others (``items_pad`` of attention/triton/calls.py).
+_LARGER = (256, 2048, 16384)
+
 
 class WarmUp:
     """Runs every kind of step once in each kind of layer, without rows; a graph that is captured is left alone.
@@ -14,10 +17,13 @@ class WarmUp:
     Args:
         max_sequences: Most sequences of a step.
         max_query_rows: Most query rows of a sequence that decodes.
+
+    Attributes:
+        sequences: Of its batches; between these, and beyond them, kernels are the same.
     """
 
     def __init__(self, max_sequences: int, max_query_rows: int) -> None:
-        self._sequences = {1, max_sequences}
+        self.sequences = {min(sequences, max_sequences) for sequences in (1, *_LARGER, max_sequences)}
         self._query_rows = {1, max_query_rows}
         self._kinds_done: set[tuple[bool, ...]] = set()
 
@@ -45,7 +51,7 @@ class WarmUp:
         if kind in self._kinds_done or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         self._kinds_done.add(kind)
-        for sequences in self._sequences:
+        for sequences in self.sequences:
             # Apart, for Triton compiles anew for a pointer that isn't at a multiple of 16 bytes.
             starts, lengths = block_table.new_zeros(sequences + 1), block_table.new_zeros(sequences)
             table = block_table.new_empty_strided((sequences, block_table.shape[1]), block_table.stride())

@@ -17,6 +17,8 @@ MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
 _LIST_BYTES = 80 << 10
 # With a K screen only the head of a list is used, that of candidates.
 _SCREENED_LIST_BYTES = 2 * _LIST_BYTES
+# Of a compute unit of gfx94x, all of which one workgroup may have; torch for ROCm (2.13) doesn't say.
+_AMD_SHARED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,10 @@ def limits_of(device: torch.device) -> GpuLimits:
     if device.type != "cuda":
         return GpuLimits(amd=False, multiprocessors=1, shared_bytes=228 << 10, block_bytes=227 << 10)
     properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return GpuLimits.of(None, properties.multi_processor_count, _AMD_SHARED_BYTES, _AMD_SHARED_BYTES)
     return GpuLimits.of(
-        None if torch.version.hip is not None else 10 * properties.major + properties.minor,
+        10 * properties.major + properties.minor,
         properties.multi_processor_count,
         properties.shared_memory_per_multiprocessor,
         properties.shared_memory_per_block_optin,
