@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
-from topt_vllm.attention.common import Compensation, GroupKeep, Selection
+from topt_vllm.attention.common import LONGEST_CONTEXT, Compensation, GroupKeep, Selection
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.sift import SiftSettings
@@ -18,8 +18,6 @@ from topt_vllm.sift import SiftSettings
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
-# Lengths are int32 where they are used. Whoever asks for more tokens means all.
-_LONGEST_CONTEXT = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -273,11 +271,11 @@ class TopThetaConfig:
 
     @property
     def selection(self) -> Selection:
-        """The part that the operator needs; its numbers of tokens fit the operator's integers."""
+        """The part that the operator needs; whoever asks for more tokens than it can count means all."""
         return Selection(
-            min(self.min_seq_len, _LONGEST_CONTEXT),
-            min(self.sink_tokens, _LONGEST_CONTEXT),
-            min(self.recent_tokens, _LONGEST_CONTEXT),
+            min(self.min_seq_len, LONGEST_CONTEXT),
+            min(self.sink_tokens, LONGEST_CONTEXT),
+            min(self.recent_tokens, LONGEST_CONTEXT),
             self.group_keep,
             self.compensation,
         )
