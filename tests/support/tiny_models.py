@@ -6,13 +6,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from topt_vllm.replay.model import auto_class
 
 SMALL = {
     "hidden_size": 32,
@@ -43,8 +39,7 @@ def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
 def save_model(folder: Path, config: Any) -> Path:
     """A model with random weights, loud enough for its scores to differ, and its tokenizer."""
     set_seed(0)
-    by_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    model = (AutoModelForCausalLM if by_text else AutoModelForMultimodalLM).from_config(config)
+    model = auto_class(config).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("q_proj", "k_proj", "c_attn")):
