@@ -32,10 +32,10 @@ WINDOWS = {"sliding_window": 32, "layer_types": ["full_attention", "sliding_atte
 LENGTH = 320
 
 
-def call(seed: int, n: int = 40, heads: int = 6, kv_heads: int = 2, head_dim: int = 8) -> LayerCall:
+def call(seed: int) -> LayerCall:
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(heads, n, head_dim, generator=generator)
-    key = 5 + torch.randn(kv_heads, n, head_dim, generator=generator)
+    query = torch.randn(6, 40, 8, generator=generator)
+    key = 5 + torch.randn(2, 40, 8, generator=generator)
     key[..., 3], query[..., 5] = 7.0, 0.0
     return LayerCall(1, query, key, key, 0.5)
 

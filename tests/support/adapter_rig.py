@@ -142,9 +142,9 @@ class Rig:
             slot_mapping=torch.cat(slots),
         )
 
-    def prefill(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    def prefill(self, lengths: Sequence[int]) -> None:
         """Steps that write the first tokens of requests into every layer, one request at a time."""
-        for row, length in zip(rows or range(len(lengths)), lengths, strict=True):
+        for row, length in enumerate(lengths):
             if length:
                 for index in range(len(self.layers)):
                     self.step(BatchSpec("prefill", [length], [length]), index, [row])
