@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from topt_vllm.replay.model import auto_class
 
@@ -19,6 +19,13 @@ SMALL = {
     "head_dim": 8,
     "vocab_size": 257,
     "max_position_embeddings": 2048,
+}
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Of each kind of attention that scores depend on.
+KINDS = {
+    "llama": LlamaConfig(**SMALL),
+    "gemma2, softcap": Gemma2Config(**SMALL, **WINDOWS, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "gemma3, windows": Gemma3TextConfig(**SMALL, **WINDOWS),
 }
 
 
