@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from topt_vllm.report.records import Decoded, Evaluated, Origin, Served
 from topt_vllm.table.check import clipped
-from topt_vllm.table.file import load
+from topt_vllm.table.file import first_problem, load
 from topt_vllm.table.schema import ThresholdTable
 
 # A record with a needle grid has some kilobytes; thousands of them fit.
@@ -176,12 +176,7 @@ def _parsed(kind: Any, content: Any, path: Path, wanted: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in first["loc"])
-        problem = (
-            "missing key" if first["type"] == "missing" else f"{first['msg']}, got {clipped(first['input'])}"
-        )
-        raise ReportError(f"{path}: {where.lstrip('.') or 'content'}: {problem}; expected {wanted}") from None
+        raise ReportError(f"{path}: {first_problem(error)}; expected {wanted}") from None
 
 
 def _name(path: Path) -> str:
