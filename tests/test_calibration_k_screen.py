@@ -1,6 +1,7 @@
 """What K screens need: statistics of K from known keys, and tables to which they are added."""
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -148,17 +149,8 @@ def test_candidates_are_the_reference_s(folder, whole, monkeypatch):
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    facts = ("--model", folder, "--dataset", folder / "text.txt", "--device", "cpu")
-    return [
-        "calibrate",
-        *map(str, facts),
-        "--num-samples",
-        "1",
-        "--max-seq-length",
-        "256",
-        "--k-screen-only",
-        *more,
-    ]
+    given = f"calibrate --k-screen-only --model {folder} --dataset {folder / 'text.txt'} --device cpu"
+    return [*shlex.split(given), "--num-samples", "1", "--max-seq-length", "256", *more]
 
 
 def test_the_command_adds_without_force_and_twice_gives_the_same(folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Several ranks on one machine: one rank's tokens and rows, whether heads or requests are spread over them."""
 
 import os
+import shlex
 import time
 import urllib.request
 from collections import Counter
@@ -126,15 +127,7 @@ def test_data_parallel_engines_share_the_requests(
     (tmp_path / "counters").mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "counters"))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = [
-        "--data-parallel-size",
-        "2",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1152",
-    ]
+    options = shlex.split("--data-parallel-size 2 --dtype float32 --enforce-eager --max-model-len 1152")
     options += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-batched-tokens", "256"]
     settings = SPARSE["additional_config"]["toptheta"]
     with serve(str(smollm2), "TOPTHETA", settings, options, tmp_path / "log") as url:
