@@ -25,11 +25,10 @@ from adapter_cases import (
     vllm_config,
 )
 from adapter_engine import make_rig
-from adapter_rig import layer_name
+from adapter_rig import counting, layer_name
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat
-from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.skipping import _warn
 
 __all__ = ["make_rig", "vllm_config"]
@@ -134,14 +133,13 @@ def test_sliding_window_layers_stay_with_vllm_and_are_counted(make_rig: Any, hos
     rig = make_rig(host, windows=(64,))
     batch = BatchSpec("decode", [300, 20], [1, 1])
     rig.write_contexts(batch)
-    before = recorder().totals()
+    added = counting()
     step = rig.step(batch)
-    after = recorder().totals()
+    found = added()
     assert step.output.isfinite().all()
     assert step.metadata.decode is None
-    assert after["dense_rows:sliding_window"] - before.get("dense_rows:sliding_window", 0) == 2
-    read = after["toptheta:v_rows_read_total"] - before["toptheta:v_rows_read_total"]
-    assert read == (64 + 20) * NUM_KV_HEADS
+    assert found["dense_rows:sliding_window"] == 2
+    assert found["toptheta:v_rows_read_total"] == (64 + 20) * NUM_KV_HEADS
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -229,14 +227,14 @@ def test_heads_of_v_that_are_narrower_are_refused(make_rig: Any, host: Host):
 def test_a_cache_group_of_windows_stays_with_the_platform(make_rig: Any, host: Host):
     """As vLLM groups layers of models such as Gemma 3; their rows are counted."""
     rig = make_rig(host, layers=2, windows=(24, 24))
-    before = recorder().totals().get("dense_rows:sliding_window", 0)
+    added = counting()
     metadata = rig.builder.build(0, rig.common(MIXED))
     assert metadata.decode is None
     assert metadata.prefill is None
     assert metadata.whole is not None
     if host.on_gpus:
         assert metadata.whole.num_actual_tokens == 92
-    assert recorder().totals()["dense_rows:sliding_window"] - before == 2 * 2
+    assert added()["dense_rows:sliding_window"] == 2 * 2
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

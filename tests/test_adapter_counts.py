@@ -1,6 +1,5 @@
 """What the adapter counts of a step on every host, and as which reason."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from adapter_cases import (
     vllm_config,
 )
 from adapter_engine import make_rig
-from adapter_rig import layer_name
+from adapter_rig import counting, layer_name
 from device import synchronize
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
@@ -32,19 +31,6 @@ from topt_vllm.backend.metrics import recorder, summary
 __all__ = ["make_rig", "vllm_config"]
 
 DRAFT = f"draft_model.{layer_name(0)}"
-
-
-def counting() -> Callable[[], dict[str, float]]:
-    """What has been added to the counters since the call; zeros left out."""
-    recorder().settle()
-    before = recorder().totals()
-
-    def added() -> dict[str, float]:
-        recorder().settle()
-        now = recorder().totals()
-        return {name: new for name in now if (new := now[name] - before.get(name, 0))}
-
-    return added
 
 
 @pytest.mark.parametrize("implementation", ["auto", "triton"])

@@ -1,6 +1,7 @@
 """The engine benchmark: what engines are asked for and what is made of their answers; one test runs real ones."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,19 +361,7 @@ def test_arguments_that_are_no_such_thing_are_refused(
 @pytest.mark.engine
 def test_real_engines_read_the_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     report = tmp_path / "engine.json"
-    command = [
-        "--batch",
-        "2",
-        "--context",
-        "1024",
-        "--tokens",
-        "9",
-        "--turns",
-        "1",
-        "--keep",
-        "0.2",
-        "--engine",
-    ]
+    command = shlex.split("--batch 2 --context 1024 --tokens 9 --turns 1 --keep 0.2 --engine")
     model = str(config_only(tmp_path))
     eager = ['{"enforce_eager": true}', "--json", str(report)]
     assert main(["bench", "engine", "--model", model, *command, *eager]) == 0

@@ -9,8 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from tiny_models import SMALL, byte_tokenizer, save_model, save_text
-from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
+from tiny_models import KINDS, SMALL, byte_tokenizer, save_model, save_text
+from transformers import LlamaConfig
 
 from topt_vllm.attention.common import Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.reference import attend_row, scaled_scores
@@ -35,12 +35,6 @@ from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import Budget, LayerThresholds, ThresholdTable
 
 TEXT = 2700
-GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "gemma2, softcap": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "gemma3, windows": Gemma3TextConfig(**SMALL, **GEMMA),
-}
 
 
 @pytest.fixture
@@ -265,7 +259,7 @@ def test_quality_is_what_the_operator_counts():
 
 
 def test_windowed_layers_count_their_window():
-    identity = identify(Gemma3TextConfig(**SMALL, **GEMMA), "tiny")
+    identity = identify(KINDS["gemma3, windows"], "tiny")
     rows = torch.tensor([19, 99])
     thetas = Thetas(torch.tensor([1]), torch.zeros(4, 1), torch.zeros(4, 2))
     read = RuleAttention(Subject(identity, 32, 257), {1: TopTheta({1: thetas})}, rows + 1, {1: [4] * 4})
@@ -277,7 +271,7 @@ def test_windowed_layers_count_their_window():
     assert read.counts.shares()["v_rows_read"] == pytest.approx((2 * 52 + 2) / (2 * 52 + 120), abs=1e-4)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS.keys())
 def test_capture_leaves_the_model_as_it_is(tmp_path, config, monkeypatch):
     """Hidden states under capture are those of the eager model, softcap and windows included."""
     monkeypatch.setattr(capture, "_MASKED_ROWS", 20)
@@ -297,7 +291,7 @@ def test_capture_leaves_the_model_as_it_is(tmp_path, config, monkeypatch):
 
 
 def test_model_whose_layers_are_not_what_its_configuration_says(tmp_path):
-    config = Gemma3TextConfig(**SMALL, **GEMMA)
+    config = KINDS["gemma3, windows"]
     model = transformers.AutoModel.from_pretrained(save_model(tmp_path, config))
     claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
     with (
@@ -330,7 +324,7 @@ def test_sequences_start_as_the_tokenizer_starts_a_text():
 def folders(tmp_path_factory) -> dict[str, Path]:
     """One tiny model of each kind, each with a text."""
     made = {}
-    for name, config in CONFIGS.items():
+    for name, config in KINDS.items():
         made[name] = save_model(tmp_path_factory.mktemp("model"), config)
         save_text(made[name] / "text.txt", TEXT)
     return made

@@ -7,8 +7,7 @@ import pytest
 import torch
 import transformers
 from table_factory import make_table
-from tiny_models import SMALL, save_model, save_text
-from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
+from tiny_models import KINDS, save_model, save_text
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.reference import attend_row
@@ -29,19 +28,12 @@ from topt_vllm.table.file import dump, load
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import ThresholdTable
 
-GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "gemma2, softcaps": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "gemma3, windows": Gemma3TextConfig(**SMALL, **GEMMA),
-}
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     """One tiny model of each kind, each with a text."""
     made = {}
-    for name, config in CONFIGS.items():
+    for name, config in KINDS.items():
         made[name] = save_model(tmp_path_factory.mktemp("model"), config)
         save_text(made[name] / "text.txt", 3700)
     return made
@@ -143,7 +135,7 @@ def test_ladder():
     assert ladder(8192)[-1] == 4096
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_replay_of_everything_is_dense_attention(folders, name):
     """Rows repeated on stored K and V predict what the dense pass predicted, windows and softcaps included."""
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,7 @@
 """What K screens need: statistics of K from known keys, and tables to which they are added."""
 
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,10 @@ WINDOWS = {"sliding_window": 32, "layer_types": ["full_attention", "sliding_atte
 LENGTH = 320
 
 
-def call(seed: int, n: int = 40, heads: int = 6, kv_heads: int = 2, head_dim: int = 8) -> LayerCall:
+def call(seed: int) -> LayerCall:
     generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(heads, n, head_dim, generator=generator)
-    key = 5 + torch.randn(kv_heads, n, head_dim, generator=generator)
+    query = torch.randn(6, 40, 8, generator=generator)
+    key = 5 + torch.randn(2, 40, 8, generator=generator)
     key[..., 3], query[..., 5] = 7.0, 0.0
     return LayerCall(1, query, key, key, 0.5)
 
@@ -148,17 +149,8 @@ def test_candidates_are_the_reference_s(folder, whole, monkeypatch):
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    facts = ("--model", folder, "--dataset", folder / "text.txt", "--device", "cpu")
-    return [
-        "calibrate",
-        *map(str, facts),
-        "--num-samples",
-        "1",
-        "--max-seq-length",
-        "256",
-        "--k-screen-only",
-        *more,
-    ]
+    given = f"calibrate --k-screen-only --model {folder} --dataset {folder / 'text.txt'} --device cpu"
+    return [*shlex.split(given), "--num-samples", "1", "--max-seq-length", "256", *more]
 
 
 def test_the_command_adds_without_force_and_twice_gives_the_same(folder, tmp_path, capsys):

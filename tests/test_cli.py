@@ -85,14 +85,7 @@ def test_package_import_is_light():
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [["-m", "topt_vllm.cli.main", "calibrate"], ["scripts/calibrate.py"]])
 def test_user_error_is_one_line_and_status_2(tmp_path, script):
-    arguments = [
-        "--model",
-        str(tmp_path / "none"),
-        "--dataset",
-        "x.txt",
-        "--output",
-        str(tmp_path / "o.yaml"),
-    ]
+    arguments = shlex.split(f"--model {tmp_path / 'none'} --dataset x.txt --output {tmp_path / 'o.yaml'}")
     root = Path(__file__).parent.parent
     script = [str(root / part) if part.endswith(".py") else part for part in script]
     result = run(*script, *arguments, HF_HUB_OFFLINE="1")

@@ -11,10 +11,9 @@ from typing import Any
 
 import engine_forks
 import pytest
-from engine_runs import once
+from engine_runs import assert_same_tokens, once
 
 from topt_vllm.verify import engine as engines
-from topt_vllm.verify.near_ties import compare
 
 pytestmark = pytest.mark.engine
 MAX_TOKENS = 24
@@ -68,13 +67,6 @@ def run_engine(
     return once(asdict(request), lambda: engine_forks.run(request, timeout=1200))
 
 
-def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any]) -> None:
-    """Equal up to a near tie: stock's two highest logits within two bf16 steps, the rounding of either logit."""
-    found = compare(ours["tokens"], stock["tokens"], stock["logits"], stock["dtype"])
-    assert not found.wrong
-    assert found.equal, "every prompt ended in a near tie: nothing was compared to the end"
-
-
 def test_theta_minus_infinity_gives_stock_tokens_when_compiled(smollm2: Path, unseen_play: Path):
     stock = run_engine(smollm2, unseen_play, "CPU_ATTN", "{}", enforce_eager=True)
     ours = run_engine(
@@ -86,7 +78,7 @@ def test_theta_minus_infinity_gives_stock_tokens_when_compiled(smollm2: Path, un
         enforce_eager=False,
     )
     assert stock["totals"] is None, "TOPTHETA's code ran although it was not chosen"
-    assert_same_tokens(ours, stock)
+    assert_same_tokens(ours["tokens"], stock, stock["dtype"])
     layers = 30
     assert ours["totals"]["toptheta:decode_rows_total"] == ours["totals"]["dense_rows:no_thresholds"]
     # The one-token prompt is a decode row too; the last sampled token is never fed back.

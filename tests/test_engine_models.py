@@ -6,25 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import assert_same_tokens
 from matrix_scenarios import batch
 from safetensors.torch import save_file
 from scenario_runs import DENSE, SPARSE, STOCK, run, sparse_rows, tokens_of
 from tiny_models import byte_tokenizer
 from transformers import BertConfig, BertModel, set_seed
 
-from topt_vllm.verify.near_ties import compare
-
 pytestmark = pytest.mark.engine
 
 SMALL = {"max_model_len": 1152, "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 1 << 28}
-
-
-def assert_same_tokens(ours: dict[str, Any], stock: dict[str, Any], scenario: str) -> None:
-    """Equal up to near ties."""
-    mine, theirs = ours[scenario], stock[scenario]
-    found = compare(mine["tokens"], theirs["tokens"], theirs["logits"], stock["dtype"])
-    assert not found.wrong
-    assert found.equal
 
 
 def speculative_run(model: Path, text: Path, backend: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +33,7 @@ def speculative_run(model: Path, text: Path, backend: dict[str, Any]) -> dict[st
 
 def test_ngram_drafts_are_accepted_as_by_stock(smollm2: Path, unseen_play: Path):
     stock, ours = (speculative_run(smollm2, unseen_play, backend) for backend in (STOCK, DENSE))
-    assert_same_tokens(ours, stock, "drafted")
+    assert_same_tokens(ours["drafted"]["tokens"], stock["drafted"], stock["dtype"])
     for kind in ("drafts", "draft_tokens", "accepted_tokens"):
         name = f"vllm:spec_decode_num_{kind}"
         assert ours["drafted"]["vllm"][name] == stock["drafted"]["vllm"][name] > 0
@@ -88,7 +79,7 @@ def lora_run(model: Path, text: Path, adapter: Path, backend: dict[str, Any]) ->
 @pytest.mark.parametrize("scenario", ["plain", "adapted"])
 def test_lora_gives_stock_tokens(smollm2: Path, unseen_play: Path, adapter: Path, scenario: str):
     stock, ours = (lora_run(smollm2, unseen_play, adapter, backend) for backend in (STOCK, DENSE))
-    assert_same_tokens(ours, stock, scenario)
+    assert_same_tokens(ours[scenario]["tokens"], stock[scenario], stock["dtype"])
     assert ours["adapted"]["tokens"] != ours["plain"]["tokens"]
 
 

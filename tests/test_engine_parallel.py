@@ -1,6 +1,7 @@
 """Several ranks on one machine: one rank's tokens and rows, whether heads or requests are spread over them."""
 
 import os
+import shlex
 import time
 import urllib.request
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_runs import assert_same_tokens
 from matrix_scenarios import ENGINE, MAX_TOKENS, batch, gemma3_run, ragged, smollm2_run
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,7 +20,6 @@ from scenario_runs import DENSE, SPARSE, SPARSE_BY_HEAD, STOCK, run, sparse_rows
 from topt_vllm import large_pages
 from topt_vllm.benchmarks.server import serve
 from topt_vllm.engines.process import EngineError
-from topt_vllm.verify.near_ties import compare
 
 pytestmark = pytest.mark.engine
 
@@ -55,9 +56,7 @@ def test_tensor_parallel_at_theta_minus_infinity_gives_stock_tokens(gemma3: Path
     """On ranks that share a KV head; where they don't, thresholds leave the tokens of one rank (below)."""
     stock = gemma3_run(gemma3, unseen_play, STOCK)
     ours = spread(gemma3, unseen_play, DENSE, RANKS["gemma3"])[FEATURE]
-    found = compare(ours["tokens"], stock[FEATURE]["tokens"], stock[FEATURE]["logits"], stock["dtype"])
-    assert not found.wrong
-    assert found.equal
+    assert_same_tokens(ours["tokens"], stock[FEATURE], stock["dtype"])
     assert ours["toptheta"]["toptheta:v_rows_read_total"] == ours["toptheta"]["toptheta:v_rows_total"] > 0
 
 
@@ -128,15 +127,7 @@ def test_data_parallel_engines_share_the_requests(
     (tmp_path / "counters").mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "counters"))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    options = [
-        "--data-parallel-size",
-        "2",
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--max-model-len",
-        "1152",
-    ]
+    options = shlex.split("--data-parallel-size 2 --dtype float32 --enforce-eager --max-model-len 1152")
     options += ["--kv-cache-memory-bytes", str(1 << 28), "--max-num-batched-tokens", "256"]
     settings = SPARSE["additional_config"]["toptheta"]
     with serve(str(smollm2), "TOPTHETA", settings, options, tmp_path / "log") as url:
@@ -144,10 +135,8 @@ def test_data_parallel_engines_share_the_requests(
         # The counters of a worker are at most a second old.
         time.sleep(3)
         counted = scrape(url)
-    expected = [alone[part] * 2 for part in ("tokens", "logits")]
-    found = compare(tokens, *expected, reference["dtype"])
-    assert not found.wrong
-    assert found.equal
+    expected = {part: alone[part] * 2 for part in ("tokens", "logits")}
+    assert_same_tokens(tokens, expected, reference["dtype"])
     assert counted["engine 0"] > 0
     assert counted["engine 1"] > 0
     layers, prompts = 30, 8

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,18 +83,8 @@ def no_weights(monkeypatch):
 
 def command(folder: Path, *more: str) -> list[str]:
     texts = [str(folder / name) for name in ("play.txt", "code.txt")]
-    return [
-        "evaluate",
-        "--model",
-        str(folder),
-        "--dataset",
-        *texts,
-        "--max-seq-length",
-        str(LONGEST),
-        "--device",
-        "cpu",
-        *more,
-    ]
+    given = shlex.split(f"evaluate --model {folder} --max-seq-length {LONGEST} --device cpu")
+    return [*given, "--dataset", *texts, *more]
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -233,25 +224,10 @@ def test_needles_are_answered_as_a_plain_forward_pass_says(plan, model):
 def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     out, picture = tmp_path / "out.json", tmp_path / "out.svg"
-    more = [
-        "--rows",
-        "0.5",
-        "0.8",
-        "--budget",
-        "64",
-        "--rules",
-        "toptheta",
-        "topk",
-        "--needles",
-        "256",
-        "--depths",
-        "0.5",
-        "--lengths",
-        "128",
-        "320",
-        "--decode-rows",
-        "100",
-    ]
+    more = shlex.split(
+        "--rows 0.5 0.8 --budget 64 --rules toptheta topk --needles 256 --depths 0.5 --lengths 128 320 "
+        "--decode-rows 100"
+    )
     assert main(command(folder, *more, "--json", str(out), "--plot", str(picture))) == 0
     records = json.loads(out.read_text())
     found = {(r["text"], r["context"], r["rule"], r["rows_target"], r["k"]) for r in records}

@@ -19,9 +19,9 @@ def thetas(*per_head: float) -> dict[int, Thetas]:
     return {3: Thetas(torch.tensor([100, 400]), theta, torch.zeros(len(per_head), 2))}
 
 
-def rows(count: int, seed: int = 0) -> Rows:
+def rows(count: int) -> Rows:
     """Rows of one context length, and standard normal scores."""
-    scores = torch.randn(HEADS, count, CONTEXT, generator=torch.Generator().manual_seed(seed))
+    scores = torch.randn(HEADS, count, CONTEXT, generator=torch.Generator().manual_seed(0))
     return Rows(3, scores, torch.full((count,), CONTEXT), torch.zeros(HEADS, count, 1), 1, [])
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import SMALL, save_model
-from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig
+from tiny_models import KINDS, save_model
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.evaluation.rules.blasst import Blasst
@@ -23,15 +22,6 @@ from topt_vllm.table.identity import identify
 
 N, ROWS, WINDOW = 90, 50, 32
 TOKENS = torch.randint(0, 256, (N,), generator=torch.Generator().manual_seed(0))
-GEMMA = {
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "gemma2, softcap": Gemma2Config(**SMALL, **GEMMA, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
-    "gemma3, windows": Gemma3TextConfig(**SMALL, **GEMMA),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +31,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(capture, "_MASKED_ROWS", 20)
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
 def model(request, tmp_path_factory):
     folder = save_model(tmp_path_factory.mktemp("model"), request.param)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -179,7 +169,7 @@ def test_a_rule_for_a_layer_that_cannot_have_one(model):
 
 
 def test_a_window_that_the_configuration_does_not_name(tmp_path):
-    folder = save_model(tmp_path, CONFIGS["gemma3, windows"])
+    folder = save_model(tmp_path, KINDS["gemma3, windows"])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
     subject = Subject(claimed, 0, 257)

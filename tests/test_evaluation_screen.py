@@ -1,6 +1,7 @@
 """Top-Theta behind a K screen in an evaluation: the reference operator's rows, what it counts, and the command."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,19 +131,7 @@ def test_records_pair_a_screen_with_none(folder, tmp_path, capsys, monkeypatch):
     # Made contexts are shorter than those that the CPU kernel screens.
     monkeypatch.setitem(cast(dict, SCREEN_LIMITS), "int4+4", ScreenLimits(largest_share=0.2))
     out = tmp_path / "out.json"
-    asked = (
-        "--k-screen",
-        "off",
-        "int4",
-        "int4+4",
-        "--rules",
-        "toptheta",
-        "topk",
-        "--rows",
-        "0.6",
-        "--budget",
-        "64",
-    )
+    asked = shlex.split("--k-screen off int4 int4+4 --rules toptheta topk --rows 0.6 --budget 64")
     more = ("--needles", "260", "--depths", "1", "--generate", "30", "--json", str(out))
     assert main(command(folder, *asked, *more)) == 0
     printed = capsys.readouterr().out

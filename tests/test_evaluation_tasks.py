@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from dataclasses import replace
@@ -15,11 +16,12 @@ from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.cli.main import main
-from topt_vllm.evaluation.cases import Case, alike, answer, batches
+from topt_vllm.evaluation.cases import Case, answer, batches
 from topt_vllm.evaluation.generation import sampled
 from topt_vllm.evaluation.options import TASKS, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.evaluation.task_records import scores, summary
+from topt_vllm.evaluation.tasks.haystack import Haystack
 from topt_vllm.evaluation.tasks.making import make_cases
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.dense_pass import DensePass
@@ -128,8 +130,9 @@ def test_questions_are_about_one_person_s_paragraph_in_other_words():
 def test_a_prompt_too_short_and_words_without_likes_are_refused():
     with pytest.raises(EvaluationError, match=r"--task-lengths 900: too short for questions, whose facts"):
         made("questions", length=900)
+    haystack = Haystack("questions", byte_tokenizer(), [], LENGTH, random.Random(0))
     with pytest.raises(EvaluationError, match="no more than 2 have equally many tokens, and --tasks needs 3"):
-        alike(byte_tokenizer(), None, ["one", "two", "three", "one"], 3)
+        haystack.alike(["one", "two", "three", "one"], 3)
 
 
 @pytest.mark.parametrize("task", ["multikey", "frequent-words"])

@@ -20,11 +20,11 @@ from adapter_cases import (
     vllm_config,
 )
 from adapter_engine import make_rig
+from adapter_rig import counting
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 from topt_vllm.backend.hosts.stock import stock_backend
-from topt_vllm.backend.metrics import recorder
 
 pytestmark = pytest.mark.gpu
 
@@ -49,13 +49,7 @@ def stock(make_rig: Any) -> Any:
 @pytest.fixture
 def counted() -> Any:
     """What has been added to the counters so far; zeros left out."""
-    before = recorder().totals()
-
-    def counted() -> dict[str, float]:
-        now = recorder().totals()
-        return {name: new for name in now if (new := now[name] - before.get(name, 0))}
-
-    return counted
+    return counting()
 
 
 def rows(lengths: list[int], layers: int = 1, **reasons: float) -> dict[str, float]:

@@ -95,15 +95,10 @@ def test_score_equal_to_theta_is_kept(impl: str) -> None:
 
 
 @every_implementation
-def test_no_thresholds_is_dense(impl: str) -> None:
+@pytest.mark.parametrize("theta", [None, [-math.inf]], ids=["no thresholds", "minus infinity"])
+def test_no_thresholds_and_theta_minus_infinity_are_dense(impl: str, theta: list[float] | None) -> None:
     scores = [0.5, -2.0, 1.0]
-    close(hand_case([scores], PLAIN, None).run(impl)[0, 0, :3], softmax(scores))
-
-
-@every_implementation
-def test_theta_minus_infinity_is_dense(impl: str) -> None:
-    scores = [0.5, -2.0, 1.0]
-    close(hand_case([scores], PLAIN, [-math.inf]).run(impl)[0, 0, :3], softmax(scores))
+    close(hand_case([scores], PLAIN, theta).run(impl)[0, 0, :3], softmax(scores))
 
 
 @every_implementation

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from topt_vllm.benchmarks.server import free_port
 from topt_vllm.replay.texts import read_texts
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +53,6 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
         env={key: value for key, value in (os.environ | environment).items() if value},
         timeout=60,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def workers(port: int) -> list[int]:

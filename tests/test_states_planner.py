@@ -149,8 +149,8 @@ def with_states(specs: Specs, states: dict[str, StatesLayer]) -> Specs:
     return specs | {name: layer.get_kv_cache_spec(config) for name, layer in states.items()}
 
 
-def with_sums(specs: Specs, every: int = 1) -> Specs:
-    return with_states(specs, states_beside(specs, every))
+def with_sums(specs: Specs) -> Specs:
+    return with_states(specs, states_beside(specs))
 
 
 def vllm_config(layout: KVCacheLayout, hybrid_manager: bool) -> Any:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
-from topt_vllm.attention.common import Compensation, GroupKeep, Selection
+from topt_vllm.attention.common import LONGEST_CONTEXT, Compensation, GroupKeep, Selection
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.sift import SiftSettings
@@ -18,8 +18,6 @@ from topt_vllm.sift import SiftSettings
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
-# Lengths are int32 where they are used. Whoever asks for more tokens means all.
-_LONGEST_CONTEXT = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -191,7 +189,7 @@ class TopThetaConfig:
             _check(field.name, getattr(self, field.name), _RULES[field.name])
         self._check_policy()
         self._check_thresholds()
-        if self.k_screen == "off" and self.k_screen_margin != self._defaults()["k_screen_margin"]:
+        if self.k_screen == "off" and self._is_set("k_screen_margin"):
             raise ConfigError(
                 f'toptheta.k_screen_margin is {self.k_screen_margin!r}, but toptheta.k_screen is "off". Leave '
                 "k_screen_margin out, or choose a screen."
@@ -199,21 +197,21 @@ class TopThetaConfig:
 
     def _check_thresholds(self) -> None:
         if self.thresholds == NO_THRESHOLDS:
-            for name, reason in _NEEDS_THRESHOLDS.items():
-                if (value := getattr(self, name)) != self._defaults()[name]:
-                    raise ConfigError(
-                        f"toptheta.{name} is {json.dumps(value, ensure_ascii=False)}, but toptheta.thresholds is "
-                        f'"none", which {reason}. Leave {name} out, or name a table.'
-                    )
+            for name in filter(self._is_set, _NEEDS_THRESHOLDS):
+                value = json.dumps(getattr(self, name), ensure_ascii=False)
+                raise ConfigError(
+                    f'toptheta.{name} is {value}, but toptheta.thresholds is "none", which '
+                    f"{_NEEDS_THRESHOLDS[name]}. Leave {name} out, or name a table."
+                )
         if self.thresholds is not None and self.on_missing == "dense":
             raise ConfigError(
                 'toptheta.on_missing is "dense", but toptheta.thresholds says where the table is. '
                 "Leave one of them out."
             )
 
-    @classmethod
-    def _defaults(cls) -> dict[str, Any]:
-        return {field.name: field.default for field in fields(cls)}
+    def _is_set(self, name: str) -> bool:
+        """Whether a setting isn't its default, which the class has for an attribute."""
+        return getattr(self, name) != getattr(TopThetaConfig, name)
 
     def _check_policy(self) -> None:
         sift = self.policy == "sift"
@@ -222,8 +220,7 @@ class TopThetaConfig:
             if sift
             else ("sift_tau", "sift_warmup")
         )
-        given = [name for name in foreign if getattr(self, name) != self._defaults()[name]]
-        if given:
+        if given := list(filter(self._is_set, foreign)):
             reason = "which has no threshold table" if sift else "which has no warm-up"
             raise ConfigError(
                 f"toptheta.{given[0]} is {getattr(self, given[0])!r}, but toptheta.policy is {self.policy!r}, "
@@ -273,11 +270,11 @@ class TopThetaConfig:
 
     @property
     def selection(self) -> Selection:
-        """The part that the operator needs; its numbers of tokens fit the operator's integers."""
+        """The part that the operator needs; whoever asks for more tokens than it can count means all."""
         return Selection(
-            min(self.min_seq_len, _LONGEST_CONTEXT),
-            min(self.sink_tokens, _LONGEST_CONTEXT),
-            min(self.recent_tokens, _LONGEST_CONTEXT),
+            min(self.min_seq_len, LONGEST_CONTEXT),
+            min(self.sink_tokens, LONGEST_CONTEXT),
+            min(self.recent_tokens, LONGEST_CONTEXT),
             self.group_keep,
             self.compensation,
         )

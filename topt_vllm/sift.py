@@ -71,16 +71,12 @@ class SiftStep:
 
     def to(self, device: torch.device) -> "SiftStep":
         """The step for tables on a device; nothing waits for it."""
-        names = (
-            "slots",
-            "log_lengths",
-            "warm",
-            "recording_slots",
-            "positions",
-            "finished_slots",
-            "recorded_log_lengths",
-        )
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        moved = {
+            name: part.to(device, non_blocking=True)
+            for name, part in vars(self).items()
+            if isinstance(part, torch.Tensor) and name != "warm_contexts"
+        }
+        return replace(self, **moved)
 
 
 class SiftRequests:

@@ -21,12 +21,26 @@ from topt_vllm.attention.common import (
     Thetas,
     choose_rows_per_state,
 )
+from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import LayerStates, states_of
 
 
 def layer_name(index: int) -> str:
     return f"model.layers.{index}.self_attn.attn"
+
+
+def counting() -> Callable[[], dict[str, float]]:
+    """What has been added to the counters since the call; zeros left out."""
+    recorder().settle()
+    before = recorder().totals()
+
+    def added() -> dict[str, float]:
+        recorder().settle()
+        now = recorder().totals()
+        return {name: new for name in now if (new := now[name] - before.get(name, 0))}
+
+    return added
 
 
 @dataclass(frozen=True)
@@ -142,9 +156,9 @@ class Rig:
             slot_mapping=torch.cat(slots),
         )
 
-    def prefill(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> None:
+    def prefill(self, lengths: Sequence[int]) -> None:
         """Steps that write the first tokens of requests into every layer, one request at a time."""
-        for row, length in zip(rows or range(len(lengths)), lengths, strict=True):
+        for row, length in enumerate(lengths):
             if length:
                 for index in range(len(self.layers)):
                     self.step(BatchSpec("prefill", [length], [length]), index, [row])

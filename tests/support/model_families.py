@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
-from tiny_models import SMALL
+from tiny_models import SMALL, WINDOWS
 from transformers import PretrainedConfig
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -12,7 +12,6 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 PLAIN = {name: value for name, value in SMALL.items() if name != "head_dim"}
 # All heads have a K and V of their own.
 MULTI_HEAD = {name: value for name, value in PLAIN.items() if name != "num_key_value_heads"}
-WINDOWS = {"sliding_window": 32, "layer_types": [SLIDING, FULL, SLIDING]}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 DELTA_NET = {
     "linear_num_key_heads": 2,

@@ -64,7 +64,7 @@ def task(length: int, exact: float, dense: float) -> dict[str, Any]:
     return evaluated("toptheta", 0.5, None, text="multikey", task="multikey", context=length, **scored)
 
 
-def needles(rule: str = "toptheta") -> dict[str, Any]:
+def needles() -> dict[str, Any]:
     """A grid of two lengths and two depths, one of which is missed."""
     cells = [
         needle_cell(512, 0.0),
@@ -72,7 +72,7 @@ def needles(rule: str = "toptheta") -> dict[str, Any]:
         needle_cell(1024, 0.0),
         needle_cell(1024, 1.0, False),
     ]
-    return evaluated(rule, 5.0, None, text="needles", cells=cells)
+    return evaluated("toptheta", 5.0, None, text="needles", cells=cells)
 
 
 def decoded(**changes: Any) -> dict[str, Any]:

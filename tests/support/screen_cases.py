@@ -9,7 +9,7 @@ from topt_vllm.attention.common import KeyScreen
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform, rotation_signs
 
 
-def transform_of(case: Case, seed: int = 0) -> ScreenTransform:
+def transform_of(case: Case) -> ScreenTransform:
     """Mean and scale of the case's own keys, as the calibrator takes them."""
     kv_heads, head_dim = case.cache.key.shape[1], case.cache.key.shape[3]
     mean, variance = [], []
@@ -22,7 +22,7 @@ def transform_of(case: Case, seed: int = 0) -> ScreenTransform:
         mean.append(keys.mean(dim=0))
         variance.append(keys.var(dim=0, correction=0).clamp(min=1e-4))
     scale = torch.stack(variance) ** 0.25
-    return ScreenTransform(torch.stack(mean), scale.contiguous(), rotation_signs(seed, head_dim))
+    return ScreenTransform(torch.stack(mean), scale.contiguous(), rotation_signs(0, head_dim))
 
 
 def with_screen(case: Case, name: str, format: ScreenFormat = "int4", margin: float | None = 2.5) -> Case:

@@ -6,13 +6,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import Gemma2Config, Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast, set_seed
+
+from topt_vllm.replay.model import auto_class
 
 SMALL = {
     "hidden_size": 32,
@@ -23,6 +19,13 @@ SMALL = {
     "head_dim": 8,
     "vocab_size": 257,
     "max_position_embeddings": 2048,
+}
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+# Of each kind of attention that scores depend on.
+KINDS = {
+    "llama": LlamaConfig(**SMALL),
+    "gemma2, softcap": Gemma2Config(**SMALL, **WINDOWS, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    "gemma3, windows": Gemma3TextConfig(**SMALL, **WINDOWS),
 }
 
 
@@ -43,8 +46,7 @@ def byte_tokenizer(add_bos: bool = False) -> PreTrainedTokenizerFast:
 def save_model(folder: Path, config: Any) -> Path:
     """A model with random weights, loud enough for its scores to differ, and its tokenizer."""
     set_seed(0)
-    by_text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    model = (AutoModelForCausalLM if by_text else AutoModelForMultimodalLM).from_config(config)
+    model = auto_class(config).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in ("q_proj", "k_proj", "c_attn")):

@@ -19,6 +19,9 @@ from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 GroupKeep = Literal["head", "union"]
 Compensation = Literal["none", "vmean"]
 
+# Lengths are int32 (tokens).
+LONGEST_CONTEXT = 2**31 - 1
+
 
 class Stat(IntEnum):
     """Index of each accumulator in a slot of statistics [8]. Every decoded row adds to all of them."""

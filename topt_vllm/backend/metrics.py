@@ -98,9 +98,9 @@ class Recorder:
         for fetch in self._fetches:
             fetch()
 
-    def count_dense_rows(self, reason: str | None, rows: int) -> None:
+    def count_dense_rows(self, reason: str, rows: int) -> None:
         """Counts decode rows that read every V row; the first of each reason is logged."""
-        if reason is None or rows == 0 or self._rank:
+        if rows == 0 or self._rank:
             return
         if reason not in self._dense_rows:
             logger.info("TOPTHETA: some rows read every V row, reason: %s", reason)

@@ -12,12 +12,11 @@ from topt_vllm.calibration.candidates import CandidateShares
 from topt_vllm.calibration.collect import observed
 from topt_vllm.calibration.key_statistics import key_statistics, key_sums
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
-from topt_vllm.calibration.plan import check_vocabulary
+from topt_vllm.calibration.plan import read_sequences
 from topt_vllm.output import not_writable
-from topt_vllm.replay.checkpoint import check_weights
-from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm, load_tokenizer
+from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm
 from topt_vllm.replay.scores import LayerCall
-from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
+from topt_vllm.replay.texts import Sequences
 from topt_vllm.table.file import load
 from topt_vllm.table.schema import KeyStatistics, ThresholdTable, ThresholdTableError
 
@@ -57,11 +56,7 @@ def prepare(options: CalibrationOptions) -> ScreenPlan:
             f"--max-seq-length is {length}, but {options.output} has thresholds from {table.lengths[0]} tokens on, "
             "and none of a held-back text would be measured; use longer sequences"
         )
-    check_weights(options.model)
-    documents, _ = read_texts(options.dataset, (options.num_samples + 1) * length)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    sequences = cut_sequences(tokenizer, documents, options.num_samples, length)
-    check_vocabulary(sequences, subject, options.model)
+    sequences, _ = read_sequences(options, subject, length)
     return ScreenPlan(options, subject, table, sequences)
 
 

@@ -76,11 +76,7 @@ def prepare(options: CalibrationOptions) -> Plan:
     lengths = calibrated_lengths(subject.max_seq_length(options.max_seq_length), options.ks[-1])
     dense, length = _dense_layers(options, subject.full_layers), lengths[-1]
     tuning = _TUNING_SEQUENCES if options.targets else 0
-    check_weights(options.model)
-    documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
-    check_vocabulary(sequences, subject, options.model)
+    sequences, sources = read_sequences(options, subject, length, tuning)
     return Plan(options, subject, lengths, dense, sequences, sources)
 
 
@@ -111,11 +107,19 @@ def _check_output(options: CalibrationOptions) -> None:
     refuse_overwrite(options.output, options.force)
 
 
-def check_vocabulary(sequences: Sequences, subject: Subject, model: str) -> None:
-    """A tokenizer of another model shows itself where it makes tokens that the model doesn't have."""
+def read_sequences(
+    options: CalibrationOptions, subject: Subject, length: int, tuning: int = 0
+) -> tuple[Sequences, list[TextSource]]:
+    """Sequences of the texts, of ``length`` tokens, and where they came from."""
+    check_weights(options.model)
+    documents, sources = read_texts(options.dataset, (options.num_samples + tuning + 1) * length)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+    sequences = cut_sequences(tokenizer, documents, options.num_samples, length, tuning)
     largest = max(max(tokens) for tokens in (*sequences.calibration, *sequences.tuning, sequences.held_back))
+    # A tokenizer of another model shows itself where it makes tokens that the model doesn't have.
     if largest >= subject.vocabulary:
         raise CalibrationError(
-            f"{model}: the tokenizer makes token {largest}, but the model has {subject.vocabulary} tokens; "
+            f"{options.model}: the tokenizer makes token {largest}, but the model has {subject.vocabulary} tokens; "
             "the tokenizer belongs to another model. Put the right tokenizer files into the model's folder"
         )
+    return sequences, sources

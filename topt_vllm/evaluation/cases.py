@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from topt_vllm.evaluation.options import EvaluationError
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.dense_pass import DensePass
 
@@ -139,22 +138,3 @@ def numbers(tokenizer: Any, source: random.Random, count: int) -> list[tuple[int
         if all(len(tokens) == len(other) and tokens != other for _, other in found):
             found.append((number, tokens))
     return found
-
-
-def alike(tokenizer: Any, source: random.Random, words: Iterable[str], count: int) -> list[str]:
-    """``count`` of the words, by chance, which behind a space have different tokens and equally many.
-
-    Raises:
-        EvaluationError: The tokenizer has no such.
-    """
-    by_tokens = {tuple(tokens_of(tokenizer, f" {word}")): word for word in words}
-    groups: dict[int, list[str]] = {}
-    for tokens, word in by_tokens.items():
-        groups.setdefault(len(tokens), []).append(word)
-    largest = max(groups.values(), key=len, default=[])
-    if len(largest) < count:
-        raise EvaluationError(
-            f"of {len(by_tokens)} words no more than {len(largest)} have equally many tokens, and --tasks needs "
-            f"{count}; leave out the task, or take another text"
-        )
-    return source.sample(largest, count)

@@ -21,6 +21,7 @@ from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
 from topt_vllm.table.search import find_table
+from topt_vllm.table.words import as_text
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def prepare(options: EvaluationOptions) -> Plan:
     apart = _tuning_text(options, tokenizer, length)
     texts = [_text(options, tokenizer, name, length, calibrated, apart) for name in names]
     if len({text.name for text in texts}) < len(texts):
-        texts = [replace(text, name=_as_text(name)) for text, name in zip(texts, names, strict=True)]
+        texts = [replace(text, name=as_text(name)) for text, name in zip(texts, names, strict=True)]
     first = texts[0].sequences[0]
     needles = hide(tokenizer, first, options.needles, options.depths)
     tasks = {
@@ -124,11 +125,6 @@ def prepare(options: EvaluationOptions) -> Plan:
         for length in options.task_lengths
     }
     return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
-
-
-def _as_text(name: str) -> str:
-    """Names of files are bytes, and needn't be text."""
-    return name.encode("utf-8", "replace").decode("utf-8")
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:

@@ -107,12 +107,9 @@ class DensePass:
             [B, r, hidden size].
         """
         sparse = attention.layers if attention is not None else []
-
-        def function(asked: Asked) -> torch.Tensor:
-            return self._attend(attention if asked.layer in sparse else None, first, asked)
-
         known = min(sparse, default=self.subject.identity.num_layers)
         skipping = nullcontext() if span is None else self._skipping(known, span)
+        function = partial(self._attend, attention, first)
         with torch.inference_mode(), skipping, selected(self.model.model, function):
             return self.model.hidden(inputs, first)
 
@@ -198,11 +195,11 @@ def attended(attention: RuleAttention | None, asked: Asked, call: LayerCall) -> 
     """Attention of the call's rows, [r, H, Dv].
 
     Args:
-        attention: Of the layer; None for dense attention.
+        attention: Of the layers that have a rule; None for dense attention everywhere.
         asked: What the layer asked for.
         call: The same of one sequence, with what lies before it.
     """
-    if attention is not None:
+    if attention is not None and call.layer in attention.layers:
         return attention.attend(call).transpose(0, 1)
     if not call.plain:
         return attend(call, None).transpose(0, 1)

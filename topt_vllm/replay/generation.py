@@ -28,7 +28,6 @@ def generate(
         steps: Wraps the numbers of the steps, to show progress.
     """
     cache = {layer: [_with_room(kept, count) for kept in tensors] for layer, tensors in prompt.cache.items()}
-    sparse = attention.layers if attention is not None else []
     newest = prompt.length
 
     def function(asked: Asked) -> torch.Tensor:
@@ -38,7 +37,7 @@ def generate(
             kept[:, newest] = new[0, :, 0]
         key, value = (kept[:, seen] for kept in cache[asked.layer])
         call = asked.call(key=key, value=value, first=newest - seen.start, window=window)
-        return attended(attention if asked.layer in sparse else None, asked, call)[None]
+        return attended(attention, asked, call)[None]
 
     tokens = [token]
     with torch.inference_mode(), selected(prompt.model.model, function):

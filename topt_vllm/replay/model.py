@@ -214,7 +214,7 @@ def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     # device_map needs accelerate; one device does without.
     spread: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
-    reader = _auto_class(_read(transformers.AutoConfig, model, trust_remote_code))
+    reader = auto_class(_read(transformers.AutoConfig, model, trust_remote_code))
     # It would make weights up in place of those whose shapes differ; without that its error doesn't name them.
     more = {"output_loading_info": True, "ignore_mismatched_sizes": True, **spread}
     with _quiet():
@@ -266,7 +266,7 @@ def _require_dequantiser(config: Any, model: str) -> None:
         raise ReplayError(f"{model}: its weights are compressed, and can't be read here: {reason}") from error
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """What transformers loads the model with: a class that takes images or sound too where text has none alone."""
     by_text = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING and not by_text:
@@ -282,7 +282,7 @@ def _skeleton(config: Any, model: str, trust_remote_code: bool) -> Any:
     """
     try:
         with _quiet(), torch.device("meta"):
-            return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     # Code of any architecture runs here, and what it can't make of a configuration raises anything.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,6 +11,7 @@ from topt_vllm.replay import text_formats
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.text_files import TEXT_SUFFIXES, files_of, known_size, open_text
 from topt_vllm.table.schema import TextSource
+from topt_vllm.table.words import as_text
 
 # Enough characters of a hub dataset for the tokens needed, whatever the tokenizer: dense scripts take fewer.
 _CHARACTERS_PER_TOKEN = 16
@@ -94,9 +95,8 @@ def _fair_share(sizes: list[int], most: int) -> int:
 
 
 def _source_name(path: Path) -> str:
-    """A pipe's own name says nothing; names of files are bytes, and needn't be text."""
-    name = path.name if path.is_file() else str(path)
-    return name.encode("utf-8", "replace").decode("utf-8")
+    """A pipe's own name says nothing."""
+    return as_text(path.name if path.is_file() else str(path))
 
 
 def _digest(path: Path) -> str | None:

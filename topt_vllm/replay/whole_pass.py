@@ -28,11 +28,10 @@ class WholePass(DensePass):
         span: range | None = None,
     ) -> torch.Tensor:
         """As :meth:`DensePass.decode`; ``span`` saves nothing here."""
-        sparse = attention.layers if attention is not None else []
 
         def function(asked: Asked) -> torch.Tensor:
             whole = asked.call(window=self.subject.window_of(asked.layer))
-            if attention is None or asked.layer not in sparse:
+            if attention is None or asked.layer not in attention.layers:
                 return whole_sequence(asked, whole)
             prompt = {name: getattr(whole, name)[:, :first] for name in ("query", "key", "value")}
             dense = whole_sequence(asked, replace(whole, **prompt))

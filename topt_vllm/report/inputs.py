@@ -12,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from topt_vllm.report.records import Decoded, Evaluated, Origin, Served
 from topt_vllm.table.check import clipped
-from topt_vllm.table.file import load
+from topt_vllm.table.file import first_problem, load
 from topt_vllm.table.schema import ThresholdTable
+from topt_vllm.table.words import as_text
 
 # A record with a needle grid has some kilobytes; thousands of them fit.
 _MAX_BYTES = 16 << 20
@@ -92,7 +93,7 @@ def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inpu
     """
     table = load(table_path)
     inputs = Inputs(
-        table, [], [], [], [Source(_name(table_path), _sha256(table_path.read_bytes()), None)], []
+        table, [], [], [], [Source(as_text(table_path.name), _sha256(table_path.read_bytes()), None)], []
     )
     for path in evaluations:
         content, digest = _json(path, "--evaluation", _EVALUATE)
@@ -117,7 +118,9 @@ def read(table_path: Path, evaluations: list[Path], benches: list[Path]) -> Inpu
 def _note_name(inputs: Inputs, path: Path, served: str) -> None:
     """The engine's benchmark knows its model by name or folder alone."""
     if Path(served).name != Path(inputs.table.model.id).name:
-        inputs.notes.append(f"{_name(path)} served {served}; whether that is the table's model isn't known.")
+        inputs.notes.append(
+            f"{as_text(path.name)} served {served}; whether that is the table's model isn't known."
+        )
 
 
 def _of_case(case: Decoded) -> Origin:
@@ -133,17 +136,15 @@ def _accept(inputs: Inputs, path: Path, digest: str, option: str, origins: list[
                 f"{option} {path} is about another model: {clipped(origin.model)} with fingerprint "
                 f"{clipped(origin.fingerprint)}, and the table is of {clipped(model.id)} with {model.fingerprint}"
             )
-    first = origins[0]
+    first, name = origins[0], as_text(path.name)
     if option == "--evaluation":
         if first.fingerprint is None:
-            inputs.notes.append(
-                f"{_name(path)} doesn't say which model it evaluates; evaluate again to be sure."
-            )
+            inputs.notes.append(f"{name} doesn't say which model it evaluates; evaluate again to be sure.")
         elif first.table_sha256 not in (None, inputs.sources[0].sha256):
             inputs.notes.append(
-                f"{_name(path)} was evaluated with another table file of the same model, {first.table}."
+                f"{name} was evaluated with another table file of the same model, {first.table}."
             )
-    inputs.sources.append(Source(_name(path), digest, first))
+    inputs.sources.append(Source(name, digest, first))
 
 
 def _json(path: Path, option: str, wanted: str) -> tuple[Any, str]:
@@ -176,17 +177,7 @@ def _parsed(kind: Any, content: Any, path: Path, wanted: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in first["loc"])
-        problem = (
-            "missing key" if first["type"] == "missing" else f"{first['msg']}, got {clipped(first['input'])}"
-        )
-        raise ReportError(f"{path}: {where.lstrip('.') or 'content'}: {problem}; expected {wanted}") from None
-
-
-def _name(path: Path) -> str:
-    """File names are bytes, and needn't be text."""
-    return path.name.encode("utf-8", "replace").decode("utf-8")
+        raise ReportError(f"{path}: {first_problem(error)}; expected {wanted}") from None
 
 
 def _sha256(content: bytes) -> str:

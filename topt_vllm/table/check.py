@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from topt_vllm.attention.common import LONGEST_CONTEXT
 from topt_vllm.table.schema import (
     Budget,
     KeyStatistics,
@@ -16,8 +17,7 @@ from topt_vllm.table.schema import (
     ThresholdTableError,
 )
 
-# Lengths are int32 and thresholds float32 where they are used.
-_MAX_LENGTH = 2**31 - 1
+# Thresholds are float32 where they are used.
 _MAX_THETA = 3.4e38
 # What is divided by: smaller ones have no inverse in float32, or are 0 there.
 _MIN_SCALE = 2.0**-126
@@ -50,8 +50,8 @@ def _problems(table: ThresholdTable) -> _Problems:
     lengths, model = table.lengths, table.model
     if lengths[0] <= 0 or not _ascending(lengths):
         yield "lengths", f"must be positive and strictly ascending, got {clipped(lengths)}"
-    if lengths[-1] > _MAX_LENGTH:
-        yield "lengths", f"must be at most {_MAX_LENGTH}, got {lengths[-1]}"
+    if lengths[-1] > LONGEST_CONTEXT:
+        yield "lengths", f"must be at most {LONGEST_CONTEXT}, got {lengths[-1]}"
     if model.num_layers > _MAX_LAYERS:
         yield "model.num_layers", f"must be at most {_MAX_LAYERS}, got {model.num_layers}"
     for name in ("sliding_window_layers", "attention_free_layers"):

@@ -70,22 +70,19 @@ def _parse(content: Any, path: Path) -> ThresholdTable:
     try:
         table = ThresholdTable.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        # pydantic's own message repeats the file's content, whatever its size.
-        raise ThresholdTableError(f"{path}: {_key_path(first['loc'])}: {_problem(first)}{more}") from None
+        raise ThresholdTableError(f"{path}: {first_problem(error)}{more}") from None
     check(table, path)
     return table
 
 
-def _key_path(location: tuple[int | str, ...]) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in location)
-    return "".join(parts).lstrip(".")
-
-
-def _problem(error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return "unknown key; remove it"
-    if error["type"] == "missing":
-        return "missing key"
-    return f"{error['msg']}, got {clipped(error['input'])}"
+def first_problem(error: ValidationError) -> str:
+    """Key path and what is wrong there; pydantic's own message repeats a file's content, whatever its size."""
+    first = error.errors()[0]
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in first["loc"])
+    where = "".join(parts).lstrip(".") or "content"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key; remove it"
+    if first["type"] == "missing":
+        return f"{where}: missing key"
+    return f"{where}: {first['msg']}, got {clipped(first['input'])}"

@@ -30,6 +30,7 @@ _FINGERPRINT_KEYS = (
     "attn_logit_softcapping",
     "query_pre_attn_scalar",
 )
+_NOT_COMPARED = ("id", "revision", "architecture")
 
 
 class ModelIdentity(BaseModel):
@@ -38,7 +39,7 @@ class ModelIdentity(BaseModel):
     Attributes:
         id: Name for people: a hub id or the folder's name; not compared.
         revision: Hub revision where known; not compared.
-        architecture: Such as ``LlamaForCausalLM``.
+        architecture: Such as ``LlamaForCausalLM``; not compared.
         num_layers: Decoder layers.
         num_query_heads: Query heads of a layer with full attention, over all tensor-parallel ranks.
         num_kv_heads: KV heads of such a layer, over all tensor-parallel ranks.
@@ -79,16 +80,8 @@ class ModelIdentity(BaseModel):
 
     def difference(self, other: "ModelIdentity") -> str | None:
         """The first compared attribute in which two models differ, as text with both values; None if none."""
-        for name in (
-            "num_layers",
-            "num_query_heads",
-            "num_kv_heads",
-            "head_dim",
-            "sliding_window_layers",
-            "attention_free_layers",
-            "fingerprint",
-        ):
-            if getattr(self, name) != getattr(other, name):
+        for name in type(self).model_fields:
+            if name not in _NOT_COMPARED and getattr(self, name) != getattr(other, name):
                 return f"{name}: {getattr(self, name)} against {getattr(other, name)}"
         return None
 

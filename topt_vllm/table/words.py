@@ -1,4 +1,4 @@
-"""Layers and budgets in the words of tables and logs."""
+"""Layers, budgets and names of files in the words of tables and logs."""
 
 from collections.abc import Iterable
 
@@ -12,3 +12,8 @@ def layers_in_words(layers: Iterable[int]) -> str:
 def budget_in_words(key: int | str | None) -> str:
     """``k=64``, or the name."""
     return f"k={key}" if isinstance(key, int) else str(key)
+
+
+def as_text(name: str) -> str:
+    """Names of files are bytes, and needn't be text."""
+    return name.encode("utf-8", "replace").decode("utf-8")

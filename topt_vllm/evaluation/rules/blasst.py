@@ -41,10 +41,7 @@ class Blasst(Rule):
         # With λ above 1 not even the maximum's own tile would be kept.
         threshold = (self.scale / rows.contexts).clamp(max=1.0).log()[:, None]
         near = rows.by_group((tile_max - running >= threshold) & (tile_max > -math.inf))
-        tiles = torch.cat([self._together(part) for part in near.split(TILE_ROWS, dim=1)], dim=1)
+        by_rows = near.split(TILE_ROWS, dim=1)
+        tiles = torch.cat([part.any(dim=1, keepdim=True).expand_as(part) for part in by_rows], dim=1)
         keep = tiles.flatten(0, 1).repeat_interleave(TILE_KEYS, dim=-1)[..., :m]
         return keep & (rows.scores > -math.inf)
-
-    @staticmethod
-    def _together(near: torch.Tensor) -> torch.Tensor:
-        return near.any(dim=1, keepdim=True).expand_as(near)

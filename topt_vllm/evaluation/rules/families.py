@@ -24,7 +24,6 @@ class Family:
 
     Attributes:
         name: As on the command line.
-        parameter: What the parameter is called in records.
         make: From a number x, on which the rows read depend monotonically, to the rule.
         shown: From x to the parameter as the rule's source has it.
         few: x with the fewest rows.
@@ -32,7 +31,6 @@ class Family:
     """
 
     name: str
-    parameter: str
     make: Callable[[float], Rule]
     shown: Callable[[float], float]
     few: float
@@ -51,24 +49,17 @@ def families(names: tuple[str, ...], table: ThresholdTable, longest: int) -> lis
     pages = -(-longest // PAGE)
     # Numbers of keys and pages, and λ and τ, are searched by their logarithm: their effect is.
     known = [
-        Family("toptheta", "budget position", maker(table, TopTheta), float, few, many),
-        Family("toptheta-nomean", "budget position", maker(table, TopThetaNoMean), float, few, many),
-        Family("topk", "k", lambda x: TopK(_whole(x)), _whole, 0.0, math.log(longest)),
-        Family(
-            "blasst",
-            "scale",
-            lambda x: Blasst(math.exp(x)),
-            math.exp,
-            math.log(longest),
-            math.log(_LEAST_LAMBDA),
-        ),
-        Family("sparsev", "tau", lambda x: SparseV(math.exp(x)), math.exp, 0.0, math.log(_LEAST_TAU)),
-        Family("quest", "pages", lambda x: Quest(_whole(x)), _whole, 0.0, math.log(pages)),
+        Family("toptheta", maker(table, TopTheta), float, few, many),
+        Family("toptheta-nomean", maker(table, TopThetaNoMean), float, few, many),
+        Family("topk", lambda x: TopK(_whole(x)), _whole, 0.0, math.log(longest)),
+        Family("blasst", lambda x: Blasst(math.exp(x)), math.exp, math.log(longest), math.log(_LEAST_LAMBDA)),
+        Family("sparsev", lambda x: SparseV(math.exp(x)), math.exp, 0.0, math.log(_LEAST_TAU)),
+        Family("quest", lambda x: Quest(_whole(x)), _whole, 0.0, math.log(pages)),
     ]
     # By the share that is kept, for it is that which spans orders of magnitude.
     for name, rule in (("sift", Sift), ("sift-context", SiftContext)):
         make = _by_kept_share(rule)
-        known.append(Family(name, "tau", make, lambda x: 1 - math.exp(x), -math.log(longest), math.log(0.99)))
+        known.append(Family(name, make, lambda x: 1 - math.exp(x), -math.log(longest), math.log(0.99)))
     return [family for family in known if family.name in names]
 
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, alike, hide_in, numbers, tokens_of
+from topt_vllm.evaluation.cases import Case, hide_in, numbers, tokens_of
 from topt_vllm.evaluation.options import EvaluationError
 
 # Wrong answers of a question.
@@ -47,8 +47,22 @@ class Haystack:
         return tokens_of(self.tokenizer, text)
 
     def alike(self, words: list[str], count: int) -> list[str]:
-        """Some words with equally many tokens."""
-        return alike(self.tokenizer, self.source, words, count)
+        """``count`` of the words, by chance, which behind a space have different tokens and equally many.
+
+        Raises:
+            EvaluationError: The tokenizer has no such.
+        """
+        by_tokens = {tuple(self.tokens(f" {word}")): word for word in words}
+        groups: dict[int, list[str]] = {}
+        for tokens, word in by_tokens.items():
+            groups.setdefault(len(tokens), []).append(word)
+        largest = max(groups.values(), key=len, default=[])
+        if len(largest) < count:
+            raise EvaluationError(
+                f"of {len(by_tokens)} words no more than {len(largest)} have equally many tokens, and --tasks "
+                f"needs {count}; leave out the task, or take another text"
+            )
+        return self.source.sample(largest, count)
 
     def numbers(self, count: int) -> list[str]:
         """Different numbers with equally many tokens."""
