@@ -13,6 +13,7 @@ from transformers import (
     NemotronHConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     T5Config,
 )
 
@@ -88,6 +89,15 @@ def test_a_window_as_long_as_the_context_is_none():
     for window, windowed in ((4095, [0, 1]), (4096, []), (262144, [])):
         phi = Phi3Config(num_hidden_layers=2, sliding_window=window, max_position_embeddings=4096)
         assert identify(phi, "m").sliding_window_layers == windowed
+
+
+def test_no_window_written_as_0_is_the_same_as_none():
+    """transformers has 0 for a Qwen2-MoE without windows, and vLLM makes None of it."""
+    config = Qwen2MoeConfig(**LLAMA)
+    assert config.sliding_window == 0
+    calibrated = identify(config, "m")
+    config.sliding_window = None
+    assert identify(config, "m") == calibrated
 
 
 def test_layers_without_attention():

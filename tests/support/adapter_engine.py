@@ -39,6 +39,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import allocate_kv_cache, bind_kv_cache_to_layers
 
+from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.states import StatesLayer
 from topt_vllm.table.identity import identify
 
@@ -72,6 +73,11 @@ def _poison(tensor: torch.Tensor, nan: bool) -> None:
 @pytest.fixture
 def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Builds a :class:`Rig` on a host, as an engine does with a model."""
+    # The process's counters outlive a rig, and must not stay another rank's.
+    monkeypatch.setattr(recorder(), "_rank", 0)
+    monkeypatch.setattr(recorder(), "_ranks", 1)
+    if torch.cpu._is_amx_tile_supported():
+        torch.cpu._init_amx()  # in engines the matrix products have asked Linux for it before attention runs
 
     def make(
         host: Host,

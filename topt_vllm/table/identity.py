@@ -168,6 +168,8 @@ def _common_heads(config: Any, kinds: list[str]) -> Heads:
 def _fingerprint(config: Any) -> str:
     own = set(getattr(config, "per_layer_attributes", None) or ())
     facts: dict[str, Any] = {key: getattr(config, key, None) for key in _FINGERPRINT_KEYS if key not in own}
+    if facts.get("sliding_window") == 0:  # how Qwen2-MoE's says that there is none; vLLM makes None of it
+        facts["sliding_window"] = None
     facts["rope"] = _plain(getattr(config, "rope_parameters", None) or {})
     if own:
         facts["heads"] = [layer_heads(config, layer) for layer in range(config.num_hidden_layers)]
