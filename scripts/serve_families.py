@@ -26,7 +26,7 @@ OUTCOMES = ROOT / "docs" / "model_families.json"
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import engine_forks  # noqa: E402
-from model_families import FAMILIES, REFUSED, Family, served_config  # noqa: E402
+from model_families import REFUSED, SERVED, Family, served_config  # noqa: E402
 from tiny_models import save_model, save_text  # noqa: E402
 
 from topt_vllm.cli.main import main as topt_vllm  # noqa: E402
@@ -166,16 +166,14 @@ def refusal(config: Any) -> str:
 def main() -> None:
     """Runs the families that are named, and stores what came of them beside what is stored of the others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("family", nargs="*", help=f"out of: {', '.join(FAMILIES)}; default: all")
-    names = parser.parse_args().family or list(FAMILIES)
-    if unknown := set(names) - set(FAMILIES):
-        parser.error(f"family {', '.join(sorted(unknown))} is not out of: {', '.join(FAMILIES)}")
+    parser.add_argument("family", nargs="*", help=f"out of: {', '.join(SERVED)}; default: all")
+    names = parser.parse_args().family or list(SERVED)
+    if unknown := set(names) - set(SERVED):
+        parser.error(f"family {', '.join(sorted(unknown))} is not out of: {', '.join(SERVED)}")
     stored = json.loads(OUTCOMES.read_text(encoding="utf-8")) if OUTCOMES.exists() else {"families": {}}
     for name in names:
-        stored["families"][name] = outcome(name, FAMILIES[name])
-        stored["families"] = {
-            name: stored["families"][name] for name in FAMILIES if name in stored["families"]
-        }
+        stored["families"][name] = outcome(name, SERVED[name])
+        stored["families"] = {name: stored["families"][name] for name in SERVED if name in stored["families"]}
         store(stored)
     stored["refused"] = {name: refusal(config) for name, (config, _) in REFUSED.items()}
     store(stored)

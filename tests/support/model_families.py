@@ -269,6 +269,66 @@ FAMILIES = {
     ),
 }
 
+# They differ from the above in feed-forward layers, norms or names of weights alone: served, and not in the suite.
+MORE = {
+    "qwen2": Family(transformers.Qwen2Config(**PLAIN)),
+    "qwen2 moe": Family(
+        transformers.Qwen2MoeConfig(**PLAIN, **EXPERTS, num_experts=4, shared_expert_intermediate_size=16)
+    ),
+    "gemma": Family(transformers.GemmaConfig(**SMALL)),
+    "ministral 3": Family(transformers.Ministral3Config(**SMALL)),
+    "granite moe": Family(transformers.GraniteMoeConfig(**PLAIN, num_local_experts=4, num_experts_per_tok=2)),
+    "olmoe": Family(transformers.OlmoeConfig(**PLAIN, num_experts=4, num_experts_per_tok=2)),
+    "exaone moe": Family(
+        transformers.ExaoneMoeConfig(**SMALL, **EXPERTS, **WINDOWS, num_experts=4), full=(1,)
+    ),
+    "lfm2 moe": Family(
+        transformers.Lfm2MoeConfig(
+            **PLAIN, **EXPERTS, num_experts=4, num_dense_layers=1, layer_types=["conv", FULL, FULL]
+        ),
+        full=(1, 2),
+        free=(0,),
+    ),
+    "glm": Family(transformers.GlmConfig(**SMALL, pad_token_id=0)),
+    "glm4 moe": Family(
+        transformers.Glm4MoeConfig(
+            **SMALL, **EXPERTS, n_routed_experts=4, first_k_dense_replace=1, use_qk_norm=True
+        )
+    ),
+    "ernie 4.5": Family(transformers.Ernie4_5Config(**SMALL)),
+    "ernie 4.5 moe": Family(
+        transformers.Ernie4_5_MoeConfig(
+            **PLAIN,
+            moe_intermediate_size=16,
+            moe_num_experts=4,
+            moe_k=2,
+            moe_num_shared_experts=1,
+            moe_layer_start_index=1,
+        )
+    ),
+    "hunyuan": Family(transformers.HunYuanDenseV1Config(**SMALL)),
+    "hunyuan moe": Family(transformers.HunYuanMoEV1Config(**SMALL, num_experts=4, moe_topk=2)),
+    "seed-oss": Family(transformers.SeedOssConfig(**SMALL)),
+    "dots1": Family(
+        transformers.Dots1Config(
+            **SMALL,
+            **EXPERTS,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+        )
+    ),
+    "apertus": Family(transformers.ApertusConfig(**PLAIN)),
+    "arcee": Family(transformers.ArceeConfig(**SMALL)),
+    "afmoe": Family(
+        transformers.AfmoeConfig(**SMALL, **EXPERTS, **WINDOWS, num_experts=4, num_dense_layers=1), full=(1,)
+    ),
+    "stablelm": Family(transformers.StableLmConfig(**PLAIN)),
+}
+SERVED = FAMILIES | MORE
+
 # vLLM's CPU attention has heads of 32 channels and more, and those of the tests have 8.
 _WIDTHS = ("head_dim", "hidden_size", "n_embd", "word_embed_proj_dim", "v_head_dim")
 _FACTOR = 4
@@ -286,6 +346,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
     # Experts without a gate run on GPUs alone.
     "nemotron-h": {"ssm_state_size": 16, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
     # What follows is in the configurations of their checkpoints, and not in transformers' own.
+    "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "mimo v2": {
         "hybrid_layer_pattern": [1, 0, 1],
         "moe_layer_freq": [0, 1, 1],
@@ -312,7 +373,7 @@ _OTHERS: dict[str, dict[str, Any]] = {
 
 def served_config(name: str) -> PretrainedConfig:
     """A family's configuration, large enough for vLLM's CPU kernels."""
-    config = FAMILIES[name].config
+    config = SERVED[name].config
     facts = config.to_dict()
     text = facts.get("text_config", facts)
     wide = {key: text[key] * _FACTOR for key in _WIDTHS if isinstance(text.get(key), int)}
