@@ -12,7 +12,7 @@
 #   --device, --dtype    as in topt-vllm calibrate (default: a GPU where there is one; float32)
 #
 # MODEL is a folder or a hub id, of which FOLDER gets NAME.yaml, evaluation.json and report.html. What is there already
-# is kept: a run that was killed goes on.
+# is kept: a run that was killed goes on, but for the evaluation, which begins anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
@@ -89,9 +89,13 @@ main() {
     once "$table" "$run" calibrate "${model[@]}" --dataset "${CALIBRATE[@]}" --num-samples "$SAMPLES" \
         "${CALIBRATED_BUDGETS[@]}" --output "$table" --resume
     step "3/4 What they cost on other texts"
+    # Under another name until it is whole: its records are written as they come.
+    local unfinished="$FOLDER/evaluation.unfinished.json"
+    rm -f "$unfinished"
     once "$FOLDER/evaluation.json" "$run" evaluate "${model[@]}" --thresholds "$table" --dataset "${EVALUATE[@]}" \
         --rules toptheta --rows --budget "${BUDGETS[@]}" --k-screen off int4 int4+4 \
-        --needles "${needles[@]}" --json "$FOLDER/evaluation.json"
+        --needles "${needles[@]}" --json "$unfinished"
+    [[ ! -e $unfinished ]] || mv "$unfinished" "$FOLDER/evaluation.json"
     step "4/4 The report"
     once "$FOLDER/report.html" "$run" report "$table" --evaluation "$FOLDER/evaluation.json" -o "$FOLDER/report.html"
     say ""

@@ -171,6 +171,32 @@ def test_a_table_its_evaluation_and_its_report_are_made_once(checkout: Path, tmp
     assert log.read_text().count("\n\n") == 3
 
 
+def test_an_evaluation_that_was_killed_is_not_taken_for_a_whole_one(checkout: Path, tmp_path: Path):
+    log, command = tmp_path / "log", checkout / ".venv" / "bin" / "topt-vllm"
+    shutil.copy(ROOT / "scripts" / "make_table.sh", checkout / "scripts")
+    fake = FAKE_COMMAND.format(python=sys.executable, log=str(log))
+    command.write_text(fake + "sys.exit(wanted[0] == 'evaluate')\n")
+    command.chmod(0o755)
+    asked = ["M", tmp_path / "out", "--calibrate", "a.txt", "--evaluate", "b.txt"]
+    killed = run(checkout / "scripts" / "make_table.sh", *asked)
+    assert killed.returncode == 1
+    assert "run the same command again" in killed.stderr
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    command.write_text(fake)
+    assert run(checkout / "scripts" / "make_table.sh", *asked).returncode == 0
+    assert [call.split("\n")[0] for call in log.read_text().strip().split("\n\n")] == [
+        "calibrate",
+        "evaluate",
+        "evaluate",
+        "report",
+    ]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "M.yaml",
+        "evaluation.json",
+        "report.html",
+    }
+
+
 def test_a_taken_port_is_refused_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
