@@ -134,7 +134,7 @@ def _sort(layers: list[ModelLayer]) -> _Sorted:
     for each in layers:
         found.replicas = each.kv_replicas
         thetas, reason = each.thresholds()
-        if reason is not None and each.stays_with_platform(reason):
+        if reason and each.dense_on_platform:
             each.layer.impl.platform_reason = reason
             kinds = found.draft_platform if each.drafts else found.platform
             kinds[_platform_layer(each, reason)] += 1

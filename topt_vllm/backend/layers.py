@@ -87,11 +87,10 @@ class ModelLayer:
         heads, thetas = self._heads(), self.resolved.thetas[index]
         return (thetas if self.tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None
 
-    def stays_with_platform(self, reason: str | None) -> bool:
-        """Whether the platform's kernel decodes in it too; ``reason`` as :meth:`thresholds` has it."""
-        return reason is not None and (
-            self.resolved.dense_on_platform or self.layer.sliding_window is not None
-        )
+    @property
+    def dense_on_platform(self) -> bool:
+        """Whether the platform's kernel decodes in it where it has no thresholds."""
+        return self.resolved.dense_on_platform or self.layer.sliding_window is not None
 
     def promised_keys(self) -> list[int] | None:
         """Keys that each of this rank's query heads should keep, None unless thresholds adapt.

@@ -235,7 +235,7 @@ def register(vllm_config: VllmConfig) -> None:
             layer.sliding_window = None
         known = ModelLayer(layer, name, resolved, tensor_parallel_size)
         _, reason = known.thresholds()
-        if not known.stays_with_platform(reason):
+        if reason is None or not known.dense_on_platform:
             layer.impl.operator = resolved.implementation
         if reason is None:
             screened = known.screen() is not None
