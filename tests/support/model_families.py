@@ -340,6 +340,8 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "qwen3.5": _LINEAR,
     "gemma4": _GEMMA4 | {"num_global_key_value_heads": 1},
     "gemma4, shared K and V": _GEMMA4,
+    "qwen2.5-vl": _MROPE,
+    "qwen3-vl": _MROPE,
     # Convolutions have a multiple of 32 channels: those of the heads and twice those of the states.
     "granite hybrid": {"mamba_n_heads": 32, "mamba_d_state": 16},
     "falcon-h1": {"mamba_d_state": 16},
@@ -366,8 +368,6 @@ _OTHERS: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
         "block_ffn_dim_multiplier": 1.0,
     },
-    "qwen2.5-vl": _MROPE,
-    "qwen3-vl": _MROPE,
 }
 
 
