@@ -105,7 +105,7 @@ def test_missing_compiler_names_the_remedy(tiny: jit.Library, monkeypatch: pytes
 @pytest.mark.parametrize("value", ["sse9", "AVX1024"])
 def test_unknown_capability_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOPT_CPU_CAPABILITY", value)
-    with pytest.raises(ValueError, match="allowed: auto, avx512, avx2, default"):
+    with pytest.raises(ValueError, match="allowed: auto, amx, avx512, avx2, default"):
         jit.capability()
 
 
@@ -114,6 +114,17 @@ def test_capability_beyond_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with pytest.raises(ValueError, match="torch offers 'avx2'"):
         jit.capability()
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(True, "amx"), (False, "avx512")])
+def test_amx_is_taken_where_linux_allows_it(
+    allowed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOPT_CPU_CAPABILITY", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    assert jit.capability() == expected
 
 
 def test_capability_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

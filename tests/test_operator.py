@@ -363,6 +363,18 @@ def test_multi_row_queries(impl: str, rows: int) -> None:
     check_against_oracle(impl, random_case([(rows, 100), (1, 70), (rows, 66)], 4, 2, block_size=32))
 
 
+@pytest.mark.parametrize("impl", ["cpu"])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 160])
+@pytest.mark.parametrize(("heads", "rows"), [(5, 1), (3, 5), (16, 1), (17, 2), (40, 8)])
+@pytest.mark.parametrize("group_keep", ["head", "union"])
+def test_many_query_vectors(impl: str, heads: int, rows: int, head_dim: int, group_keep: Any) -> None:
+    """Heads times rows that share a context; AMX takes 16 of them at a time, and rows then share a list of V rows."""
+    selection = Selection(group_keep=group_keep, sink_tokens=1, recent_tokens=3)
+    case = random_case([(rows, 333), (rows, 130)], heads, 1, head_dim, 48, selection=selection)
+    check_against_oracle(impl, case)
+    check_against_oracle(impl, replace(case, thetas=None))
+
+
 @kernels_only
 @pytest.mark.parametrize("query_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -28,7 +28,7 @@ VARIABLES = {
     ),
     "TOPT_CPU_CAPABILITY": Variable(
         "auto",
-        "Vector instructions of the CPU kernel: auto, avx512, avx2 or default (the compiler's portable baseline). "
+        "Instructions of the CPU kernel: auto, amx, avx512, avx2 or default (the compiler's portable baseline). "
         "For tests and bug reports; auto is the fastest.",
     ),
 }

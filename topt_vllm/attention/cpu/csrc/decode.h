@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "accumulate.h"
+#include "amx.h"
 #include "bytes.h"
 #include "schedule.h"
 #include "score.h"
@@ -52,17 +53,18 @@ struct Scratch {
   float *scores, *query, *weights, *softmax, *sums;
   c10::BFloat16* pairs;
   const T** rows;
-  uint32_t *kept, *read, *candidates;
+  uint32_t *kept, *marks, *read, *candidates;
   int32_t *listed, *ends;
   float* fine;
   KeepRule* rules;
   ScreenQueries screen;
+  TileRegisters tiles;
   int count[kMaxItemRows];
 
   static int64_t capacity(const Problem& p) { return kFlushRows + largest_tile(p) + kLanes; }
   static int64_t bytes(const Problem& p) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = largest_tile(p);
-    const int64_t words = tile / kLanes * (p.group() + 3);
+    const int64_t words = tile / kLanes * (vectors + kMaxItemRows + 3);
     // Scores and candidates of two tiles: the screen runs one ahead.
     int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
     total += 4 * p.head_dim;
@@ -85,7 +87,8 @@ struct Scratch {
     carve(sums, p.head_dim);
     carve(pairs, vectors * p.head_dim);
     carve(rows, kMaxItemRows * capacity(p));
-    carve(kept, tile / kLanes * p.group());
+    carve(kept, tile / kLanes * vectors);
+    carve(marks, tile / kLanes * kMaxItemRows);
     carve(read, tile / kLanes);
     carve(candidates, 2 * (tile / kLanes));
     carve(listed, 2 * (tile + kLanes));
@@ -167,16 +170,12 @@ class Decoder {
       } else {
         score(item, tile, end, after, counts);
       }
-      for (int row = 0; row < item.rows; ++row) {
+      for (int row = 0; row < item.rows; row += list_rows) {
         if (s.count[row] >= kFlushRows) flush(row, softmax);
-        const int size = tile_blocks(p, screened) * p.block_size, start = tile * size;
-        const int seen = std::min(s.rules[row * group].n - start, size);
-        if (seen <= 0) continue;
-        if (screened) drop_rest(row, seen, softmax);
-        select(item, row, screened ? candidates_of(row, start, seen) : all_keys(row, start, seen), softmax, counts);
+        select(item, row, tile, softmax, counts);
       }
     }
-    for (int row = 0; row < item.rows; ++row) flush(row, softmax);
+    for (int row = 0; row < item.rows; row += list_rows) flush(row, softmax);
   }
 
   // Writes the rows of an item from its finished softmax; returns the dropped probability, summed over its heads.
@@ -215,6 +214,8 @@ class Decoder {
   const T* next_key = nullptr;            // the block of K to ask for, a tile ahead, or null
   bool dense = false;     // every head of every row keeps everything
   bool screened = false;  // by the copy of K, which stands for it
+  bool tiled = false;     // tile registers add V rows, and score keys that are read
+  int list_rows = 1;      // query rows that share a list of V rows: with tiles all of an item
   // Of the tile in turn.
   float* scores = nullptr;         // [M, tile]
   uint32_t* candidates = nullptr;  // a bit per token
@@ -233,6 +234,8 @@ class Decoder {
   void load_queries(const Item& item) {
     dense = true;
     screened = item.screened;
+    tiled = takes_tiles(item.rows * group);
+    list_rows = tiled ? item.rows : 1;
     next_key = nullptr;
     forced_below = 0, forced_from = item.context;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
@@ -253,6 +256,10 @@ class Decoder {
     for (int m = 0; m < queries.count && screened; ++m) {
       encode_query(p, item.kv_head, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, m, s.screen);
     }
+  }
+
+  bool takes_tiles(int vectors) const {
+    return TOPT_AMX && std::is_same_v<T, c10::BFloat16> && p.query.dtype == DType::kBFloat16 && p.head_dim % kTileDepth == 0 && vectors >= kLeastTileVectors;
   }
 
   const T* key_block(const Item& item, int block) const {
@@ -283,7 +290,7 @@ class Decoder {
       next_key = later_key(item, block + p.blocks_per_tile, end, after);
       const int tokens = std::min(p.block_size, item.context - block * p.block_size);
       score_block(queries, key_block(item, block), p.key_dim_stride, (tokens + kLanes - 1) / kLanes * kLanes,
-                  scores + (block - first) * p.block_size, largest_tile(p), next_key);
+                  scores + (block - first) * p.block_size, largest_tile(p), next_key, tiled ? &s.tiles : nullptr);
       count_keys(item, block * p.block_size, tokens, counts);
     }
   }
@@ -425,26 +432,50 @@ class Decoder {
     }
   }
 
-  // Selection, softmax sums and survivors of scored keys, for one query row.
-  void select(const Item& item, int row, const Keys& keys, Softmax& softmax, Counts& counts) {
-    const int words = (keys.count + kLanes - 1) / kLanes;
-    std::fill_n(s.read, words, 0u);
-    in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, keys, softmax, counts); });
-    const int pending = s.count[row];
-    gather(item, row, keys, words, counts);
-    if (s.count[row] - pending < keys.seen) softmax.skipped[row] += 1;
-    in_register_tiles(group, [&](auto heads, int g) {
-      // What scoring left of the next block to ask for.
-      const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
-      softmax.skipped[row] += weigh<heads()>(row, g, keys.scores, words, pending, asks, softmax);
-    });
+  // Keys of the tile that a row selects from.
+  Keys keys_of(int row, int tile) const {
+    const int size = tile_blocks(p, screened) * p.block_size, start = tile * size;
+    const int seen = std::clamp(s.rules[row * group].n - start, 0, size);
+    return screened ? candidates_of(row, start, seen) : all_keys(row, start, seen);
   }
 
-  // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references.
+  uint32_t* marks_of(int row) const { return s.marks + row * (largest_tile(p) / kLanes); }
+
+  // Selection, softmax sums and survivors of a tile's scored keys, for the query rows of a list.
+  void select(const Item& item, int first, int tile, Softmax& softmax, Counts& counts) {
+    const Keys longest = keys_of(first + list_rows - 1, tile);
+    if (longest.seen == 0) return;
+    const int words = (longest.count + kLanes - 1) / kLanes;
+    std::fill_n(s.read, words, 0u);
+    for (int row = first; row < first + list_rows; ++row) {
+      const Keys keys = keys_of(row, tile);
+      if (screened) drop_rest(row, keys.seen, softmax);
+      uint32_t* marks = marks_of(row);
+      std::fill_n(marks, words, 0u);
+      in_register_tiles(group, [&](auto heads, int g) { mark<heads()>(item, row, g, keys, words, softmax, counts); });
+      int read = 0;
+      for (int word = 0; word < words; ++word) s.read[word] |= marks[word], read += std::popcount(marks[word]);
+      counts.read += read;
+      if (read < keys.seen) softmax.skipped[row] += 1;
+    }
+    const int pending = s.count[first];
+    gather(item, first, longest, words);
+    for (int row = first; row < first + list_rows; ++row) {
+      in_register_tiles(group, [&](auto heads, int g) {
+        // What scoring left of the next block to ask for.
+        const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
+        softmax.skipped[row] += weigh<heads()>(row, g, longest.scores, words, pending, asks, softmax);
+      });
+    }
+  }
+
+  // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references. Scores of
+  // keys that only later rows of the list see become -inf.
   template <int MT>
-  void mark(const Item& item, int row, int g, const Keys& keys, Softmax& softmax, Counts& counts) {
+  void mark(const Item& item, int row, int g, const Keys& keys, int words, Softmax& softmax, Counts& counts) {
     const int first = row * group + g, stride = largest_tile(p), count = keys.count;
     const KeepRule* rules = s.rules + first;
+    uint32_t* marks = marks_of(row);
     float* scores = keys.scores + static_cast<int64_t>(first) * stride;
     bool forced = keys.low > 0 || keys.high < count;
     Vec16 best[MT];
@@ -453,9 +484,9 @@ class Decoder {
       best[m] = Vec16(-kInfinity);
       forced |= rules[m].dense;
     }
-    for (int t = 0; t < count; t += kLanes) {
+    for (int t = 0; t < words * kLanes; t += kLanes) {
       const uint32_t valid = below(count - t);
-      uint32_t read = s.read[t / kLanes];
+      uint32_t read = marks[t / kLanes];
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
         float* at = scores + m * stride + t;
@@ -473,10 +504,10 @@ class Decoder {
           mask &= valid;
           counts.kept += std::popcount(mask) - before;
         }
-        if (!p.keep_union) s.kept[(g + m) * (stride / kLanes) + t / kLanes] = mask;
+        if (!p.keep_union) s.kept[(first + m) * (stride / kLanes) + t / kLanes] = mask;
         read |= mask;
       }
-      s.read[t / kLanes] = read;
+      marks[t / kLanes] = read;
     }
     for (int m = 0; m < MT; ++m) {
       counts.kept += reached[m];
@@ -488,7 +519,7 @@ class Decoder {
   // Raises a reference that scores leave behind, and says so; queued rows are added first, for their weights refer to it.
   bool raise_to(int row, int m, float largest, Softmax& softmax) {
     if (!(largest > softmax.max[m] + kMaxSlack)) return false;
-    flush(row, softmax);
+    flush(row / list_rows * list_rows, softmax);
     raise(m, largest, softmax);
     return true;
   }
@@ -516,9 +547,9 @@ class Decoder {
 
   // Queues the V rows that some head keeps and asks for them, a line of each in turns, for requests in bursts to one
   // place are dropped. Where every row is kept, they are asked for as they are added.
-  void gather(const Item& item, int row, const Keys& keys, int words, Counts& counts) {
-    const T** rows = s.rows + row * s.capacity(p);
-    int pending = s.count[row];
+  void gather(const Item& item, int list, const Keys& keys, int words) {
+    const T** rows = s.rows + list * s.capacity(p);
+    int pending = s.count[list];
     const int64_t stride = p.value_token_stride;
     // V of the positions of one block; they ascend, so that few need the division.
     const T* base = nullptr;
@@ -534,12 +565,11 @@ class Decoder {
         rows[pending++] = base + (position - start) * stride;
       }
     }
-    const int asked = dense ? std::min(pending, s.count[row] + kRowsAhead) : pending;
+    const int asked = dense ? std::min(pending, s.count[list] + kRowsAhead) : pending;
     for (int d = 0; d < p.head_dim; d += kLineBytes / static_cast<int>(sizeof(T))) {
-      for (int i = s.count[row]; i < asked; ++i) ask(rows[i] + d);
+      for (int i = s.count[list]; i < asked; ++i) ask(rows[i] + d);
     }
-    counts.read += pending - s.count[row];
-    s.count[row] = pending;
+    s.count[list] = pending;
   }
 
   // Adds the exponentials of MT heads to their sums and writes the weights of the queued rows behind the `pending`
@@ -548,6 +578,7 @@ class Decoder {
   bool weigh(int row, int g, const float* of, int words, int pending, Asks asks, Softmax& softmax) {
     const int first = row * group + g, stride = largest_tile(p);
     const float* scores = of + static_cast<int64_t>(first) * stride;
+    const uint32_t* marks = marks_of(row);
     float* weights = s.weights + first * s.capacity(p) + pending;
     Vec16 reference[MT], used_sum[MT], dropped_sum[MT];
     TOPT_UNROLL
@@ -562,8 +593,8 @@ class Decoder {
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
         for (int i = m; i < asks.lines; i += MT) ask(asks.at + i * kLineBytes);
-        const uint32_t used = p.keep_union ? read : s.kept[(g + m) * (stride / kLanes) + word];
-        drops |= used != read;
+        const uint32_t used = p.keep_union ? marks[word] : s.kept[(first + m) * (stride / kLanes) + word];
+        drops |= used != marks[word];
         const Vec16 exponential = exp16(load16(scores + m * stride + word * kLanes) - reference[m]);
         split16(exponential, read, used, used_sum[m], dropped_sum[m], weights + m * s.capacity(p));
       }
@@ -577,11 +608,21 @@ class Decoder {
     return drops;
   }
 
-  void flush(int row, Softmax& softmax) {
-    const int m = row * group;
-    accumulate(softmax.acc + static_cast<int64_t>(m) * p.head_dim, group, p.head_dim, s.weights + m * s.capacity(p),
-               s.capacity(p), s.rows + row * s.capacity(p), s.count[row], dense);
-    s.count[row] = 0;
+  // Adds the rows of a list, which is named by its first query row.
+  void flush(int list, Softmax& softmax) {
+    const int m = list * group, vectors = list_rows * group, count = s.count[list];
+    s.count[list] = 0;
+    float* acc = softmax.acc + static_cast<int64_t>(m) * p.head_dim;
+    const float* weights = s.weights + m * s.capacity(p);
+    const T* const* rows = s.rows + list * s.capacity(p);
+#if TOPT_AMX
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      if (tiled) {
+        return accumulate_by_tiles(acc, vectors, p.head_dim, weights, s.capacity(p), rows, count, dense, s.tiles);
+      }
+    }
+#endif
+    accumulate(acc, vectors, p.head_dim, weights, s.capacity(p), rows, count, dense);
   }
 };
 

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "ahead.h"
+#include "amx.h"
 #include "bytes.h"
 #include "vector.h"
 
@@ -211,14 +212,22 @@ inline void score_bytes(const Queries& q, int first, const T* key, int64_t dim_s
 #endif
 
 // scores[m, t] = q_m · k_t for t < tokens, a multiple of 16; garbage slots give garbage scores. `next` is the block to
-// ask for meanwhile, or null.
+// ask for meanwhile, or null; `tiles` the registers to take, or null.
 template <typename T>
 inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
-                        int64_t score_stride, const T* next) {
+                        int64_t score_stride, const T* next, TileRegisters* tiles) {
   Asks asks{reinterpret_cast<const char*>(next)};
   const auto last_to_ask = [&](int pass) {
     if (pass >= 2) asks = {};
   };
+#if TOPT_AMX
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    if (tiles) {
+      asks.lines = lines_to_ask(4 * kLanes * tiles_of(tokens), 1);
+      return score_by_tiles(q.pairs, q.count, q.dim, key, dim_stride, tokens, scores, score_stride, asks, *tiles);
+    }
+  }
+#endif
 #if TOPT_BF16_DOT
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (q.pairs) {
