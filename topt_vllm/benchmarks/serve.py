@@ -83,7 +83,8 @@ class ServeBenchmark:
                 measured[name].append(result)
                 report(
                     f"round {round_number + 1}, {name}: {result.decode_tokens_per_second:.1f} tokens/s, "
-                    f"{result.itl_ms_median:.1f} ms between tokens, {result.ttft_ms_median:.0f} ms to the first"
+                    f"{result.itl_ms_median:.1f} ms between tokens, {result.ttft_ms_median:.0f} ms to the first; "
+                    f"{result.tokens} tokens in {result.seconds:.1f} s in which all decode"
                 )
         outcome: dict[str, Any] = {name: _median(results) for name, results in measured.items()}
         ratio = (

@@ -214,7 +214,7 @@ class Decoder {
   const T* next_key = nullptr;            // the block of K to ask for, a tile ahead, or null
   bool dense = false;     // every head of every row keeps everything
   bool screened = false;  // by the copy of K, which stands for it
-  bool tiled = false;     // tile registers add V rows, and score keys that are read
+  bool tiled = false;     // tile registers score keys and add V rows; few are left behind a screen
   int list_rows = 1;      // query rows that share a list of V rows: with tiles all of an item
   // Of the tile in turn.
   float* scores = nullptr;         // [M, tile]
@@ -234,7 +234,7 @@ class Decoder {
   void load_queries(const Item& item) {
     dense = true;
     screened = item.screened;
-    tiled = takes_tiles(item.rows * group);
+    tiled = !screened && takes_tiles(item.rows * group);
     list_rows = tiled ? item.rows : 1;
     next_key = nullptr;
     forced_below = 0, forced_from = item.context;
