@@ -368,7 +368,7 @@ def test_multi_row_queries(impl: str, rows: int) -> None:
 @pytest.mark.parametrize(("heads", "rows"), [(5, 1), (3, 5), (16, 1), (17, 2), (40, 8)])
 @pytest.mark.parametrize("group_keep", ["head", "union"])
 def test_many_query_vectors(impl: str, heads: int, rows: int, head_dim: int, group_keep: Any) -> None:
-    """Heads times rows that share a context; AMX takes 16 of them at a time, and rows then share a list of V rows."""
+    """Heads times rows that share a context; AMX takes 16 of them at a time, and rows share a list of V rows."""
     selection = Selection(group_keep=group_keep, sink_tokens=1, recent_tokens=3)
     case = random_case([(rows, 333), (rows, 130)], heads, 1, head_dim, 48, selection=selection)
     check_against_oracle(impl, case)

@@ -259,7 +259,8 @@ class Decoder {
   }
 
   bool takes_tiles(int vectors) const {
-    return TOPT_AMX && std::is_same_v<T, c10::BFloat16> && p.query.dtype == DType::kBFloat16 && p.head_dim % kTileDepth == 0 && vectors >= kLeastTileVectors;
+    const bool fits = std::is_same_v<T, c10::BFloat16> && p.query.dtype == DType::kBFloat16 && p.head_dim % kTileDepth == 0;
+    return TOPT_AMX && fits && vectors >= kLeastTileVectors;
   }
 
   const T* key_block(const Item& item, int block) const {
