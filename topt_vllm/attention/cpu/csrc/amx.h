@@ -143,8 +143,7 @@ struct SplitWeights {
 
   // Of M vectors for `count` rows, zeros behind them.
   TOPT_INLINE void write(const float* weights, int64_t stride, int vectors, int count) {
-    const auto low = static_cast<__mmask16>(count >= kLanes ? 0xffff : (1 << count) - 1);
-    const auto high = static_cast<__mmask16>(count >= 2 * kLanes ? 0xffff : count <= kLanes ? 0 : (1 << (count - kLanes)) - 1);
+    const auto low = static_cast<__mmask16>(below(count)), high = static_cast<__mmask16>(below(count - kLanes));
     for (int m = 0; m < vectors; ++m, weights += stride) {
       const __m512 a = _mm512_maskz_loadu_ps(low, weights), b = _mm512_maskz_loadu_ps(high, weights + kLanes);
       const auto rounded = (__m512i)_mm512_cvtne2ps_pbh(b, a);

@@ -444,12 +444,13 @@ class Decoder {
 
   // Selection, softmax sums and survivors of a tile's scored keys, for the query rows of a list.
   void select(const Item& item, int first, int tile, Softmax& softmax, Counts& counts) {
-    const Keys longest = keys_of(first + list_rows - 1, tile);
+    const int last = first + list_rows - 1;
+    const Keys longest = keys_of(last, tile);
     if (longest.seen == 0) return;
     const int words = (longest.count + kLanes - 1) / kLanes;
     std::fill_n(s.read, words, 0u);
-    for (int row = first; row < first + list_rows; ++row) {
-      const Keys keys = keys_of(row, tile);
+    for (int row = first; row <= last; ++row) {
+      const Keys keys = row < last ? keys_of(row, tile) : longest;
       if (screened) drop_rest(row, keys.seen, softmax);
       uint32_t* marks = marks_of(row);
       std::fill_n(marks, words, 0u);
@@ -461,7 +462,7 @@ class Decoder {
     }
     const int pending = s.count[first];
     gather(item, first, longest, words);
-    for (int row = first; row < first + list_rows; ++row) {
+    for (int row = first; row <= last; ++row) {
       in_register_tiles(group, [&](auto heads, int g) {
         // What scoring left of the next block to ask for.
         const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
@@ -530,9 +531,6 @@ class Decoder {
     int64_t& total = p.reached[static_cast<int64_t>(row) * p.num_heads + head];
     std::atomic_ref(total).fetch_add(count, std::memory_order_relaxed);
   }
-
-  // Lanes whose index is below `limit`.
-  static uint32_t below(int limit) { return limit >= kLanes ? 0xffffu : limit <= 0 ? 0u : (1u << limit) - 1; }
 
   void raise(int m, float best, Softmax& softmax) {
     const float factor = std::exp(softmax.max[m] - best);

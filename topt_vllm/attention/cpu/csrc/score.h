@@ -223,7 +223,7 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
 #if TOPT_AMX
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (tiles) {
-      asks.lines = lines_to_ask(4 * kLanes * tiles_of(tokens), 1);
+      if (asks.at) asks.lines = lines_to_ask(4 * kLanes * tiles_of(tokens), 1);
       return score_by_tiles(q.pairs, q.count, q.dim, key, dim_stride, tokens, scores, score_stride, asks, *tiles);
     }
   }

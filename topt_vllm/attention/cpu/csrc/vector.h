@@ -89,6 +89,9 @@ inline void in_register_tiles(int count, F&& visit) {
   }
 }
 
+// Lanes whose index is below `limit`.
+inline uint32_t below(int limit) { return limit >= kLanes ? 0xffffu : limit <= 0 ? 0u : (1u << limit) - 1; }
+
 inline Vec16 load16(const float* source) {
   return Vec16::of([&](int i) { return Vec::loadu(source + i * Vec::size()); });
 }
