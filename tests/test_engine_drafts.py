@@ -19,7 +19,7 @@ ENGINE = {"max_model_len": 1152, "max_num_batched_tokens": 256, "kv_cache_memory
 
 def drafted_run(model: Path, text: Path, arguments: dict[str, Any], dtype: str) -> dict[str, Any]:
     ids = tokens_of(model, text)
-    prompts = [ids[5000:5700], ids[5700:6763], ids[10:40]]
+    prompts = [ids[5000:5700], ids[5700:6763], ids[10:40], ids[3000:3600], ids[4000:4500]]
     scenarios = {
         "together": batch(*prompts, max_tokens=80),
         # Their prefix is in the cache, from dense rows. Several, for in bfloat16 a near tie soon ends an answer.
