@@ -286,7 +286,7 @@ def test_contexts_that_threads_share(impl: str) -> None:
     check(impl, screened(impl, random_case([(1, 9000), (1, 130)], 2, 1, block_size=64, keep=0.02)))
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 3, 17])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

@@ -201,7 +201,7 @@ void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double
   // One workspace per calling thread; it grows to the largest call and stays.
   static thread_local topt::Shared shared;
   topt::prepare_call(p, cache, at::get_num_threads(), shared);
-  const int workers = std::min(at::get_num_threads(), shared.schedule.units);
+  const int workers = shared.schedule.workers();
   // The lambda runs on other threads, whose own thread_local it must not name.
   topt::Shared* call = &shared;
   at::parallel_for(0, workers, 1, [&p, call, cache](int64_t begin, int64_t end) {

@@ -156,19 +156,21 @@ class Decoder {
  public:
   Decoder(const Problem& problem, Scratch<T>& scratch) : p(problem), s(scratch), group(problem.group()) {}
 
-  // Adds tiles [begin, end) of an item to a cleared softmax.
-  void segment(const Item& item, int begin, int end, const Item* after, Softmax& softmax, Counts& counts) {
+  // Adds tiles [begin, end) of an item to a cleared softmax, and asks for what is read later: the item's tiles up to
+  // `asked_end`, then those of the item `after` it, if any.
+  void segment(const Item& item, int begin, int end, int asked_end, const Item* after, Softmax& softmax,
+               Counts& counts) {
     load_queries(item);
     std::fill_n(s.count, item.rows, 0);
-    if (screened) screen(item, begin, end, after);
+    if (screened) screen(item, begin, asked_end, after);
     if (p.vmean && !dense && end == item.tiles) ask_sums(item);
     for (int tile = begin; tile < end; ++tile) {
-      if (screened && tile + 1 < end) screen(item, tile + 1, end, after);
+      if (screened && tile + 1 < end) screen(item, tile + 1, asked_end, after);
       turn_to(tile);
       if (screened) {
         refine(item, tile, counts);
       } else {
-        score(item, tile, end, after, counts);
+        score(item, tile, asked_end, after, counts);
       }
       for (int row = 0; row < item.rows; row += list_rows) {
         if (s.count[row] >= kFlushRows) flush(row, softmax);
@@ -283,9 +285,9 @@ class Decoder {
     return after && block - end < blocks_of(p, *after) ? key_block(*after, block - end) : nullptr;
   }
 
-  void score(const Item& item, int tile, int end_tile, const Item* after, Counts& counts) {
+  void score(const Item& item, int tile, int asked_end, const Item* after, Counts& counts) {
     const int first = tile * p.blocks_per_tile, last = std::min(first + p.blocks_per_tile, blocks_of(p, item));
-    const int end = std::min(end_tile * p.blocks_per_tile, blocks_of(p, item));
+    const int end = std::min(asked_end * p.blocks_per_tile, blocks_of(p, item));
     for (int block = first; block < last; ++block) {
       look_up_pages(later_key(item, block + 2 * p.blocks_per_tile, end, after));
       next_key = later_key(item, block + p.blocks_per_tile, end, after);
@@ -311,22 +313,22 @@ class Decoder {
     }
   }
 
-  void screen(const Item& item, int tile, int end_tile, const Item* after) {
+  void screen(const Item& item, int tile, int asked_end, const Item* after) {
     turn_to(tile);
     if (p.screen.hard) {
-      screen_tile<true>(item, tile, end_tile, after);
+      screen_tile<true>(item, tile, asked_end, after);
     } else {
-      screen_tile<false>(item, tile, end_tile, after);
+      screen_tile<false>(item, tile, asked_end, after);
     }
   }
 
   // Approximate scores of a tile; lists candidates and asks for the rest of their codes.
   template <bool hard>
-  void screen_tile(const Item& item, int tile, int end_tile, const Item* after) {
+  void screen_tile(const Item& item, int tile, int asked_end, const Item* after) {
     // By value, so that stores of scores leave it in registers.
     const ScreenQueries q = s.screen;
     const int first = tile * p.blocks_per_screened_tile, last = std::min(first + p.blocks_per_screened_tile, blocks_of(p, item));
-    const int end = std::min(end_tile * p.blocks_per_screened_tile, blocks_of(p, item));
+    const int end = std::min(asked_end * p.blocks_per_screened_tile, blocks_of(p, item));
     const int distance = std::max(1, kScreenAhead / p.block_size);
     const int stride = largest_tile(p);
     const int64_t group_bytes = ScreenBlock::group_bytes(q.dim);
@@ -647,15 +649,16 @@ inline void merge(const Problem& p, int rows, const Softmax& part, Softmax& tota
 template <typename T>
 void prepare(const Problem& p, int threads, Shared& shared) {
   plan(p, threads, shared.schedule);
-  const auto units = static_cast<size_t>(shared.schedule.units);
+  const Schedule& schedule = shared.schedule;
+  const auto units = static_cast<size_t>(schedule.units());
   auto grow = [](auto& memory, size_t size) {
     if (memory.size() < size) memory.resize(size);
   };
   grow(shared.slots, 2 * units * Softmax::size(p));
   grow(shared.scratch, threads * Scratch<T>::bytes(p) + 64);
   shared.counts.assign(units, Counts{});
-  shared.dropped.assign(shared.schedule.items.size(), 0.0);
-  shared.next_unit = 0;
+  shared.dropped.assign(schedule.items.size(), 0.0);
+  shared.next_units.assign(schedule.first_units.begin(), schedule.first_units.end() - 1);
 }
 
 // Merges an item that was divided, in the order of its segments, into the first one.
@@ -670,25 +673,29 @@ inline Softmax merge_segments(const Problem& p, Shared& shared, const Item& item
   return total;
 }
 
+// `part_end`: where on the line the part ends that the unit is of. Its worker goes on up to there.
 template <typename T>
-void run_unit(const Problem& p, Shared& shared, int unit, Scratch<T>& scratch) {
+void run_unit(const Problem& p, Shared& shared, int unit, int64_t part_end, Scratch<T>& scratch) {
   Schedule& schedule = shared.schedule;
-  int64_t at = schedule.unit_begin(unit);
-  const int64_t end = schedule.unit_begin(unit + 1);
+  int64_t at = schedule.unit_begins[unit];
+  const int64_t end = schedule.unit_begins[unit + 1];
   auto after = std::upper_bound(schedule.items.begin(), schedule.items.end(), at,
                                 [](int64_t tile, const Item& item) { return tile < item.first_tile; });
   const size_t first = after - schedule.items.begin() - 1;
   Decoder<T> decoder(p, scratch);
   for (size_t i = first; at < end; ++i) {
     const Item& item = schedule.items[i];
-    const int begin = static_cast<int>(at - item.first_tile);
-    const int stop = static_cast<int>(std::min<int64_t>(item.tiles, end - item.first_tile));
+    const auto tile_at = [&](int64_t place) {
+      return static_cast<int>(std::min<int64_t>(item.tiles, place - item.first_tile));
+    };
+    const int begin = tile_at(at), stop = tile_at(end);
     const bool whole = begin == 0 && stop == item.tiles;
     Softmax softmax(p, item.rows, whole ? scratch.softmax
                                         : shared.slots.data() + schedule.slot(unit, item) * Softmax::size(p));
     softmax.clear(p, item.rows);
     at = item.first_tile + stop;
-    decoder.segment(item, begin, stop, at < end ? &schedule.items[i + 1] : nullptr, softmax, shared.counts[unit]);
+    const Item* next = item.first_tile + item.tiles < part_end ? &schedule.items[i + 1] : nullptr;
+    decoder.segment(item, begin, stop, tile_at(part_end), next, softmax, shared.counts[unit]);
     if (whole) {
       shared.dropped[i] = decoder.finish(item, softmax);
     } else if (std::atomic_ref(schedule.remaining[i]).fetch_sub(stop - begin) == stop - begin) {
@@ -697,13 +704,16 @@ void run_unit(const Problem& p, Shared& shared, int unit, Scratch<T>& scratch) {
   }
 }
 
-// Takes units until none is left.
+// Takes the units of its own part in their order, then those that others have left.
 template <typename T>
 void run_worker(const Problem& p, Shared& shared, int worker) {
   auto base = reinterpret_cast<uintptr_t>(shared.scratch.data());
   Scratch<T> scratch(p, reinterpret_cast<char*>((base + 63) / 64 * 64) + worker * Scratch<T>::bytes(p));
-  for (int unit; (unit = shared.next_unit.fetch_add(1)) < shared.schedule.units;) {
-    run_unit(p, shared, unit, scratch);
+  const Schedule& schedule = shared.schedule;
+  for (int i = 0; i < schedule.workers(); ++i) {
+    const int part = (worker + i) % schedule.workers(), end = schedule.first_units[part + 1];
+    std::atomic_ref next(shared.next_units[part]);
+    for (int unit; (unit = next.fetch_add(1)) < end;) run_unit(p, shared, unit, schedule.unit_begins[end], scratch);
   }
 }
 

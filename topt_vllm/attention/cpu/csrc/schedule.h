@@ -1,5 +1,6 @@
-// Equal amounts of K for every thread: the tiles of all (sequence, KV head, rows) items form one line, which is cut
-// into units of equal length. An item that a cut divides is merged from its segments by whoever finishes last.
+// Equal amounts of K for every thread: the tiles of all (sequence, KV head, rows) items form one line, of which each worker
+// owns a part. It takes the units of its own part first, then what others left of theirs. An item that a cut divides is
+// merged from its segments by whoever finishes last.
 #pragma once
 
 #include <algorithm>
@@ -25,17 +26,16 @@ struct Schedule {
   std::vector<Item> items;
   std::vector<int> remaining;  // tiles of each item that are not processed yet
   int64_t tiles = 0, tokens = 0;
-  int units = 0;
+  std::vector<int64_t> unit_begins;  // [units + 1], positions on the line
+  std::vector<int> first_units;      // [workers + 1], of each part
 
-  int64_t unit_begin(int unit) const { return tiles * unit / units; }
+  int units() const { return static_cast<int>(unit_begins.size()) - 1; }
+  int workers() const { return static_cast<int>(first_units.size()) - 1; }
   int unit_of(int64_t tile) const {
-    int unit = static_cast<int>(tile * units / tiles);
-    while (unit_begin(unit + 1) <= tile) ++unit;
-    while (unit_begin(unit) > tile) --unit;
-    return unit;
+    return static_cast<int>(std::upper_bound(unit_begins.begin(), unit_begins.end(), tile) - unit_begins.begin()) - 1;
   }
   // A unit has at most two segments of divided items: one that goes on from the unit before it, one that starts here.
-  int slot(int unit, const Item& item) const { return 2 * unit + (item.first_tile >= unit_begin(unit) ? 1 : 0); }
+  int slot(int unit, const Item& item) const { return 2 * unit + (item.first_tile >= unit_begins[unit] ? 1 : 0); }
 };
 
 struct Counts {
@@ -51,7 +51,7 @@ struct Shared {
   std::vector<Counts> counts;      // [units]
   std::vector<double> dropped;     // [items], dropped probability
   std::vector<char> scratch;       // [threads, Scratch::bytes]
-  std::atomic<int> next_unit{0};
+  std::vector<int> next_units;     // [workers], of each part
 };
 
 inline int blocks_of(const Problem& p, const Item& item) {
@@ -74,6 +74,30 @@ inline void add_items(const Problem& p, int sequence, int kv_head, int row, int 
   }
 }
 
+// Each cut costs a merge and the start of another segment, so units have no fewer tokens, and no less of a part, than this.
+constexpr int kLeastUnitTokens = 1024, kLeastUnitShare = 32;
+
+// Selection and other load make threads uneven. Units of half of what is left of a part need few cuts to leave little to
+// wait for in the end.
+inline void cut(int threads, Schedule& s) {
+  s.unit_begins.clear();
+  s.first_units.clear();
+  const auto workers = std::min<int64_t>(threads, s.tiles);
+  const int64_t least = std::max<int64_t>({1, s.tiles / workers / kLeastUnitShare,
+                                           kLeastUnitTokens * s.tiles / std::max<int64_t>(s.tokens, 1)});
+  for (int64_t worker = 0; worker < workers; ++worker) {
+    s.first_units.push_back(static_cast<int>(s.unit_begins.size()));
+    const int64_t end = s.tiles * (worker + 1) / workers;
+    for (int64_t at = s.tiles * worker / workers; at < end;) {
+      s.unit_begins.push_back(at);
+      const int64_t left = end - at;
+      at = workers == 1 || left < 2 * least ? end : at + (left + 1) / 2;
+    }
+  }
+  s.first_units.push_back(static_cast<int>(s.unit_begins.size()));
+  s.unit_begins.push_back(s.tiles);
+}
+
 // Fills `s` in place, so that its memory is reused from call to call.
 inline void plan(const Problem& p, int threads, Schedule& s) {
   s.items.clear();
@@ -88,10 +112,7 @@ inline void plan(const Problem& p, int threads, Schedule& s) {
   }
   s.remaining.resize(s.items.size());
   for (size_t i = 0; i < s.items.size(); ++i) s.remaining[i] = s.items[i].tiles;
-  // Several units a thread even out what selection and other load make uneven; a unit below 1,024 tokens isn't worth
-  // its merge.
-  const int64_t wanted = threads == 1 ? 1 : std::min<int64_t>(8 * threads, std::max<int64_t>(threads, s.tokens / 1024));
-  s.units = static_cast<int>(std::min(wanted, s.tiles));
+  cut(threads, s);
 }
 
 }  // namespace topt
