@@ -10,6 +10,10 @@ namespace topt {
 // Distance in rows between asking and adding, where rows were not asked for before.
 constexpr int kRowsAhead = 16;
 
+// Vectors of a register tile: the more, the fewer passes widen the rows. Elements of one byte need tables in registers.
+template <typename T>
+constexpr int kSumRows = kIsByte<T> ? kTileRows : kMostTileRows;
+
 template <int MT, int C, typename T>
 inline void accumulate_tile(float* acc, int64_t acc_stride, const float* weights, int64_t weight_stride,
                             const T* const* rows, int count, int dim, int ask_dim) {
@@ -46,7 +50,7 @@ inline void accumulate_tile(float* acc, int64_t acc_stride, const float* weights
 template <typename T>
 inline void accumulate(float* acc, int vectors, int head_dim, const float* weights, int64_t weight_stride,
                        const T* const* rows, int count, bool ask_rows) {
-  in_register_tiles(vectors, [&](auto tile, int m) {
+  in_register_tiles<kSumRows<T>>(vectors, [&](auto tile, int m) {
     float* target = acc + static_cast<int64_t>(m) * head_dim;
     const float* weight = weights + m * weight_stride;
     int d = 0;

@@ -217,7 +217,7 @@ class Decoder {
   bool dense = false;     // every head of every row keeps everything
   bool screened = false;  // by the copy of K, which stands for it
   bool tiled = false;     // tile registers score keys and add V rows; few are left behind a screen
-  int list_rows = 1;      // query rows that share a list of V rows: with tiles all of an item
+  int list_rows = 1;      // query rows that share a list of V rows: all of an item with tiles, or where all is kept
   // Of the tile in turn.
   float* scores = nullptr;         // [M, tile]
   uint32_t* candidates = nullptr;  // a bit per token
@@ -237,7 +237,6 @@ class Decoder {
     dense = true;
     screened = item.screened;
     tiled = !screened && takes_tiles(item.rows * group);
-    list_rows = tiled ? item.rows : 1;
     next_key = nullptr;
     forced_below = 0, forced_from = item.context;
     queries = {s.query, p.query.dtype == DType::kBFloat16 ? s.pairs : nullptr, item.rows * group, p.head_dim};
@@ -254,6 +253,7 @@ class Decoder {
         for (int d = 0; d < p.head_dim && queries.pairs && !screened; ++d) s.pairs[m * p.head_dim + d] = wide[d];
       }
     }
+    list_rows = tiled || dense ? item.rows : 1;
     s.screen.count = queries.count;
     for (int m = 0; m < queries.count && screened; ++m) {
       encode_query(p, item.kv_head, s.query + static_cast<int64_t>(m) * p.head_dim, s.rules[m].theta, m, s.screen);
@@ -500,9 +500,12 @@ class Decoder {
         if (valid != 0xffff) score = select16(score, valid, -kInfinity);
         if (!screened || valid != 0xffff) store16(at, score);
         best[m] = max16(score, best[m]);
-        uint32_t mask = ge16(score, rules[m].theta);
-        reached[m] += std::popcount(mask);
-        if (forced) {
+        uint32_t mask = valid;
+        if (!dense) {
+          mask = ge16(score, rules[m].theta);
+          reached[m] += std::popcount(mask);
+        }
+        if (!dense && forced) {
           const int before = std::popcount(mask);
           mask |= rules[m].dense ? 0xffff : below(keys.low - t) | ~below(keys.high - t);
           mask &= valid;
@@ -514,7 +517,7 @@ class Decoder {
       marks[t / kLanes] = read;
     }
     for (int m = 0; m < MT; ++m) {
-      counts.kept += reached[m];
+      counts.kept += dense ? count : reached[m];
       if (p.reached && !rules[m].dense) count_reached(item.row + row, item.kv_head * group + g + m, reached[m]);
       raise_to(row, first + m, max_lane16(best[m]), softmax);
     }

@@ -1,6 +1,6 @@
-// Equal amounts of K for every thread: the tiles of all (sequence, KV head, rows) items form one line, of which each worker
-// owns a part. It takes the units of its own part first, then what others left of theirs. An item that a cut divides is
-// merged from its segments by whoever finishes last.
+// Equal amounts of K for every thread: the tiles of all (sequence, KV head, rows) items form one line, of which each
+// worker owns a part. It takes the units of its own part first, then what others left of theirs. An item that a cut
+// divides is merged from its segments by whoever finishes last.
 #pragma once
 
 #include <algorithm>
@@ -74,11 +74,11 @@ inline void add_items(const Problem& p, int sequence, int kv_head, int row, int 
   }
 }
 
-// Each cut costs a merge and the start of another segment, so units have no fewer tokens, and no less of a part, than this.
+// Each cut costs a merge and the start of another segment, so units have no fewer tokens and no less of a part.
 constexpr int kLeastUnitTokens = 1024, kLeastUnitShare = 32;
 
-// Selection and other load make threads uneven. Units of half of what is left of a part need few cuts to leave little to
-// wait for in the end.
+// Selection and other load make threads uneven. Units of half of what is left of a part leave little to wait for in the
+// end, with few cuts.
 inline void cut(int threads, Schedule& s) {
   s.unit_begins.clear();
   s.first_units.clear();

@@ -21,9 +21,12 @@ struct Queries {
   int count, dim;
 };
 
-// Lines to ask for while `bytes` of K are scored in one of `passes` over the block; at most two of them ask.
+// Passes over a block that ask for the next one.
+constexpr int kAskingPasses = 2;
+
+// Lines to ask for while `bytes` of K are scored in one of `passes` over the block.
 inline int lines_to_ask(int64_t bytes, int passes) {
-  return static_cast<int>(std::ceil(bytes * kScoreShare / kLineBytes / std::min(passes, 2)));
+  return static_cast<int>(std::ceil(bytes * kScoreShare / kLineBytes / std::min(passes, kAskingPasses)));
 }
 
 // One register tile: scores[m, 0 .. 16 C) for MT vectors.
@@ -66,8 +69,8 @@ inline void score_tile(const float* query, int dim, const T* key, int64_t dim_st
 
 #if TOPT_BF16_DOT
 
-// Two vectors by 128 tokens fill the registers.
-constexpr int kPairRows = 2, kPairColumns = 4;
+// From so many vectors on multiplications bind, not memory.
+constexpr int kManyVectors = 5;
 
 // The same for 32 C tokens with vdpbf16ps: exact products of bfloat16 pairs (d, d + 1), summed in float32. Twice the
 // multiplications of an FMA, and no widening of K.
@@ -177,22 +180,34 @@ inline void score_vectors(const Queries& q, int first, const T* key, int64_t dim
 }
 
 #if TOPT_BF16_DOT
-template <int MT>
+template <int MT, int C>
 inline void score_pairs(const Queries& q, int first, const c10::BFloat16* key, int64_t dim_stride, int tokens,
                         float* scores, int64_t score_stride, int passes, Asks& asks) {
   const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim;
   float* out = scores + first * score_stride;
-  constexpr int width = 32 * kPairColumns;
+  constexpr int width = 32 * C;
   int t = 0;
   if (asks.at) asks.lines = lines_to_ask(4 * width, passes);
   for (; t + width <= tokens; t += width) {
-    score_tile_pairs<MT, kPairColumns>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+    score_tile_pairs<MT, C>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
   if (asks.at) asks.lines = lines_to_ask(4 * 32, passes);
   for (; t + 32 <= tokens; t += 32) {
     score_tile_pairs<MT, 1>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
   score_vectors<MT>(q, first, key, dim_stride, t, tokens, scores, score_stride, passes, asks);
+}
+
+// Register tiles of up to `most` vectors by 32 C tokens.
+template <int most, int C>
+inline void score_by_pairs(const Queries& q, const c10::BFloat16* key, int64_t dim_stride, int tokens, float* scores,
+                           int64_t score_stride, Asks asks) {
+  const int passes = (q.count + most - 1) / most;
+  int pass = 0;
+  in_register_tiles<most>(q.count, [&](auto vectors, int m) {
+    if (pass++ == kAskingPasses) asks = {};
+    score_pairs<vectors(), C>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
+  });
 }
 #endif
 
@@ -217,9 +232,6 @@ template <typename T>
 inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
                         int64_t score_stride, const T* next, TileRegisters* tiles) {
   Asks asks{reinterpret_cast<const char*>(next)};
-  const auto last_to_ask = [&](int pass) {
-    if (pass >= 2) asks = {};
-  };
 #if TOPT_AMX
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (tiles) {
@@ -230,19 +242,17 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
 #endif
 #if TOPT_BF16_DOT
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    if (q.pairs) {
-      const int passes = (q.count + kPairRows - 1) / kPairRows;
-      in_register_tiles<kPairRows>(q.count, [&](auto vectors, int m) {
-        last_to_ask(m / kPairRows);
-        score_pairs<vectors()>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
-      });
-      return;
+    if (q.pairs && q.count >= kManyVectors) {
+      return score_by_pairs<kMostTileRows, 2>(q, key, dim_stride, tokens, scores, score_stride, asks);
     }
+    // As wide as blocks are: K in the order of its addresses.
+    if (q.pairs) return score_by_pairs<2, 4>(q, key, dim_stride, tokens, scores, score_stride, asks);
   }
 #endif
   const int passes = (q.count + kTileRows - 1) / kTileRows;
+  int pass = 0;
   in_register_tiles(q.count, [&](auto vectors, int m) {
-    last_to_ask(m / kTileRows);
+    if (pass++ == kAskingPasses) asks = {};
 #if TOPT_BF16_DOT && TOPT_BYTE_TABLES
     if constexpr (kIsByte<T>) {
       if (q.pairs) {

@@ -66,26 +66,31 @@ struct Vec16 {
   }
 };
 
-// Register tiles: accumulators of [vectors, 16-lane columns] that fit the register file.
+// Register tiles: accumulators of [vectors, 16-lane columns] that fit the register file, the most of them where little
+// else is in it.
 #if TOPT_AVX512
-constexpr int kTileRows = 4, kTileColumns = 4;
+constexpr int kTileRows = 4, kMostTileRows = 6, kTileColumns = 4;
 #else
-constexpr int kTileRows = 4, kTileColumns = 1;
+constexpr int kTileRows = 4, kMostTileRows = 4, kTileColumns = 1;
 #endif
 
-// Visits `count` vectors in parts of at most `rows`: visit(integral_constant of the part's size, its first vector).
-template <int rows = kTileRows, typename F>
+// visit(integral_constant of `size`, first), for sizes up to `most`.
+template <int most, typename F>
+TOPT_INLINE void visit_tile(int size, int first, F&& visit) {
+  if constexpr (most > 1) {
+    if (size < most) return visit_tile<most - 1>(size, first, visit);
+  }
+  visit(std::integral_constant<int, most>(), first);
+}
+
+// Visits `count` vectors in parts of at most `most`: visit(integral_constant of the part's size, its first vector). The
+// last two are of about one size.
+template <int most = kTileRows, typename F>
 inline void in_register_tiles(int count, F&& visit) {
-  for (int first = 0; first < count; first += rows) {
-    if (const int left = count - first; left >= rows) {
-      visit(std::integral_constant<int, rows>(), first);
-    } else if (left == 3) {
-      visit(std::integral_constant<int, std::min(3, rows)>(), first);
-    } else if (left == 2) {
-      visit(std::integral_constant<int, std::min(2, rows)>(), first);
-    } else {
-      visit(std::integral_constant<int, 1>(), first);
-    }
+  for (int first = 0; first < count;) {
+    const int left = count - first, size = left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+    visit_tile<most>(size, first, visit);
+    first += size;
   }
 }
 
@@ -218,6 +223,11 @@ inline Vec16 exp16(const Vec16& x) {
 // target[0 .. popcount(read)). Up to 16 floats are written there.
 inline void split16(const Vec16& p, uint32_t read, uint32_t used, Vec16& used_sum, Vec16& dropped_sum,
                     float* target) {
+  if ((read & used) == 0xffff) {
+    used_sum = used_sum + p;
+    store16(target, p);
+    return;
+  }
   const auto use = static_cast<__mmask16>(used);
   const __m512 kept = _mm512_maskz_mov_ps(use, p[0]);
   used_sum = Vec16(Vec(_mm512_add_ps(used_sum[0], kept)));
