@@ -1,6 +1,7 @@
 // Top-Theta decode of a batch: one pass over K per item, V rows gathered for the survivors, exact merge of splits.
 #pragma once
 
+#include <atomic>
 #include <cstring>
 
 #include "accumulate.h"

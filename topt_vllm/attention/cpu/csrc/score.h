@@ -29,6 +29,18 @@ inline int lines_to_ask(int64_t bytes, int passes) {
   return static_cast<int>(std::ceil(bytes * kScoreShare / kLineBytes / std::min(passes, kAskingPasses)));
 }
 
+// Visits `count` vectors in passes of up to `most`, of which the first few ask: visit(integral_constant of a size,
+// the first vector, the number of passes, asks).
+template <int most, typename F>
+inline void in_passes(int count, Asks asks, F&& visit) {
+  const int passes = (count + most - 1) / most;
+  int pass = 0;
+  in_register_tiles<most>(count, [&](auto vectors, int m) {
+    if (pass++ == kAskingPasses) asks = {};
+    visit(vectors, m, passes, asks);
+  });
+}
+
 // One register tile: scores[m, 0 .. 16 C) for MT vectors.
 template <int MT, int C, typename T>
 inline void score_tile(const float* query, int dim, const T* key, int64_t dim_stride, float* scores,
@@ -202,10 +214,7 @@ inline void score_pairs(const Queries& q, int first, const c10::BFloat16* key, i
 template <int most, int C>
 inline void score_by_pairs(const Queries& q, const c10::BFloat16* key, int64_t dim_stride, int tokens, float* scores,
                            int64_t score_stride, Asks asks) {
-  const int passes = (q.count + most - 1) / most;
-  int pass = 0;
-  in_register_tiles<most>(q.count, [&](auto vectors, int m) {
-    if (pass++ == kAskingPasses) asks = {};
+  in_passes<most>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
     score_pairs<vectors(), C>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
   });
 }
@@ -249,10 +258,7 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
     if (q.pairs) return score_by_pairs<2, 4>(q, key, dim_stride, tokens, scores, score_stride, asks);
   }
 #endif
-  const int passes = (q.count + kTileRows - 1) / kTileRows;
-  int pass = 0;
-  in_register_tiles(q.count, [&](auto vectors, int m) {
-    if (pass++ == kAskingPasses) asks = {};
+  in_passes<kTileRows>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
 #if TOPT_BF16_DOT && TOPT_BYTE_TABLES
     if constexpr (kIsByte<T>) {
       if (q.pairs) {
