@@ -1,8 +1,11 @@
-"""The serving benchmark: its arithmetic, and what the servers are asked for; no server runs."""
+"""The serving benchmark: its client, its arithmetic, and what vLLM's servers are asked for; none runs."""
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ from table_factory import make_table
 from tiny_models import SMALL, save_model
 from transformers import LlamaConfig
 
-from topt_vllm.benchmarks import serve
+from topt_vllm.benchmarks import client, serve
 from topt_vllm.benchmarks.cache_size import cache_bytes
 from topt_vllm.benchmarks.client import Measurement, Stream, summarise
 from topt_vllm.benchmarks.model_shapes import SHAPES
 from topt_vllm.benchmarks.server import picked_backend
 from topt_vllm.cli.main import main
+from topt_vllm.engines.process import EngineError
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
 
@@ -34,6 +38,58 @@ def test_only_the_time_in_which_all_requests_decode_counts():
 def test_answers_that_never_overlap_are_an_error():
     with pytest.raises(ValueError, match="--max-tokens"):
         summarise([Stream(0.0, [1.0, 2.0], [1, 2]), Stream(0.0, [3.0, 4.0], [1, 2])])
+
+
+@contextmanager
+def answering(status: int, *events: bytes) -> Iterator[str]:
+    """A server that answers every request with these events; gives its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert request["stream_options"]["continuous_usage_stats"]
+            assert (request["ignore_eos"], request["temperature"]) == (True, 0.0)
+            self.send_response(status)
+            self.end_headers()
+            for event in events:
+                self.wfile.write(event + b"\n\n")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def chunk(tokens: int, text: str = "a") -> bytes:
+    usage = {"prompt_tokens": 3, "completion_tokens": tokens}
+    return b"data: " + json.dumps({"choices": [{"text": text}], "usage": usage}).encode()
+
+
+def test_the_client_counts_tokens_by_chunk():
+    # A ping, two tokens in a chunk, one without a token, and the summary at the end.
+    events = chunk(1), b": ping", chunk(3, "é"), chunk(3, ""), chunk(4), chunk(4), b"data: [DONE]"
+    with answering(200, *events) as url:
+        [stream] = asyncio.run(client._request_all(url, "model", [[1, 2, 3]], 4))
+    assert stream.tokens == [1, 3, 4]
+    assert stream.times == sorted(stream.times)
+    assert len(stream.times) == 3
+    assert stream.start < stream.times[0]
+
+
+def test_what_a_server_says_in_place_of_an_answer_is_the_error():
+    with answering(400, b'{"error": "too long"}') as url, pytest.raises(EngineError, match=r"400.*too long"):
+        client.measure(url, "model", [[1, 2, 3]], 4)
+    broken = chunk(1), b'data: {"error": {"message": "the engine died"}}'
+    with answering(200, *broken) as url, pytest.raises(EngineError, match=r"broke off.*the engine died"):
+        client.measure(url, "model", [[1, 2, 3]], 4)
+    with pytest.raises(EngineError, match="connection to the server broke"):
+        client.measure(url, "model", [[1, 2, 3]], 4)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """Concurrent long-prompt requests through the OpenAI API, and what their token times say."""
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+
+import aiohttp
+
+from topt_vllm.engines.process import EngineError
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,11 @@ class Measurement:
 
 
 def measure(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> Measurement:
-    """Sends all prompts (token ids) at once and waits for ``max_tokens`` tokens of each."""
+    """Sends all prompts (token ids) at once and waits for ``max_tokens`` tokens of each.
+
+    Raises:
+        EngineError: The server refused, broke off or can't be reached.
+    """
     return summarise(asyncio.run(_request_all(url, model, prompts, max_tokens)))
 
 
@@ -82,28 +90,41 @@ def summarise(streams: Sequence[Stream]) -> Measurement:
 async def _request_all(
     url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> list[Stream]:
-    from openai import AsyncOpenAI
+    # No client library: it makes objects of every chunk, on cores that the server wants.
+    try:
+        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=None)) as session:
+            return await asyncio.gather(*(_request(session, model, prompt, max_tokens) for prompt in prompts))
+    except aiohttp.ClientError as error:
+        raise EngineError(f"the connection to the server broke: {error}") from error
 
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=None, max_retries=0) as client:
-        return await asyncio.gather(*(_request(client, model, prompt, max_tokens) for prompt in prompts))
 
-
-async def _request(client: Any, model: str, prompt: Sequence[int], max_tokens: int) -> Stream:
+async def _request(
+    session: aiohttp.ClientSession, model: str, prompt: Sequence[int], max_tokens: int
+) -> Stream:
+    body = {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
     start = time.perf_counter()
     times: list[float] = []
     tokens: list[int] = []
-    stream = await client.completions.create(
-        model=model,
-        prompt=list(prompt),
-        max_tokens=max_tokens,
-        temperature=0.0,
-        stream=True,
-        stream_options={"include_usage": True, "continuous_usage_stats": True},
-        extra_body={"ignore_eos": True},
-    )
-    async for chunk in stream:
-        count = chunk.usage.completion_tokens if chunk.usage else 0
-        if count > (tokens[-1] if tokens else 0):
-            times.append(time.perf_counter())
-            tokens.append(count)
+    async with session.post("/v1/completions", json=body) as answer:
+        if not answer.ok:
+            raise EngineError(f"the server answered {answer.status}: {await answer.text()}")
+        async for line in answer.content:
+            event = line.removeprefix(b"data: ").strip()
+            if not line.startswith(b"data: ") or event == b"[DONE]":
+                continue
+            chunk = json.loads(event)
+            if "error" in chunk:
+                raise EngineError(f"the server broke off: {chunk['error']}")
+            count = (chunk.get("usage") or {}).get("completion_tokens", 0)
+            if count > (tokens[-1] if tokens else 0):
+                times.append(time.perf_counter())
+                tokens.append(count)
     return Stream(start, times, tokens)

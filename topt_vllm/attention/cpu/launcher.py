@@ -53,7 +53,7 @@ def decode(given: DecodeArguments, scalar: bool = False) -> None:
     """
     cache, batch, selection = given.cache, given.batch, given.selection
     of_heads = given.thetas if isinstance(given.thetas, Thetas) else None
-    _operators().decode(
+    _operators().decode.default(
         given.query,
         cache.key,
         cache.value,
@@ -97,7 +97,7 @@ def copy_to_amx(cache: PagedCache, blocks: torch.Tensor, copy: torch.Tensor) -> 
 
 def finish(cache: PagedCache, batch: DecodeBatch) -> None:
     """Writes V sums and K screen; as ``finish`` of :class:`topt_vllm.attention.api.Implementation`."""
-    _operators().finish(
+    _operators().finish.default(
         cache.key,
         cache.value,
         cache.value_sums,
