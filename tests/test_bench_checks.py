@@ -14,13 +14,14 @@ import torch
 from attention_cases import implementation
 
 from topt_vllm.attention.common import Selection, Thetas
+from topt_vllm.attention.screen import refined_scores, screen_scores
 from topt_vllm.benchmarks import comparison
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
-from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform
+from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform, specified, ties, with_screen
 from topt_vllm.benchmarks.timing import Variant
 from topt_vllm.cli import bench_output
 from topt_vllm.cli.main import main
@@ -182,6 +183,38 @@ def test_synthetic_cases_take_screens(tmp_path: Path):
     assert found == [(1.0, "off"), (0.1, "off"), (0.1, "int4+4")]
     assert records[2]["v_rows_read"] == pytest.approx(records[1]["v_rows_read"], rel=0.1)
     assert records[2]["loss"] == pytest.approx(records[1]["loss"], rel=0.1)
+
+
+@pytest.mark.parametrize(("screen", "margin"), [("int4+4", 2.5), ("int4", 0.0)])
+@pytest.mark.parametrize("compensation", ["none", "vmean"])
+def test_what_rounding_decides_behind_a_screen_is_allowed_for(screen: Any, margin: float, compensation: Any):
+    """θ at what a screen says of a key: whether that is kept is rounding's to say, and it moves the output."""
+    selection = Selection(group_keep="head", compensation=compensation)
+    shape = Shape((1200,), 2, 1, 64, 64, torch.bfloat16)
+    inputs = make_inputs(shape)
+    exact = inputs.scores(torch.float32)[0][0]
+    transform = plain_transform(shape)
+    inputs = with_screen(implementation("reference"), inputs, screen, transform, margin)
+    keys = transform.encode(inputs.gather(0, 0, torch.float32)[0][None])
+    queries = transform.queries(inputs.query[0])
+    upper = screen_scores(queries, keys, margin, inputs.scale)[1][0]
+    # What is said of a key, and what else has to keep it.
+    said, other = upper, exact
+    if screen == "int4+4":
+        said, other = refined_scores(queries, keys, inputs.scale)[0], upper
+    score = said[:1100][other[:1100] > said[:1100]].sort().values[-30]
+
+    def specified_at(theta: torch.Tensor) -> tuple[torch.Tensor, float]:
+        thetas = thetas_for(inputs, 0.1, selection)
+        assert thetas is not None
+        thetas = replace(thetas, theta=torch.stack([theta, thetas.theta[1, 0]])[:, None])
+        return specified(inputs, thetas, selection).double(), ties(inputs, thetas, selection)
+
+    _, allowed = specified_at(score)
+    (kept, _), (dropped, _) = specified_at(score - 2e-6), specified_at(score + 2e-6)
+    # To a thousandth, for the softmax is of other scores.
+    assert 0 < float((kept - dropped).abs().max()) <= 1.001 * allowed
+    assert specified_at(score + 1e-3)[1] < allowed
 
 
 @pytest.mark.parametrize("group_keep", ["head", "union"])

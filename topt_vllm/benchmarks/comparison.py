@@ -13,7 +13,7 @@ from topt_vllm.benchmarks.devices import CPU, Device
 from topt_vllm.benchmarks.kernels import count, our_kernel
 from topt_vllm.benchmarks.lengths import describe_lengths
 from topt_vllm.benchmarks.oracle import Expectation, expect
-from topt_vllm.benchmarks.screens import OFF, Screens, bytes_read, specified, with_screen
+from topt_vllm.benchmarks.screens import OFF, Screens, bytes_read, specified, ties, with_screen
 from topt_vllm.benchmarks.timing import Variant, take_turns
 from topt_vllm.table.words import budget_in_words
 
@@ -131,7 +131,11 @@ def _screened(
 ) -> list[Expectation]:
     """The expectations of a K screen, which says for itself what is kept: the reference operator's output."""
     return [
-        replace(entry, exact=specified(inputs, theta, selection).double())
+        replace(
+            entry,
+            exact=specified(inputs, theta, selection).double(),
+            allowed=entry.allowed + (0.0 if theta is None else ties(inputs, theta, selection)),
+        )
         for entry, inputs, theta in zip(expected, layers, target.thetas, strict=True)
     ]
 
@@ -154,10 +158,10 @@ def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
     for out in variant.outs:
         out.fill_(float("nan"))
     variant.call()
-    ties, kept = sum(entry.ties for entry in expected), sum(entry.kept for entry in expected)
-    if ties > max(2, kept // 100):
+    tied, kept = sum(entry.ties for entry in expected), sum(entry.kept for entry in expected)
+    if tied > max(2, kept // 100):
         raise RuntimeError(
-            f"{variant.name}: rounding decides about {ties} of {kept} keys, so a check would say little; not timed"
+            f"{variant.name}: rounding decides about {tied} of {kept} keys, so a check would say little; not timed"
         )
     largest = 0.0
     for index, (out, expectation) in enumerate(zip(variant.outs, expected, strict=True)):

@@ -104,10 +104,21 @@ def _ties(
         rounding = (inputs.shape.head_dim + 2) * magnitude + 4 * inputs.softcap + theta.abs()
         tied = (score - theta).abs() <= unit * rounding
         count += int(tied.sum())
-        if selection.group_keep == "union":
-            tied = tied.any(dim=0).expand_as(tied)
-        replaced = value.mean(dim=0) if selection.compensation == "vmean" else 0.0
-        distance = (value - replaced).abs().amax(dim=1)
-        moved = torch.where(tied, score.softmax(dim=-1) * distance, 0.0).sum(dim=1)
-        effect = max(effect, float(moved.max()))
+        effect = max(effect, moved_by(tied, score, value, selection))
     return count, effect
+
+
+def moved_by(tied: torch.Tensor, score: torch.Tensor, value: torch.Tensor, selection: Selection) -> float:
+    """What keys that rounding decides about may do to an element of a group's outputs.
+
+    Args:
+        tied: bool [G, n], these keys.
+        score: [G, n].
+        value: [n, D].
+        selection: Selection and compensation.
+    """
+    if selection.group_keep == "union":
+        tied = tied.any(dim=0).expand_as(tied)
+    replaced = value.mean(dim=0) if selection.compensation == "vmean" else 0.0
+    distance = (value - replaced).abs().amax(dim=1)
+    return float(torch.where(tied, score.softmax(dim=-1) * distance, 0.0).sum(dim=1).max())

@@ -9,8 +9,15 @@ import torch
 from topt_vllm.attention import api, reference
 from topt_vllm.attention.common import KeyScreen, Selection, Stat, Thetas
 from topt_vllm.attention.margin import DEFAULT_MARGIN
-from topt_vllm.attention.screen import ScreenFormat, ScreenTransform, rotation_signs
+from topt_vllm.attention.screen import (
+    ScreenFormat,
+    ScreenTransform,
+    refined_scores,
+    rotation_signs,
+    screen_scores,
+)
 from topt_vllm.benchmarks.cases import Inputs, Shape
+from topt_vllm.benchmarks.oracle import moved_by
 
 OFF = "off"
 
@@ -29,6 +36,9 @@ class Screens:
 
 
 NO_SCREEN = Screens()
+
+# Of the upper ends of scores, which are made in single precision.
+_ROUNDING = 1e-5
 
 
 def plain_transform(shape: Shape) -> ScreenTransform:
@@ -69,6 +79,33 @@ def specified(inputs: Inputs, thetas: Thetas | None, selection: Selection) -> to
     out = torch.empty_like(inputs.query, dtype=torch.float32)
     reference.decode(inputs.arguments(thetas, selection, out))
     return out
+
+
+def ties(inputs: Inputs, thetas: Thetas, selection: Selection) -> float:
+    """What keys that rounding decides about behind a screen may do to an element of the output.
+
+    The upper end of what plane one says may be rounded to either side of θ, and so may a score of both planes, for
+    which kernels take the query in 16 bits.
+    """
+    screen = inputs.cache.key_screen
+    effect = 0.0
+    for sequence, n, head, heads in inputs.groups():
+        if screen is None or n <= screen.min_seq_len:
+            continue
+        theta = thetas.at(n)[heads, None]
+        key, value = inputs.gather(sequence, head, torch.float32)
+        transform = screen.transform.heads(head, 1)
+        keys, queries = transform.encode(key[None]), transform.queries(inputs.query[sequence, heads])
+        _, upper = screen_scores(queries, keys, screen.margin, inputs.scale)
+        score = refined_scores(queries, keys, inputs.scale)
+        upper, capped = (reference.softcapped(part, inputs.softcap) for part in (upper, score))
+        tied = (upper - theta).abs() <= _ROUNDING * (1.0 + upper.abs())
+        if screen.format == "int4+4":
+            half_steps = queries.rotated.abs().amax(dim=-1, keepdim=True) / (2 * 32767)
+            magnitude = keys.step.float() / 16.0 * (keys.codes + 0.5).abs().sum(dim=-1)
+            tied |= (capped - theta).abs() <= inputs.scale * half_steps * magnitude
+        effect = max(effect, moved_by(tied, score, value, selection))
+    return effect
 
 
 def bytes_read(inputs: Inputs, counts: torch.Tensor) -> int:
