@@ -97,13 +97,13 @@ def ties(inputs: Inputs, thetas: Thetas, selection: Selection) -> float:
         transform = screen.transform.heads(head, 1)
         keys, queries = transform.encode(key[None]), transform.queries(inputs.query[sequence, heads])
         _, upper = screen_scores(queries, keys, screen.margin, inputs.scale)
-        score = refined_scores(queries, keys, inputs.scale)
-        upper, capped = (reference.softcapped(part, inputs.softcap) for part in (upper, score))
+        refined = refined_scores(queries, keys, inputs.scale)
+        upper, score = (reference.softcapped(part, inputs.softcap) for part in (upper, refined))
         tied = (upper - theta).abs() <= _ROUNDING * (1.0 + upper.abs())
         if screen.format == "int4+4":
             half_steps = queries.rotated.abs().amax(dim=-1, keepdim=True) / (2 * 32767)
             magnitude = keys.step.float() / 16.0 * (keys.codes + 0.5).abs().sum(dim=-1)
-            tied |= (capped - theta).abs() <= inputs.scale * half_steps * magnitude
+            tied |= (score - theta).abs() <= inputs.scale * half_steps * magnitude
         effect = max(effect, moved_by(tied, score, value, selection))
     return effect
 

@@ -53,6 +53,7 @@ def decode(given: DecodeArguments, scalar: bool = False) -> None:
     """
     cache, batch, selection = given.cache, given.batch, given.selection
     of_heads = given.thetas if isinstance(given.thetas, Thetas) else None
+    # Here and in `finish` by its overload: torch's search for it by so many arguments takes time in every layer.
     _operators().decode.default(
         given.query,
         cache.key,
