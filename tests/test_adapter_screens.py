@@ -218,9 +218,9 @@ def test_each_kind_of_layer_is_warmed_up(make_rig: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(reference, "decode", seen)
     for index in range(3):
         rig.step(DECODE, index)
-    rig.layers[2].impl.operator_sinks = torch.zeros(NUM_HEADS)
+    rig.layers[2].impl.sinks = torch.zeros(NUM_HEADS)
     rig.step(DECODE, 2)
-    rig.layers[2].impl.operator_sinks = rig.bound(2).key_screen = rig.bound(2).cache = None
+    rig.layers[2].impl.sinks = rig.bound(2).key_screen = rig.bound(2).cache = None
     rig.step(DECODE, 2)
     kinds = [(False, False, False), (True, True, False), (True, True, True), (True, False, False)]
     assert ran == [(sequences, *kind) for kind in kinds for sequences in (1, 2)]

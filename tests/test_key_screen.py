@@ -325,5 +325,3 @@ def test_screens_that_the_cpu_kernel_has_not() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             implementation("cpu").screen_bytes("int4+4", head_dim, block_size)
-    with pytest.raises(RuntimeError, match="key_screen: expected none for the scalar kernel"):
-        with_screen(random_case([(1, 100)]), "cpu", "int4+4").run("cpu-scalar")

@@ -25,9 +25,8 @@ from hypothesis import strategies as st
 from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, Selection, Stat, Thetas, new_statistics
 
-IMPLS = ["reference", "cpu", "cpu-scalar", "triton"]
+IMPLS = ["reference", "cpu", "triton"]
 KERNELS = [name for name in IMPLS if name != "reference"]
-CPU_KERNELS = ["cpu", "cpu-scalar"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PLAIN = Selection(group_keep="head", compensation="none")
 
@@ -43,7 +42,6 @@ def each(impls: list[str]) -> pytest.MarkDecorator:
 
 every_implementation = each(IMPLS)
 kernels_only = each(KERNELS)
-cpu_kernels_only = each(CPU_KERNELS)
 
 
 def hand_case(
@@ -313,18 +311,17 @@ def sinks_beside(case: Case, share: list[float]) -> Case:
     return replace(case, sinks=(mass + torch.tensor(share).double().logit()).float())
 
 
-@cpu_kernels_only
 @pytest.mark.parametrize(("group_keep", "compensation"), [("head", "none"), ("union", "vmean")])
-def test_sinks(impl: str, group_keep: Any, compensation: Any) -> None:
+def test_sinks(group_keep: Any, compensation: Any) -> None:
     """One more score in the denominator, once, also where parts of a context are merged."""
     selection = Selection(group_keep=group_keep, compensation=compensation, min_seq_len=70)
     contexts = [(1, 2000), (3, 70), (3, 301), (1, 1)]
     case = random_case(contexts, dtype=torch.float32, selection=selection)
     case = sinks_beside(case, [0.1, 0.5, 0.3, 0.9])
-    check_against_oracle(impl, case)
-    check_against_oracle(impl, replace(case, thetas=None))
-    plain = replace(case, sinks=None).run(impl)
-    assert float((case.run(impl) - plain).abs().mean()) > 0.2 * float(plain.abs().mean())
+    check_against_oracle("cpu", case)
+    check_against_oracle("cpu", replace(case, thetas=None))
+    plain = replace(case, sinks=None).run("cpu")
+    assert float((case.run("cpu") - plain).abs().mean()) > 0.2 * float(plain.abs().mean())
 
 
 @kernels_only
@@ -424,24 +421,20 @@ def values_of(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
-@cpu_kernels_only
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
 @pytest.mark.parametrize("head_dim", [16, 256])
-def test_every_code_of_v_is_decoded(impl: str, dtype: torch.dtype, head_dim: int) -> None:
+def test_every_code_of_v_is_decoded(dtype: torch.dtype, head_dim: int) -> None:
     """Sixteen tokens with weight 1/16 and the same V row: their mean is the row, but for the rounding of exp."""
     codes = torch.arange(256, dtype=torch.uint8).view(-1, 1, head_dim).expand(-1, 16, -1)
     query = torch.zeros(codes.shape[0], head_dim)
-    got = byte_case(torch.zeros_like(codes), codes, query, dtype).run(impl).flatten()
+    got = byte_case(torch.zeros_like(codes), codes, query, dtype).run("cpu").flatten()
     torch.testing.assert_close(got, values_of(dtype), rtol=1e-6, atol=0, equal_nan=True)
 
 
-@cpu_kernels_only
 @pytest.mark.parametrize("dtype", BYTES, ids=str)
 @pytest.mark.parametrize("query_dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [16, 64])
-def test_every_code_of_k_is_decoded(
-    impl: str, dtype: torch.dtype, query_dtype: torch.dtype, size: int
-) -> None:
+def test_every_code_of_k_is_decoded(dtype: torch.dtype, query_dtype: torch.dtype, size: int) -> None:
     """Code c stands in a channel of token c % P alone, and the query makes its score 1 or -1, nearly."""
     values, codes, tokens = values_of(dtype), torch.arange(256), torch.arange(256) % size
     key = torch.zeros(256, size, 64, dtype=torch.uint8)
@@ -454,7 +447,7 @@ def test_every_code_of_k_is_decoded(
     # The weight in float32 also where the query is bfloat16.
     out = torch.full((256, 1, 64), NAN)
     batch = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale)
-    got = api.decode(implementation(impl), *batch, out=out)[:, 0, :size]
+    got = api.decode(implementation("cpu"), *batch, out=out)[:, 0, :size]
     scores = torch.zeros(256, size, dtype=torch.float64)
     scores[codes, tokens] = values.double() * query[codes, codes % 61].double()
     expected = scores.softmax(dim=1).float()
@@ -519,7 +512,6 @@ def test_strided_output(impl: str) -> None:
     assert out[:, :, 64:].isnan().all()
 
 
-# The scalar loops are left out: they would take most of the time, and every other test runs them.
 @pytest.mark.parametrize("impl", ["cpu"])
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
@@ -607,15 +599,14 @@ def test_kept_set_equals_reference_but_for_ties(impl: str, dtype: torch.dtype) -
     assert float(near.float().mean()) < 0.005
 
 
-@cpu_kernels_only
-def test_result_does_not_depend_on_the_threads(impl: str) -> None:
+def test_result_does_not_depend_on_the_threads() -> None:
     case = random_case([(1, 5000), (1, 70), (3, 900)], dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3, 17):
             torch.set_num_threads(count)
-            results.append(case.run(impl))
+            results.append(case.run("cpu"))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -650,12 +641,11 @@ REFUSED = {
 }
 
 
-@cpu_kernels_only
 @pytest.mark.parametrize("what", REFUSED)
-def test_refusals_name_argument_expected_and_got(impl: str, what: str) -> None:
+def test_refusals_name_argument_expected_and_got(what: str) -> None:
     change, message = REFUSED[what]
     with pytest.raises(RuntimeError, match=message):
-        change(random_case([(1, 100)])).run(impl)
+        change(random_case([(1, 100)])).run("cpu")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
     return api.decode(implementation(impl), *step, **options)
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "cpu-scalar", TRITON])
+@pytest.mark.parametrize("impl", ["reference", "cpu", TRITON])
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any):
     """As a key whose V row is zero; what thresholds drop is compensated, the sink's share is not."""
@@ -47,13 +47,20 @@ def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any
     assert with_sinks[0, Stat.DROPPED_MASS] < statistics[0, Stat.DROPPED_MASS]
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu", TRITON])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sinks_are_read_as_the_model_has_them(impl: str, dtype: torch.dtype):
+    case, sinks = random_case([(1, 300)], dtype=dtype), torch.tensor([-2.0, 0.5, 3.3, 7.1]).to(dtype)
+    assert torch.equal(decode(case, impl, sinks=sinks), decode(case, impl, sinks=sinks.float()))
+
+
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_sinks_of_another_shape_are_refused(impl: str):
+def test_sinks_of_another_shape_or_kind_are_refused(impl: str):
     case = random_case([(1, 40)])
-    with pytest.raises(ValueError, match=r"sinks \(3,\) of torch.float32 must be float32 \[H=4\]"):
+    with pytest.raises(ValueError, match=r"sinks \(3,\) of torch.float32 must be floating point, \[H=4\]"):
         decode(case, impl, sinks=torch.zeros(3))
-    with pytest.raises(ValueError, match=r"sinks \(4,\) of torch.bfloat16 must be float32 \[H=4\]"):
-        decode(case, impl, sinks=torch.zeros(4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"sinks \(4,\) of torch.int32 must be floating point, \[H=4\]"):
+        decode(case, impl, sinks=torch.zeros(4, dtype=torch.int32))
 
 
 def test_the_kernel_reads_sinks_one_after_the_other():
@@ -114,7 +121,7 @@ def test_statistics_of_another_shape_are_refused(shape: tuple[int, ...]):
         decode(random_case([(1, 40)]), "cpu", statistics=torch.zeros(shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("impl", ["cpu", "cpu-scalar", TRITON])
+@pytest.mark.parametrize("impl", ["cpu", TRITON])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_heads_of_512(impl: str, dtype: torch.dtype):
     case = random_case([(1, 100), (2, 40)], 4, 2, 512, 32, dtype, torch.float32)

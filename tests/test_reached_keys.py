@@ -9,7 +9,7 @@ from device import TRITON
 
 from topt_vllm.attention.common import Selection
 
-IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
+IMPLS = ["reference", "cpu", TRITON]
 SELECTIONS = {
     "default": Selection(),
     # What is kept for other reasons must not count.

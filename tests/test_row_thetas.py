@@ -10,7 +10,7 @@ from device import TRITON
 from topt_vllm.attention.common import RowThetas, Selection, Thetas, new_statistics
 from topt_vllm.attention.quantiles import kept_of, score_quantiles
 
-IMPLS = ["reference", "cpu", "cpu-scalar", TRITON]
+IMPLS = ["reference", "cpu", TRITON]
 SHAPES = [(4, 2), (9, 3)]
 
 

@@ -251,7 +251,7 @@ def only_needed_states(case: Case) -> Case:
     return replace(case, cache=replace(case.cache, value_sums=kept))
 
 
-@pytest.mark.parametrize("impl", ["reference", "cpu", "cpu-scalar", TRITON])
+@pytest.mark.parametrize("impl", ["reference", "cpu", TRITON])
 @pytest.mark.parametrize(("block_size", "state_rows"), [*SIZES[:-1], (64, 2)])
 def test_a_row_reads_one_state(impl: str, block_size: int, state_rows: int):
     """Contexts around the ends of states and blocks, single rows and drafted ones."""

@@ -1,9 +1,7 @@
 """Random paged caches in vLLM's CPU layout, hostile where an implementation must not look, and an fp64 oracle."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
-from types import SimpleNamespace
 
 import torch
 from device import DEVICE, triton_implementation
@@ -19,15 +17,7 @@ SCALES = 0.037, 0.021  # of K and V in such a cache: no powers of two
 
 
 def implementation(name: str) -> api.Implementation:
-    """An implementation by test name, for tensors on the CPU: ``triton`` takes them to the GPU where there is one.
-
-    ``cpu-scalar`` is the plain loop that checks the CPU kernel.
-    """
-    if name == "cpu-scalar":
-        module = api.load_implementation("cpu", "cpu")[1]
-        return SimpleNamespace(
-            decode=partial(module.decode, scalar=True), finish=module.finish, capabilities=module.capabilities
-        )
+    """An implementation, for tensors on the CPU: ``triton`` takes them to the GPU where there is one."""
     if name == "triton":
         module = api.load_implementation(name, DEVICE.type)[1]
         return triton_implementation(module.decode, module.finish, module.screen_bytes)

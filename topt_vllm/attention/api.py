@@ -181,8 +181,8 @@ def decode(
             counts is their sum over slots.
         reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
             that are dense for their length add nothing. Not with thresholds by row.
-        sinks: float32 [H], a logit of each query head that takes probability as one more key would, has no V row
-            and is compensated by nothing; None for none.
+        sinks: [H] of any floating dtype, a logit of each query head that takes probability as one more key would,
+            has no V row and is compensated by nothing; None for none.
 
     Returns:
         ``out``.
@@ -205,8 +205,10 @@ def decode(
         narrow_values=cache.key.shape[3] != cache.value.shape[3],
         screen=cache.key_screen.format if cache.key_screen is not None else None,
     )
-    if sinks is not None and (sinks.shape != query.shape[1:2] or sinks.dtype != torch.float32):
-        raise ValueError(f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be float32 [H={query.shape[1]}]")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be floating point, [H={query.shape[1]}]"
+        )
     if query.shape[0]:
         implementation.decode(given)
     return out

@@ -149,7 +149,7 @@ def attend_row(
         dense_from: Keys from here on are kept; None where there are no V sums.
         statistics: Accumulators [8] to add to, indexed by :class:`Stat`.
         reached: int64 [H], counters of keys with s_j >= θ(n) to add to; none where θ is −inf.
-        sinks: float32 [H], logits of attention sinks; None for none.
+        sinks: [H], logits of attention sinks; None for none.
         key_screen: Of the layer; its codes are made of ``key`` here. None for none.
 
     Returns:
@@ -168,7 +168,7 @@ def attend_row(
     read = kept.view(num_kv_heads, group, n).any(dim=1)
     used = read.repeat_interleave(group, dim=0) if selection.group_keep == "union" else kept
 
-    logits = scores if sinks is None else torch.cat([scores, sinks[:, None]], dim=1)
+    logits = scores if sinks is None else torch.cat([scores, sinks.to(scores.dtype)[:, None]], dim=1)
     probabilities = torch.softmax(logits, dim=-1)[:, :n]
     # where, not a product: a dropped V row is never touched, so a NaN in it must not spread.
     weights = torch.where(used, probabilities, 0.0).view(num_kv_heads, group, n)

@@ -34,10 +34,9 @@ class TopThetaImpl(_Platform):
     operator: api.Implementation | None = None
     # The same on its buffers, so that they are there when vLLM measures what memory is left for the cache.
     allocated: api.Implementation | None = None
-    # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without.
+    # vLLM's, [H], logits of the attention sinks of this rank's query heads; None without. A weight of the model
+    # that may be loaded again at any time, so nobody keeps a copy.
     sinks: torch.Tensor | None
-    # The same as the operator takes them, float32.
-    operator_sinks: torch.Tensor | None = None
     logits_soft_cap: float
     num_heads: int
     num_kv_heads: int
@@ -81,17 +80,8 @@ class TopThetaImpl(_Platform):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """As the platform does; and vLLM has not planned the cache yet, but made all layers of the model."""
         super().process_weights_after_loading(act_dtype)
-        if self.sinks is not None:
-            self._take_sinks(self.sinks)
         if not self.states_known:
             register(self._vllm_config)
-
-    def _take_sinks(self, sinks: torch.Tensor) -> None:
-        """Weights may be loaded again, and graphs point to where the sinks were."""
-        if self.operator_sinks is None:
-            self.operator_sinks = sinks.detach().to(torch.float32, copy=True)
-        else:
-            self.operator_sinks.copy_(sinks)
 
     def forward(
         self,
@@ -163,11 +153,11 @@ class TopThetaImpl(_Platform):
                 out,
                 bound.statistics,
                 thresholds.reached(len(query)),
-                self.operator_sinks,
+                self.sinks,
             )
 
         if bound.group.warm_up is not None:
-            kind = thresholds.skips, cache.key_screen is not None, self.operator_sinks is not None
+            kind = thresholds.skips, cache.key_screen is not None, self.sinks is not None
             kernel, table = bound.group.kernel, batch.block_table
             bound.group.warm_up.run(kind, kernel, decode, query, cache, table, output)
         decode(query[:rows], batch, output[:rows])

@@ -44,12 +44,11 @@ def prepare(device_type: str = "cpu") -> None:
     _operators()
 
 
-def decode(given: DecodeArguments, scalar: bool = False) -> None:
+def decode(given: DecodeArguments) -> None:
     """Every row of a batch over the paged cache, whose K is stored [D, P] (``stride(2) == 1``) and V [P, D].
 
     Args:
         given: The cache holds bfloat16, float16, float32, float8_e4m3fn or float8_e5m2.
-        scalar: Run the plain loops that check the vector kernel; slow.
     """
     cache, batch, selection = given.cache, given.batch, given.selection
     of_heads = given.thetas if isinstance(given.thetas, Thetas) else None
@@ -79,10 +78,9 @@ def decode(given: DecodeArguments, scalar: bool = False) -> None:
         cache.key_screen.margin if cache.key_screen else None,
         cache.key_screen.min_seq_len if cache.key_screen else 0,
         given.reached,
-        given.sinks,
+        None if given.sinks is None else given.sinks.float(),
         cache.key_scale,
         cache.value_scale,
-        scalar,
     )
 
 

@@ -130,7 +130,7 @@ def _topt_merge_kernel(
     denominator = mass
     if SINKS:
         # A sink takes probability as a key would, and gives nothing for it.
-        denominator += tl.exp2((tl.load(sinks + head) - best) * LOG2E)
+        denominator += tl.exp2((tl.load(sinks + head).to(tl.float32) - best) * LOG2E)
     out /= denominator
     if SPARSE:
         # Both are sums of the same numbers in another order.

@@ -51,28 +51,27 @@ topt::Rows rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), dtype_of(t, name), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// Data of a contiguous argument of that shape, of T.
+template <typename T>
+T* data_of(const Tensor& t, const char* name, at::IntArrayRef shape) {
+  check(t, name, static_cast<int64_t>(shape.size()), c10::CppTypeToScalarType<T>::value);
+  TORCH_CHECK(t.is_contiguous() && t.sizes() == shape, name, ": expected contiguous ", shape, ", got ", t.sizes());
+  return t.data_ptr<T>();
+}
+
 void set_screen(topt::Problem& p, const optional<Tensor>& codes, const optional<Tensor>& mean,
                 const optional<Tensor>& scale, const optional<Tensor>& signs) {
-  p.screen = {};
   if (!codes) return;
   const int64_t bytes = topt::ScreenBlock::bytes(p.head_dim, p.block_size);
   check(*codes, "key_screen", 3, at::kByte);
   TORCH_CHECK(codes->size(1) == p.num_kv_heads && codes->size(2) == bytes && codes->stride(1) == bytes,
               "key_screen: expected [B, Hkv, ", bytes, "] bytes, contiguous in a block, got ", codes->sizes());
   TORCH_CHECK(mean && scale && signs, "key_screen: expected mean, scale and signs with the codes, got none");
-  for (const Tensor* part : {&*mean, &*scale}) {
-    check(*part, "key_screen", 2, at::kFloat);
-    TORCH_CHECK(part->is_contiguous() && part->size(0) == p.num_kv_heads && part->size(1) == p.head_dim,
-                "key_screen: expected contiguous mean and scale [", p.num_kv_heads, ", ", p.head_dim, "], got ",
-                part->sizes());
-  }
-  check(*signs, "key_screen", 1, at::kFloat);
-  TORCH_CHECK(signs->size(0) == p.head_dim, "key_screen: expected signs [", p.head_dim, "], got ", signs->sizes());
   p.screen.codes = reinterpret_cast<char*>(codes->data_ptr<uint8_t>());
   p.screen.block_stride = codes->stride(0);
-  p.screen.mean = mean->const_data_ptr<float>();
-  p.screen.scale = scale->const_data_ptr<float>();
-  p.screen.signs = signs->const_data_ptr<float>();
+  p.screen.mean = data_of<float>(*mean, "key_screen.mean", {p.num_kv_heads, p.head_dim});
+  p.screen.scale = data_of<float>(*scale, "key_screen.scale", {p.num_kv_heads, p.head_dim});
+  p.screen.signs = data_of<float>(*signs, "key_screen.signs", {p.head_dim});
 }
 
 void set_key(topt::Problem& p, const Tensor& key) {
@@ -90,8 +89,6 @@ void set_key(topt::Problem& p, const Tensor& key) {
 }
 
 void set_sums(topt::Problem& p, const optional<Tensor>& value_sums) {
-  p.value_sums = nullptr;
-  p.sums_block_stride = p.sums_head_stride = p.sums_state_stride = 0;
   p.state_rows = p.block_size;
   if (!value_sums) return;
   check(*value_sums, "value_sums", 4, at::kFloat);
@@ -148,57 +145,24 @@ void set_batch(topt::Problem& p, const Tensor& starts, const Tensor& seq_lens, c
   }
 }
 
-void set_thetas(topt::Problem& p, const optional<Tensor>& lengths, const optional<Tensor>& theta,
-                const optional<Tensor>& law) {
-  p.lengths = nullptr;
-  p.theta = p.law = nullptr;
-  p.num_lengths = 0;
-  if (!lengths) return;
+void set_thetas(topt::Problem& p, const Tensor& query, const optional<Tensor>& lengths, const optional<Tensor>& theta,
+                const optional<Tensor>& law, const optional<Tensor>& row_theta) {
+  if (!lengths && !row_theta) return;
+  TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
+  if (row_theta) {
+    TORCH_CHECK(!lengths, "row_theta: expected none beside lengths, theta and law");
+    p.row_theta = data_of<float>(*row_theta, "row_theta", {query.size(0), p.num_heads});
+    return;
+  }
   TORCH_CHECK(theta && law, "theta, law: expected with lengths, got none");
-  check(*lengths, "lengths", 1, at::kInt);
-  check(*theta, "theta", 2, at::kFloat);
-  check(*law, "law", 2, at::kFloat);
-  p.num_lengths = static_cast<int>(lengths->size(0));
-  TORCH_CHECK(p.num_lengths > 0 && theta->is_contiguous() && law->is_contiguous() && theta->size(0) == p.num_heads &&
-                  theta->size(1) == p.num_lengths && law->size(0) == p.num_heads && law->size(1) == 2,
-              "theta, law: expected contiguous [H, L] and [H, 2] with H = ", p.num_heads, ", L = ", p.num_lengths,
-              ", got ", theta->sizes(), " and ", law->sizes());
-  p.lengths = lengths->const_data_ptr<int32_t>();
-  p.theta = theta->const_data_ptr<float>();
-  p.law = law->const_data_ptr<float>();
-  TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
+  TORCH_CHECK(lengths->numel() > 0, "lengths: expected one at least, got none");
+  p.lengths = data_of<int32_t>(*lengths, "lengths", {lengths->numel()});
+  p.num_lengths = static_cast<int>(lengths->numel());
+  p.theta = data_of<float>(*theta, "theta", {p.num_heads, p.num_lengths});
+  p.law = data_of<float>(*law, "law", {p.num_heads, 2});
 }
 
-void set_row_theta(topt::Problem& p, const Tensor& query, const optional<Tensor>& row_theta) {
-  p.row_theta = nullptr;
-  if (!row_theta) return;
-  TORCH_CHECK(!p.lengths, "row_theta: expected none beside lengths, theta and law");
-  check(*row_theta, "row_theta", 2, at::kFloat);
-  TORCH_CHECK(row_theta->is_contiguous() && row_theta->size(0) == query.size(0) && row_theta->size(1) == p.num_heads,
-              "row_theta: expected contiguous [", query.size(0), ", ", p.num_heads, "], got ", row_theta->sizes());
-  TORCH_CHECK(!p.vmean || p.value_sums, "value_sums: expected a tensor with vmean, got none");
-  p.row_theta = row_theta->const_data_ptr<float>();
-}
-
-void set_reached(topt::Problem& p, const Tensor& query, const optional<Tensor>& reached) {
-  p.reached = nullptr;
-  if (!reached) return;
-  check(*reached, "reached", 2, at::kLong);
-  TORCH_CHECK(reached->is_contiguous() && reached->size(0) == query.size(0) && reached->size(1) == p.num_heads,
-              "reached: expected contiguous [", query.size(0), ", ", p.num_heads, "], got ", reached->sizes());
-  p.reached = reached->data_ptr<int64_t>();
-}
-
-void set_sinks(topt::Problem& p, const optional<Tensor>& sinks) {
-  p.sinks = nullptr;
-  if (!sinks) return;
-  check(*sinks, "sinks", 1, at::kFloat);
-  TORCH_CHECK(sinks->size(0) == p.num_heads, "sinks: expected [", p.num_heads, "], got ", sinks->sizes());
-  p.sinks = sinks->const_data_ptr<float>();
-}
-
-void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped, bool scalar) {
-  if (scalar) return topt::run_scalar(p, cache, counts, dropped);
+void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped) {
   // One workspace per calling thread; it grows to the largest call and stays.
   static thread_local topt::Shared shared;
   topt::prepare_call(p, cache, at::get_num_threads(), shared);
@@ -241,7 +205,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
             const optional<Tensor>& screen_codes, const optional<Tensor>& screen_mean,
             const optional<Tensor>& screen_scale, const optional<Tensor>& screen_signs, optional<double> screen_margin,
             int64_t screen_min_seq_len, const optional<Tensor>& reached, const optional<Tensor>& sinks,
-            const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, bool scalar) {
+            const optional<Tensor>& key_scale, const optional<Tensor>& value_scale) {
   topt::Problem p{};
   p.query = rows_of(query, "query");
   p.out = rows_of(out, "out");
@@ -252,7 +216,6 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   set_cache(p, key, value, value_sums);
   const topt::DType stored = stored_dtype_of(key, "key");
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
-  TORCH_CHECK(!p.screen.codes || !scalar, "key_screen: expected none for the scalar kernel");
   p.screen.hard = !screen_margin;
   p.screen.min_seq_len = static_cast<int>(screen_min_seq_len);
   p.screen.margin = static_cast<float>(screen_margin.value_or(0));
@@ -261,9 +224,8 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   set_batch(p, query_start_loc, seq_lens, block_table);
   TORCH_CHECK(p.query_start_loc[0] >= 0 && p.query_start_loc[p.num_sequences] <= query.size(0),
               "query_start_loc: expected rows up to ", query.size(0), ", got ", p.query_start_loc[p.num_sequences]);
-  set_thetas(p, lengths, theta, law);
-  set_row_theta(p, query, row_theta);
-  set_sinks(p, sinks);
+  set_thetas(p, query, lengths, theta, law, row_theta);
+  if (sinks) p.sinks = data_of<float>(*sinks, "sinks", {p.num_heads});
   p.min_seq_len = static_cast<int>(std::min<int64_t>(min_seq_len, INT32_MAX));
   p.sink_tokens = static_cast<int>(std::min<int64_t>(sink_tokens, INT32_MAX / 2));
   p.recent_tokens = static_cast<int>(std::min<int64_t>(recent_tokens, INT32_MAX / 2));
@@ -274,9 +236,9 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   if (p.query_start_loc[p.num_sequences] == p.query_start_loc[0]) return;
   p.blocks_per_screened_tile = p.screen.codes ? topt::choose_screened_blocks(p, at::get_num_threads()) : 0;
   topt::Counts counts;
-  set_reached(p, query, reached);
+  if (reached) p.reached = data_of<int64_t>(*reached, "reached", {query.size(0), p.num_heads});
   double dropped = 0;
-  run(p, stored, counts, dropped, scalar);
+  run(p, stored, counts, dropped);
   if (statistics) add_statistics(p, counts, dropped, *statistics);
 }
 
@@ -393,7 +355,7 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
       "int sink_tokens, int recent_tokens, bool keep_union, bool vmean, float scale, float softcap, Tensor(a!) out, "
       "Tensor(b!)? statistics, Tensor? screen_codes, Tensor? screen_mean, Tensor? screen_scale, "
       "Tensor? screen_signs, float? screen_margin, int screen_min_seq_len, Tensor(c!)? reached, Tensor? sinks, "
-      "Tensor? key_scale, Tensor? value_scale, bool scalar) -> ()");
+      "Tensor? key_scale, Tensor? value_scale) -> ()");
   m.def("screen_bytes(int head_dim, int block_size) -> int", screen_bytes);
   m.def(
       "finish(Tensor key, Tensor value, Tensor(a!)? value_sums, Tensor(b!)? screen_codes, Tensor? screen_mean, "

@@ -3,7 +3,6 @@
 
 #include "decode.h"
 #include "encode.h"
-#include "scalar.h"
 #include "sums.h"
 
 namespace topt {
@@ -11,8 +10,6 @@ namespace topt {
 // In kernel_bytes.cpp, which is compiled beside this file.
 extern template void run_worker<E4M3>(const Problem&, Shared&, int);
 extern template void run_worker<E5M2>(const Problem&, Shared&, int);
-extern template void decode_scalar<E4M3>(const Problem&, Counts&, double&);
-extern template void decode_scalar<E5M2>(const Problem&, Counts&, double&);
 
 void prepare_call(const Problem& p, DType cache, int threads, Shared& shared) {
   with_stored(cache, [&](auto element) { prepare<decltype(element)>(p, threads, shared); });
@@ -20,10 +17,6 @@ void prepare_call(const Problem& p, DType cache, int threads, Shared& shared) {
 
 void run_call(const Problem& p, DType cache, Shared& shared, int worker) {
   with_stored(cache, [&](auto element) { run_worker<decltype(element)>(p, shared, worker); });
-}
-
-void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass) {
-  with_stored(cache, [&](auto element) { decode_scalar<decltype(element)>(p, counts, dropped_mass); });
 }
 
 void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end) {

@@ -9,7 +9,6 @@ namespace topt {
 
 void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
 void run_call(const Problem& p, DType cache, Shared& shared, int worker);
-void run_scalar(const Problem& p, DType cache, Counts& counts, double& dropped_mass);
 
 // Writes the V sums of one KV head of a sequence that end in its rows [begin, end), which were written.
 void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end);
