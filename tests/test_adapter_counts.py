@@ -13,6 +13,7 @@ from adapter_cases import (
     FLASH,
     HOSTS,
     MIXED,
+    NOBODYS,
     NUM_HEADS,
     NUM_KV_HEADS,
     BatchSpec,
@@ -85,6 +86,23 @@ def test_counters_come_to_the_host_with_a_later_step(make_rig: Any, host: Host):
     # On CPUs there is nothing to copy.
     assert after - before == (4 if host.on_gpus else 0)
     assert added()["toptheta:decode_rows_total"] == 4
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_rows_of_nobody_are_not_counted(make_rig: Any, host: Host):
+    rig = make_rig(host)
+    rig.write_contexts(DECODE)
+    added = counting()
+    rig.step(DECODE)
+    once = added()
+    for _ in range(2):
+        rig.step(NOBODYS)
+        if host.on_gpus:  # on CPUs what the kernel adds up is the host's at once
+            assert added() == once
+    rig.step(DECODE)
+    twice = added()
+    for name in ("toptheta:decode_rows_total", "toptheta:v_rows_total", "dense_rows:short_context"):
+        assert twice[name] == 2 * once[name], name
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

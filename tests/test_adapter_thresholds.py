@@ -14,6 +14,7 @@ from adapter_cases import (
     CLOSE,
     EVERY_HOST,
     HOSTS,
+    NOBODYS,
     NUM_HEADS,
     BatchSpec,
     Host,
@@ -52,6 +53,29 @@ def test_thresholds_follow_the_traffic(make_rig: Any, host: Host):
     torch.testing.assert_close(rig.thetas().theta[:, 0], offsets[0])
     torch.testing.assert_close(step.output.float(), rig.sparse(step, rig.thetas(), rig.selection), **CLOSE)
     assert rig.statistics()[Stat.KEPT_ELEMENTS] - before < before / (ROWS // 8)
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_rows_of_nobody_move_no_thresholds(make_rig: Any, host: Host):
+    """And what the last step's rows reached is not lost for them."""
+    offsets = []
+    for between in ([], [NOBODYS, NOBODYS]):
+        torch.manual_seed(8)
+        rig = make_rig(host, Table(theta=0.0, keys=12), settings=ADAPT)
+        batch = BatchSpec("decode", [240] * 8, [1] * 8)
+        rig.write_contexts(batch)
+        thresholds = rig.builder._bound.group.thresholds
+        reached = torch.full((ROWS, NUM_HEADS), 120, dtype=torch.int64, device=host.device)
+        for step in [batch] * (ROWS // 8):
+            rig.builder.build(0, rig.common(step))
+            thresholds._reached[0, :8] = reached[:8]
+            for nobodys in between:
+                rig.builder.build(0, rig.common(nobodys))
+                thresholds._reached[0, :2] = 1
+        rig.builder.build(0, rig.common(batch))
+        offsets.append(thresholds.offset.clone())
+    assert (offsets[0] > 0.1).all()
+    assert torch.equal(*offsets)
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)
@@ -151,7 +175,9 @@ def test_batches_of_no_request_are_dense_and_leave_no_trace(
     assert rig.builder.build(0, common).thresholds is None
     table = SimpleNamespace(index_to_req_id={1: "a"})
     monkeypatch.setattr(requests, "_runner", SimpleNamespace(req_states=table))
-    assert rig.builder.build(0, common.replace(req_idx=np.arange(2))).thresholds is None
+    for known in ({1: "a"}, {0: "a", 1: "b"}):  # an idle rank's batch names places, whoever has them
+        table.index_to_req_id = known
+        assert rig.builder.build(0, common.replace(req_idx=np.arange(2))).thresholds is None
     assert len(laws) == 0
 
 
@@ -160,7 +186,7 @@ def test_sift_needs_a_worker_that_names_requests(make_rig: Any, monkeypatch: pyt
     monkeypatch.setattr(requests, "_runner", None)
     rig = make_rig(host, settings=SIFT)
     with pytest.raises(RuntimeError, match="policy sift needs TOPTHETA's worker"):
-        rig.step(BatchSpec("decode", [1], [1]))
+        rig.step(BatchSpec("decode", [40], [1]))
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

@@ -107,6 +107,8 @@ BATCHES = [
     MIXED,
     BatchSpec("mixed_chunked_prefill", [400, 290], [1, 110]),
 ]
+# What vLLM warms up with, and what ranks of data parallelism without a request step with.
+NOBODYS = BatchSpec("nobodys", [1, 1], [1, 1])
 CAPTURE = BatchSpec("capture", [1] * MAX_SEQUENCES, [1] * MAX_SEQUENCES)
 
 

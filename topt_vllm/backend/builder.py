@@ -1,10 +1,10 @@
 """Builds a step's metadata: copies fields and slices, and waits for nothing that the device knows."""
 
 import logging
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
@@ -14,13 +14,10 @@ from topt_vllm.backend.counters import HostCounters
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.layers import describe_rank
 from topt_vllm.backend.metadata import TopThetaMetadata
-from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split
+from topt_vllm.backend.rows import ExtrapolationNotice, row_lengths, rows_after, split, without_context
 from topt_vllm.backend.skipping import warn_if_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 from topt_vllm.backend.states import describe, states_of
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # A metadata builder of vLLM, when this is mixed into one.
 _Platform: Any = object
@@ -39,7 +36,7 @@ class TopThetaBuilder(_Platform):
     supports_update_block_table: bool = False
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         _refuse(kv_cache_spec)
@@ -74,7 +71,7 @@ class TopThetaBuilder(_Platform):
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
 
     @classmethod
-    def get_cudagraph_support(cls, vllm_config: "VllmConfig", kv_cache_spec: Any) -> AttentionCGSupport:
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
         """Uniform batches, or what the platform's builder can do where that is less.
 
         A decode batch is one launch over rows and sequences whatever their lengths, so a graph of it replays. Where
@@ -134,7 +131,8 @@ class TopThetaBuilder(_Platform):
             return metadata
         starts = common.query_start_loc_cpu[: num_decodes + 1]
         seq_lens = self._host_lengths(common)
-        lengths = None if seq_lens is None else row_lengths(starts, seq_lens[:num_decodes])
+        nobodys = seq_lens is not None and without_context(starts, seq_lens[:num_decodes])
+        lengths = None if seq_lens is None or nobodys else row_lengths(starts, seq_lens[:num_decodes])
         warming = 0
         # A speculator of vLLM's second model runner has a builder of its own for its layers' part of a group.
         if group is not None and of_model and self._bound.sparse:
@@ -142,6 +140,10 @@ class TopThetaBuilder(_Platform):
             warming = group.thresholds.rows_before_known(metadata.thresholds, self._dense_up_to)
         elif group is not None and not of_model:
             metadata.thresholds = group.thresholds.of_drafts()
+        if nobodys:
+            if group is not None:
+                group.counters.hold()
+            return metadata
         counters.count(int(starts[-1]), lengths, warming)
         if lengths is not None:
             self._extrapolation.see(lengths)

@@ -77,7 +77,7 @@ class DeviceCounters:
             # Whatever streams the steps ran on.
             torch.cuda.synchronize(self.layers.device)
         if self._copies:
-            self._host.copy_(self.layers.sum(dim=1))
+            self._host.copy_((self._before if self._holding else self.layers).sum(dim=1))
 
 
 @dataclass(frozen=True)

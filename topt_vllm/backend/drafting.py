@@ -7,18 +7,16 @@ K and V of a drafted token, which come from sparse rows, are written again by th
 behind every context until then; so weights and cache are there once.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from topt_vllm.backend import compat, requests
 from topt_vllm.config import ConfigError
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 
 class SparseDrafter:
@@ -31,7 +29,7 @@ class SparseDrafter:
         ConfigError: Another attention backend runs, which would draft what it verifies.
     """
 
-    def __init__(self, vllm_config: "VllmConfig") -> None:
+    def __init__(self, vllm_config: VllmConfig) -> None:
         if not compat.is_chosen(vllm_config):
             raise ConfigError(
                 f"--speculative-config names {compat.DRAFTER}, which drafts with sparse attention, but another "

@@ -1,10 +1,10 @@
 """TOPTHETA on vLLM's CPU attention."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -24,9 +24,6 @@ from topt_vllm.backend.hosts.amx import Copies, CopyMetadata
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.states import has_other_layers
 from topt_vllm.config import ConfigError, TopThetaConfig
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
 _READABLE_ISAS = ("vec", "vec16")
@@ -101,7 +98,7 @@ class _VectorBuilder(CPUAttentionMetadataBuilder):
     """Metadata of vLLM's vector kernels, whose cache layout is the operator's; of AMX kernels where a copy pays."""
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.isa: str
@@ -134,7 +131,7 @@ class _VectorBuilder(CPUAttentionMetadataBuilder):
 
 
 def _platform_builder(
-    kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+    kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
 ) -> CPUAttentionMetadataBuilder:
     """Of layers that stay with the platform: in its own layout, unless the operator may read the same cache."""
     layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
@@ -150,7 +147,7 @@ class CpuTopThetaBuilder(TopThetaBuilder, _VectorBuilder):
     replays_graphs = False
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: "VllmConfig", device: torch.device
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         if not self._has_amx:

@@ -1,8 +1,8 @@
 """TOPTHETA on vLLM's FlashAttention."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -12,9 +12,6 @@ from vllm.v1.attention.backends.flash_attn import (
 from topt_vllm.backend.builder import TopThetaBuilder
 from topt_vllm.backend.hosts.gpu import GpuBackend, GpuImpl
 from topt_vllm.backend.startup import resolve
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 
 class FlashTopThetaImpl(GpuImpl, FlashAttentionImpl):
@@ -59,7 +56,7 @@ class FlashTopThetaBackend(GpuBackend, FlashAttentionBackend):
         return FlashTopThetaBuilder
 
 
-def _splits_packed_blocks(vllm_config: "VllmConfig", backend: type[FlashTopThetaBackend]) -> bool:
+def _splits_packed_blocks(vllm_config: VllmConfig, backend: type[FlashTopThetaBackend]) -> bool:
     """Whether kernels want blocks of one size, and the cache's are longer and lie between those of other layers.
 
     Attention's blocks are as large as a hybrid model's states of the other layers, and what lies beside the cache

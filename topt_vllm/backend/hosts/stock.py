@@ -6,9 +6,9 @@ which vLLM recognises what it warms up or can't combine.
 
 import logging
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -18,9 +18,6 @@ from topt_vllm.backend.layers import describe_rank
 from topt_vllm.backend.rows import few_rows, row_lengths
 from topt_vllm.backend.skipping import warn_if_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 # A backend or a metadata builder of vLLM, when this is mixed into one.
 _Platform: Any = object
@@ -63,7 +60,7 @@ class StockBuilder(_Platform):
         self,
         kv_cache_spec: Any,
         layer_names: list[str],
-        vllm_config: "VllmConfig",
+        vllm_config: VllmConfig,
         device: Any,
         **options: Any,
     ) -> None:
