@@ -128,6 +128,7 @@ def start(tmp_path: Path) -> Any:
                 ),
                 kv_transfer_config=None,
                 speculative_config=None,
+                load_config=SimpleNamespace(load_format="auto"),
                 cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
                 device_config=SimpleNamespace(device_type="cpu"),
                 parallel_config=SimpleNamespace(use_ubatching=False),

@@ -78,6 +78,7 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
         lora_config=options.get("lora_config"),
         kv_transfer_config=options.get("kv_transfer_config"),
         speculative_config=options.get("speculative_config"),
+        load_config=SimpleNamespace(load_format=options.get("load_format", "auto")),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
         device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
         parallel_config=SimpleNamespace(
@@ -212,7 +213,11 @@ def test_the_log_says_what_the_budget_is_worth(start: Any, table: ThresholdTable
     dump(table, model / "toptheta.yaml")
     line = start({"implementation": "reference"}).description
     assert "budget 128" in line
-    assert "on 1024 held-back tokens: 25.0% of V rows read, 3.0% of probability dropped" in line
+    assert (
+        "on 1024 held-back tokens: perplexity +0.50 %, 25.0% of V rows read, 3.0% of probability dropped"
+        in line
+    )
+    assert "95.0% of next tokens as with dense attention" in line
     assert "extrapolated" not in line
     longer = start({"implementation": "reference"}, max_model_len=4096).description
     assert "contexts of 1024 to 4096 tokens use extrapolated thresholds" in longer
@@ -264,6 +269,8 @@ def test_a_budget_that_the_table_lacks_is_refused(start: Any, table: ThresholdTa
 def test_vllm_options_that_would_break_the_sums_are_refused(start: Any):
     with pytest.raises(ConfigError, match="kv-sharing-fast-prefill"):
         start({"thresholds": "none"}, fast_prefill=True)
+    with pytest.raises(ConfigError, match="--load-format tensorizer"):
+        start({"thresholds": "none"}, load_format="tensorizer")
 
 
 def transfer(name: str, **options: Any) -> Any:

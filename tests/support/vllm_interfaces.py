@@ -213,7 +213,8 @@ NAMES: dict[tuple[str, str], str] = {
     ("platforms/interface.py", "Platform"): "device_name device_type",
     ("config/vllm.py", "VllmConfig"): "additional_config attention_config cache_config compilation_config "
     "device_config kv_transfer_config model_config parallel_config scheduler_config speculative_config "
-    "lora_config mamba_config use_v2_model_runner",
+    "load_config lora_config mamba_config use_v2_model_runner",
+    ("config/load.py", "LoadConfig"): "load_format",
     ("config/attention.py", "AttentionConfig"): "backend backend_per_kind flash_attn_version",
     ("config/cache.py", "CacheConfig"): "block_size cache_dtype gpu_memory_utilization kv_cache_memory_bytes "
     "kv_sharing_fast_prefill use_replayssm",

@@ -264,6 +264,12 @@ def _refuse(vllm_config: "VllmConfig", config: TopThetaConfig) -> None:
         from topt_vllm.backend.connectors import refuse_connector
 
         refuse_connector(transfer)
+    if vllm_config.load_config.load_format == "tensorizer":
+        # vLLM 0.31 to 0.33; then nothing is registered in time for the cache to have room for it.
+        raise ConfigError(
+            "TOPTHETA doesn't work with --load-format tensorizer, which doesn't tell layers that their weights are "
+            "there. Load the model another way, or choose another backend."
+        )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise ConfigError(
             "TOPTHETA doesn't work with --kv-sharing-fast-prefill: layers would skip rows whose V sums are needed. "
