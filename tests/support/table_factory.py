@@ -106,6 +106,14 @@ def _budget(identity: ModelIdentity, k: int, lengths: list[int], dense_layers: l
         if layer in identity.full_layers
     ]
     quality = Quality(
-        kept_over_k=Spread(p5=0.5, p50=1.0, p95=2.0), v_rows_read=0.25, dropped_mass=0.03, tokens=lengths[-1]
+        kept_over_k=Spread(p5=0.5, p50=1.0, p95=2.0),
+        v_rows_read=0.25,
+        dropped_mass=0.03,
+        tokens=lengths[-1],
+        rows=16,
+        loss_pct=0.5,
+        kl=0.01,
+        agreement=0.95,
+        layer_rows_read=[0.25] * identity.num_layers,
     )
     return Budget(k=k, dense_layers=dense_layers, quality=quality, layers=layers)

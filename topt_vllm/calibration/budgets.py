@@ -74,10 +74,9 @@ def targeted(
     def measure(place: int) -> Measured:
         budget = maker.allocated(path.ks(place), "tried")
         results = [_measure(replay, plan, budget) for replay in replays]
-        losses = [worth.loss_pct or 0.0 for worth, _ in results]
+        losses = [worth.loss_pct for worth, _ in results]
         divergences = [
-            100 * math.expm1((worth.kl or 0.0) - floor)
-            for (worth, _), floor in zip(results, rounding, strict=True)
+            100 * math.expm1(worth.kl - floor) for (worth, _), floor in zip(results, rounding, strict=True)
         ]
         progress()
         # The divergence is what the loss would be on the model's own text: the promise holds on both.

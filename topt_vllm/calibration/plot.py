@@ -58,7 +58,7 @@ def _draw_thresholds(figure: Any, axes: "Axes", table: ThresholdTable, budget: B
 
 def _draw_rows(axes: "Axes", table: ThresholdTable) -> None:
     for budget in table.budgets:
-        if budget.quality is not None and budget.quality.layer_rows_read is not None:
+        if budget.quality is not None:
             shares = [100 * share for share in budget.quality.layer_rows_read]
             axes.plot(range(len(shares)), shares, marker=".", label=str(budget.key))
     axes.set(title="V rows read by layer", xlabel="layer", ylabel="% of the layer's V rows", ylim=(0, 103))
@@ -72,7 +72,7 @@ def _draw_losses(axes: "Axes", table: ThresholdTable) -> None:
     """One point per budget; those with a k are joined, for they differ in nothing else."""
     constant: list[tuple[float, float]] = []
     for budget in table.budgets:
-        if budget.quality is None or budget.quality.loss_pct is None:
+        if budget.quality is None:
             continue
         point = 100 * budget.quality.v_rows_read, budget.quality.loss_pct
         axes.scatter(

@@ -91,9 +91,8 @@ def _quality(quality: Quality | None) -> str:
     kept = f"{'–':>9} {'–':>5} {'–':>5}"
     if spread is not None:
         kept = f"{spread.p5:>9.2f} {spread.p50:>5.2f} {spread.p95:>5.2f}"
-    loss = "–" if quality.loss_pct is None else f"{quality.loss_pct:+.2f}%"
-    agreement = "–" if quality.agreement is None else f"{quality.agreement:.1%}"
-    return f"{kept}  {quality.v_rows_read:>11.1%}  {quality.dropped_mass:>12.1%}  {loss:>7}  {agreement:>9}"
+    loss, read, dropped = f"{quality.loss_pct:+.2f}%", quality.v_rows_read, quality.dropped_mass
+    return f"{kept}  {read:>11.1%}  {dropped:>12.1%}  {loss:>7}  {quality.agreement:>9.1%}"
 
 
 def _theta_ranges(table: ThresholdTable) -> list[str]:

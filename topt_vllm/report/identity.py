@@ -52,13 +52,10 @@ def quality(inputs: Inputs) -> Section:
     measured = [budget.quality for budget in table.budgets if budget.quality is not None]
     intro = "The calibrator measured each budget on text held back from calibration."
     if measured:
-        rows = measured[-1].rows
-        decoded = (
-            f", of which the last {numbers.tokens(rows)} were decoded sparsely" if rows is not None else ""
-        )
         intro += (
-            f" It had {numbers.tokens(measured[-1].tokens)} tokens{decoded}. Loss is the rise of perplexity over "
-            "dense attention; kept/k is keys kept over keys asked for."
+            f" It had {numbers.tokens(measured[-1].tokens)} tokens, of which the last "
+            f"{numbers.tokens(measured[-1].rows)} were decoded sparsely. Loss is the rise of perplexity over dense "
+            "attention; kept/k is keys kept over keys asked for."
         )
     return Section(
         key="quality",
@@ -73,12 +70,11 @@ def _finding(budget: Budget) -> str:
     found = budget.quality
     if found is None:
         return f"The default budget {budget_in_words(budget.key)} was not measured: no text was held back."
-    parts = [f"reads {numbers.share(found.v_rows_read)} of V rows"]
-    if found.loss_pct is not None:
-        parts.append(f"loses {numbers.rise(found.loss_pct)} of perplexity")
-    if found.agreement is not None:
-        parts.append(f"keeps {numbers.share(found.agreement)} of the most likely next tokens")
-    return f"The default budget {budget_in_words(budget.key)} {', '.join(parts)} on held-back text."
+    return (
+        f"The default budget {budget_in_words(budget.key)} reads {numbers.share(found.v_rows_read)} of V rows, "
+        f"loses {numbers.rise(found.loss_pct)} of perplexity, keeps {numbers.share(found.agreement)} of the most "
+        "likely next tokens on held-back text."
+    )
 
 
 def _measured(cell: Callable[[Quality], str], otherwise: str = numbers.NOTHING) -> Callable[[Budget], str]:

@@ -27,7 +27,7 @@ def rows_by_layer(inputs: Inputs) -> Section:
     curves = {budget.key: budget for budget in inputs.table.budgets if _shares(budget)}
     if not curves:
         return section(
-            missing="This table doesn't say which layers read how much. Calibrate again with this release:",
+            missing="This table doesn't say which layers read how much. Calibrate again:",
             command="topt-vllm calibrate --model MODEL_FOLDER --dataset TEXT.txt",
         )
     least = min(min(_shares(budget)) for budget in curves.values())
@@ -39,8 +39,7 @@ def rows_by_layer(inputs: Inputs) -> Section:
 
 def _shares(budget: Budget) -> list[float]:
     """Percent of each layer's V rows."""
-    known = budget.quality.layer_rows_read if budget.quality is not None else None
-    return [100 * share for share in known or ()]
+    return [100 * share for share in budget.quality.layer_rows_read] if budget.quality is not None else []
 
 
 def _finding(budget: Budget) -> str:

@@ -63,7 +63,7 @@ def _own(table: ThresholdTable) -> list[Figure]:
     points = [
         Point(100 * budget.quality.v_rows_read, budget.quality.loss_pct, 0.0, budget_in_words(budget.key))
         for budget in sorted(table.budgets, key=lambda budget: budget.k is None)
-        if budget.quality is not None and budget.quality.loss_pct is not None
+        if budget.quality is not None
     ]
     if not points:
         return []

@@ -122,7 +122,7 @@ def _budget(budget: Budget, key: str, expected: list[int], num_heads: int, num_l
 def _quality(quality: Quality, key: str) -> _Problems:
     numbers = [value for _, value in quality if isinstance(value, float)]
     numbers += [value for _, value in quality.kept_over_k or ()]
-    numbers += (quality.layer_rows_read or []) + (quality.layer_candidates or [])
+    numbers += quality.layer_rows_read + (quality.layer_candidates or [])
     if not all(map(math.isfinite, numbers)):
         yield key, f"must be finite, got {clipped(numbers)}"
 

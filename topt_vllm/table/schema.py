@@ -78,8 +78,6 @@ class Spread(_Strict):
 class Quality(_Strict):
     """What a budget did on text held back from calibration.
 
-    The keys after ``tokens`` were added later: tables written before lack them.
-
     Attributes:
         kept_over_k: Keys that a head keeps by its own rule, over k, in the sparse layers; None where the budget
             doesn't ask for a number of keys.
@@ -92,28 +90,27 @@ class Quality(_Strict):
         agreement: Share of rows whose most likely next token is dense attention's.
         layer_rows_read: Share of V rows read, layer by layer, windowed ones included; 1 where a layer has none.
         layer_candidates: Share of keys that a K screen of 4 bits would let through at its default margin, layer by
-            layer; 1 where there is none.
+            layer; 1 where there is none. None where that wasn't measured.
     """
 
     kept_over_k: Spread | None
     v_rows_read: float
     dropped_mass: float
     tokens: int
-    rows: int | None = None
-    loss_pct: float | None = None
-    kl: float | None = None
-    agreement: float | None = None
-    layer_rows_read: Items[float] | None = None
+    rows: int
+    loss_pct: float
+    kl: float
+    agreement: float
+    layer_rows_read: Items[float]
     layer_candidates: Items[float] | None = None
 
     def sentence(self) -> str:
         """What was measured, for a log line."""
-        parts = [f"{self.v_rows_read:.1%} of V rows read", f"{self.dropped_mass:.1%} of probability dropped"]
-        if self.loss_pct is not None:
-            parts.insert(0, f"perplexity {self.loss_pct:+.2f} %")
-        if self.agreement is not None:
-            parts.append(f"{self.agreement:.1%} of next tokens as with dense attention")
-        return f"on {self.tokens} held-back tokens: {', '.join(parts)}"
+        return (
+            f"on {self.tokens} held-back tokens: perplexity {self.loss_pct:+.2f} %, "
+            f"{self.v_rows_read:.1%} of V rows read, {self.dropped_mass:.1%} of probability dropped, "
+            f"{self.agreement:.1%} of next tokens as with dense attention"
+        )
 
 
 class LayerThresholds(_Strict):

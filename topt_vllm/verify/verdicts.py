@@ -12,7 +12,7 @@ from topt_vllm.verify.near_ties import compare
 _TOLERANCE = 1.0
 # Of the measurement's own noise; a loss that is all noise is no pass.
 _MOST_NOISE = 2.0
-# Assumed for tables that were written before they stated a loss (percent).
+# Assumed for tables that state no loss (percent).
 _UNSTATED = 5.0
 # Reasons for dense rows (docs/operations.md).
 _NO_THRESHOLDS, _WINDOW = "no_thresholds", "sliding_window"
