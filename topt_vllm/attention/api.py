@@ -123,11 +123,7 @@ def load_implementation(name: str, device_type: str) -> tuple[str, Implementatio
 
 
 def require(
-    implementation: Implementation,
-    *,
-    narrow_values: bool = False,
-    screen: ScreenFormat | None = None,
-    graphs: bool = False,
+    implementation: Implementation, *, narrow_values: bool = False, screen: ScreenFormat | None = None
 ) -> None:
     """Checks that an implementation can do what is asked of it; arguments as :class:`Capabilities` has them.
 
@@ -135,20 +131,11 @@ def require(
         ValueError: It can't; the message names implementations that can.
     """
     offered = implementation.capabilities
-    lacks = [
-        (
-            narrow_values and not offered.narrow_values,
-            "needs heads of K and V of one size; triton and reference don't",
-        ),
-        (
-            screen is not None and screen not in offered.screens,
-            f"has no K screen {screen!r}; it has: {', '.join(offered.screens) or 'none'}",
-        ),
-        (graphs and not offered.graphs, "can't run inside CUDA graphs; triton can"),
-    ]
-    for missing, what in lacks:
-        if missing:
-            raise ValueError(f"this implementation {what}")
+    if narrow_values and not offered.narrow_values:
+        raise ValueError("this implementation needs heads of K and V of one size; triton and reference don't")
+    if screen is not None and screen not in offered.screens:
+        known = ", ".join(offered.screens) or "none"
+        raise ValueError(f"this implementation has no K screen {screen!r}; it has: {known}")
 
 
 def decode(
