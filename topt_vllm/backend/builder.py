@@ -131,7 +131,7 @@ class TopThetaBuilder(_Platform):
             return metadata
         starts = common.query_start_loc_cpu[: num_decodes + 1]
         seq_lens = self._host_lengths(common)
-        nobodys = seq_lens is not None and without_context(starts, seq_lens[:num_decodes])
+        nobodys = seq_lens is not None and self._are_nobodys(starts, seq_lens[:num_decodes])
         lengths = None if seq_lens is None or nobodys else row_lengths(starts, seq_lens[:num_decodes])
         warming = 0
         # A speculator of vLLM's second model runner has a builder of its own for its layers' part of a group.
@@ -154,6 +154,10 @@ class TopThetaBuilder(_Platform):
         # batches don't say what they are.
         decode = self.replays_graphs or not self._pools or common.is_prefilling is None
         return split(common, self._max_query_rows, ends_of_prompts_decode=decode)
+
+    def _are_nobodys(self, starts: torch.Tensor, seq_lens: torch.Tensor) -> bool:
+        """Whether decode rows belong to no request. On CPUs vLLM builds no metadata for such."""
+        return self.replays_graphs and without_context(starts, seq_lens)
 
     def _host_lengths(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         """int32 [S] on the host, context length of each request (tokens), where known."""

@@ -112,8 +112,8 @@ def few_rows(common: CommonAttentionMetadata, threshold: int) -> tuple[torch.Ten
 def without_context(query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> bool:
     """Whether no request has tokens before its rows; arguments as those of :func:`row_lengths`.
 
-    Then the rows are nobody's, for vLLM warms up and captures pieces of graphs with such batches, and ranks of data
-    parallelism that have no request take part in the others' steps with them (0.31 to 0.33); or they are prompts of
+    On GPUs such rows are nobody's: vLLM warms up and captures pieces of graphs with such batches, and ranks of data
+    parallelism that have no request take part in the others' steps with them (0.31 to 0.33). Or they are prompts of
     a token or two, in which there is nothing to skip.
     """
     return bool((np.diff(query_start_loc.numpy()) == seq_lens.numpy()).all())
