@@ -85,7 +85,7 @@ class CalibrationOptions:
     trust_remote_code: bool = option(False, "run code that comes with the model", group=_RUN)
     output: Path = option(
         REQUIRED,
-        "table to write (default: toptheta.yaml in the model's folder)",
+        "table to write (default: toptheta.yaml in the model's folder, NAME.yaml here for a hub id)",
         group=_RUN,
         required=False,
         kw_only=True,

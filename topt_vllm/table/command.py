@@ -21,7 +21,7 @@ def calibrate_command(model: str) -> str:
     Args:
         model: Folder or hub id.
     """
-    return f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --k 64 128 256"
+    return f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --budget auto --max-loss 1%"
 
 
 def k_screen_command(model: str, table: Path) -> str:
