@@ -11,7 +11,7 @@ from tiny_models import KINDS, save_model, save_text
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.reference import attend_row
-from topt_vllm.calibration.allocation import Point, Step, greedy_path, hull
+from topt_vllm.calibration.allocation import Point, Step, greedy_path, hull, of_all_layers
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.plan import ladder
@@ -106,6 +106,19 @@ def test_search_stays_within_rows_that_were_predicted_wrongly(factor):
     found = search(steps, Target("rows", 30.0), measure, {})
     assert found.met
     assert 30.0 - 2.5 * factor <= found.measured.rows <= 30.0
+
+
+@pytest.mark.parametrize(("fixed", "target"), [(0.03, 5.0), (0.27, 30.0), (0.38, 40.0), (0.38, 45.0)])
+def test_search_stays_within_rows_beside_layers_that_are_read_in_full(fixed, target):
+    """Windows, and layers that are dense: their rows are an offset, and no factor."""
+    sparse = ramp(200)
+
+    def measure(place: int) -> Measured:
+        return Measured(1.0, 100 * (fixed + (1 - fixed) * 1.1 * sparse[place].rows))
+
+    found = search(of_all_layers(sparse, fixed), Target("rows", target), measure, {})
+    assert found.met
+    assert target - 1.1 <= found.measured.rows <= target
 
 
 def test_search_says_when_a_target_is_out_of_reach():

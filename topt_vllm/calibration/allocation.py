@@ -96,6 +96,16 @@ def greedy_path(curves: dict[Head, list[Point]]) -> Path:
     )
 
 
+def of_all_layers(steps: list[Step], fixed: float) -> list[Step]:
+    """The steps with rows as shares of all layers' V rows.
+
+    Args:
+        steps: Of a path.
+        fixed: Share of all V rows that layers read to which nothing is allocated.
+    """
+    return [Step(step.loss, fixed + (1 - fixed) * step.rows) for step in steps]
+
+
 def _slope(before: Point, after: Point) -> float:
     """Loss saved per row."""
     return (before.loss - after.loss) / (after.rows - before.rows)

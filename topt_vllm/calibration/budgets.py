@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from topt_vllm.calibration.allocation import Head, Path, Point
+from topt_vllm.calibration.allocation import Head, Path, Point, of_all_layers
 from topt_vllm.calibration.head_errors import HeadErrors
 from topt_vllm.calibration.maker import Maker
 from topt_vllm.calibration.partial import Partial
@@ -69,6 +70,7 @@ def targeted(
     """One budget for each target: search on the path, on the tuning sequences."""
     replays = [_replay(model, plan, tokens, MEASURED_ROWS) for tokens in plan.sequences.tuning]
     rounding = _rounding(replays, plan)
+    steps = of_all_layers(path.steps, _fixed(replays, plan))
     known: dict[int, Measured] = {}
 
     def measure(place: int) -> Measured:
@@ -84,7 +86,7 @@ def targeted(
 
     budgets = []
     for target in plan.options.targets:
-        found = search(path.steps, target, measure, known)
+        found = search(steps, target, measure, known)
         if not found.met:
             reached = f"a loss of {found.measured.loss:.2f} % at {found.measured.rows:.1f} % of V rows"
             tqdm.write(
@@ -92,6 +94,12 @@ def targeted(
             )
         budgets.append(maker.allocated(path.ks(found.place), target.name))
     return budgets
+
+
+def _fixed(replays: list[Replay], plan: Plan) -> float:
+    """Share of the V rows of what is measured that lies in layers to which nothing is allocated."""
+    rows = plan.subject.v_rows(torch.cat([replay.rows + 1 for replay in replays]))
+    return 1 - sum(rows[layer] for layer in plan.allocated_layers) / sum(rows)
 
 
 def _rounding(replays: list[Replay], plan: Plan) -> list[float]:
