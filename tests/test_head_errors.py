@@ -5,6 +5,7 @@ import torch
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.reference import attend_row
+from topt_vllm.calibration.collect import _late
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors
 from topt_vllm.replay.scores import LayerCall
 
@@ -78,3 +79,15 @@ def test_rows_of_all_heads_are_the_union(call):
             shares.append(kept.view(KV_HEADS, -1, row + 1).any(dim=1).float().mean(dim=1))
         expected = torch.stack(shares).mean(dim=0)
         torch.testing.assert_close(found.rows[:, index].view(KV_HEADS, -1).sum(dim=1).float(), expected)
+
+
+def test_what_is_kept_of_a_pass_keeps_no_projection_alive():
+    """Where one product gives queries, keys and values, they are views of it."""
+    heads, n, dim = 4, 40, 8
+    fused = torch.randn(n, heads + 2, dim)
+    query, key, value = (part.transpose(0, 1) for part in fused.split([heads, 1, 1], dim=1))
+    kept = _late(LayerCall(0, query, key, value, 1.0))
+    assert kept.first == 30
+    assert torch.equal(kept.value, value)
+    for part, size in ((kept.query, heads * 10), (kept.key, n), (kept.value, n)):
+        assert part.untyped_storage().nbytes() == size * dim * 4

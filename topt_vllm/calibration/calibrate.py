@@ -6,7 +6,6 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from topt_vllm.calibration.allocation import greedy_path
@@ -19,6 +18,7 @@ from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import Plan, prepare
 from topt_vllm.calibration.search import MAX_RUNS
+from topt_vllm.replay.memory import explained
 from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
@@ -42,26 +42,21 @@ def calibrate(plan: Plan, write: Callable[[ThresholdTable], None] | None = None)
     _today()  # asked once before the work, for it may raise
     partial = Partial(plan)
     options = plan.options
-    model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
-    # What can't be loaded leaves nothing behind.
-    with partial.held():
-        try:
-            budgets, statistics = _budgets(model, plan, partial)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise CalibrationError(_out_of_memory(plan)) from error
-        except RuntimeError as error:
-            # What torch's CPU allocator raises has no class of its own.
-            if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    with explained(plan.max_seq_length, CalibrationError, ". --resume keeps the sequences that were done"):
+        model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
+        # What can't be loaded leaves nothing behind.
+        with partial.held():
+            try:
+                budgets, statistics = _budgets(model, plan, partial)
+            except ReplayError:
+                # The model's scores can't be used, and a resumed run would see the same.
+                partial.remove()
                 raise
-            raise CalibrationError(_out_of_memory(plan)) from error
-        except ReplayError:
-            # The model's scores can't be used, and a resumed run would see the same.
+            dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
+            table = _table(plan, dtype, device, budgets, statistics)
+            if write is not None:
+                write(table)
             partial.remove()
-            raise
-        table = _table(plan, str(model.dtype).removeprefix("torch."), model.device.type, budgets, statistics)
-        if write is not None:
-            write(table)
-        partial.remove()
     return table
 
 
@@ -91,13 +86,6 @@ def _targeted_budgets(
         path = greedy_path(curves(model, plan, maker, errors, partial, bar.update))
     with tqdm(total=MAX_RUNS * len(options.targets), desc="searching targets", unit="run") as bar:
         return targeted(model, plan, maker, path, bar.update)
-
-
-def _out_of_memory(plan: Plan) -> str:
-    return (
-        f"out of memory with sequences of {plan.max_seq_length} tokens; lower --max-seq-length, use a "
-        "narrower --dtype, or spread the model with --device auto. --resume keeps the sequences that were done"
-    )
 
 
 def _table(

@@ -130,7 +130,9 @@ def _first_late_row(length: int) -> int:
 def _late(call: LayerCall) -> LayerCall:
     """What is left to look at late rows of a layer, which has been found to be plain causal."""
     first = _first_late_row(call.query.shape[1])
-    return replace(call, query=call.query[:, first:].clone(), mask=None, first=first)
+    query, key, value = call.query[:, first:].clone(), call.key.contiguous(), call.value.contiguous()
+    # Views of a projection that gives all three would keep all three.
+    return replace(call, query=query, key=key, value=value, mask=None, first=first)
 
 
 def _sequence(

@@ -14,6 +14,7 @@ from topt_vllm.calibration.key_statistics import key_statistics, key_sums
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.plan import read_sequences
 from topt_vllm.output import not_writable
+from topt_vllm.replay.memory import explained
 from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import Sequences
@@ -98,10 +99,16 @@ def add_key_statistics(plan: ScreenPlan) -> ThresholdTable:
     """The table with statistics of the keys and shares of candidates; shows its progress on stderr.
 
     Raises:
-        CalibrationError: The weights can't be loaded, or the model's keys can't be used.
+        CalibrationError: The weights can't be loaded, the model's keys can't be used, or memory runs out.
     """
-    options, subject = plan.options, plan.subject
-    model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
+    with explained(len(plan.sequences.held_back), CalibrationError):
+        options = plan.options
+        model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
+        return _with_key_statistics(model, plan)
+
+
+def _with_key_statistics(model: Any, plan: ScreenPlan) -> ThresholdTable:
+    subject = plan.subject
     sequences = plan.sequences.calibration
     passes = len(sequences) + 1
     with tqdm(total=passes * len(subject.full_layers), desc="statistics of K", unit="layer") as bar:

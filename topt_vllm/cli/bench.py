@@ -6,7 +6,6 @@ from typing import Any
 
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import check_output
-from topt_vllm.engines.process import EngineError
 
 _MODES = ("decode", "capture", "compile", "autotune", "engine", "serve")
 
@@ -25,5 +24,6 @@ def run(args: argparse.Namespace) -> int:
     check_output(args.output if args.mode == "capture" else args.json)
     try:
         return args.bench(args)
-    except (ValueError, OSError, EngineError) as error:
+    # Engines, compilers and checks of results raise RuntimeError, as does torch where memory runs out.
+    except (ValueError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error

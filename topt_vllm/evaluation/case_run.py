@@ -10,6 +10,7 @@ from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import key_reads, quality
 from topt_vllm.evaluation.task_records import scores
 from topt_vllm.replay.attention import Counts
+from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.predictions import Comparison, compared, joined
 from topt_vllm.replay.whole_pass import dense_pass
 
@@ -81,11 +82,13 @@ def _run(
 ) -> list[_Found]:
     """What each job did to the cases."""
     results = [_Found() for _ in jobs[cases[0].length]]
+    prompt: DensePass | None = None
     prompted: list[int] = []
     for batch in batches(cases):
         first = batch[0]
         bar.set_description(f"{name}: {first.length} tokens")
-        if first.prompt is not prompted:
+        if prompt is None or first.prompt is not prompted:
+            prompt = None  # its K and V go before the next one's are made
             prompt, prompted = dense_pass(model, plan.subject, first.prompt), first.prompt
         dense = answer(prompt, batch, None, None)
         contexts = first.contexts.repeat(len(batch))

@@ -60,6 +60,7 @@ def evaluate_generated(
                 "free_v_rows_read": round(free.counts.shares()["v_rows_read"], 6),
                 "tokens_until_difference": _alike(own, written),
             }
+        del prompt, write, predictions  # their K and V go before the next ones' are made
 
 
 def sampled(step: int, log_probabilities: torch.Tensor) -> int:

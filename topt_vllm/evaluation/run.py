@@ -16,7 +16,9 @@ from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
 from topt_vllm.evaluation.plan import Plan, Text
 from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
 from topt_vllm.replay.attention import Counts, RuleAttention
+from topt_vllm.replay.memory import explained
 from topt_vllm.replay.model import load_causal_lm
+from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.predictions import Comparison, joined
 from topt_vllm.replay.replay import Replay, replayed_rows
 from topt_vllm.replay.whole_pass import dense_pass
@@ -52,8 +54,13 @@ def evaluate(plan: Plan) -> Iterator[dict[str, Any]]:
     """Runs the plan, shows its progress on stderr, and gives each record as soon as it is known.
 
     Raises:
-        ReplayError: The weights can't be loaded, or the model isn't one that can be evaluated.
+        ReplayError: The weights can't be loaded, the model isn't one that can be evaluated, or memory runs out.
     """
+    with explained(plan.max_seq_length, ReplayError):
+        yield from _records(plan)
+
+
+def _records(plan: Plan) -> Iterator[dict[str, Any]]:
     options = plan.options
     model = load_causal_lm(options.model, options.device, options.dtype, options.trust_remote_code)
     runs = len(plan.texts) * options.num_samples * len(plan.lengths) + len(plan.generated)
@@ -104,3 +111,4 @@ def _text(
                         "decode_rows": plan.count(length),
                         "max_seq_length": longest,
                     }
+        del dense, replay  # their K and V go before the next ones' are made
