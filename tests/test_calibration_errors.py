@@ -16,8 +16,10 @@ from transformers import LlamaConfig, T5Config
 from topt_vllm.calibration import collect as collect_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
+from topt_vllm.calibration.partial import Partial
+from topt_vllm.cli.main import main
 from topt_vllm.replay.options import ReplayError
-from topt_vllm.table.file import dumps
+from topt_vllm.table.file import dump, dumps
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,33 @@ def test_out_of_memory_names_remedies(folder, monkeypatch, error):
         calibrate(prepare(options(folder)))
 
 
+@pytest.mark.parametrize("command", ["calibrate", "evaluate"])
+def test_a_model_that_is_too_large_names_remedies(folder, monkeypatch, capsys, command):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module = {"calibrate": "calibration.calibrate", "evaluate": "evaluation.run"}[command]
+    dump(calibrate(prepare(options(folder))), folder / "out.yaml")
+    monkeypatch.setattr(f"topt_vllm.{module}.load_causal_lm", fail)
+    more = {
+        "calibrate": ["--num-samples", "2", "--force", "--output", str(folder / "out.yaml")],
+        "evaluate": [
+            "--thresholds",
+            str(folder / "out.yaml"),
+            "--rules",
+            "toptheta",
+            "--rows",
+            "--budget",
+            "16",
+        ],
+    }
+    arguments = [command, "--model", str(folder), "--dataset", str(folder / "text.txt")]
+    assert main([*arguments, "--max-seq-length", "600", "--device", "cpu", *more[command]]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory with sequences of 600 tokens" in said
+    assert "--device auto" in said
+
+
 def test_other_errors_are_not_taken_for_memory(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("shapes differ")
@@ -139,7 +168,10 @@ def test_killed_run_goes_on_and_gives_the_same_table(folder, monkeypatch, last):
     assert not (folder / "out.yaml.partial").exists()
 
 
-def test_resume_refuses_what_other_options_left(folder, monkeypatch):
+@pytest.fixture
+def killed(folder, monkeypatch) -> None:
+    """What a run leaves that ended at once."""
+
     def fail(*_: object) -> None:
         raise RuntimeError("killed")
 
@@ -147,6 +179,26 @@ def test_resume_refuses_what_other_options_left(folder, monkeypatch):
         patch.setattr(collect_module, "kth_scores", fail)
         with pytest.raises(RuntimeError, match="killed"):
             calibrate(prepare(options(folder)))
+
+
+@pytest.mark.usefixtures("killed")
+def test_resume_refuses_what_other_weights_left(folder):
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    with pytest.raises(CalibrationError, match=r"out.yaml.partial was left by a run with another model"):
+        calibrate(prepare(options(folder, resume=True)))
+
+
+@pytest.mark.usefixtures("killed")
+def test_resume_refuses_what_another_run_left_meanwhile(folder):
+    """Which had the folder while this one loaded its model."""
+    resumed = Partial(prepare(options(folder, resume=True)))
+    (folder / "out.yaml.partial" / "digest").write_text("another's")
+    with pytest.raises(CalibrationError, match="was left by a run with another"), resumed.held():
+        pass
+
+
+@pytest.mark.usefixtures("killed")
+def test_resume_refuses_what_other_options_left(folder):
     with pytest.raises(CalibrationError, match=r"out.yaml.partial was left by a run with another"):
         calibrate(prepare(options(folder, seed=5, resume=True)))
     # Without --resume it starts over.

@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock, Timeout
 
 from topt_vllm.calibration.key_statistics import SKIPPED_TOKENS
@@ -25,6 +27,7 @@ from topt_vllm.version import __version__
 # What a run may change without changing its results.
 _FREE = {"output", "force", "resume"}
 _LOCK = "lock"
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 
 
 class Partial:
@@ -41,19 +44,22 @@ class Partial:
         self._digest = _digest(plan)
         self._taken_up = self.folder.exists() and plan.options.resume
         if self._taken_up:
-            found = self.folder / "digest"
-            if not found.exists() or found.read_text(encoding="utf-8") != self._digest:
-                raise CalibrationError(
-                    f"--resume: {self.folder} was left by a run with another model, text or options; "
-                    "repeat that run's command, or leave --resume out to start over"
-                )
+            self._check()
+
+    def _check(self) -> None:
+        found = self.folder / "digest"
+        if not found.exists() or found.read_text(encoding="utf-8") != self._digest:
+            raise CalibrationError(
+                f"--resume: {self.folder} was left by a run with another model, text or options; "
+                "repeat that run's command, or leave --resume out to start over"
+            )
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keeps other processes out; takes up what a run before left, with ``resume``, or starts anew.
 
         Raises:
-            CalibrationError: Another process is making the same table.
+            CalibrationError: Another process is making the same table, or has left results of other options.
         """
         self.folder.mkdir(exist_ok=True)
         lock = FileLock(self.folder / _LOCK)
@@ -64,7 +70,9 @@ class Partial:
                 f"{self.folder}: another calibration is making this table; wait for it, or name another --output"
             ) from error
         try:
-            if not self._taken_up:
+            if self._taken_up:
+                self._check()  # another run may have been here while the model was loaded
+            else:
                 for path in self.folder.iterdir():
                     if path.name != _LOCK:
                         path.unlink()
@@ -90,11 +98,22 @@ class Partial:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """What tells the weights of a folder from others: name, size (bytes) and time (ns) of files; [] for hub ids."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return []
+    found = [(path.name, path.stat()) for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+
+
 def _digest(plan: Plan) -> str:
     options = {name: value for name, value in asdict(plan.options).items() if name not in _FREE}
     facts = (
         __version__,
         torch.__version__,
+        transformers.__version__,
+        _files(plan.options.model),
         sorted(options.items()),
         plan.subject,
         (plan.lengths, plan.dense_layers),
