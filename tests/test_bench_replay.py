@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_families import FAMILIES
 from safetensors.torch import save_file
 from table_factory import make_table
 from tiny_models import SMALL, byte_tokenizer, save_model, save_text
@@ -131,6 +132,14 @@ def test_softcap_is_kept_and_windowed_layers_are_not(tmp_path: Path):
     cache = load(tmp_path / "cache.safetensors")
     assert (list(cache.layers), cache.softcap, cache.scale) == ([1], 7.0, 0.25)
     assert layer_inputs(cache, 1, 1, 64).scores(torch.float32)[0].abs().max() <= 7.0
+
+
+def test_what_a_captured_cache_has_no_place_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    save_model(tmp_path / "model", FAMILIES["gpt-oss"].config)
+    save_text(tmp_path / "text.txt", 1000)
+    assert main(capture_command(tmp_path, "cache.safetensors")) == 2
+    assert "it has attention sinks, for which a captured cache has no place" in capsys.readouterr().err
+    assert not (tmp_path / "cache.safetensors").exists()
 
 
 def test_every_sequence_has_blocks_of_its_own(captured: CapturedCache):

@@ -11,7 +11,7 @@ from topt_vllm.evaluation.rules.quest import Quest
 from topt_vllm.evaluation.rules.sparsev import SparseV
 from topt_vllm.evaluation.rules.topk import TopK
 from topt_vllm.replay import capture, scores
-from topt_vllm.replay.attention import RuleAttention
+from topt_vllm.replay.attention import Counts, RuleAttention
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
@@ -175,3 +175,9 @@ def test_a_window_that_the_configuration_does_not_name(tmp_path):
     subject = Subject(claimed, 0, 257)
     with pytest.raises(ReplayError, match="layer 0 attends with sliding_window=32"):
         DensePass(model, subject, TOKENS.tolist())
+
+
+def test_layers_without_keys_have_no_candidates_to_count():
+    """Of state-space layers; a NaN would be no JSON."""
+    counts = Counts(layer_rows=torch.tensor([0, 40]), layer_candidates=torch.tensor([0, 10]))
+    assert counts.candidates_by_layer == [1.0, 0.25]

@@ -28,6 +28,15 @@ def short_warmup(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_the_law_is_fitted_where_the_scores_are(rule: type[Sift], short_warmup: int):
+    sequence, level = sift._Sequence(10), torch.zeros(1, 14, device="meta")
+    for n in (10, 11):
+        rule(0.9)._keep_row(sequence, level, n)
+    assert sequence.law is not None
+    assert sequence.law.is_meta
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_rows_are_dense_until_the_warm_up_is_over(rule: type[Sift], short_warmup: int):
     # Key 3 is the best tenth in each row; the newest key is kept whatever its score.
     scores = torch.zeros(4, 14)

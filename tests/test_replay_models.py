@@ -168,3 +168,15 @@ def test_weights_that_are_lacking_are_not_made_up(tmp_path):
     model.save_pretrained(tmp_path, state_dict=kept)
     with pytest.raises(ReplayError, match=r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"):
         load_causal_lm(str(tmp_path), "cpu", "float32")
+
+
+def test_output_projections_of_offloaded_layers_are_fetched(tmp_path):
+    """Between forward passes accelerate leaves such weights on no device."""
+    accelerate = pytest.importorskip("accelerate")
+    model = load(tmp_path, FAMILIES["llama"].config)
+    expected = output_projection(model, 1, 32).clone()
+    devices = {name: "cpu" for name, _ in model.named_children()} | {"model": "disk"}
+    accelerate.dispatch_model(model, devices, offload_dir=tmp_path / "offload", main_device="cpu")
+    assert model.model.layers[1].self_attn.o_proj.weight.is_meta
+    assert torch.equal(output_projection(model, 1, 32), expected)
+    assert model.model.layers[1].self_attn.o_proj.weight.is_meta

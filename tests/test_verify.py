@@ -32,6 +32,9 @@ def test_tokens_may_differ_at_a_near_tie_only():
     assert len(found.wrong) == 1
     assert found.wrong[0].startswith("prompt 2, step 1: token 9 instead of 2")
     assert len(compare(ours, stock, logits, "float32").wrong) == 2
+    around_zero = [[(0.0, -0.001)] * 3, [(0.0, 0.0)] * 3, [(0.0, -1.0)] * 3]
+    found = compare(ours, stock, around_zero, "bfloat16")
+    assert (found.equal, found.ties, len(found.wrong)) == (1, 1, 1)
 
 
 def totals(read: float = 40.0, dense: float = 0.0, **counts: float) -> dict[str, float]:

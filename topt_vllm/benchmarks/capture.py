@@ -42,6 +42,9 @@ def capture(
     scales: set[tuple[float, float]] = set()
 
     def keep(call: LayerCall) -> None:
+        if call.sinks is not None or call.key.shape[2] != call.value.shape[2]:
+            what = "attention sinks" if call.sinks is not None else "heads of K and V of different sizes"
+            raise ReplayError(f"{model}: it has {what}, for which a captured cache has no place")
         parts = (call.query[:, -1], call.key, call.value)
         layers[call.layer] = CapturedLayer(*(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
         scales.add((call.scale, call.softcap))

@@ -91,12 +91,23 @@ def output_projection(model: Any, layer: int, width: int) -> torch.Tensor | None
         if getattr(module, "layer_idx", None) == layer:
             for name in _PROJECTIONS:
                 found = getattr(module, name, None)
-                weight = getattr(found, "weight", None)
+                weight = _weight(found)
                 # Packed weights of a compressed checkpoint can't be taken for what they stand for.
                 if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point():
                     weight = weight.detach().T if isinstance(found, Conv1D) else weight.detach()
                     return weight if weight.shape[1] == width else None
     return None
+
+
+def _weight(module: Any) -> Any:
+    """A module's weight, also where accelerate keeps it elsewhere between forward passes."""
+    weight = getattr(module, "weight", None)
+    if not (isinstance(weight, torch.Tensor) and weight.is_meta):
+        return weight
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        return module.weight.clone()
 
 
 def _buckets(scores: torch.Tensor, rows: torch.Tensor, thetas: list[Thetas]) -> torch.Tensor:

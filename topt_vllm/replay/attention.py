@@ -60,8 +60,9 @@ class Counts:
 
     @property
     def candidates_by_layer(self) -> list[float]:
-        """Share of the keys in context that a K screen lets through."""
-        return (self.layer_candidates.double() / self.layer_rows).tolist()
+        """Share of the keys in context that a K screen lets through; 1 where a layer has none."""
+        shares = self.layer_candidates.double() / self.layer_rows
+        return torch.where(self.layer_rows > 0, shares, 1.0).tolist()
 
     @property
     def candidates(self) -> float:

@@ -59,5 +59,8 @@ def compare(
 
 def is_near_tie(first: float, second: float, dtype: str) -> bool:
     """Whether two logits, the larger one first, are within two steps of the dtype."""
-    spacing = 2.0 ** (math.floor(math.log2(abs(first))) - _MANTISSA_BITS[dtype])
+    largest = max(abs(first), abs(second))
+    if not largest:
+        return True
+    spacing = 2.0 ** (math.floor(math.log2(largest)) - _MANTISSA_BITS[dtype])
     return first - second <= 2 * spacing

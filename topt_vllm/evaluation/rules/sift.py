@@ -92,7 +92,9 @@ class Sift(Rule):
         sequence.x.append(float(x))
         sequence.y.append(quantile(level, n, self.tau))
         if len(sequence.x) == WARMUP:
-            sequence.law = fit(torch.tensor(sequence.x), torch.stack(sequence.y), self.stiffness)
+            sequence.law = fit(
+                torch.tensor(sequence.x, device=level.device), torch.stack(sequence.y), self.stiffness
+            )
         kept[:, :n] = True
         return kept
 
