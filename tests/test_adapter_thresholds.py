@@ -67,10 +67,9 @@ def test_rows_of_nobody_move_no_thresholds(make_rig: Any, host: Host):
         batch = BatchSpec("decode", [240] * 8, [1] * 8)
         rig.write_contexts(batch)
         thresholds = rig.builder._bound.group.thresholds
-        reached = torch.full((ROWS, NUM_HEADS), 120, dtype=torch.int64, device=host.device)
-        for step in [batch] * (ROWS // 8):
-            rig.builder.build(0, rig.common(step))
-            thresholds._reached[0, :8] = reached[:8]
+        for _ in range(ROWS // 8):
+            rig.builder.build(0, rig.common(batch))
+            thresholds._reached[0, :8] = 120
             for nobodys in between:
                 rig.builder.build(0, rig.common(nobodys))
                 thresholds._reached[0, :2] = 1

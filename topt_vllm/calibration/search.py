@@ -63,7 +63,7 @@ def search(
     """The place that reads least (``loss``) or loses least (``rows``) and meets the target.
 
     Args:
-        steps: The path's, from :func:`~topt_vllm.calibration.allocation.greedy_path`.
+        steps: A path's, from :func:`~topt_vllm.calibration.allocation.of_all_layers`.
         target: What to reach.
         measure: A run at a place.
         known: What runs have given so far, by place; grows.

@@ -59,8 +59,6 @@ def compare(
 
 def is_near_tie(first: float, second: float, dtype: str) -> bool:
     """Whether two logits, the larger one first, are within two steps of the dtype."""
-    largest = max(abs(first), abs(second))
-    if not largest:
-        return True
-    spacing = 2.0 ** (math.floor(math.log2(largest)) - _MANTISSA_BITS[dtype])
+    size = abs(first) or abs(second)
+    spacing = 2.0 ** (math.floor(math.log2(size)) - _MANTISSA_BITS[dtype]) if size else 0.0
     return first - second <= 2 * spacing
