@@ -55,12 +55,8 @@ check_python() {
 }
 
 check_compiler() {
-    local candidate wanted=(g++ clang++)
-    [[ -z ${CXX:-} ]] || wanted=("$CXX")
-    for candidate in "${wanted[@]}"; do
-        if command -v "$candidate" >/dev/null; then return; fi
-    done
-    die "no C++ compiler was found (looked for: ${wanted[*]})." \
+    local wanted=${CXX:-g++}
+    command -v "$wanted" >/dev/null || die "no C++ compiler was found (looked for: $wanted)." \
         "The CPU kernel is compiled on first use. Install one (Debian, Ubuntu: apt-get install g++), or name it with CXX."
 }
 

@@ -26,6 +26,7 @@ from adapter_cases import (
 )
 from adapter_engine import make_rig
 from adapter_rig import counting, layer_name
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat
@@ -125,6 +126,36 @@ def test_fp8_caches_are_read_as_vllm_writes_them(make_rig: Any, host: Host, name
     torch.testing.assert_close(step.output[2:].float(), dense[2:], **CLOSE)
     read = statistics[Stat.V_ROWS_READ] / statistics[Stat.V_ROWS]
     assert read < 0.6 if sparse else read == 1
+
+
+@pytest.mark.parametrize("host", [HOSTS[0], HOSTS[2]])
+def test_scales_that_are_loaded_again_are_read(make_rig: Any, host: Host):
+    rig = make_rig(host, table=None, kv_cache_dtype="fp8")
+    (layer,) = rig.layers
+    batch = BatchSpec("decode", [300, 90], [1, 1])
+    rig.write_contexts(batch)
+    for scale in (0.5, 2.0):
+        layer._v_scale_float = scale
+        layer._v_scale.fill_(scale)
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+        step = rig.step(batch)
+        torch.testing.assert_close(step.output.float(), rig.dense(step), **CLOSE)
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+@pytest.mark.parametrize(
+    ("name", "dtype", "allowed"),
+    [
+        ("float16", torch.bfloat16, False),
+        ("bfloat16", torch.float32, False),
+        ("bfloat16", torch.bfloat16, True),
+        ("auto", torch.float16, True),
+    ],
+)
+def test_caches_of_another_16_bit_dtype_are_refused(host: Host, name: str, dtype: torch.dtype, allowed: bool):
+    others = BLOCK_SIZE, False, False, False, False, DeviceCapability(9, 0)
+    reason = host.backend.supports_combination(64, dtype, name, *others)
+    assert (reason is None) == allowed, reason
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -88,6 +88,17 @@ def test_failed_compile_is_not_tried_again_in_the_process(
     assert str(second.value) == str(first.value)
 
 
+def test_library_that_cannot_be_loaded_is_not_built_again(
+    tiny: jit.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tiny.folder / "tiny.cpp").write_text(TINY + 'extern "C" int missing();\nint called = missing();\n')
+    with pytest.raises(RuntimeError, match=r"(?s)can't be loaded: .*C\+\+20 compiler"):
+        jit.load(tiny)
+    monkeypatch.setattr(jit, "build", lambda *_: pytest.fail("built again"))
+    with pytest.raises(RuntimeError, match="can't be loaded"):
+        jit.load(tiny)
+
+
 def test_mended_source_is_built_after_a_failure(tiny: jit.Library) -> None:
     (tiny.folder / "tiny.cpp").write_text("int broken(\n")
     with pytest.raises(RuntimeError, match="error:"):

@@ -48,6 +48,7 @@ REFUSED = [
         {"kv_cache_dtype": "int8_per_token_head"},
         "kv_cache_dtype not supported (int8_per_token_head; allowed:",
     ),
+    ({"kv_cache_dtype": "float16"}, "kv_cache_dtype float16 with a model in torch.bfloat16; allowed:"),
     ({"use_mla": True}, "MLA not supported"),
     ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
     ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),

@@ -482,6 +482,8 @@ def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):
     resolved = start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER)
     assert not resolved.all_on_platform
     assert resolved.implementation is launcher
+    with pytest.raises(ConfigError, match="--load-format tensorizer"):
+        start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER, load_format="tensorizer")
 
 
 def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdTable, model: Path):

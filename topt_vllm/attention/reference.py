@@ -12,7 +12,8 @@ With a K screen, where every head of a group has a θ above −inf and n > min_s
 copy says (:mod:`topt_vllm.attention.screen`), unless that plus the margin reaches θ for some head of the group, or
 the key is kept whatever its score: then it is a candidate, and s_j is its exact score (``int4``) or what both
 planes say (``int4+4``). Only candidates can be kept. Where an implementation decodes several rows of a sequence at
-once, it may take the candidates of each for all of them.
+once, it may take the candidates of each for all of them; and it may multiply V rows that not all of them use by 0,
+which spreads a NaN or an infinity there, as vLLM's own kernels do.
 
 A score equal to θ is kept. θ = −inf keeps everything and gives dense attention. A NaN score is never kept by its
 own rule, and makes the row NaN through the denominator, as dense attention would.
@@ -185,7 +186,8 @@ def attend_row(
         statistics[Stat.KEPT_ELEMENTS] += kept.sum()
         statistics[Stat.V_ROWS] += read.numel()
         statistics[Stat.V_ROWS_READ] += read.sum()
-        statistics[Stat.DROPPED_MASS] += dropped.sum()
+        # A row of NaN would make the sum NaN for good.
+        statistics[Stat.DROPPED_MASS] += dropped.nan_to_num(0.0).sum()
         statistics[Stat.K_ROWS_READ] += exact.sum()
         statistics[Stat.CANDIDATES] += candidates.sum()
     if reached is not None and theta is not None and n > selection.min_seq_len:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionType
 
@@ -34,6 +35,16 @@ class TopThetaBackend(_Platform):
             except (ValueError, RuntimeError) as error:
                 reasons.append(str(error))
         return reasons
+
+    @classmethod
+    def supports_combination(
+        cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *rest: Any
+    ) -> str | None:
+        """As the platform says, but no cache of another 16-bit dtype: vLLM (0.32) writes K and V into it unconverted."""
+        if kv_cache_dtype in ("bfloat16", "float16") and getattr(torch, kv_cache_dtype) != dtype:
+            return f"kv_cache_dtype {kv_cache_dtype} with a model in {dtype}; allowed: --kv-cache-dtype auto or fp8"
+        reason: str | None = super().supports_combination(head_size, dtype, kv_cache_dtype, *rest)
+        return reason
 
     @classmethod
     def explanations(cls, options: dict[str, Any]) -> dict[str, str]:

@@ -80,6 +80,9 @@ class TopThetaImpl(_Platform):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """As the platform does; and vLLM has not planned the cache yet, but made all layers of the model."""
         super().process_weights_after_loading(act_dtype)
+        if self.bound is not None:
+            # Loaded again, maybe with other scales of K and V.
+            self.bound.cache = None
         if not self.states_known:
             register(self._vllm_config)
 

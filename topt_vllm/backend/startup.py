@@ -84,7 +84,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
     config = TopThetaConfig.from_additional_config(vllm_config.additional_config)
     device_type = vllm_config.device_config.device_type
     dense_on_platform = device_type != "cpu" and config.implementation == "auto"
-    if not dense_on_platform:
+    if config.sift is not None or not dense_on_platform:
         _refuse(vllm_config, config)
     model_config = vllm_config.model_config
     hf_config = compat.as_configured(model_config.hf_config)

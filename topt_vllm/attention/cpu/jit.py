@@ -26,10 +26,10 @@ _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd")
 CAPABILITIES = ("auto", "amx", "avx512", "avx2", "default")
 _REMEDY = (
-    "The CPU kernel needs a C++20 compiler (g++ 11 or clang++ 14 and newer; Debian and Ubuntu: apt install g++). "
+    "The CPU kernel needs a C++20 compiler (g++ 11 or newer; Debian and Ubuntu: apt install g++). "
     'Name one with CXX, or set the implementation to "reference", which is slow.'
 )
-# What failed to build in this process, by path. Every layer and every step asks again, and a compiler that failed
+# What failed to build or to load in this process, by path. Every layer and every step asks again, and a compiler that failed
 # would only fail again, slowly; a new process tries once more.
 _failures: dict[Path, str] = {}
 
@@ -80,17 +80,16 @@ def capability_flags(name: str) -> tuple[str, ...]:
 
 
 def find_compiler() -> str:
-    """Path of $CXX, g++ or clang++.
+    """Path of $CXX or g++. Not clang++: its OpenMP needs a runtime that torch doesn't bring.
 
     Raises:
         RuntimeError: None is installed; the message has the remedy.
     """
-    named = os.environ.get("CXX")
-    for candidate in (named,) if named else ("g++", "clang++"):
-        path = shutil.which(candidate)
-        if path:
-            return path
-    raise RuntimeError(f"no C++ compiler found ({named or 'g++, clang++'}). {_REMEDY}")
+    wanted = os.environ.get("CXX") or "g++"
+    path = shutil.which(wanted)
+    if path is None:
+        raise RuntimeError(f"no C++ compiler found ({wanted}). {_REMEDY}")
+    return path
 
 
 @cache
@@ -198,13 +197,14 @@ def _try_load(path: Path) -> bool:
 def _build_and_load(library: Library, path: Path) -> None:
     try:
         build(library, path)
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            loading = f"the CPU kernel was compiled, but {path} can't be loaded: {error.__cause__ or error}"
+            raise RuntimeError(f"{loading}\n{_REMEDY}") from error
     except RuntimeError as error:
         _failures[path] = str(error)
         raise
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise RuntimeError(f"the CPU kernel was compiled, but {path} can't be loaded: {error}") from error
 
 
 def build(library: Library, path: Path) -> None:

@@ -174,7 +174,9 @@ def _topt_merge_kernel(
                 tl.atomic_add(counters + 7, group_rows, sem="relaxed")
         # What thresholds keep and read the decode kernel counts.
         if SPARSE:
-            tl.atomic_add(counters + 5, dropped.to(tl.float64), sem="relaxed")
+            # A row of NaN would make the sum NaN for good.
+            share = tl.where(dropped == dropped, dropped, 0.0)
+            tl.atomic_add(counters + 5, share.to(tl.float64), sem="relaxed")
         elif head == 0:
             tl.atomic_add(counters + 2, group_rows * GROUP, sem="relaxed")
             tl.atomic_add(counters + 4, group_rows, sem="relaxed")

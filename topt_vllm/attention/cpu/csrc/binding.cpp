@@ -64,8 +64,10 @@ void set_screen(topt::Problem& p, const optional<Tensor>& codes, const optional<
   if (!codes) return;
   const int64_t bytes = topt::ScreenBlock::bytes(p.head_dim, p.block_size);
   check(*codes, "key_screen", 3, at::kByte);
-  TORCH_CHECK(codes->size(1) == p.num_kv_heads && codes->size(2) == bytes && codes->stride(1) == bytes,
-              "key_screen: expected [B, Hkv, ", bytes, "] bytes, contiguous in a block, got ", codes->sizes());
+  TORCH_CHECK(codes->size(0) == p.num_blocks && codes->size(1) == p.num_kv_heads && codes->size(2) == bytes &&
+                  codes->stride(1) == bytes,
+              "key_screen: expected [", p.num_blocks, ", ", p.num_kv_heads, ", ", bytes,
+              "] bytes, contiguous in a block, got ", codes->sizes());
   TORCH_CHECK(mean && scale && signs, "key_screen: expected mean, scale and signs with the codes, got none");
   p.screen.codes = reinterpret_cast<char*>(codes->data_ptr<uint8_t>());
   p.screen.block_stride = codes->stride(0);
@@ -80,6 +82,8 @@ void set_key(topt::Problem& p, const Tensor& key) {
   p.head_dim = static_cast<int>(key.size(3));
   p.block_size = static_cast<int>(key.size(2));
   p.num_kv_heads = static_cast<int>(key.size(1));
+  p.num_blocks = key.size(0);
+  TORCH_CHECK(p.num_kv_heads > 0, "key: expected one KV head at least, got ", key.sizes());
   TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim >= 16, "key: expected a head dimension that is a multiple of 16, got ",
               p.head_dim);
   TORCH_CHECK(p.block_size % 16 == 0 && p.block_size >= 16, "key: expected a block size that is a multiple of 16, got ",
@@ -93,10 +97,10 @@ void set_sums(topt::Problem& p, const optional<Tensor>& value_sums) {
   if (!value_sums) return;
   check(*value_sums, "value_sums", 4, at::kFloat);
   const int64_t states = value_sums->size(2);
-  TORCH_CHECK(states > 0 && p.block_size % states == 0 && value_sums->size(1) == p.num_kv_heads &&
-                  value_sums->size(3) == p.head_dim,
-              "value_sums: expected [B, Hkv, P / T, D] with Hkv = ", p.num_kv_heads, ", P = ", p.block_size, ", D = ",
-              p.head_dim, ", got ", value_sums->sizes());
+  TORCH_CHECK(states > 0 && p.block_size % states == 0 && value_sums->size(0) == p.num_blocks &&
+                  value_sums->size(1) == p.num_kv_heads && value_sums->size(3) == p.head_dim,
+              "value_sums: expected [B, Hkv, P / T, D] with B = ", p.num_blocks, ", Hkv = ", p.num_kv_heads, ", P = ",
+              p.block_size, ", D = ", p.head_dim, ", got ", value_sums->sizes());
   p.state_rows = static_cast<int>(p.block_size / states);
   p.value_sums = value_sums->data_ptr<float>();
   p.sums_block_stride = value_sums->stride(0), p.sums_head_stride = value_sums->stride(1);

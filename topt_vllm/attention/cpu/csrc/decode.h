@@ -196,7 +196,8 @@ class Decoder {
         const float total = sum16(load16(softmax.used + m * kLanes)) + lost + sink_weight(p, head, softmax.max[m]);
         const float share = n > 0 ? lost / total : 0.0f;
         const float norm = n > 0 ? p.value_scale / total : 0.0f;
-        dropped += share;
+        // A row of NaN would make the sum NaN for good.
+        if (share == share) dropped += share;
         float* result = s.query;
         for (int d = 0; d < p.head_dim; d += kLanes) store16(result + d, load16(acc + d) * Vec16(norm));
         const Vec16 mean(p.value_scale * share / static_cast<float>(n));

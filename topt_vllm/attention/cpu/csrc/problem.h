@@ -60,6 +60,7 @@ struct Problem {
   const float* sinks;      // [H], logits that take probability and have no V row; or null
 
   int num_sequences, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t num_blocks;  // of the cache
   int min_seq_len, sink_tokens, recent_tokens;
   bool keep_union, vmean;
   float scale, softcap;
