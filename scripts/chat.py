@@ -39,18 +39,21 @@ class Chat:
 
     def say(self, words: str) -> None:
         """Sends the user's words, streams the answer and prints its cost; a failed turn is taken back."""
-        before = counters(self._url)
+        known = len(self._messages)
         self._messages.append({"role": "user", "content": words})
         try:
+            before = counters(self._url)
             answer = ask(self._client, self._model, self._messages, self._max_tokens)
+            self._messages.append({"role": "assistant", "content": answer.text})
+            print(cost(answer, share_read(self._url, before)))
+        except KeyboardInterrupt:
+            del self._messages[known:]
+            print("\n[interrupted]")
         except (OpenAIError, OSError, RuntimeError) as error:
-            self._messages.pop()
+            del self._messages[known:]
             too_long = isinstance(error, BadRequestError) and "maximum context length" in str(error)
             hint = " The conversation is too long for the model: /clear forgets it." if too_long else ""
             print(f"error: {error}{hint}", file=sys.stderr)
-            return
-        self._messages.append({"role": "assistant", "content": answer.text})
-        print(cost(answer, share_read(self._url, before)))
 
 
 def cost(answer: Answer, share: float | None) -> str:

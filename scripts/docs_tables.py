@@ -103,7 +103,7 @@ def models() -> Iterator[str]:
         heads = f"{model.num_query_heads} / {model.num_kv_heads}, {model.head_dim}"
         for budget in table.budgets:
             quality = budget.quality
-            if quality is not None and quality.loss_pct is not None:
+            if quality is not None:
                 key = f"`{budget.key}`" if budget.k is None else f"k={budget.k}"
                 read, loss = f"{quality.v_rows_read:.1%}", f"{quality.loss_pct:+.2f} %"
                 yield f"| {model.id} | {shape} | {heads} | {key} | {read.replace('%', ' %')} | {loss} |"

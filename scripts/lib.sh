@@ -3,6 +3,8 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${TOPT_VENV:-$ROOT/.venv}"
+# Of the user's entry in passwd, as Python has it.
+[[ -n ${HOME:-} ]] || HOME=~
 CACHE="${TOPT_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/topt_vllm}"
 CACHE="${CACHE/#\~/$HOME}"
 DEMO_MODEL="$CACHE/models/SmolLM2-135M-Instruct"
@@ -29,19 +31,33 @@ plays() {
     for play in "$@"; do printf '%s\n' "$CACHE/texts/$play.txt"; done
 }
 
+# command_line WORD...: to paste into a shell.
+command_line() {
+    local word
+    for word in "$@"; do
+        if [[ $word =~ ^[[:alnum:]_./:=,+@%-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
+    done
+}
+
+# settings TABLE BUDGET: what --additional-config takes.
+settings() {
+    "$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "budget": sys.argv[2]}}, ensure_ascii=False))' "$@"
+}
+
 # Prints the comment at the head of a script, which is its help text.
 show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$1"; }
 
 # The interpreter for .venv: $PYTHON, or the first of these that vLLM's CPU build has wheels for.
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3.14 python3; do
+    local candidate candidates=(python3.11 python3.12 python3.13 python3.14 python3)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    die "Python 3.11 to 3.14 was not found." \
+    die "Python 3.11 to 3.14 was not found (looked for: ${candidates[*]})." \
         "Install it (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev), or name it: PYTHON=/path/to/python $0"
 }
 

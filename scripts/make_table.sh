@@ -100,8 +100,8 @@ main() {
     once "$FOLDER/report.html" "$run" report "$table" --evaluation "$FOLDER/evaluation.json" -o "$FOLDER/report.html"
     say ""
     say "$FOLDER has the table, the evaluation and the report. To serve with it:"
-    say "  vllm serve $MODEL --attention-backend TOPTHETA \\"
-    say "    --additional-config '{\"toptheta\": {\"thresholds\": \"$table\", \"budget\": \"loss-1%\"}}'"
+    say "  $(command_line vllm serve "$MODEL" --attention-backend TOPTHETA \
+        --additional-config "$(settings "$(realpath "$table")" loss-1%)")"
 }
 
 main "$@"

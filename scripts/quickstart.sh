@@ -81,14 +81,6 @@ cleanup() {
     exit "$status"
 }
 
-# Prints an array of words as a command to paste.
-command_line() {
-    local word
-    for word in "$@"; do
-        if [[ $word =~ ^[[:alnum:]_./:=,+@%-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
-    done
-}
-
 prepare_table() {
     # The options that the shipped table was made with.
     local texts calibrate
@@ -107,14 +99,13 @@ prepare_table() {
 }
 
 start_server() {
-    local settings command
-    settings="$("$VENV/bin/python" -c 'import json, sys; print(json.dumps({"toptheta": {"thresholds": sys.argv[1], "budget": sys.argv[2]}}, ensure_ascii=False))' "$TABLE" "$BUDGET")"
+    local command
     # vLLM would fill nearly all memory with the cache, and leave one core of a few to its other processes.
     # Eager, for compiling the model takes longer than the one answer; serve without it for a longer run.
     command=(env VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-2}"
         VLLM_CPU_NUM_OF_RESERVED_CPU="${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}" "$VENV/bin/vllm"
         serve "$DEMO_MODEL" --served-model-name SmolLM2-135M-Instruct
-        --attention-backend TOPTHETA --additional-config "$settings"
+        --attention-backend TOPTHETA --additional-config "$(settings "$TABLE" "$BUDGET")"
         --max-model-len 8192 --dtype bfloat16 --enforce-eager --host 127.0.0.1 --port "$PORT")
     # Here the workers leave their counters, which the server adds to its /metrics. Each server needs an empty folder of
     # its own, so the command to paste makes one.

@@ -118,9 +118,9 @@ def test_ragged_batches_that_mean_nothing_are_refused(
         ("decode --head-dim 65", "--head-dim 65: a multiple of 16 is needed"),
         ("decode --block-size 100", "--block-size 100: a multiple of 16"),
         ("decode --device cuda --head-dim 65", "--head-dim 65: a multiple of 8"),
+        ("decode --keep 1.0 --k-screen int4+4", "where every row is kept there is nothing to screen"),
         ("autotune --batch 0", "--batch 0: at least 1"),
         ("autotune --kv-heads 3", "--heads 32 is not a multiple of --kv-heads 3"),
-        ("autotune --keep 0", "--keep 0.0: a share"),
         ("serve --model m --dataset t --concurrency 0", "--concurrency 0: at least 1"),
         ("serve --model m --dataset t --max-tokens 1", "--max-tokens 1: at least 2"),
     ],
@@ -149,6 +149,7 @@ def test_numbers_that_mean_nothing_are_refused(
         ),
         ("evaluate --model m --dataset t --rows few", "'few': a share is expected, such as 0.1 or 10%"),
         ("bench decode --keep few%", "'few%': a share is expected, such as 0.1 or 10%"),
+        ("bench autotune --keep 0", "'0': a share above 0 and up to 1 is expected"),
         (
             "bench engine --shape llama-8b --keep few",
             "'few': a share above 0 and up to 1 is expected, or none",

@@ -252,6 +252,9 @@ def test_files_that_are_no_captures_are_refused(
     assert "not a captured cache" in refused(capsys, arguments)
     save_file({"a": torch.zeros(1)}, path)
     assert "format is None" in refused(capsys, arguments)
+    with pytest.raises(FileExistsError):
+        captured.save(path)
+    path.unlink()
     replace(captured, seq_len=SEQ_LEN + 1).save(path)
     assert "layer.0.key is torch.bfloat16 (2, 700, 32), the header says" in refused(capsys, arguments)
 

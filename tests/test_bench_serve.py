@@ -124,6 +124,7 @@ def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
         yield "http://here"
 
     monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "request_all", lambda *_: [])
     monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
     outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"budget": 64}).run(lambda _: None)
     assert [command[0] for command in commands] == ["unasked", "TOPTHETA"]
@@ -147,6 +148,7 @@ def test_drafts_are_those_of_topthetas_server_alone(tmp_path: Path, monkeypatch:
         yield "http://here"
 
     monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "request_all", lambda *_: [])
     monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
     (tmp_path / "text.txt").write_text("ab " * 400)
     model = save_model(tmp_path / "model", LlamaConfig(**SMALL))
@@ -178,6 +180,7 @@ def test_a_server_warms_up_within_what_it_was_started_for(
         return Measurement(2.0, 1.0, 1.0, 4, 2.0)
 
     monkeypatch.setattr(serve, "serve", server)
+    monkeypatch.setattr(serve, "request_all", measure)
     monkeypatch.setattr(serve, "measure", measure)
     model = str(save_model(tmp_path, LlamaConfig(**SMALL)))
     serve.ServeBenchmark(model, "ab " * 400, concurrency, prompt_tokens, max_tokens, 1, {}).run(
@@ -196,6 +199,9 @@ def test_a_server_warms_up_within_what_it_was_started_for(
         (["--toptheta", '{"budgt": 64}'], "toptheta.budgt (value 64) is not a setting"),
         (["--toptheta", '{"budget": "64"}'], "toptheta.budget is '64'"),
         (["--toptheta", '{"budget": 100}'], "budget is 100, but the table has budgets 64, 128"),
+        (["--toptheta", '{"k_screen": "int4"}'], "has no K screen 'int4'; it has: int4+4"),
+        (["--toptheta", '{"k_screen": "int4+4"}'], "has no key_statistics"),
+        (["--toptheta", '{"implementation": "triton"}'], "the triton kernel runs on GPUs"),
         (["--toptheta", '{"thresholds": "absent.yaml"}'], "absent.yaml: can't be read"),
         (["--prompt-tokens", "2040"], "are more than the model's context of 2048 tokens"),
         (["--concurrency", "9"], "900 are needed for different prompts. Add text, or lower --concurrency"),
@@ -208,7 +214,9 @@ def test_what_toptheta_would_refuse_is_refused_before_the_platform_is_measured(
     more: list[str],
     message: str,
 ):
+    pytest.importorskip("vllm")
     monkeypatch.setattr(serve, "serve", pytest.fail)
+    monkeypatch.setattr("topt_vllm.attention.triton.launcher.interpreted", lambda: False)
     model = save_model(tmp_path / "model", LlamaConfig(**SMALL))
     dump(make_table(identify(LlamaConfig(**SMALL), "model")), model / "toptheta.yaml")
     (tmp_path / "text.txt").write_text("ab " * 200)

@@ -264,6 +264,8 @@ def test_auto_budgets_meet_their_targets_on_the_text_they_were_mended_on(folders
     assert said.endswith(f"wrote {tmp_path / 'table.png'}\n")
     # The header of a PNG file.
     assert (tmp_path / "table.png").read_bytes()[:4] == b"\x89PNG"
+    assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.yaml")]) == 2
+    assert load(tmp_path / "table.yaml") == table
     assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "table.odd")]) == 2
     assert "table.odd" in capsys.readouterr().err
     assert table.budget("loss-0.5%") is close

@@ -1,5 +1,6 @@
 """``topt-vllm``: what it prints, what it refuses, and how."""
 
+import io
 import itertools
 import json
 import os
@@ -197,8 +198,27 @@ def test_unsupported_model_is_refused_by_its_configuration(folder, capsys, tmp_p
 def test_existing_table_is_refused_at_once(folder, capsys):
     (folder / "mine.yaml").write_text("mine", encoding="utf-8")
     message = refused(capsys, calibrate(folder, output="mine.yaml"))
-    assert "mine.yaml exists; give another --output, or --force" in message
+    assert "mine.yaml exists; name another file, or give --force" in message
     assert (folder / "mine.yaml").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_text_is_no_place_for_the_table(folder, capsys):
+    text = (folder / "text.txt").read_text()
+    message = refused(capsys, calibrate(folder, "--force", output="text.txt"))
+    assert "text.txt is a text of --dataset; name another file" in message
+    assert (folder / "text.txt").read_text() == text
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch):
+    """As of `topt-vllm bench decode | head -1`, where modes turn errors of the system into the user's."""
+
+    def print_into_a_closed_pipe(_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    # It is closed, so that Python's own flush at exit doesn't complain.
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("topt_vllm.cli.bench_decode._run", print_into_a_closed_pipe)
+    assert main(["bench", "decode"]) == 141
 
 
 def test_dry_run_writes_nothing(folder, capsys, monkeypatch):

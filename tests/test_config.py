@@ -117,7 +117,7 @@ REFUSED = {
         {"k_screen": "int4", "k_screen_margin": -0.5},
         [
             "toptheta.k_screen_margin is -0.5 (float)",
-            'a number of at least 0 (standard deviations), or "hard"',
+            'a number from 0 to 1000 (standard deviations), or "hard"',
         ],
     ),
     "margin is a word": (
@@ -129,11 +129,13 @@ REFUSED = {
         {"k_screen": "int4", "k_screen_margin": float("inf")},
         ["toptheta.k_screen_margin is inf"],
     ),
+    "margin beyond floats": ({"k_screen": "int4", "k_screen_margin": 10**400}, ["from 0 to 1000"]),
     "a warm-up for a table": (
         {"sift_warmup": 16},
         ["toptheta.sift_warmup is 16", "toptheta.policy is 'toptheta'"],
     ),
-    "no warm-up": ({"policy": "sift", "sift_warmup": 1}, ["toptheta.sift_warmup is 1", "at least 2"]),
+    "no warm-up": ({"policy": "sift", "sift_warmup": 1}, ["toptheta.sift_warmup is 1", "from 2 to 4096"]),
+    "an endless warm-up": ({"policy": "sift", "sift_warmup": 10**13}, ["from 2 to 4096 (rows)"]),
     "everything is skipped": ({"policy": "sift", "sift_tau": 1.0}, ["toptheta.sift_tau is 1.0", "below 1"]),
     "adapt is a word": ({"adapt": "yes"}, ["toptheta.adapt is 'yes' (str)", "true | false"]),
     "nothing to adapt": (

@@ -287,6 +287,8 @@ def test_needles_alone(folder, tmp_path):
         (["--rules", "topk", "--budget", "64"], "--budget 64 .* --rules names none of toptheta"),
         (["--rows", "0.3", "--dense-layers", "1"], "raise the target, or name fewer --dense-layers"),
         (["--dense-layers", "9"], r"--dense-layers \[9\] are not full-attention layers"),
+        (["--rows", "--budget", "64", "--dense-layers", "1"], "--dense-layers is for the targets of --rows"),
+        (["--json", "o.svg", "--plot", "o.svg"], "--json and --plot are one file, o.svg"),
         (["--dense-layers", "x"], "--dense-layers x: layer numbers, or none"),
         (["--decode-rows", "1"], "--decode-rows is 1; it must be at least 2"),
         (["--lengths", "64"], "--lengths 64: contexts are longer than the table's first length, 64"),

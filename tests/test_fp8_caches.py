@@ -57,4 +57,4 @@ def test_decode_calls_on_fp8_caches_pass_the_check(dtype: torch.dtype):
 def test_a_screen_of_an_fp8_cache_is_refused(capsys: pytest.CaptureFixture[str]):
     arguments = ["bench", "decode", "--cache-dtype", "fp8_e4m3", "--k-screen", "int4+4"]
     assert main(arguments) == 2
-    assert "as large as a K in fp8_e4m3" in capsys.readouterr().err
+    assert "has none for a K in fp8_e4m3" in capsys.readouterr().err

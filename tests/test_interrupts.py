@@ -165,7 +165,7 @@ def test_files_are_written_in_one_step_and_as_the_umask_says(tmp_path: Path, mon
         temporary.write_text("ha" * (1 // 0))
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("public", "link"):
-        with pytest.raises(FileExistsError, match="exists; give another --output"):
+        with pytest.raises(FileExistsError, match="exists; name another file"):
             write_text("other", tmp_path / name)
     for place in (Path("/dev/null"), tmp_path):
         with pytest.raises(FileExistsError, match="a folder, a device or a pipe"):

@@ -197,14 +197,7 @@ def test_a_large_model_takes_few_bytes(tmp_path):
 
 ODD = {
     "every row read": {"v_rows_read": 1.0, "layer_rows_read": [1.0, 1.0, 1.0], "loss_pct": 0.0},
-    "no layers": {"layer_rows_read": []},
-    "one layer": {"layer_rows_read": [0.5]},
-    "no shares at all": {
-        "v_rows_read": -1.0,
-        "layer_rows_read": [-1.0, 0.0, 1e308],
-        "loss_pct": 1e308,
-        "rows": 0,
-    },
+    "none read": {"v_rows_read": 0.0, "layer_rows_read": [0.0, 0.0, 0.0], "loss_pct": 1e308, "rows": 0},
 }
 
 
@@ -337,8 +330,13 @@ def test_missing_files_and_devices_are_refused(folder, capsys):
 def test_an_existing_page_stays_without_force(folder, capsys):
     (folder / "r.html").write_text("mine", encoding="utf-8")
     assert report(folder) == 2
-    assert "r.html exists; give another --output, or --force to replace it" in capsys.readouterr().err
+    assert (
+        "r.html exists; name another file, or give --force where the command has it"
+        in capsys.readouterr().err
+    )
     assert page(folder) == "mine"
+    assert main(["report", str(folder / "t.yaml"), "-o", str(folder / "t.yaml"), "--force"]) == 2
+    assert "t.yaml is read for the report; name another file for the page" in capsys.readouterr().err
     assert report(folder, "--force") == 0
     assert page(folder).startswith("<!DOCTYPE html>")
 

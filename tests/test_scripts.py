@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -227,6 +228,28 @@ def test_a_missing_browser_stops_nothing(bin_without: Path):
     done = run(BASH, "-c", command, PATH=str(bin_without))
     assert done.returncode == 0
     assert "is skipped (Debian: apt-get install chromium)" in done.stdout
+
+
+def test_a_python_that_was_named_is_taken_or_nothing():
+    command = f"set -euo pipefail; source {ROOT}/scripts/lib.sh; find_python"
+    refused = run(BASH, "-c", command, PYTHON="/nowhere/python")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "(looked for: /nowhere/python)" in refused.stderr
+
+
+def test_no_home_is_needed():
+    done = run(BASH, "-c", f"set -euo pipefail; source {ROOT}/scripts/lib.sh; echo $CACHE", HOME="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("topt_vllm")
+
+
+def test_what_is_to_be_pasted_is_quoted():
+    words = 'vllm serve "my model" "$(settings "it\'s.yaml" loss-1%)"'
+    command = f"source {ROOT}/scripts/lib.sh; command_line {words}"
+    done = run(BASH, "-c", command, TOPT_VENV=str(Path(sys.executable).parents[1]))
+    *start, settings = shlex.split(done.stdout)
+    assert start == ["vllm", "serve", "my model"]
+    assert json.loads(settings) == {"toptheta": {"thresholds": "it's.yaml", "budget": "loss-1%"}}
 
 
 def test_a_missing_python_is_named(bin_without: Path):

@@ -119,6 +119,14 @@ BROKEN = {
         set_at("budgets", 0, "quality", "kept_over_k", "p5", value=math.nan),
         "budgets[0].quality: must be finite",
     ),
+    "rows of fewer layers": (
+        set_at("budgets", 0, "quality", "layer_rows_read", value=[0.5]),
+        "budgets[0].quality.layer_rows_read: 3 layers expected, got [0.5]",
+    ),
+    "a share above 1": (
+        set_at("budgets", 0, "quality", "v_rows_read", value=7.5),
+        "budgets[0].quality: shares lie between 0 and 1, got [7.5, ",
+    ),
     "window of a layer that isn't": (
         set_at("model", "sliding_window_layers", value=[1, 3]),
         "model.sliding_window_layers: must be ascending and among 3 layers, got [1, 3]",

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +17,11 @@ from topt_vllm.sift import SiftSettings
 logger = logging.getLogger("vllm.topt_vllm")
 
 NO_THRESHOLDS = "none"
+
+# A number of each head and dense row of a request is kept.
+_LONGEST_WARM_UP = 4096
+# No error is so many standard deviations.
+_LARGEST_MARGIN = 1000
 
 
 class ConfigError(ValueError):
@@ -36,7 +40,7 @@ def _is_int(value: Any, minimum: int) -> bool:
 
 def _is_margin(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value == HARD or (number and 0.0 <= value < math.inf)
+    return value == HARD or (number and 0.0 <= value <= _LARGEST_MARGIN)
 
 
 def _is_name(value: Any) -> bool:
@@ -64,12 +68,17 @@ _RULES = {
     "group_keep": _one_of("head", "union"),
     "compensation": _one_of("none", "vmean"),
     "k_screen": _one_of("off", *get_args(ScreenFormat)),
-    "k_screen_margin": _Rule('a number of at least 0 (standard deviations), or "hard"', _is_margin),
+    "k_screen_margin": _Rule(
+        f'a number from 0 to {_LARGEST_MARGIN} (standard deviations), or "hard"', _is_margin
+    ),
     "adapt": _Rule("true | false", lambda value: isinstance(value, bool)),
     "sift_tau": _Rule(
         "a number above 0 and below 1", lambda value: isinstance(value, float) and 0.0 < value < 1.0
     ),
-    "sift_warmup": _Rule("an integer of at least 2 (rows)", lambda value: _is_int(value, 2)),
+    "sift_warmup": _Rule(
+        f"an integer from 2 to {_LONGEST_WARM_UP} (rows)",
+        lambda value: _is_int(value, 2) and value <= _LONGEST_WARM_UP,
+    ),
     "implementation": _one_of("auto", "cpu", "triton", "reference"),
     "on_missing": _one_of("error", "dense"),
     "per_layer_metrics": _Rule("true | false", lambda value: isinstance(value, bool)),

@@ -69,7 +69,7 @@ def refuse_overwrite(path: Path, force: bool) -> None:
     if path.exists() and not path.is_file():
         raise FileExistsError(f"{path} is a folder, a device or a pipe; name a file")
     if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path} exists; give another --output, or --force to replace it")
+        raise FileExistsError(f"{path} exists; name another file, or give --force where the command has it")
 
 
 def not_writable(path: Path) -> str | None:

@@ -15,6 +15,14 @@ def read_share(text: str) -> float:
         raise ArgumentTypeError(f"{text!r}: a share is expected, such as 0.1 or 10%") from error
 
 
+def read_part(text: str) -> float:
+    """A share above 0 and up to 1; as :func:`read_share`."""
+    share = read_share(text)
+    if not 0 < share <= 1:
+        raise ArgumentTypeError(f"{text!r}: a share above 0 and up to 1 is expected")
+    return share
+
+
 def read_percent(text: str) -> float:
     """A percentage out of 100, with or without its sign: 1 or 1%.
 

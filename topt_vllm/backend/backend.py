@@ -40,7 +40,7 @@ class TopThetaBackend(_Platform):
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *rest: Any
     ) -> str | None:
-        """As the platform says, but no cache of another 16-bit dtype: vLLM (0.32) writes K and V into it unconverted."""
+        """As the platform says, and no cache of another 16-bit dtype: vLLM (0.32) converts nothing for it."""
         if kv_cache_dtype in ("bfloat16", "float16") and getattr(torch, kv_cache_dtype) != dtype:
             return f"kv_cache_dtype {kv_cache_dtype} with a model in {dtype}; allowed: --kv-cache-dtype auto or fp8"
         reason: str | None = super().supports_combination(head_size, dtype, kv_cache_dtype, *rest)

@@ -61,7 +61,7 @@ class CapturedCache:
         """Writes the file in one step.
 
         Raises:
-            OSError: It can't be written.
+            OSError: It exists, or can't be written.
         """
         from safetensors.torch import save_file
 
@@ -79,7 +79,7 @@ class CapturedCache:
             "softcap": repr(self.softcap),
             "layers": json.dumps(list(self.layers)),
         }
-        with in_one_step(path, force=True) as temporary:
+        with in_one_step(path) as temporary:
             save_file(tensors, temporary, metadata=facts)
 
 

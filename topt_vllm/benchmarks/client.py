@@ -54,7 +54,12 @@ def measure(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: 
     Raises:
         EngineError: The server refused, broke off or can't be reached.
     """
-    return summarise(asyncio.run(_request_all(url, model, prompts, max_tokens)))
+    return summarise(request_all(url, model, prompts, max_tokens))
+
+
+def request_all(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Stream]:
+    """The answers to all prompts; arguments and errors as for :func:`measure`."""
+    return asyncio.run(_request_all(url, model, prompts, max_tokens))
 
 
 def summarise(streams: Sequence[Stream]) -> Measurement:
@@ -127,4 +132,6 @@ async def _request(
             if count > (tokens[-1] if tokens else 0):
                 times.append(time.perf_counter())
                 tokens.append(count)
+    if not tokens:
+        raise EngineError("the server sent an empty answer")
     return Stream(start, times, tokens)

@@ -80,7 +80,7 @@ def _target(captured: CapturedCache, table: ThresholdTable, k: int | str, indice
     """A budget's thresholds, and the share that it is about to keep, for people."""
     budget = table.budget(k)
     if budget.k is not None:
-        keep = budget.k / captured.seq_len
+        keep = min(1.0, budget.k / captured.seq_len)
     else:
         keep = budget.quality.v_rows_read if budget.quality is not None else 1.0
     thetas = table.thetas(budget)
@@ -92,7 +92,9 @@ def _layers(
 ) -> tuple[int, ...]:
     sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
     unknown = sorted(set(only or ()) - set(sparse))
-    if unknown or not sparse:
+    if not sparse:
+        raise ReplayError(f"budget {k} skips in none of the layers in the file")
+    if unknown:
         raise ReplayError(
             f"--layers {unknown} are not sparse with budget {k}; those in the file are {sparse}"
         )

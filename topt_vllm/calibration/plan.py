@@ -1,6 +1,7 @@
 """What a calibration run will do, once everything that can fail without the weights has been checked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.output import not_writable, refuse_overwrite
@@ -105,6 +106,10 @@ def _check_output(options: CalibrationOptions) -> None:
     if problem := not_writable(options.output):
         raise CalibrationError(f"--output {options.output}: {problem}")
     refuse_overwrite(options.output, options.force)
+    if options.output.exists() and any(
+        Path(name).exists() and options.output.samefile(name) for name in options.dataset
+    ):
+        raise CalibrationError(f"--output {options.output} is a text of --dataset; name another file")
 
 
 def read_sequences(

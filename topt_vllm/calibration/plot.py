@@ -20,7 +20,7 @@ def plot(table: ThresholdTable, path: Path) -> None:
 
     Raises:
         CalibrationError: matplotlib is missing, or doesn't know the format.
-        OSError: The file can't be written.
+        OSError: The file exists, or can't be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def plot(table: ThresholdTable, path: Path) -> None:
     _draw_losses(loss, table)
     figure.suptitle(f"{table.model.id}: {table.calibration.max_seq_length} tokens, {table.calibration.date}")
     try:
-        with in_one_step(path, force=True) as temporary:
+        with in_one_step(path) as temporary:
             # By name: matplotlib would add a suffix to a file without one, and write beside it.
             figure.savefig(temporary, dpi=110, format=path.suffix.removeprefix(".") or "png")
     except ValueError as error:

@@ -7,7 +7,7 @@ from typing import Any
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
 from topt_vllm.cli.options import check_least
-from topt_vllm.shares import read_share
+from topt_vllm.shares import read_part
 
 _AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked
 against a float64 oracle first. Code that spills or doesn't fit is left out. The best is printed beside the
@@ -21,11 +21,10 @@ def add_mode(modes: Any) -> None:
     """Adds the mode and its options."""
     parser = modes.add_parser("autotune", help="launch parameters on a GPU", description=_AUTOTUNE)
     add = parser.add_argument
-    add("--device", choices=("cuda",), default="cuda", help="default %(default)s")
     for name, default in _SIZES.items():
         add(f"--{name}", type=int, default=default, help="default %(default)s")
     add("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default %(default)s")
-    add("--keep", type=read_share, default=0.1, metavar="SHARE", help="of V rows (default %(default)s)")
+    add("--keep", type=read_part, default=0.1, metavar="SHARE", help="of V rows (default %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write one record per candidate; the file must not exist")
     parser.set_defaults(bench=_run)
 
@@ -34,8 +33,6 @@ def _run(args: argparse.Namespace) -> int:
     check_least(args, dict.fromkeys((name.replace("-", "_") for name in _SIZES), 1))
     if args.heads % args.kv_heads:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
-    if not 0 < args.keep <= 1:
-        raise UserError(f"--keep {args.keep}: a share lies above 0 and up to 1")
     import torch
 
     from topt_vllm.attention.common import Selection

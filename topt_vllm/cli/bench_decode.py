@@ -12,7 +12,7 @@ from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import check_least, check_screens
-from topt_vllm.shares import read_share
+from topt_vllm.shares import read_part
 from topt_vllm.table.words import budget_in_words
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _add_synthetic(group: Any) -> None:
     )
     add(
         "--keep",
-        type=read_share,
+        type=read_part,
         metavar="SHARE",
         nargs="+",
         help="target shares of V rows, counted once per KV head (default 1.0 0.3 0.1 0.03)",
@@ -226,12 +226,14 @@ def _check(args: argparse.Namespace) -> None:
             setattr(args, name, default)
     if args.cache_dtype != "auto" and args.k_screen != ["off"]:
         raise UserError(
-            f"--k-screen: a copy of K in 8 bits is as large as a K in {args.cache_dtype}; only off is allowed"
+            f"--k-screen: bench decode has none for a K in {args.cache_dtype}; only off is allowed"
+        )
+    if args.k_screen != ["off"] and set(args.keep) == {1.0}:
+        raise UserError(
+            "--k-screen: where every row is kept there is nothing to screen; add a --keep below 1"
         )
     if args.heads % args.kv_heads:
         raise UserError(f"--heads {args.heads} is not a multiple of --kv-heads {args.kv_heads}")
-    if not all(0 < keep <= 1 for keep in args.keep):
-        raise UserError(f"--keep {args.keep}: shares lie above 0 and up to 1")
 
 
 def _screens(args: argparse.Namespace) -> "Screens":

@@ -9,7 +9,7 @@ from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import add_trust_remote_code, check_least, check_screens, json_object
-from topt_vllm.shares import read_share
+from topt_vllm.shares import read_part
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
 backend that it picks, and with TOPTHETA. A step is the difference between answers of --tokens tokens and of one,
@@ -39,7 +39,7 @@ def add_mode(modes: Any) -> None:
         help="shares of V rows; 1.0: thresholds none, in our kernel by name; none: thresholds none, with "
         "implementation auto (default 1.0 0.1)",
     )
-    add("--k-screen", nargs="+", default=("off",), metavar="SCREEN", help="as in the settings (default off)")
+    add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
     add(
         "--first-length",
         type=int,
@@ -62,15 +62,11 @@ def add_mode(modes: Any) -> None:
 
 
 def _share(text: str) -> float | str:
-    if text == "none":
-        return text
     try:
-        share = read_share(text)
+        return text if text == "none" else read_part(text)
     except argparse.ArgumentTypeError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a share above 0 and up to 1 is expected, or none")
-    return share
+        problem = f"{text!r}: a share above 0 and up to 1 is expected, or none"
+        raise argparse.ArgumentTypeError(problem) from None
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -95,6 +91,10 @@ def _check(args: argparse.Namespace) -> None:
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
     check_screens(args.k_screen)
+    if all(keep in (1.0, "none") for keep in args.keep) and (args.first_length or args.k_screen != ["off"]):
+        raise UserError(
+            "--first-length and --k-screen are for thresholds, and every --keep is without; add a share below 1"
+        )
     if args.model and not (args.model / "config.json").is_file():
         raise UserError(
             f"--model {args.model}: there is no config.json in it; name a model's folder, or use --shape"

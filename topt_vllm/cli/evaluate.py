@@ -66,8 +66,8 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
         print(line(record), flush=True)
         records.append({**record, "provenance": origin})
         if options.json:
-            # After each record, so that a run that is stopped leaves what it has found.
-            write_text(json.dumps(records, indent=1) + "\n", options.json, force=True)
+            # After each record, so that a run that is stopped leaves what it has found. Only its own is replaced.
+            write_text(json.dumps(records, indent=1) + "\n", options.json, force=len(records) > 1)
     if tasks := summary(records):
         print(tasks)
     if options.plot:

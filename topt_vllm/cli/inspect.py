@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw θ by layer and head, rows by layer, and loss against rows of every budget",
+        help="draw θ by layer and head, rows by layer, and loss against rows of every budget; it must not exist",
     )
     return parser
 

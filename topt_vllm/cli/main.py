@@ -46,15 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _ended_as_by_ctrl_c():
             return args.run(args)
     except UserError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return _unread()
         print(f"topt-vllm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("topt-vllm: interrupted", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
-        # `topt-vllm inspect … | head`: nobody reads any more. Python's own flush at exit would complain again.
-        sys.stderr.close()
-        return 141
+        return _unread()
+
+
+def _unread() -> int:
+    """The exit status where nobody reads any more, as of `topt-vllm inspect … | head`."""
+    # Python's own flush at exit would complain again.
+    sys.stderr.close()
+    return 141
 
 
 @contextmanager

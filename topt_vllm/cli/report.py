@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         refuse_overwrite(args.output, args.force)
+        if args.output.resolve() in {path.resolve() for path in (args.table, *args.evaluation, *args.bench)}:
+            raise UserError(f"{args.output} is read for the report; name another file for the page")
         page = render(read(args.table, args.evaluation, args.bench))
         write_text(page, args.output, args.force)
     except (ReportError, ThresholdTableError, OSError) as error:

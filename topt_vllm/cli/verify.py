@@ -32,11 +32,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints each check when it is made."""
+    from topt_vllm.config import TopThetaConfig
+    from topt_vllm.table.search import chooses_no_table
     from topt_vllm.verify.run import verify
 
-    if args.k_screen is not None and args.thresholds == "none":
+    if args.k_screen is not None and chooses_no_table(TopThetaConfig(thresholds=args.thresholds)):
         raise UserError(
-            f"--k-screen {args.k_screen}: θ = −inf leaves nothing to screen; leave --thresholds none out"
+            f"--k-screen {args.k_screen}: θ = −inf leaves nothing to screen; leave --thresholds none (or "
+            "TOPT_THRESHOLDS) out"
         )
     checks = []
     options = {"k_screen": args.k_screen, "trust_remote_code": args.trust_remote_code}

@@ -215,6 +215,10 @@ class EvaluationOptions:
             "nothing to evaluate: name targets with --rows, or budgets with --budget",
         )
         require(
+            bool(self.rows) or self.dense_layers is None,
+            "--dense-layers is for the targets of --rows; budgets have dense layers of their own",
+        )
+        require(
             not self.ks or any(rule in OURS for rule in self.rules),
             f"--budget {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
         )
@@ -259,6 +263,7 @@ class EvaluationOptions:
                 require(not os.path.lexists(path), f"{flag} {path} exists; name another file")
                 problem = not_writable(path)
                 require(problem is None, f"{flag} {path}: {problem}")
+        require(self.json is None or self.json != self.plot, f"--json and --plot are one file, {self.json}")
 
 
 def _listed(values: tuple[object, ...]) -> str:

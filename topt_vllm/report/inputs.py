@@ -137,6 +137,8 @@ def _accept(inputs: Inputs, path: Path, digest: str, option: str, origins: list[
                 f"{clipped(origin.fingerprint)}, and the table is of {clipped(model.id)} with {model.fingerprint}"
             )
     first, name = origins[0], as_text(path.name)
+    if digest in (source.sha256 for source in inputs.sources):
+        raise ReportError(f"{option} {path} is named twice; its records would count twice")
     if option == "--evaluation":
         if first.fingerprint is None:
             inputs.notes.append(f"{name} doesn't say which model it evaluates; evaluate again to be sure.")

@@ -143,7 +143,7 @@ class Decoded(_Part):
 
     batch: Count
     seq_len: Count
-    lengths: str | None = Field(default=None, max_length=200)
+    lengths: str | None = Field(default=None, max_length=20_000)
     heads: Count
     kv_heads: Count
     head_dim: Count

@@ -69,10 +69,11 @@ def _problems(table: ThresholdTable) -> _Problems:
     expected = model.full_layers
     for b, budget in enumerate(table.budgets):
         yield from _budget(budget, f"budgets[{b}]", expected, model.num_query_heads, len(lengths))
-        shares = budget.quality.layer_candidates if budget.quality is not None else None
-        if shares is not None and len(shares) != model.num_layers:
-            problem = f"{model.num_layers} layers expected, got {clipped(shares)}"
-            yield f"budgets[{b}].quality.layer_candidates", problem
+        for name in ("layer_rows_read", "layer_candidates"):
+            shares = getattr(budget.quality, name, None)
+            if shares is not None and len(shares) != model.num_layers:
+                problem = f"{model.num_layers} layers expected, got {clipped(shares)}"
+                yield f"budgets[{b}].quality.{name}", problem
     if table.key_statistics is not None:
         yield from _keys(table.key_statistics, expected, model.num_kv_heads, model.head_dim)
 
@@ -122,9 +123,13 @@ def _budget(budget: Budget, key: str, expected: list[int], num_heads: int, num_l
 def _quality(quality: Quality, key: str) -> _Problems:
     numbers = [value for _, value in quality if isinstance(value, float)]
     numbers += [value for _, value in quality.kept_over_k or ()]
-    numbers += quality.layer_rows_read + (quality.layer_candidates or [])
+    by_layer = quality.layer_rows_read + (quality.layer_candidates or [])
+    numbers += by_layer
     if not all(map(math.isfinite, numbers)):
         yield key, f"must be finite, got {clipped(numbers)}"
+    shares = [quality.v_rows_read, quality.dropped_mass, quality.agreement, *by_layer]
+    if not all(0 <= share <= 1 for share in shares):
+        yield key, f"shares lie between 0 and 1, got {clipped(shares)}"
 
 
 def _keys(statistics: KeyStatistics, expected: list[int], num_kv_heads: int, head_dim: int) -> _Problems:

@@ -29,8 +29,8 @@ _REMEDY = (
     "The CPU kernel needs a C++20 compiler (g++ 11 or newer; Debian and Ubuntu: apt install g++). "
     'Name one with CXX, or set the implementation to "reference", which is slow.'
 )
-# What failed to build or to load in this process, by path. Every layer and every step asks again, and a compiler that failed
-# would only fail again, slowly; a new process tries once more.
+# What failed to build or to load in this process, by path. Every layer and every step asks again, and what
+# failed would only fail again, slowly; a new process tries once more.
 _failures: dict[Path, str] = {}
 
 
