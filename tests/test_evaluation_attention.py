@@ -177,6 +177,30 @@ def test_a_window_that_the_configuration_does_not_name(tmp_path):
         DensePass(model, subject, TOKENS.tolist())
 
 
+@pytest.mark.parametrize(
+    ("mask", "refused"),
+    [
+        (torch.ones(1, 1, 4, 4).tril().bool(), False),
+        (torch.ones(1, 2, 4, 4).tril().bool(), True),
+        (torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min).triu(1), False),
+        (torch.full((1, 1, 4, 4), torch.finfo(torch.float32).min).triu(1) + 0.1 * torch.eye(4), True),
+        (torch.full((1, 2, 4, 4), -torch.inf).triu(1), True),
+    ],
+    ids=["seen", "seen by head", "added", "biases", "biases by head"],
+)
+def test_masks_that_say_more_than_what_is_seen_are_refused(mask, refused):
+    """Thresholds would be made on scores without their biases."""
+    query = torch.zeros(1, 2, 4, 8)
+    asked = capture.Asked(torch.nn.Module(), query, query, query, mask, None, None, {})
+    asked.module.layer_idx = 0
+    call = asked.call(mask=capture.visible_keys(mask))
+    if refused:
+        with pytest.raises(ReplayError, match="a mask with biases, or one for each head"):
+            capture.check_plain_causal(asked, call, call.mask)
+    else:
+        capture.check_plain_causal(asked, call, call.mask)
+
+
 def test_layers_without_keys_have_no_candidates_to_count():
     """Of state-space layers; a NaN would be no JSON."""
     counts = Counts(layer_rows=torch.tensor([0, 40]), layer_candidates=torch.tensor([0, 10]))

@@ -93,7 +93,7 @@ def collect_errors(
     for index, sequence in enumerate(plan.error_sequences):
         stored = partial.load(f"errors-{index:04}")
         if stored is None:
-            rows = late_rows(len(sequence), plan.options.seed + index)
+            rows = late_rows(len(sequence), plan.options.seed + index, plan.lengths[0] - 1)
             stored = {}
 
             def observe(call: LayerCall, rows: torch.Tensor = rows, into: dict = stored) -> None:

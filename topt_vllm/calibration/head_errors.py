@@ -87,7 +87,8 @@ def mean_errors(found: list[HeadErrors]) -> HeadErrors:
 
 def output_projection(model: Any, layer: int, width: int) -> torch.Tensor | None:
     """The weight [hidden size, width] behind a layer's heads; None where the model doesn't name it as usual."""
-    for module in model.modules():
+    # An encoder's layers have indices of their own.
+    for module in model.get_decoder().modules():
         if getattr(module, "layer_idx", None) == layer:
             for name in _PROJECTIONS:
                 found = getattr(module, name, None)

@@ -48,6 +48,13 @@ def _run(options: CalibrationOptions, dry_run: bool) -> None:
     from topt_vllm.table.file import dump
 
     plan = prepare(options)
+    change = plan.subject.rotations_change
+    if change is not None and plan.max_seq_length <= change:
+        print(
+            f"note: this model turns K in other ways in sequences of more than {change} tokens (longrope), and a "
+            "server with a longer --max-model-len does so for every token; calibrate longer ones for it",
+            file=sys.stderr,
+        )
     if dry_run:
         print(_resolved(plan))
         return

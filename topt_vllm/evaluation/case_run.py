@@ -44,6 +44,7 @@ def evaluate_needles(
         tuned = {length: jobs[length][index].facts for length in lengths}
         yield {
             "text": NEEDLES,
+            "calibrated": text.calibrated,
             "context": lengths[-1],
             "tuned_on": text.tuned_on,
             "parameter_by_length": {str(length): known["parameter"] for length, known in tuned.items()},
@@ -68,6 +69,7 @@ def evaluate_tasks(
         for job, found in zip(jobs[length], results, strict=True):
             yield {
                 "text": task,
+                "calibrated": text.calibrated,
                 "task": task,
                 "context": length,
                 "tuned_on": text.tuned_on,

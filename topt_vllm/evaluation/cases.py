@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from topt_vllm.evaluation.options import EvaluationError
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.dense_pass import DensePass
+
+# Numbers drawn for one that is wanted.
+_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Case:
     """One question.
 
     Attributes:
-        length: Tokens of prompt and the longest question behind it.
+        length: Tokens of prompt, the longest question behind it, and the answer but for its last.
         prompt: Its tokens; other cases may share it.
         question: Its tokens.
         answers: Tokens of the answers, all of one length, the right one first.
@@ -118,6 +122,12 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def answer_of(tokenizer: Any, words: str) -> list[int]:
+    """Tokens of an answer behind a space, as they stand within a text: some tokenizers begin one with a space."""
+    before, whole = (tokens_of(tokenizer, text) for text in ("is", f"is {words}"))
+    return whole[len(before) :] if whole[: len(before)] == before else tokens_of(tokenizer, f" {words}")
+
+
 def hide_in(text: list[int], facts: Iterable[tuple[float, list[int]]], room: int) -> list[int]:
     """A prompt: the text's first ``room`` tokens with the facts at their depths, 0 to 1, ascending."""
     prompt, copied = [], 0
@@ -130,11 +140,20 @@ def hide_in(text: list[int], facts: Iterable[tuple[float, list[int]]], room: int
 
 
 def numbers(tokenizer: Any, source: random.Random, count: int) -> list[tuple[int, list[int]]]:
-    """Different numbers with as many tokens as the first."""
+    """Different numbers with as many tokens as the first.
+
+    Raises:
+        EvaluationError: The tokenizer doesn't tell so many apart.
+    """
     found: list[tuple[int, list[int]]] = []
-    while len(found) < count:
+    for _ in range(_DRAWS * count):
         number = source.randrange(10000, 100000)
-        tokens = tokens_of(tokenizer, f" {number}")
+        tokens = answer_of(tokenizer, str(number))
         if all(len(tokens) == len(other) and tokens != other for _, other in found):
             found.append((number, tokens))
-    return found
+        if len(found) == count:
+            return found
+    raise EvaluationError(
+        f"the tokenizer tells {len(found)} numbers of five digits apart, and {count} are needed; leave out "
+        "--needles and --tasks"
+    )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import by_position, key_reads, quality
+from topt_vllm.evaluation.records import by_position, key_reads, quality, standard_error
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.generation import generate
 from topt_vllm.replay.predictions import Predictions
@@ -47,6 +47,7 @@ def evaluate_generated(
             bar.update()
             yield {
                 "text": GENERATED,
+                "calibrated": text.calibrated,
                 "context": length,
                 "tuned_on": text.tuned_on,
                 **job.facts,
@@ -80,8 +81,8 @@ def _rated(prompt: DensePass, token: int, written: list[int]) -> tuple[torch.Ten
 
 
 def _error(its: torch.Tensor, own: torch.Tensor) -> float:
-    """Standard error of the ratio of two texts' perplexities, percent, as if they were independent."""
-    return 100 * math.exp(its.mean() - own.mean()) * math.sqrt(sum(x.var() / len(x) for x in (its, own)))
+    """Standard error of the ratio of two texts' perplexities, percent, as if the texts were independent."""
+    return 100 * math.exp(its.mean() - own.mean()) * math.hypot(standard_error(its), standard_error(own))
 
 
 def _alike(own: list[int], written: list[int]) -> int:

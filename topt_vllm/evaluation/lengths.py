@@ -44,6 +44,14 @@ def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTabl
         )
 
 
+def check_rotations(options: EvaluationOptions, subject: Subject, longest: int) -> None:
+    """Refuses lengths whose rows would be decoded with other rotations than their prompt's."""
+    lengths = options.lengths or (longest,)
+    subject.check_rotations(min(lengths), max(lengths))
+    for length in lengths if options.generate else ():
+        subject.check_rotations(length - options.generate, length)
+
+
 def check_generate(options: EvaluationOptions, subject: Subject, longest: int, table: ThresholdTable) -> None:
     """Refuses ``--generate`` where the model or the table can't do it."""
     if subject.stateful:

@@ -32,7 +32,7 @@ def hide(
     Args:
         tokenizer: A transformers tokenizer.
         text: Tokens in which the facts are hidden, with BOS if there is one; no fewer than the longest prompt's.
-        lengths: Of prompt and longest question (tokens).
+        lengths: Of prompt, longest question and answer, whose last token isn't decoded.
         depths: Where a fact stands, 0 to 1.
     """
     source = random.Random(0)
@@ -48,23 +48,24 @@ def _hide_in_one_prompt(
     tokenizer: Any, text: list[int], length: int, depths: tuple[float, ...], source: random.Random
 ) -> list[Needle]:
     places = source.sample(_PLACES, len(depths))
-    known = numbers(tokenizer, source, len(depths) * (1 + _WRONG))
-    right, wrong = known[: len(depths)], known[len(depths) :]
+    known = numbers(tokenizer, source, len(depths) + max(0, 1 + _WRONG - len(depths)))
+    right, spare = known[: len(depths)], known[len(depths) :]
     facts = [
         tokens_of(tokenizer, _FACT.format(place=place, number=number))
         for place, (number, _) in zip(places, right, strict=True)
     ]
     questions = [tokens_of(tokenizer, _QUESTION.format(place=place)) for place in places]
-    room = length - sum(map(len, facts)) - max(map(len, questions))
+    room = length - sum(map(len, facts)) - max(map(len, questions)) - len(known[0][1]) + 1
     if room < 1 + len(facts):
         raise EvaluationError(
             f"--needles {length}: too short for {len(facts)} facts and a question; name a longer prompt or "
             "fewer --depths"
         )
     prompt = hide_in(text, sorted(zip(depths, facts, strict=True)), room)
-    return [
-        Needle(
-            length, prompt, question, [tokens for _, tokens in (right[i], *wrong[i :: len(depths)])], depth
-        )
-        for i, (depth, question) in enumerate(zip(depths, questions, strict=True))
-    ]
+    needles = []
+    for i, (depth, question) in enumerate(zip(depths, questions, strict=True)):
+        # What other places have is wrong, so that a number isn't right for standing in the prompt.
+        others = right[i + 1 :] + right[:i] + spare
+        answers = [tokens for _, tokens in (right[i], *others[:_WRONG])]
+        needles.append(Needle(length, prompt, question, answers, depth))
+    return needles

@@ -219,6 +219,10 @@ class EvaluationOptions:
             "--dense-layers is for the targets of --rows; budgets have dense layers of their own",
         )
         require(
+            self.tune_on not in self.dataset,
+            f"--tune-on {self.tune_on} is evaluated too; leave it out, for the end of each text is tuned on then",
+        )
+        require(
             not self.ks or any(rule in OURS for rule in self.rules),
             f"--budget {_listed(self.ks)} evaluates thresholds, but --rules names none of {', '.join(OURS)}",
         )

@@ -1,5 +1,6 @@
 """What an evaluation will do, checked without the weights."""
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,12 @@ import torch
 
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.evaluation.cases import Case
-from topt_vllm.evaluation.lengths import check_generate, check_lengths, longest_sequence
+from topt_vllm.evaluation.lengths import (
+    check_generate,
+    check_lengths,
+    check_rotations,
+    longest_sequence,
+)
 from topt_vllm.evaluation.needles import Needle, hide
 from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import check_plot
@@ -102,11 +108,11 @@ def prepare(options: EvaluationOptions) -> Plan:
     table, path = _table(options, subject)
     _check_screens(options, table, path)
     check_lengths(options, length, table)
+    check_rotations(options, subject, length)
     if options.generate:
         check_generate(options, subject, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
-    dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
     check_weights(options.model)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
@@ -124,6 +130,9 @@ def prepare(options: EvaluationOptions) -> Plan:
         for task in options.tasks
         for length in options.task_lengths
     }
+    for case in (*needles, *itertools.chain.from_iterable(tasks.values())):
+        subject.check_rotations(len(case.prompt), int(case.contexts[-1]))
+    dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
     return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
 
 
@@ -163,24 +172,25 @@ def _dense_layers(
     options: EvaluationOptions, subject: Subject, table: ThresholdTable, length: int, target: float
 ) -> frozenset[int]:
     """The layers that are dense under every rule at a target."""
-    longest = max(options.lengths, default=length)
-    contexts = torch.arange(max(longest - options.decode_rows, table.lengths[0]), longest)
-    rows = subject.v_rows(contexts)
 
-    def share(layers: frozenset[int]) -> float:
+    def share(layers: frozenset[int], context: int) -> float:
+        rows = subject.v_rows(torch.arange(max(context - options.decode_rows, table.lengths[0]), context))
         return sum(rows[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(rows)
 
+    contexts = options.lengths or (length,)
     if options.dense_layers is None:
         layers = frozenset(ladder(table)[-1].dense_layers)
-        return layers if share(layers) <= target / 2 else frozenset()
-    layers = frozenset(options.dense_layers)
+        layers = layers if share(layers, max(contexts)) <= target / 2 else frozenset()
+    else:
+        layers = frozenset(options.dense_layers)
     if not layers <= set(subject.full_layers):
         unknown = sorted(layers - set(subject.full_layers))
         raise EvaluationError(f"--dense-layers {unknown} are not full-attention layers of {options.model}")
-    if share(layers) >= target:
+    # Of a window the share is largest where contexts are short.
+    if (least := share(layers, min(contexts))) >= target:
         raise EvaluationError(
-            f"--rows {target}: the dense layers {sorted(layers)} and sliding windows alone read "
-            f"{share(layers):.1%}; raise the target, or name fewer --dense-layers"
+            f"--rows {target}: at {min(contexts)} tokens the dense layers {sorted(layers)} and sliding windows "
+            f"alone read {least:.1%}; raise the target, or name longer --lengths or fewer --dense-layers"
         )
     return layers
 

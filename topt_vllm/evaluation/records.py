@@ -24,7 +24,9 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
         "perplexity_dense": _rounded(math.exp(dense)),
         "perplexity": _rounded(math.exp(loss)),
         "loss_pct": _rounded(100 * math.expm1(loss - dense)),
-        "loss_pct_se": _rounded(100 * math.exp(loss - dense) * _standard_error(compared)),
+        "loss_pct_se": _rounded(
+            100 * math.exp(loss - dense) * standard_error(compared.loss - compared.dense)
+        ),
         "kl": _rounded(compared.kl.double().mean().item()),
         "agreement": _rounded(compared.agree.double().mean().item()),
         "tokens": len(compared.loss),
@@ -42,11 +44,10 @@ def key_reads(rule: str, counts: Counts) -> dict[str, Any]:
     }
 
 
-def _standard_error(compared: Comparison) -> float:
-    """Of the mean difference of loss, rows paired (nats)."""
-    rise = (compared.loss - compared.dense).double()
-    size = min(_BLOCK, max(1, len(rise) // 8))
-    means = rise[: len(rise) // size * size].view(-1, size).mean(dim=1)
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of what rows have, [r] in their order."""
+    size = min(_BLOCK, max(1, len(values) // 8))
+    means = values[: len(values) // size * size].double().view(-1, size).mean(dim=1)
     return (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else math.nan
 
 

@@ -212,6 +212,8 @@ def check_plain_causal(asked: Asked, call: LayerCall, mask: torch.Tensor | None)
     window = asked.more.get("sliding_window")
     if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")
+    if asked.mask is not None and _has_biases(asked.mask):
+        refused.append("a mask with biases, or one for each head")
     if mask is not None and not _sees_window(mask, call.window):
         refused.append("a mask that isn't its window's" if call.window else "a mask that isn't causal")
     if refused:
@@ -220,6 +222,15 @@ def check_plain_causal(asked: Asked, call: LayerCall, mask: torch.Tensor | None)
             f"layer {call.layer} attends with {', '.join(refused)}, but its configuration says {kind}; "
             "such models are not supported"
         )
+
+
+def _has_biases(mask: torch.Tensor) -> bool:
+    """Whether a mask [1, 1 or H, n, n] says more than which keys are seen."""
+    if mask.dtype == torch.bool:
+        return mask.shape[1] > 1
+    hidden = torch.finfo(mask.dtype).min / 2
+    rows = mask[0, 0].split(_MASKED_ROWS)
+    return mask.shape[1] > 1 or any(bool(((part != 0) & (part > hidden)).any()) for part in rows)
 
 
 def _sees_window(mask: torch.Tensor, window: int) -> bool:

@@ -39,6 +39,8 @@ class Subject:
         kv_heads: KV heads by layer; () where all layers have the identity's.
         stateful: Whether some layers hand on more from row to row than K and V, as state-space layers do.
         shares_kv: Whether some layers attend to the K and V of earlier ones.
+        rotations_change: Tokens of a pass behind which all of its rotary embeddings are others (longrope); None
+            where they never are.
     """
 
     identity: ModelIdentity
@@ -48,6 +50,7 @@ class Subject:
     kv_heads: tuple[int, ...] = ()
     stateful: bool = False
     shares_kv: bool = False
+    rotations_change: int | None = None
 
     @property
     def full_layers(self) -> list[int]:
@@ -78,6 +81,18 @@ class Subject:
     def v_rows(self, contexts: torch.Tensor) -> list[int]:
         """By layer, (KV head, key) pairs that these rows see; int64 [r]."""
         return [keys * self.kv_heads_of(layer) for layer, keys in enumerate(self.keys_seen(contexts))]
+
+    def check_rotations(self, shortest: int, longest: int) -> None:
+        """Refuses to compare passes over so few tokens with those over so many.
+
+        Raises:
+            ReplayError: Their K differ.
+        """
+        if self.rotations_change is not None and shortest <= self.rotations_change < longest:
+            raise ReplayError(
+                f"this model turns K in other ways in passes of more than {self.rotations_change} tokens "
+                f"(longrope), and {shortest} and {longest} lie on either side; name lengths on one side"
+            )
 
     def max_seq_length(self, asked: int | None) -> int:
         """Tokens of a sequence: what is asked for, or the model's context, 8192 at most.
@@ -143,6 +158,17 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
         kv_heads=_kv_heads(skeleton, text, identity),
         stateful=bool(STATEFUL & set(kinds)),
         shares_kv=bool(getattr(text, "num_kv_shared_layers", 0)),
+        rotations_change=_rotations_change(text),
+    )
+
+
+def _rotations_change(config: Any) -> int | None:
+    """Of transformers' longrope, which takes the factors of long contexts for all tokens of a longer pass."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
     )
 
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, hide_in, numbers, tokens_of
+from topt_vllm.evaluation.cases import Case, answer_of, hide_in, numbers, tokens_of
 from topt_vllm.evaluation.options import EvaluationError
 
 # Wrong answers of a question.
@@ -32,7 +32,7 @@ class Haystack:
         task: Its name.
         tokenizer: A transformers tokenizer.
         text: Tokens, with BOS if there is one; no fewer than the prompt's.
-        length: Of prompt and longest question (tokens).
+        length: Tokens of prompt, longest question and answer, whose last isn't decoded.
         source: Of what is left to chance.
     """
 
@@ -52,7 +52,7 @@ class Haystack:
         Raises:
             EvaluationError: The tokenizer has no such.
         """
-        by_tokens = {tuple(self.tokens(f" {word}")): word for word in words}
+        by_tokens = {tuple(answer_of(self.tokenizer, word)): word for word in words}
         groups: dict[int, list[str]] = {}
         for tokens, word in by_tokens.items():
             groups.setdefault(len(tokens), []).append(word)
@@ -76,15 +76,16 @@ class Haystack:
         """
         pieces = [self.tokens(f"\n\n{fact}\n\n") for fact in facts]
         asked = [self.tokens(f"\n\nQuestion: {question.text}") for question in questions]
-        needed = sum(map(len, pieces)) + max(map(len, asked))
+        answers = [[answer_of(self.tokenizer, words) for words in question.answers] for question in questions]
+        decoded = max(len(tokens) + len(known[0]) for tokens, known in zip(asked, answers, strict=True)) - 1
+        needed = sum(map(len, pieces)) + decoded
         if needed + len(pieces) >= self.length:
             raise EvaluationError(
-                f"--task-lengths {self.length}: too short for {self.task}, whose facts and longest question have "
+                f"--task-lengths {self.length}: too short for {self.task}, whose facts, question and answer have "
                 f"{needed} tokens; name longer prompts"
             )
         depths = sorted(self.source.random() for _ in pieces)
         prompt = hide_in(self.text, zip(depths, pieces, strict=True), self.length - needed)
         return [
-            Case(self.length, prompt, tokens, [self.tokens(f" {answer}") for answer in question.answers])
-            for tokens, question in zip(asked, questions, strict=True)
+            Case(self.length, prompt, tokens, known) for tokens, known in zip(asked, answers, strict=True)
         ]
