@@ -384,8 +384,12 @@ def test_lengths_with_other_rotations_are_not_compared(tmp_path, capsys):
         "short_factor": [1.0] * 4,
         "long_factor": [2.0] * 4,
     }
-    longrope = factors | {"original_max_position_embeddings": 200}
-    model = save_model(tmp_path, transformers.Phi3Config(**SMALL, pad_token_id=0, rope_parameters=longrope))
+    model = save_model(
+        tmp_path,
+        transformers.Phi3Config(
+            **SMALL, pad_token_id=0, original_max_position_embeddings=200, rope_parameters=factors
+        ),
+    )
     identity = identify(transformers.AutoConfig.from_pretrained(model), "tiny")
     dump(make_table(identity, lengths=LENGTHS), model / "toptheta.yaml")
     save_text(model / "play.txt", 1400)
