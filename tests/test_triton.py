@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from attention_cases import NAN, Case, finish, implementation, kept_sets, poison_unread_values, random_case
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import LargestBatch, PagedCache, Selection, Stat, Thetas, new_statistics
-from topt_vllm.attention.triton import launch, launcher
+from topt_vllm.attention.triton import launch, launcher, merge_kernel
 from topt_vllm.attention.triton.calls import items_pad
 from topt_vllm.attention.triton.launch import LaunchShape
 from topt_vllm.backend.warm_up import WarmUp
@@ -250,6 +251,15 @@ def test_a_gpu_is_asked_only_what_its_torch_knows(
     assert launch.limits_of.__wrapped__(torch.device("cuda:0")) == expected
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="compiled kernels don't follow what tests set")
+@pytest.mark.usefixtures("short_programs")
+def test_batches_of_more_items_than_registers_hold_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch):
+    case = random_case([*RAGGED, (1, 20), (2, 300)], 6, 2, dtype=torch.float32)
+    whole = run(case, with_programs(7))
+    monkeypatch.setattr(merge_kernel, "_MOST_ITEMS", triton.language.constexpr(4))
+    assert torch.equal(run(case, with_programs(7)), whole)
+
+
 def test_many_sequences_have_programs_of_two_warps():
     shapes = (LaunchShape(1, 32, 8, 128, 2, True, sequences, 64) for sequences in (3, 4))
     few, many = (launch.choose(shape, HOPPER) for shape in shapes)
@@ -257,13 +267,14 @@ def test_many_sequences_have_programs_of_two_warps():
     assert (many.num_warps, many.tile, many.programs) == (2, 64, 66)
 
 
-@pytest.mark.parametrize("query_rows", [1, 8, 20])
+@pytest.mark.parametrize("query_rows", [1, 8, 9, 20])
 @pytest.mark.parametrize("most", [8, 100, 300, 1024, 4096])
-def test_warm_up_batches_have_the_kernels_of_every_other(most: int, query_rows: int):
+@pytest.mark.parametrize("heads", [(32, 8), (64, 4)], ids=["groups of 4", "groups of 16"])
+def test_warm_up_batches_have_the_kernels_of_every_other(heads: tuple[int, int], most: int, query_rows: int):
     """Which depend on the number of sequences, though not on each: a server's first ones compile them all."""
 
     def kernel(sequences: int, screened: bool) -> Any:
-        shape = LaunchShape(query_rows, 32, 8, 128, 2, screened, sequences, 64)
+        shape = LaunchShape(query_rows, *heads, 128, 2, screened, sequences, 64)
         chosen = launch.choose(shape, HOPPER)
         return chosen, items_pad(sequences * chosen.chunks(query_rows))
 

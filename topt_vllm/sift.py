@@ -18,7 +18,7 @@ or not.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -56,6 +56,7 @@ class SiftStep:
         positions: int64 [len(recording)], rows of the warm-up recorded before.
         finished_slots: int64 [any], of ``recording_slots`` those whose warm-up ends with this step.
         recorded_log_lengths: float32 [len(finished_slots), warmup], ln n of their recorded rows.
+        first_rows: Of ``recording``, what the first layer read back of the batch for all.
     """
 
     capacity: int
@@ -68,6 +69,7 @@ class SiftStep:
     positions: torch.Tensor
     finished_slots: torch.Tensor
     recorded_log_lengths: torch.Tensor
+    first_rows: list[tuple[int, int, int]] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "SiftStep":
         """The step for tables on a device; nothing waits for it."""

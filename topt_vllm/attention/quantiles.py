@@ -8,11 +8,20 @@ from topt_vllm.attention.common import DecodeBatch, PagedCache
 from topt_vllm.attention.reference import gather, scaled_scores
 
 
+def first_rows(batch: DecodeBatch, sequences: list[int]) -> list[tuple[int, int, int]]:
+    """Of each of these sequences its index in the batch, its first query row, and that row's context (tokens).
+
+    On GPUs it waits for the device, so ask once a step.
+    """
+    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    return [(s, starts[s], lengths[s] - (starts[s + 1] - 1 - starts[s])) for s in sequences]
+
+
 def score_quantiles(
     query: torch.Tensor,
     cache: PagedCache,
     batch: DecodeBatch,
-    sequences: list[int],
+    rows: list[tuple[int, int, int]],
     tau: float,
     scale: float,
     softcap: float = 0.0,
@@ -25,24 +34,21 @@ def score_quantiles(
     Args:
         query: [R, H, D].
         cache: K of the layer; V isn't read.
-        batch: Rows, context lengths and block table.
-        sequences: Indices of sequences in the batch.
+        batch: For its block table.
+        rows: What :func:`first_rows` gave.
         tau: Above 0 and below 1.
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
 
     Returns:
-        float32 [len(sequences), H], scaled logits.
+        float32 [len(rows), H], scaled logits.
     """
     block_size = cache.key.shape[2]
-    starts = batch.query_start_loc.tolist()
-    found = query.new_empty(len(sequences), query.shape[1], dtype=torch.float32)
-    for index, sequence in enumerate(sequences):
-        first, end = starts[sequence], starts[sequence + 1]
-        n = int(batch.seq_lens[sequence]) - (end - 1 - first)
+    found = query.new_empty(len(rows), query.shape[1], dtype=torch.float32)
+    for index, (sequence, row, n) in enumerate(rows):
         blocks = batch.block_table[sequence, : -(-n // block_size)].long()
         key = gather(cache.key, blocks, cache.key_scale)[:, :n]
-        scores = scaled_scores(query[first], key, scale, softcap)
+        scores = scaled_scores(query[row], key, scale, softcap)
         found[index] = quantile(scores, n, tau)
     return found
 

@@ -76,8 +76,10 @@ class DeviceCounters:
         if self.layers.is_cuda:
             # Whatever streams the steps ran on.
             torch.cuda.synchronize(self.layers.device)
-        if self._copies:
-            self._host.copy_((self._before if self._holding else self.layers).sum(dim=1))
+        # In it, for vLLM may have made the builder while it measured memory, in inference mode.
+        with torch.inference_mode():
+            if self._copies:
+                self._host.copy_((self._before if self._holding else self.layers).sum(dim=1))
 
 
 @dataclass(frozen=True)

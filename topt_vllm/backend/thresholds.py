@@ -13,7 +13,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from topt_vllm.adaptation import ThetaController
 from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Thetas
-from topt_vllm.attention.quantiles import score_quantiles
+from topt_vllm.attention.quantiles import first_rows, score_quantiles
 from topt_vllm.backend import requests
 from topt_vllm.sift import SiftLayer, SiftRequests, SiftSettings, SiftStep
 
@@ -184,9 +184,10 @@ class _SiftingLayer(LayerThresholds):
         softcap: float,
     ) -> None:
         if step is not None and step.recording:
-            self._laws.record(
-                step, score_quantiles(query, cache, batch, step.recording, self._laws.tau, scale, softcap)
-            )
+            if not step.first_rows:
+                step.first_rows.extend(first_rows(batch, step.recording))
+            quantiles = score_quantiles(query, cache, batch, step.first_rows, self._laws.tau, scale, softcap)
+            self._laws.record(step, quantiles)
 
 
 class SiftingThresholds(Thresholds):

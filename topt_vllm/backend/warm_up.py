@@ -7,7 +7,8 @@ import torch
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import DecodeBatch, PagedCache
 
-# Of batches: from one of these sizes to the next kernels are others (``items_pad`` of attention/triton/calls.py).
+# From one of these sizes to the next kernels are others (``items_pad`` of attention/triton/calls.py). They are
+# of a batch's items: a sequence is one, or several where it has many query rows.
 _LARGER = (256, 2048, 16384)
 
 
@@ -23,7 +24,8 @@ class WarmUp:
     """
 
     def __init__(self, max_sequences: int, max_query_rows: int) -> None:
-        self.sequences = {min(sequences, max_sequences) for sequences in (1, *_LARGER, max_sequences)}
+        sizes = {size // items for size in _LARGER for items in range(1, max_query_rows + 1)}
+        self.sequences = {min(sequences, max_sequences) for sequences in (1, *sizes, max_sequences)}
         self._query_rows = {1, max_query_rows}
         self._kinds_done: set[tuple[bool, ...]] = set()
 

@@ -65,6 +65,9 @@ def check(given: DecodeArguments) -> None:
     if given.vmean and cache.value_sums is None:
         _refuse("value_sums", "a tensor with vmean", None)
     _check_contiguous(query=query, out=given.out)
+    most = given.batch.seq_lens.shape[0] * (given.batch.max_query_rows or query.shape[0])
+    if cache.key_screen is not None and query.shape[0] > most:
+        _refuse("query", f"at most {most} rows, max_query_rows of each sequence", query.shape[0])
     if reached is not None and (reached.shape != query.shape[:2] or not reached.is_contiguous()):
         _refuse("reached", f"contiguous {list(query.shape[:2])}", f"{list(reached.shape)}")
     check_cache(cache, given.batch)

@@ -260,7 +260,8 @@ class DecodeStep(DecodeArguments):
             "num_warps": 4,
         }
         sequences = self.batch.seq_lens.shape[0]
-        return Call(_topt_merge_kernel, (self.query.shape[1], sequences * self.max_query_rows), arguments)
+        # The second and third dimension of a grid end at 65535.
+        return Call(_topt_merge_kernel, (sequences * self.max_query_rows, self.query.shape[1]), arguments)
 
 
 def items_pad(items: int) -> int:

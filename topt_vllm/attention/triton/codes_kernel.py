@@ -23,7 +23,10 @@ def _sequence_of(row, listed, query_start_loc, sequences, first_jump):
     return sequence
 
 
-@triton.jit(do_not_specialize=["sequences", "first_jump"])
+@triton.jit(
+    do_not_specialize=["sequences", "first_jump"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
+)
 def _topt_codes_kernel(
     key,
     codes,

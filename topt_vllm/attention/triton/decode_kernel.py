@@ -35,7 +35,8 @@ from topt_vllm.attention.triton.selection import (
 
 
 @triton.jit(
-    do_not_specialize=["items", "chunks", "min_seq_len", "sink_tokens", "recent_tokens", "statistics_slots"]
+    do_not_specialize=["items", "chunks", "min_seq_len", "sink_tokens", "recent_tokens", "statistics_slots"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "theta", "law"],
 )
 def _topt_decode_kernel(
     query,

@@ -45,7 +45,10 @@ def _first_to_sum(
     return start
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(
+    do_not_specialize=["sequences"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
+)
 def _topt_finish_kernel(
     value,
     value_sums,

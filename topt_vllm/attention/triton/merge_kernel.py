@@ -12,8 +12,14 @@ from topt_vllm.attention.triton.schedule import (
     tiles_of,
 )
 
+# Items that are looked at together: more don't fit into registers.
+_MOST_ITEMS = tl.constexpr(2048)
 
-@triton.jit(do_not_specialize=["items", "chunks", "programs", "max_rows", "statistics_slots"])
+
+@triton.jit(
+    do_not_specialize=["items", "chunks", "programs", "max_rows", "statistics_slots"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table", "sinks", "reached"],
+)
 def _topt_merge_kernel(
     value,
     value_sums,
@@ -65,9 +71,9 @@ def _topt_merge_kernel(
 ):
     HEADS: tl.constexpr = KV_HEADS * GROUP
     USED: tl.constexpr = ROWS * GROUP
-    head = tl.program_id(0)
+    head = tl.program_id(1)
     kv_head = head // GROUP
-    sequence, row = tl.program_id(1) // max_rows, tl.program_id(1) % max_rows
+    sequence, row = tl.program_id(0) // max_rows, tl.program_id(0) % max_rows
     first, count, last_len = rows_of(query_start_loc, seq_lens, sequence)
     if row >= count:
         return
@@ -76,11 +82,20 @@ def _topt_merge_kernel(
     n = last_len - (count - 1 - row)
     n_last = chunk_context(count, last_len, chunk, ROWS)
 
-    every_item = tl.arange(0, ITEMS_PAD)
-    tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
-    total = tl.sum(tiles, axis=0)
+    if ITEMS_PAD <= _MOST_ITEMS:
+        every_item = tl.arange(0, ITEMS_PAD)
+        tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
+        total = tl.sum(tiles, axis=0)
+        before = tl.sum(tl.where(every_item < item, tiles, 0), axis=0)
+    else:
+        total = tl.full([], 0, tl.int32)
+        before = tl.full([], 0, tl.int32)
+        for start in range(0, items, _MOST_ITEMS):
+            some_items = start + tl.arange(0, _MOST_ITEMS)
+            tiles = tiles_of(query_start_loc, seq_lens, some_items, some_items < items, chunks, ROWS, TILE)
+            total += tl.sum(tiles, axis=0)
+            before += tl.sum(tl.where(some_items < item, tiles, 0), axis=0)
     used = programs_used(total, programs, MIN_TILES)
-    before = tl.sum(tl.where(every_item < item, tiles, 0), axis=0)
     first_program = program_of(before, total, used)
     segments = program_of(before + tl.cdiv(n_last, TILE) - 1, total, used) - first_program + 1
     first_segment = (kv_head * (programs + items) + first_program + item).to(tl.int64)

@@ -140,7 +140,9 @@ def flag_candidates(
     mass = tl.zeros([TILE, query_low.shape[1]], tl.float32)
     counted = candidate_count
     unsure = tl.full([], 1, tl.int32)
-    while unsure > 0:
+    passes = tl.full([], 0, tl.int32)
+    # Scores beyond 2^30, of broken weights, would never settle.
+    while (unsure > 0) & (passes < 2):
         best = tl.full([TILE, query_low.shape[1]], LOWEST, tl.float32)
         mass = tl.zeros([TILE, query_low.shape[1]], tl.float32)
         counted = candidate_count
@@ -189,6 +191,7 @@ def flag_candidates(
         top = tl.max(best, axis=0)
         far = (tl.abs(top) > _FAR) & (tl.abs(top) < -LOWEST)
         unsure = tl.max(far.to(tl.int32), axis=0)
+        passes += 1
         level += tl.where(far, top, 0.0)
     all_mass = tl.sum(mass, axis=0) * tl.exp2(-top)
     none = top == LOWEST
