@@ -13,6 +13,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 _MANY = 32
 # Matrix instructions of all targets take rows of at least 16; NVIDIA's take columns of 8.
 MATRIX_ROWS, MATRIX_COLUMNS = 16, 8
+# Columns of scores from which on tiles have fewer keys.
+_WIDE = 32
 # Of one program's list. All programs' lists together, and what they are read beside, stay in the L2 cache.
 _LIST_BYTES = 80 << 10
 # With a K screen only the head of a list is used, that of candidates.
@@ -152,6 +154,10 @@ def choose(shape: LaunchShape, limits: GpuLimits, programs: int | None = None) -
     candidates = min(tile, 64)
     if screened:
         tile, candidates = _screen_tiles(columns, dim_pad, item_bytes, single, candidates)
+    if not limits.amd:
+        # The scores of a tile take as many registers whatever the group. (AMD has 512, and spills with fewer keys.)
+        tile = max(16, tile * _WIDE // max(_WIDE, columns))
+    candidates = min(candidates, tile)
     narrow = dim_pad <= 128 if screened else dim_pad <= 64 and item_bytes > 1
     many = shape.sequences * shape.num_kv_heads >= _MANY and shape.block_size % 64 == 0
     if columns == MATRIX_COLUMNS and narrow and many:
