@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,6 +70,11 @@ def refuse_overwrite(path: Path, force: bool) -> None:
         raise FileExistsError(f"{path} is a folder, a device or a pipe; name a file")
     if os.path.lexists(path) and not force:
         raise FileExistsError(f"{path} exists; name another file, or give --force where the command has it")
+
+
+def is_one_of(path: Path, others: Iterable[Path]) -> bool:
+    """Whether a file is one of these, by whatever name; call it where an output may replace what is there."""
+    return path.exists() and any(other.exists() and path.samefile(other) for other in others)
 
 
 def not_writable(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
-from topt_vllm.output import not_writable, refuse_overwrite
+from topt_vllm.output import is_one_of, not_writable, refuse_overwrite
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
@@ -106,9 +106,7 @@ def _check_output(options: CalibrationOptions) -> None:
     if problem := not_writable(options.output):
         raise CalibrationError(f"--output {options.output}: {problem}")
     refuse_overwrite(options.output, options.force)
-    if options.output.exists() and any(
-        Path(name).exists() and options.output.samefile(name) for name in options.dataset
-    ):
+    if is_one_of(options.output, map(Path, options.dataset)):
         raise CalibrationError(f"--output {options.output} is a text of --dataset; name another file")
 
 

@@ -32,14 +32,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Reads everything, then writes the page in one step."""
-    from topt_vllm.output import refuse_overwrite, write_text
+    from topt_vllm.output import is_one_of, refuse_overwrite, write_text
     from topt_vllm.report.inputs import ReportError, read
     from topt_vllm.report.page import render
     from topt_vllm.table.schema import ThresholdTableError
 
     try:
         refuse_overwrite(args.output, args.force)
-        if args.output.resolve() in {path.resolve() for path in (args.table, *args.evaluation, *args.bench)}:
+        if is_one_of(args.output, (args.table, *args.evaluation, *args.bench)):
             raise UserError(f"{args.output} is read for the report; name another file for the page")
         page = render(read(args.table, args.evaluation, args.bench))
         write_text(page, args.output, args.force)
