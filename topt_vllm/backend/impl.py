@@ -160,11 +160,11 @@ class TopThetaImpl(_Platform):
             )
 
         if bound.group.warm_up is not None:
-            # Steps of nobody, and those that verify drafts, keep every row. Triton asks whether 32 bits address a
-            # cache, and the one that vLLM measures memory with is small.
-            dense = metadata.thresholds is None or metadata.thresholds is False
+            # Triton asks whether 32 bits address a cache, and the one that vLLM measures memory with is small.
             small = cache.key.untyped_storage().nbytes() < 2**31
-            kind = thresholds.skips, cache.key_screen is not None, self.sinks is not None, dense, small
+            # By step, for sift's rows of nobody and those that verify drafts are dense.
+            by_step = metadata.thresholds is not None
+            kind = thresholds.skips, cache.key_screen is not None, self.sinks is not None, by_step, small
             kernel, table = bound.group.kernel, batch.block_table
             bound.group.warm_up.run(kind, kernel, decode, query, cache, table, output)
         decode(query[:rows], batch, output[:rows])

@@ -48,7 +48,7 @@ def _hide_in_one_prompt(
     tokenizer: Any, text: list[int], length: int, depths: tuple[float, ...], source: random.Random
 ) -> list[Needle]:
     places = source.sample(_PLACES, len(depths))
-    known = numbers(tokenizer, source, len(depths) + max(0, 1 + _WRONG - len(depths)))
+    known = numbers(tokenizer, source, max(len(depths), 1 + _WRONG))
     right, spare = known[: len(depths)], known[len(depths) :]
     facts = [
         tokens_of(tokenizer, _FACT.format(place=place, number=number))
