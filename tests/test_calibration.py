@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from statistics import NormalDist
 from typing import ClassVar
 
 import pytest
@@ -18,7 +19,7 @@ from topt_vllm.calibration.calibrate import _today, calibrate, prepare
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.calibration.quality import quality
-from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
+from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, deviations, kth_scores, sample_rows
 from topt_vllm.replay import capture
 from topt_vllm.replay import scores as scores_module
 from topt_vllm.replay.attention import RuleAttention
@@ -187,24 +188,57 @@ def test_sampled_rows_lie_around_their_lengths():
         assert int(mine.max()) <= length * math.sqrt(2)
 
 
-def test_fit_recovers_a_law():
-    """Rows of the longest length lie below it only; the law's slope must carry θ to the length itself."""
+@pytest.mark.parametrize("k", [16, 100, 256, 400])
+def test_fit_recovers_the_thresholds_of_normal_scores(k):
+    """Rows of the longest length lie below it only, and those of n < 2k have their middle score."""
     lengths = [256, 512, 1024]
-    moments = KthScoreMoments(2, 1, lengths)
+    moments = KthScoreMoments((8, k), 2, lengths)
     for seed in range(3):
         sample = sample_rows(lengths, torch.Generator().manual_seed(seed))
-        log_n = (sample.rows + 1).double().log()
-        moments.add(sample, torch.stack([3.0 + 0.5 * log_n, 1.0 - 2.0 * log_n])[:, None])
-    for budget, (c0, c1) in enumerate([(3.0, 0.5), (1.0, -2.0)]):
+        z = deviations(torch.tensor([[8], [k]]), sample.rows + 1)
+        moments.add(sample, torch.stack([3.0 + 0.5 * z, 1.0 - 2.0 * z], dim=1))
+    for budget, keys in enumerate([8, k]):
         law, theta = moments.fit(budget).rounded()
-        assert law == [[c0, c1]]
-        assert theta[0] == pytest.approx([c0 + c1 * math.log(length) for length in lengths], abs=1e-4)
+        for head, (a, b) in enumerate([(3.0, 0.5), (1.0, -2.0)]):
+
+            def expected(length: int, a: float = a, b: float = b, keys: int = keys) -> float:
+                return a + b * NormalDist().inv_cdf(1 - min(keys, length // 2) / length)
+
+            assert theta[head] == pytest.approx([expected(length) for length in lengths], abs=1e-4)
+            c0, c1 = law[head]
+            for length in (1024, 4096):
+                assert c0 + c1 * math.log(length) == pytest.approx(expected(length), abs=1e-3)
+
+
+def test_the_law_is_that_of_the_longest_lengths():
+    """What scores do at short contexts says little of long ones."""
+    lengths = [256, 512, 1024, 2048]
+    moments = KthScoreMoments((16,), 1, lengths)
+    sample = sample_rows(lengths, torch.Generator().manual_seed(0))
+    z = deviations(torch.tensor([16]), sample.rows + 1)
+    values = torch.where(sample.length_of < 2, 9.0 - 3.0 * z, 1.0 + 0.5 * z)
+    moments.add(sample, values[None, None])
+    (law,), _ = moments.fit(0).rounded()
+    assert law[0] + law[1] * math.log(8192) == pytest.approx(
+        1 + 0.5 * NormalDist().inv_cdf(1 - 16 / 8192), abs=1e-3
+    )
+
+
+def test_where_no_row_has_2k_keys_the_law_is_flat():
+    moments = KthScoreMoments((512,), 1, [256, 512])
+    sample = sample_rows([256, 512], torch.Generator().manual_seed(0))
+    middle = 2.5 + 0.1 * torch.randn(len(sample.rows), generator=torch.Generator().manual_seed(1)).double()
+    moments.add(sample, middle[None, None])
+    law, theta = moments.fit(0).rounded()
+    means = [middle[sample.length_of == index].mean().item() for index in range(2)]
+    assert theta[0] == pytest.approx(means, abs=1e-4)
+    assert law == [[theta[0][1], 0.0]]
 
 
 def test_law_error_is_what_the_longest_length_misses_by():
     """Head 0 follows a law; head 1 too, but for 0.5 at the longest length. Dense layers don't count."""
     lengths = [256, 512, 1024, 2048]
-    follows = [2.0 - 0.3 * math.log(n) for n in lengths]
+    follows = [2.0 - 0.3 * NormalDist().inv_cdf(1 - 16 / n) for n in lengths]
     misses = [*follows[:-1], follows[-1] + 0.5]
     layers = [
         LayerThresholds(layer=0, law=[[0.0, 0.0]] * 2, theta=[[9.0, 1.0, 5.0, 7.0]] * 2),
@@ -220,7 +254,7 @@ def test_law_error_is_what_the_longest_length_misses_by():
 
 
 def test_one_row_gives_its_own_score():
-    moments = KthScoreMoments(1, 1, [256])
+    moments = KthScoreMoments((16,), 1, [256])
     moments.add(RowSample(torch.tensor([255]), torch.tensor([0])), torch.tensor([[[1.25]]]))
     law, theta = moments.fit(0).rounded()
     assert (law, theta) == ([[1.25, 0.0]], [[1.25]])

@@ -45,7 +45,7 @@ def collect(model: Any, plan: Plan, partial: Partial, progress: Callable[[int], 
     """
     subject = plan.subject
     moments = {
-        layer: KthScoreMoments(len(plan.ks), subject.identity.num_query_heads, plan.lengths)
+        layer: KthScoreMoments(plan.ks, subject.identity.num_query_heads, plan.lengths)
         for layer in subject.full_layers
     }
     keys: dict[int, torch.Tensor] = {}

@@ -1,11 +1,11 @@
-"""How far the law θ(n) = c0 + c1 ln n can be trusted beyond the lengths that it was fitted to."""
+"""How far thresholds can be told beyond the lengths that they were calibrated at."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from topt_vllm.table.schema import Budget
+from topt_vllm.calibration.statistics import deviations
+from topt_vllm.table.schema import Budget, LayerThresholds
 
 _FEWEST_LENGTHS = 3
 
@@ -24,24 +24,28 @@ class LawError:
 
 
 def held_out_error(budget: Budget, lengths: list[int]) -> LawError | None:
-    """Fits the law to all lengths but the longest, and compares what it gives there.
+    """Tells θ at the longest length from the two before, as the law of a table that ended there would.
 
     Args:
         budget: Of the table.
         lengths: Of the table.
 
     Returns:
-        None where fewer than two lengths would be left, or no layer is sparse.
+        None where fewer than two lengths would be left, or no layer is sparse with known keys a head.
     """
-    theta = [
-        head for entry in budget.layers if entry.layer not in budget.dense_layers for head in entry.theta
-    ]
-    if len(lengths) < _FEWEST_LENGTHS or not theta:
+    ks = budget.ks()
+    layers = [entry for entry in budget.layers if entry.layer in ks]
+    if len(lengths) < _FEWEST_LENGTHS or not layers:
         return None
-    values = torch.tensor(theta, dtype=torch.float64)
-    x = torch.tensor([math.log(length) for length in lengths], dtype=torch.float64)
-    known, y = x[:-1] - x[:-1].mean(), values[:, :-1]
-    slope = (y * known).sum(dim=1) / (known * known).sum()
-    predicted = y.mean(dim=1) + slope * (x[-1] - x[:-1].mean())
-    error = (predicted - values[:, -1]).abs().sort().values
+    errors = [_errors(entry, torch.tensor(ks[entry.layer]), torch.tensor(lengths[-3:])) for entry in layers]
+    error = torch.cat(errors).abs().sort().values
     return LawError(rms=error.square().mean().sqrt().item(), p95=error[round(0.95 * (len(error) - 1))].item())
+
+
+def _errors(entry: LayerThresholds, ks: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Of each query head, [H]."""
+    before, last, longest = torch.tensor(entry.theta, dtype=torch.float64)[:, -3:].unbind(dim=1)
+    z = deviations(ks[:, None], lengths)
+    apart = z[:, 1] - z[:, 0]
+    slope = torch.where(apart > 0.01, (last - before) / apart, 0)
+    return last + slope * (z[:, 2] - z[:, 1]) - longest
