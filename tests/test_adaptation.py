@@ -1,8 +1,6 @@
-"""The controller that moves thresholds with the traffic, and the server that runs it."""
+"""The controller that moves thresholds with the traffic."""
 
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -97,59 +95,3 @@ def test_the_same_traffic_gives_the_same_offsets():
             serve(control, reached, rows=20)
     assert torch.equal(controls[0].offset, controls[1].offset)
     assert controls[0].offset.abs().max() > 0
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Any:
-    """Resolves settings for a tiny model with a table in its folder."""
-    pytest.importorskip("vllm")
-    from types import SimpleNamespace
-
-    from table_factory import make_table
-    from transformers import LlamaConfig
-
-    from topt_vllm.backend.startup import resolve
-    from topt_vllm.table.file import dump
-    from topt_vllm.table.identity import identify
-
-    hf_config = LlamaConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=32
-    )
-    table = make_table(identify(hf_config, "tiny"))
-    named = table.budgets[0].model_copy(update={"k": None, "name": "mass-5%"})
-    dump(table.model_copy(update={"budgets": [*table.budgets, named]}), tmp_path / "toptheta.yaml")
-
-    def start(**settings: Any) -> Any:
-        return resolve(
-            SimpleNamespace(
-                additional_config={"toptheta": settings},
-                model_config=SimpleNamespace(
-                    hf_config=hf_config, model=str(tmp_path), revision=None, max_model_len=1024
-                ),
-                kv_transfer_config=None,
-                speculative_config=None,
-                load_config=SimpleNamespace(load_format="auto"),
-                cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
-                device_config=SimpleNamespace(device_type="cpu"),
-                parallel_config=SimpleNamespace(use_ubatching=False),
-            )
-        )
-
-    return start
-
-
-def test_start_up_says_what_each_head_is_promised(start: Any):
-    resolved = start(adapt=True, budget=64, implementation="reference")
-    assert resolved.promised_keys == {1: [64, 64, 64, 64]}
-    assert "thresholds adapt to the traffic" in resolved.description
-    assert start(budget=64, implementation="reference").promised_keys == {}
-
-
-def test_budgets_that_promise_no_keys_are_refused(start: Any, monkeypatch: pytest.MonkeyPatch):
-    from topt_vllm.config import ConfigError
-
-    with pytest.raises(ConfigError, match=r"adapt is true, but budget mass-5% doesn't say how many keys"):
-        start(adapt=True, budget="mass-5%", implementation="reference")
-    monkeypatch.setenv("TOPT_THRESHOLDS", "none")
-    with pytest.raises(ConfigError, match="adapt is true, but there is no threshold table"):
-        start(adapt=True, implementation="reference")

@@ -2,41 +2,19 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Variable:
-    """One environment variable: its default, what it does and when to leave it alone."""
-
-    default: str
-    effect: str
-
-
+# Defaults; docs/configuration.md says what they do.
 VARIABLES = {
-    "TOPT_THRESHOLDS": Variable(
-        "",
-        'Threshold table to use when the configuration names none: a path, or "none" for θ = −inf. Prefer '
-        "toptheta.thresholds where the command line is yours.",
-    ),
-    "TOPT_CACHE_DIR": Variable(
-        "~/.cache/topt_vllm",
-        "Folder of compiled kernels and demo assets. XDG_CACHE_HOME is honoured when unset; "
-        "without a home folder it is topt_vllm-UID in that of temporary files. Kernels are only "
-        "loaded from a folder that no other user but root owns or can write to.",
-    ),
-    "TOPT_CPU_CAPABILITY": Variable(
-        "auto",
-        "Instructions of the CPU kernel: auto, amx, avx512, avx2 or default (the compiler's portable baseline). "
-        "For tests and bug reports; auto is the fastest.",
-    ),
+    "TOPT_THRESHOLDS": "",
+    "TOPT_CACHE_DIR": "~/.cache/topt_vllm",
+    "TOPT_CPU_CAPABILITY": "auto",
 }
 
 
 def get(name: str) -> str:
     """Value of a variable in ``VARIABLES``, or its default."""
-    return os.environ.get(name) or VARIABLES[name].default
+    return os.environ.get(name) or VARIABLES[name]
 
 
 def cache_dir() -> Path:
