@@ -70,23 +70,7 @@ class TopThetaBackend(_Platform):
     def supports_alibi_sqrt(cls) -> bool:
         return False
 
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_per_head_quant_scales(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """No: how a context is split depends on the batch."""
-        return False
+    # Each is what one or another of vLLM's backends can do. Batch invariance: how a context is split depends on
+    # the batch.
+    supports_mm_prefix = supports_rswa = supports_non_causal = supports_alibi_sqrt
+    supports_per_head_quant_scales = supports_batch_invariance = supports_alibi_sqrt
