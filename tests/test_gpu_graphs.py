@@ -96,7 +96,7 @@ def test_a_replayed_graph_finishes_states_and_moves_with_the_thresholds(make_rig
     rig.write_contexts(batch)
     static = rig.common(CAPTURE)
     replay = rig.capture(0, rig.builder.build_for_cudagraph_capture(static), MAX_SEQUENCES)
-    offsets = rig.builder._bound.group.thresholds.offset
+    offsets = rig.builder._bound.group.thresholds._controller.offset
     for last in range(127, 128 + ROWS // MAX_SEQUENCES):
         step = rig.common(BatchSpec("decode", [last] * MAX_SEQUENCES, [1] * MAX_SEQUENCES))
         static.seq_lens.copy_(step.seq_lens)

@@ -91,9 +91,6 @@ class SiftRequests:
         self._recorded = torch.zeros(0, dtype=torch.int64)
         self._log_lengths = torch.zeros(0, settings.warmup)
 
-    def __len__(self) -> int:
-        return len(self._slots)
-
     def forget(self, requests: Iterable[str]) -> None:
         """Frees what is held for requests that have ended; others are ignored."""
         for request in requests:

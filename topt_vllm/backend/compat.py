@@ -288,11 +288,6 @@ def loads_drafter() -> bool:
     return backends.model_tag == "draft_model" or backends.model_tag.endswith("_head")
 
 
-def is_draft_layer(layer_name: str) -> bool:
-    """Whether a layer belongs to a separate draft model, whose layer numbers start again at 0 (0.32)."""
-    return layer_name.startswith("draft_model.")
-
-
 # What vLLM stores in CPU caches under the names of --kv-cache-dtype: the bytes of torch's formats, K [D, P] and
 # V [P, D] as at 16 bits. Its writer cuts digits off instead of rounding, and saturates (0.32).
 CPU_FP8_DTYPES = {
@@ -300,10 +295,3 @@ CPU_FP8_DTYPES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-
-
-def stored_fp8_dtype() -> Any:
-    """How vLLM's Triton attention stores an fp8 cache: in the platform's e4m3, also for fp8_e5m2 (0.32, 0.33)."""
-    from vllm.platforms import current_platform
-
-    return current_platform.fp8_dtype()

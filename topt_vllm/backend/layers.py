@@ -7,7 +7,6 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.attention.screen import ScreenTransform
-from topt_vllm.backend import compat
 from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.startup import Resolved
 
@@ -39,8 +38,8 @@ class ModelLayer:
 
     @property
     def drafts(self) -> bool:
-        """Whether it is a draft model's."""
-        return compat.is_draft_layer(self.name)
+        """Whether it is a separate draft model's, whose layer numbers start again at 0 (0.32)."""
+        return self.name.startswith("draft_model.")
 
     @property
     def of_drafter(self) -> bool:

@@ -143,11 +143,6 @@ class AdaptingThresholds(Thresholds):
             [LayerThresholds(None) if each is None else _AdaptingLayer(*next(moving)) for each in thetas]
         )
 
-    @property
-    def offset(self) -> torch.Tensor:
-        """float32 [layers with thresholds, H], scaled logits."""
-        return self._controller.offset
-
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Takes what the last step's rows reached; rows of unknown length count for nothing."""
         if self._contexts is not None:

@@ -6,7 +6,6 @@ import torch
 from vllm.platforms import current_platform
 
 from topt_vllm.attention.common import PagedCache
-from topt_vllm.backend import compat
 from topt_vllm.backend.backend import TopThetaBackend
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.states import PREFERRED_BLOCK_SIZE
@@ -67,7 +66,8 @@ class GpuImpl(TopThetaImpl):
     def views(self, layer: Any, kv_cache: torch.Tensor) -> PagedCache:
         """A slot's K, then its V."""
         if kv_cache.dtype == torch.uint8:
-            kv_cache = kv_cache.view(compat.stored_fp8_dtype())
+            # vLLM's Triton attention stores the platform's e4m3, also for fp8_e5m2 (0.32, 0.33).
+            kv_cache = kv_cache.view(current_platform.fp8_dtype())
             key, value = kv_cache.chunk(2, dim=-1)
             return PagedCache(key, value, key_scale=layer._k_scale, value_scale=layer._v_scale)
         return PagedCache(*kv_cache.chunk(2, dim=-1))
