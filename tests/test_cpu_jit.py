@@ -51,13 +51,6 @@ def test_changed_source_is_built_beside_the_old_one(tiny: jit.Library) -> None:
     assert old.exists()
 
 
-def test_damaged_library_is_built_again(tiny: jit.Library) -> None:
-    tiny.path.parent.mkdir(parents=True)
-    tiny.path.write_bytes(b"not an ELF file")
-    jit.load(tiny)
-    assert tiny.path.read_bytes().startswith(b"\x7fELF")
-
-
 def test_waiting_process_uses_what_the_other_built(
     tiny: jit.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -329,12 +329,6 @@ def test_scheduler_sees_the_attention_layer(model: str):
         assert not group.layer_names[0].endswith(SUMS)
 
 
-@pytest.mark.parametrize("make", [llama_8b, llama_8b_fp8])
-def test_states_beside_one_kind_of_layer_leave_new_blocks_alone(make: Any):
-    """vLLM fills each new block with zeros where caches are of several dtypes."""
-    assert not plan(with_sums(make()), KVCacheLayout.LBNHC)[0].needs_kv_cache_zeroing
-
-
 @pytest.mark.parametrize("model", PACKED)
 def test_new_blocks_are_filled_with_zeros_beside_other_kinds(model: str):
     """Kernels multiply what lies behind a context by 0, and what states left there may be NaN to K and V."""
