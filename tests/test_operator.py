@@ -12,7 +12,6 @@ from attention_cases import (
     Case,
     attend,
     finish,
-    implementation,
     kept_sets,
     paged_cache,
     poison_unread_values,
@@ -22,7 +21,6 @@ from device import TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topt_vllm.attention import api
 from topt_vllm.attention.common import DecodeBatch, Selection, Stat, Thetas, new_statistics
 
 IMPLS = ["reference", "cpu", "triton"]
@@ -449,8 +447,7 @@ def test_every_code_of_k_is_decoded(dtype: torch.dtype, query_dtype: torch.dtype
     case = byte_case(key, value, query, dtype)
     # The weight in float32 also where the query is bfloat16.
     out = torch.full((256, 1, 64), NAN)
-    batch = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale)
-    got = api.decode(implementation("cpu"), *batch, out=out)[:, 0, :size]
+    got = case.run("cpu", out=out)[:, 0, :size]
     scores = torch.zeros(256, size, dtype=torch.float64)
     scores[codes, tokens] = values.double() * query[codes, codes % 61].double()
     expected = scores.softmax(dim=1).float()
@@ -501,16 +498,7 @@ def test_scores_that_grow_rescale_the_sums(impl: str) -> None:
 def test_strided_output(impl: str) -> None:
     case = random_case([(2, 100)])
     out = torch.full((2, 4, 128), NAN, dtype=torch.bfloat16)
-    api.decode(
-        implementation(impl),
-        case.query,
-        case.cache,
-        case.batch,
-        case.thetas,
-        case.selection,
-        case.scale,
-        out=out[:, :, :64],
-    )
+    case.run(impl, out=out[:, :, :64])
     assert torch.equal(out[:, :, :64], case.run(impl))
     assert out[:, :, 64:].isnan().all()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, implementation, random_case
+from attention_cases import Case, random_case
 from device import DEVICE, TRITON
 
 from topt_vllm.attention import api
@@ -22,12 +22,6 @@ from topt_vllm.attention.common import (
 NARROW = ["reference", TRITON]
 
 
-def decode(case: Case, impl: str, **options: Any) -> torch.Tensor:
-    """Output of an implementation with options that a case doesn't have."""
-    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
-    return api.decode(implementation(impl), *step, **options)
-
-
 @pytest.mark.parametrize("impl", ["reference", "cpu", TRITON])
 @pytest.mark.parametrize("compensation", ["none", "vmean"])
 def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any):
@@ -36,9 +30,9 @@ def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any
         [(1, 300), (3, 70)], dtype=torch.float32, selection=Selection(compensation=compensation)
     )
     sinks = torch.tensor([-2.0, 0.0, 3.0, 60.0])
-    plain, statistics, with_sinks = decode(case, impl), new_statistics(), new_statistics()
-    decode(case, impl, statistics=statistics)
-    out = decode(case, impl, sinks=sinks, statistics=with_sinks)
+    plain, statistics, with_sinks = case.run(impl), new_statistics(), new_statistics()
+    case.run(impl, statistics)
+    out = replace(case, sinks=sinks).run(impl, with_sinks)
     for row, sequence, n in case.rows():
         mass = case.scores64(row, sequence, n).logsumexp(dim=1)
         share = torch.sigmoid(mass - sinks.double())
@@ -50,22 +44,21 @@ def test_a_sink_takes_probability_and_gives_nothing(impl: str, compensation: Any
 @pytest.mark.parametrize("impl", ["reference", "cpu", TRITON])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sinks_are_read_as_the_model_has_them(impl: str, dtype: torch.dtype):
-    case, sinks = random_case([(1, 300)], dtype=dtype), torch.tensor([-2.0, 0.5, 3.3, 7.1]).to(dtype)
-    assert torch.equal(decode(case, impl, sinks=sinks), decode(case, impl, sinks=sinks.float()))
+    case = random_case([(1, 300)], dtype=dtype, sinks=torch.tensor([-2.0, 0.5, 3.3, 7.1]).to(dtype))
+    assert torch.equal(case.run(impl), replace(case, sinks=case.sinks.float()).run(impl))
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_sinks_of_another_shape_or_kind_are_refused(impl: str):
-    case = random_case([(1, 40)])
     with pytest.raises(ValueError, match=r"sinks \(3,\) of torch.float32 must be floating point, \[H=4\]"):
-        decode(case, impl, sinks=torch.zeros(3))
+        random_case([(1, 40)], sinks=torch.zeros(3)).run(impl)
     with pytest.raises(ValueError, match=r"sinks \(4,\) of torch.int32 must be floating point, \[H=4\]"):
-        decode(case, impl, sinks=torch.zeros(4, dtype=torch.int32))
+        random_case([(1, 40)], sinks=torch.zeros(4, dtype=torch.int32)).run(impl)
 
 
 def test_the_kernel_reads_sinks_one_after_the_other():
     with pytest.raises(RuntimeError, match="sinks: expected a contiguous last dimension"):
-        decode(random_case([(1, 40)]), "cpu", sinks=torch.zeros(8)[::2])
+        random_case([(1, 40)], sinks=torch.zeros(8)[::2]).run("cpu")
 
 
 def narrow(case: Case, value_dim: int) -> Case:
@@ -80,15 +73,13 @@ def narrow(case: Case, value_dim: int) -> Case:
 @pytest.mark.parametrize("value_dim", [32, 40])
 def test_v_may_be_narrower_than_k(impl: str, value_dim: int):
     case = random_case([(1, 300), (2, 70)], head_dim=80, dtype=torch.float32)
-    whole = decode(case, "reference")
-    out = decode(narrow(case, value_dim), impl)
-    assert out.shape == (3, 4, value_dim)
+    whole, out = case.run("reference"), narrow(case, value_dim).run(impl)
     torch.testing.assert_close(out, whole[..., :value_dim], rtol=1e-5, atol=2e-6)
 
 
 def test_v_narrower_than_k_is_refused_by_name():
     with pytest.raises(ValueError, match="needs heads of K and V of one size"):
-        decode(narrow(random_case([(1, 40)]), 32), "cpu")
+        narrow(random_case([(1, 40)]), 32).run("cpu")
 
 
 CAPABILITIES = {
@@ -114,11 +105,11 @@ def test_what_each_does_beyond_the_others(impl: str):
 @pytest.mark.parametrize("shape", [(7,), (2, 6)])
 def test_statistics_of_another_shape_are_refused(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match=r"statistics \(.*\) must be \[slots, 8\]"):
-        decode(random_case([(1, 40)]), "cpu", statistics=torch.zeros(shape, dtype=torch.float64))
+        random_case([(1, 40)]).run("cpu", torch.zeros(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("impl", ["cpu", TRITON])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_heads_of_512(impl: str, dtype: torch.dtype):
     case = random_case([(1, 100), (2, 40)], 4, 2, 512, 32, dtype, torch.float32)
-    torch.testing.assert_close(decode(case, impl), decode(case, "reference"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.run(impl), case.run("reference"), rtol=1e-4, atol=1e-5)

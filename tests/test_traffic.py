@@ -76,12 +76,12 @@ def test_model_is_what_the_kernel_moves(monkeypatch: pytest.MonkeyPatch, seq_len
     statistics = new_statistics()
     batch = replace(case.batch, max_query_rows=1)
     device = torch.device("cpu")
-    workspace = launcher.allocate_workspace(LargestBatch(2, 1, 6, 2, 80, device), programs=3)
+    bound = launcher.allocate(LargestBatch(2, 1, 6, 2, 80, device), programs=3)
     lists = 2 * 3 * launch.choose(LaunchShape(1, 6, 2, 80, 2), LIMITS, 3).list_keys * (4 + 1)
-    tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": workspace.memory[lists:]}
+    tensors = {"key": key, "value": value, "sums": cache.value_sums, "partials": bound.memory[lists:]}
     meter = Meter(monkeypatch, {**tensors, "query": query, "out": out})
     step = case.thetas, case.selection, case.scale, case.softcap
-    launcher.Bound(workspace).decode(DecodeArguments(query, cache, batch, *step, out, statistics))
+    bound.decode(DecodeArguments(query, cache, batch, *step, out, statistics))
     shape = Shape((seq_len,) * 2, 6, 2, 80, block_size, torch.bfloat16)
     rows = int(statistics[0, Stat.V_ROWS_READ])
     expected = traffic(shape, rows, LIMITS, programs=3)
@@ -101,9 +101,9 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
     assert screen is not None
     key, query, out = case.cache.key.contiguous(), case.query.contiguous(), torch.empty_like(case.query)
     cache, statistics = replace(case.cache, key=key), new_statistics()
-    workspace = launcher.allocate_workspace(LargestBatch(2, 1, 6, 2, 80, torch.device("cpu")), programs=3)
+    bound = launcher.allocate(LargestBatch(2, 1, 6, 2, 80, torch.device("cpu")), programs=3)
     chosen = launch.choose(LaunchShape(1, 6, 2, 80, 2, screened=True), LIMITS, 3)
-    parts = Parts.of(chosen, 2, 6, 2, 80, 80).cut(workspace.memory)
+    parts = Parts.of(chosen, 2, 6, 2, 80, 80).cut(bound.memory)
     tensors = {"key": key, "codes": screen.codes, "query": query, "out": out}
     # The last but one part of the workspace; behind it are the coefficients.
     meter = Meter(monkeypatch, tensors | {"queries": parts["query_codes"]})
@@ -111,7 +111,7 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
         replace(case.batch, max_query_rows=1),
         (case.thetas, case.selection, case.scale, case.softcap),
     )
-    launcher.Bound(workspace).decode(DecodeArguments(query, cache, batch, *step, out, statistics))
+    bound.decode(DecodeArguments(query, cache, batch, *step, out, statistics))
     shape = Shape((300,) * 2, 6, 2, 80, 32, torch.bfloat16)
     counted = statistics[0].int().tolist()
     rows, candidates = counted[Stat.V_ROWS_READ], counted[Stat.K_ROWS_READ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from attention_cases import NAN, Case, finish, implementation, kept_sets, poison_unread_values, random_case
+from attention_cases import NAN, Case, finish, kept_sets, poison_unread_values, random_case
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
@@ -27,16 +27,11 @@ RAGGED = [(1, 448), (1, 65), (0, 0), (3, 130)]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 
 
-def run(case: Case, kernel: Any, statistics: torch.Tensor | None = None) -> torch.Tensor:
-    """Output of an implementation object, written into a buffer full of NaN."""
-    out = torch.full_like(case.query, NAN)
-    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
-    return api.decode(kernel, *step, out, statistics)
-
-
 def with_programs(count: int) -> Any:
     """The kernel with a fixed number of programs for each KV head."""
-    return triton_implementation(partial(launcher.decode, programs=count))
+    return triton_implementation(
+        partial(launcher.decode, programs=count), launcher.finish, launcher.screen_bytes
+    )
 
 
 @pytest.fixture
@@ -55,13 +50,13 @@ def test_output_and_counters_do_not_depend_on_the_programs(selection: Selection)
     results = []
     for programs in (1, 2, 7):
         statistics = new_statistics()
-        results.append((run(case, with_programs(programs), statistics), statistics))
+        results.append((case.run(with_programs(programs), statistics), statistics))
     for out, statistics in results[1:]:
         torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
         assert torch.equal(statistics[:, : Stat.DROPPED_MASS], results[0][1][:, : Stat.DROPPED_MASS])
         torch.testing.assert_close(statistics, results[0][1], rtol=1e-6, atol=2e-6)
-    torch.testing.assert_close(results[0][0], run(clean, implementation("reference")), rtol=1e-5, atol=2e-6)
-    again = run(case, with_programs(7))
+    torch.testing.assert_close(results[0][0], clean.run("reference"), rtol=1e-5, atol=2e-6)
+    again = case.run(with_programs(7))
     assert torch.equal(again[again.isfinite()], results[2][0][again.isfinite()])
 
 
@@ -78,7 +73,7 @@ def test_kept_set_does_not_depend_on_the_programs():
             value[block, :, position % 32, position - start] = 1
         window = replace(case, cache=replace(case.cache, value=value))
         for programs, found in used.items():
-            found[:, start : start + 64] = run(window, with_programs(programs))[0] > 0
+            found[:, start : start + 64] = window.run(with_programs(programs))[0] > 0
     ((kept, _),) = kept_sets(case)
     for programs, found in used.items():
         assert torch.equal(found, kept), programs
@@ -93,8 +88,8 @@ def test_ragged_batches_are_shared_out_whatever_their_lengths(count: int, longes
     contexts = [(0, 0) if i % 7 == 5 else (1, n) for i, n in enumerate(lengths.tolist())]
     case = random_case(contexts, 2, 1, 32, 16, torch.float32, keep=0.2, seed=count)
     counted, expected = new_statistics(), new_statistics()
-    out = run(case, with_programs(33), counted)
-    torch.testing.assert_close(out, run(case, implementation("reference"), expected), rtol=1e-5, atol=3e-6)
+    out = case.run(with_programs(33), counted)
+    torch.testing.assert_close(out, case.run("reference", expected), rtol=1e-5, atol=3e-6)
     torch.testing.assert_close(counted, expected, rtol=1e-6, atol=2e-5)
 
 
@@ -107,8 +102,8 @@ def test_lists_shorter_than_a_program_s_share_are_filled_again(
     case = random_case([(1, 700), (2, 300)], 4, 2, dtype=torch.float32, keep=0.3)
     chosen = launch.choose(LaunchShape(1, 4, 2, 64, 4), launch.limits_of(torch.device("cpu")))
     assert chosen.list_keys == chosen.tile == 128
-    out = run(case, with_programs(programs))
-    torch.testing.assert_close(out, run(case, implementation("reference")), rtol=1e-5, atol=2e-6)
+    out = case.run(with_programs(programs))
+    torch.testing.assert_close(out, case.run("reference"), rtol=1e-5, atol=2e-6)
 
 
 def test_rows_without_thresholds_read_v_in_order_and_drop_nothing():
@@ -118,14 +113,14 @@ def test_rows_without_thresholds_read_v_in_order_and_drop_nothing():
     short = Thetas(torch.tensor([295], dtype=torch.int32), torch.full((4, 1), 9.0), torch.zeros(4, 2))
     mixed, dense = replace(case, thetas=short), replace(case, thetas=None)
     statistics = new_statistics()
-    out = run(mixed, with_programs(3), statistics)
-    torch.testing.assert_close(out[1], run(dense, implementation("reference"))[1], rtol=1e-5, atol=1e-6)
+    out = mixed.run(with_programs(3), statistics)
+    torch.testing.assert_close(out[1], dense.run("reference")[1], rtol=1e-5, atol=1e-6)
     expected = new_statistics()
-    run(mixed, implementation("reference"), expected)
+    mixed.run("reference", expected)
     assert statistics[0, Stat.V_ROWS_READ] == expected[0, Stat.V_ROWS_READ]
     alone = replace(mixed, thetas=replace(short, lengths=short.lengths + 100))
     statistics = new_statistics()
-    run(alone, with_programs(3), statistics)
+    alone.run(with_programs(3), statistics)
     assert statistics[0, Stat.DROPPED_MASS] == 0
 
 
@@ -143,7 +138,7 @@ def in_layout(cache: PagedCache, layout: str) -> PagedCache:
 def test_layouts_of_the_gpu_backends(layout: str, head_dim: int):
     case = random_case([(1, 100), (2, 70)], head_dim=head_dim, block_size=48)
     other = replace(case, cache=in_layout(case.cache, layout))
-    assert torch.equal(run(other, implementation("triton")), run(case, implementation("triton")))
+    assert torch.equal(other.run("triton"), case.run("triton"))
 
 
 def quantised(case: Case, dtype: torch.dtype) -> Case:
@@ -167,7 +162,7 @@ def test_fp8_cache(dtype: torch.dtype):
     got, statistics = {}, {}
     for name in ("triton", "reference"):
         statistics[name] = new_statistics()
-        got[name] = run(case, implementation(name), statistics[name])
+        got[name] = case.run(name, statistics[name])
     torch.testing.assert_close(got["triton"], got["reference"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(statistics["triton"], statistics["reference"], rtol=1e-6, atol=1e-6)
     assert statistics["triton"][0, Stat.V_ROWS_READ] < statistics["triton"][0, Stat.V_ROWS]
@@ -186,18 +181,17 @@ def test_every_fp8_number_is_decoded(dtype: torch.dtype):
 
 def test_a_workspace_serves_smaller_batches_and_statistics_spread_over_slots():
     case = random_case([(1, 300), (2, 65)])
-    workspace = launcher.allocate_workspace(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
-    workspace.memory.fill_(NAN)
-    bound = triton_implementation(launcher.Bound(workspace).decode)
+    bound = launcher.allocate(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
+    bound.memory.fill_(NAN)
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
     spread, plain = launcher.new_statistics("cpu"), new_statistics()
-    got = run(case, bound, spread)
-    torch.testing.assert_close(got, run(case, with_programs(3), plain), rtol=0, atol=0)
+    got = case.run(triton_implementation(bound.decode), spread)
+    torch.testing.assert_close(got, case.run(with_programs(3), plain), rtol=0, atol=0)
     torch.testing.assert_close(spread.sum(dim=0), plain[0])
     assert int((spread[:, Stat.ROWS] > 0).sum()) == 3
-    small = replace(workspace, memory=workspace.memory[:1000])
+    small = replace(bound, memory=bound.memory[:1000])
     with pytest.raises(RuntimeError, match=r"workspace: expected at least \d+ words for 3 rows .* got 1000"):
-        run(case, triton_implementation(launcher.Bound(small).decode))
+        case.run(triton_implementation(small.decode))
 
 
 def test_padding_is_left_alone():
@@ -213,8 +207,8 @@ def test_padding_is_left_alone():
     )
     padded = replace(case, query=torch.cat([case.query, case.query[:1]]), batch=batch)
     statistics = new_statistics()
-    out = run(padded, implementation("triton"), statistics)
-    assert torch.equal(out[:2], run(case, implementation("triton")))
+    out = padded.run("triton", statistics)
+    assert torch.equal(out[:2], case.run("triton"))
     assert out[2].isnan().all()
     assert statistics[0, Stat.ROWS] == 2
 
@@ -255,9 +249,9 @@ def test_a_gpu_is_asked_only_what_its_torch_knows(
 @pytest.mark.usefixtures("short_programs")
 def test_batches_of_more_items_than_registers_hold_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch):
     case = random_case([*RAGGED, (1, 20), (2, 300)], 6, 2, dtype=torch.float32)
-    whole = run(case, with_programs(7))
+    whole = case.run(with_programs(7))
     monkeypatch.setattr(merge_kernel, "_MOST_ITEMS", triton.language.constexpr(4))
-    assert torch.equal(run(case, with_programs(7)), whole)
+    assert torch.equal(case.run(with_programs(7)), whole)
 
 
 def test_many_sequences_have_programs_of_two_warps():
@@ -285,9 +279,7 @@ def test_warm_up_batches_have_the_kernels_of_every_other(heads: tuple[int, int],
 
 def test_lists_do_not_grow_with_batch_or_context():
     words = [
-        launcher.allocate_workspace(
-            LargestBatch(sequences, 1, 32, 8, 128, torch.device("meta"))
-        ).memory.numel()
+        launcher.allocate(LargestBatch(sequences, 1, 32, 8, 128, torch.device("meta"))).memory.numel()
         for sequences in (1024, 2047)
     ]
     partials, queries = 1023 * 8 * 4 * (128 + 4), 1023 * 32 * (128 // 4 + 5)
@@ -325,7 +317,7 @@ def test_drafted_rows_share_tiles_of_16_columns():
 )
 def test_refusals_name_argument_expected_and_got(change: Any, message: str):
     with pytest.raises(RuntimeError, match=message):
-        run(change(random_case([(1, 100)])), implementation("triton"))
+        change(random_case([(1, 100)])).run("triton")
 
 
 def test_auto_picks_triton_on_gpus_and_the_cpu_kernel_refuses_them():

@@ -1,7 +1,6 @@
 """The Triton kernels with a K screen: codes to the bit, decoding against the reference operator."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,19 +9,16 @@ import torch
 from attention_cases import NAN, Case, finish, implementation, poison_unread_values, random_case
 from device import DEVICE, triton_implementation
 from screen_cases import transform_of, with_screen
+from test_triton import short_programs, with_programs
 
 from topt_vllm.attention import api, reference
 from topt_vllm.attention.common import LargestBatch, RowThetas, Selection, Stat, Thetas, new_statistics
 from topt_vllm.attention.screen import EncodedKeys
 from topt_vllm.attention.triton import launch, launcher
 
-pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+__all__ = ["short_programs"]
 
-
-@pytest.fixture(autouse=True)
-def short_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs may have a single tile, so that short contexts are really shared out."""
-    monkeypatch.setattr(launch, "MIN_PROGRAM_TOKENS", 1)
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.usefixtures("short_programs")]
 
 
 def stored_codes(case: Case, sequence: int, n: int) -> EncodedKeys:
@@ -90,27 +86,17 @@ def test_rows_are_encoded_as_they_come():
     assert (parts.codes[others] == 99).all()
 
 
-def run(case: Case, kernel: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run(case: Case, by: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Output, counters and keys that reach θ."""
-    out, statistics = torch.full_like(case.query, NAN), new_statistics()
-    reached = torch.zeros(case.query.shape[:2], dtype=torch.int64)
+    statistics, reached = new_statistics(), torch.zeros(case.query.shape[:2], dtype=torch.int64)
     if isinstance(case.thetas, RowThetas):
         reached = None
-    step = (case.query, case.cache, case.batch, case.thetas, case.selection, case.scale, case.softcap)
-    api.decode(kernel, *step, out, statistics, reached, **options)
-    return out, statistics, reached
+    return case.run(by, statistics, reached), statistics, reached
 
 
-def with_programs(count: int) -> Any:
-    return triton_implementation(
-        partial(launcher.decode, programs=count), launcher.finish, launcher.screen_bytes
-    )
-
-
-def assert_same(case: Case, **options: Any) -> torch.Tensor:
+def assert_same(case: Case) -> torch.Tensor:
     """The kernel does as the reference operator; gives the counters."""
-    got = run(case, with_programs(3), **options)
-    expected = run(case, implementation("reference"), **options)
+    got, expected = run(case, with_programs(3)), run(case, "reference")
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(got[1], expected[1], rtol=1e-5, atol=1e-4)
     if got[2] is not None:
@@ -142,8 +128,8 @@ def test_selections(selection: Selection, softcap: float):
     case = random_case(
         [(1, 280), (1, 90)], 4, 2, dtype=torch.float32, selection=selection, softcap=softcap, keep=0.05
     )
-    case = replace(case, batch=replace(case.batch, max_query_rows=1))
-    assert_same(with_screen(case, "triton"), sinks=torch.randn(4))
+    case = replace(case, batch=replace(case.batch, max_query_rows=1), sinks=torch.randn(4))
+    assert_same(with_screen(case, "triton"))
 
 
 def test_heads_and_lengths_without_a_threshold_are_exact():
@@ -192,7 +178,7 @@ def test_drafted_rows(group_keep: Any):
     selection = Selection(group_keep=group_keep)
     case = random_case([(3, 200), (1, 280)], 6, 2, dtype=torch.float32, selection=selection, keep=0.05)
     case = with_screen(case, "triton", margin=None)
-    got, expected = run(case, with_programs(3)), run(case, implementation("reference"))
+    got, expected = run(case, with_programs(3)), run(case, "reference")
     torch.testing.assert_close(got[0], expected[0], rtol=0.02, atol=0.01)
     counts = [stat for stat in Stat if stat != Stat.DROPPED_MASS]
     assert torch.equal(got[1][0, counts], expected[1][0, counts])
@@ -211,7 +197,7 @@ def test_k_is_read_of_candidates_only_and_garbage_behind_the_context_is_not_seen
     """Whatever the programs, and with lists that are filled again."""
     monkeypatch.setattr(launch, "_LIST_BYTES", 1)
     case = with_screen(random_case([(1, 447)], 4, 1, dtype=torch.float32, keep=0.05), "triton")
-    expected = run(case, implementation("reference"))
+    expected = run(case, "reference")
     screen, key = case.cache.key_screen, case.gather(0, 447)[0]
     assert screen is not None
     scores = reference.scaled_scores(case.query[0], key, case.scale)
@@ -242,9 +228,8 @@ def test_a_row_that_cannot_be_stored_is_a_candidate():
 def test_a_workspace_serves_screens():
     case = with_screen(random_case([(1, 200), (2, 65)]), "triton")
     case = replace(case, batch=replace(case.batch, max_query_rows=2))
-    workspace = launcher.allocate_workspace(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
-    workspace.memory.fill_(NAN)
-    bound = launcher.Bound(workspace)
+    bound = launcher.allocate(LargestBatch(4, 3, 4, 2, 64, DEVICE), programs=3)
+    bound.memory.fill_(NAN)
     assert bound.screen_bytes("int4", 64, 16) == 16 * (32 + 4)
     kernel = triton_implementation(bound.decode, bound.finish, bound.screen_bytes)
     for got, expected in zip(run(case, kernel), run(case, with_programs(3)), strict=True):
@@ -252,12 +237,10 @@ def test_a_workspace_serves_screens():
 
 
 def test_what_cannot_be_screened_is_refused():
-    with pytest.raises(ValueError, match=r"no K screen 'int4\+4'; it has int4"):
-        launcher.screen_bytes("int4+4", 64, 16)
     with pytest.raises(ValueError, match="multiples of 8, got 36"):
         launcher.screen_bytes("int4", 36, 16)
     case = with_screen(random_case([(1, 100)]), "triton")
     assert case.cache.key_screen is not None
     screen = replace(case.cache.key_screen, codes=case.cache.key_screen.codes[:, :, :-4])
     with pytest.raises(RuntimeError, match=r"key_screen: codes: expected torch.uint8 \[7, 2, 1152\], got"):
-        run(replace(case, cache=replace(case.cache, key_screen=screen)), implementation("triton"))
+        replace(case, cache=replace(case.cache, key_screen=screen)).run("triton")

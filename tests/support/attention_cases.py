@@ -7,7 +7,7 @@ import torch
 from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Selection, Thetas
+from topt_vllm.attention.common import DecodeArguments, DecodeBatch, PagedCache, RowThetas, Selection, Thetas
 
 NAN = float("nan")
 GARBAGE_BLOCK = 2**31 - 1
@@ -49,24 +49,19 @@ class Case:
     sinks: torch.Tensor | None = None
 
     def run(
-        self, name: str, statistics: torch.Tensor | None = None, reached: torch.Tensor | None = None
+        self,
+        by: str | api.Implementation,
+        statistics: torch.Tensor | None = None,
+        reached: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Output of an implementation, written into a buffer full of NaN."""
-        out = torch.full_like(self.query, NAN)
-        return api.decode(
-            implementation(name),
-            self.query,
-            self.cache,
-            self.batch,
-            self.thetas,
-            self.selection,
-            self.scale,
-            self.softcap,
-            out,
-            statistics,
-            reached,
-            self.sinks,
-        )
+        """Output of an implementation, or of the one with a name, written into a buffer full of NaN."""
+        if out is None:
+            out = self.query.new_full((*self.query.shape[:2], self.cache.value.shape[3]), NAN)
+        step = self.query, self.cache, self.batch, self.thetas, self.selection, self.scale, self.softcap
+        given = DecodeArguments(*step, out, statistics, reached, self.sinks)
+        api.decode(implementation(by) if isinstance(by, str) else by, given)
+        return out
 
     def rows(self) -> list[tuple[int, int, int]]:
         """(row, sequence, n) of every query row."""

@@ -13,7 +13,6 @@ from topt_vllm.attention.common import (
     LargestBatch,
     PagedCache,
     RowThetas,
-    Selection,
     Stat,
     Thetas,
 )
@@ -71,8 +70,13 @@ class Implementation(Protocol):
     def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
         """Bytes of ``KeyScreen.codes`` for one KV head of one block; 0 where they aren't stored.
 
+        Args:
+            format: One of its capabilities; :func:`require` says so.
+            head_dim: D.
+            block_size: P.
+
         Raises:
-            ValueError: It has no such screen, or not for such heads or blocks.
+            ValueError: It has no screen for such heads or blocks.
         """
         ...
 
@@ -138,67 +142,26 @@ def require(
         raise ValueError(f"this implementation has no K screen {screen!r}; it has: {known}")
 
 
-def decode(
-    implementation: Implementation,
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    thetas: Thetas | RowThetas | None,
-    selection: Selection,
-    scale: float,
-    softcap: float = 0.0,
-    out: torch.Tensor | None = None,
-    statistics: torch.Tensor | None = None,
-    reached: torch.Tensor | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+def decode(implementation: Implementation, given: DecodeArguments) -> None:
     """Top-Theta attention of the rows of a decode batch over a paged KV cache.
 
     Args:
-        implementation: From :func:`load_implementation`.
-        query: [R, H, D].
-        cache: Of the layer; ``finish`` of the implementation has brought what lies beside K and V up to date.
-        batch: Rows, context lengths and block table.
-        thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
-        selection: Selection and compensation.
-        scale: Factor of q·k.
-        softcap: Logits softcap, 0 for none.
-        out: [R, H, Dv] to write into; allocated when None.
-        statistics: float64 [slots, 8], accumulators to add to (:class:`~topt_vllm.attention.common.Stat`); what
-            counts is their sum over slots.
-        reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
-            that are dense for their length add nothing. Not with thresholds by row.
-        sinks: [H] of any floating dtype, a logit of each query head that takes probability as one more key would,
-            has no V row and is compensated by nothing; None for none.
-
-    Returns:
-        ``out``.
+        implementation: From :func:`load_implementation`; its ``finish`` has brought up to date what lies beside K
+            and V.
+        given: What is decoded.
 
     Raises:
         ValueError: Shapes or options that contradict each other, or that the implementation doesn't take.
     """
-    if out is None:
-        out = query.new_empty(*query.shape[:2], cache.value.shape[3])
-    given = DecodeArguments(
-        query, cache, batch, thetas, selection, scale, softcap, out, statistics, reached, sinks
-    )
     _check(given)
-    if statistics is not None and (statistics.dim() != 2 or statistics.shape[1] != len(Stat)):
-        raise ValueError(f"statistics {tuple(statistics.shape)} must be [slots, {len(Stat)}]")
-    if reached is not None and isinstance(thetas, RowThetas):
-        raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
+    cache = given.cache
     require(
         implementation,
         narrow_values=cache.key.shape[3] != cache.value.shape[3],
         screen=cache.key_screen.format if cache.key_screen is not None else None,
     )
-    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(
-            f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be floating point, [H={query.shape[1]}]"
-        )
-    if query.shape[0]:
+    if given.query.shape[0]:
         implementation.decode(given)
-    return out
 
 
 def _check(given: DecodeArguments) -> None:
@@ -226,6 +189,15 @@ def _check(given: DecodeArguments) -> None:
     if given.vmean and cache.rows_per_state is None:
         raise ValueError(
             "vmean needs value_sums [B, Hkv, P / T, Dv]; give the cache some, or set the compensation to none"
+        )
+    statistics, sinks = given.statistics, given.sinks
+    if statistics is not None and (statistics.dim() != 2 or statistics.shape[1] != len(Stat)):
+        raise ValueError(f"statistics {tuple(statistics.shape)} must be [slots, {len(Stat)}]")
+    if given.reached is not None and isinstance(thetas, RowThetas):
+        raise ValueError("reached counts against thresholds of heads, not of rows; leave it out")
+    if sinks is not None and (sinks.shape != query.shape[1:2] or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks {tuple(sinks.shape)} of {sinks.dtype} must be floating point, [H={num_heads}]"
         )
     if cache.key_screen is not None:
         for name, part in (

@@ -292,7 +292,23 @@ class LargestBatch:
 
 @dataclass(frozen=True)
 class DecodeArguments:
-    """What an implementation decodes; attributes as the arguments of :func:`topt_vllm.attention.api.decode`."""
+    """What an implementation decodes.
+
+    Attributes:
+        query: [R, H, D].
+        cache: Of the layer.
+        batch: Rows, context lengths and block table.
+        thetas: Thresholds of the layer's query heads, or of each row; None for θ = −inf, which keeps every row.
+        selection: Selection and compensation.
+        scale: Factor of q·k.
+        softcap: Logits softcap, 0 for none.
+        out: [R, H, Dv] to write into.
+        statistics: float64 [slots, 8], accumulators to add to (:class:`Stat`); what counts is their sum over slots.
+        reached: int64 [R, H], counters to add to: keys whose score is θ(n) or more, whatever else keeps them. Rows
+            that are dense for their length add nothing. Not with thresholds by row.
+        sinks: [H] of any floating dtype, a logit of each query head that takes probability as one more key would,
+            has no V row and is compensated by nothing; None for none.
+    """
 
     query: torch.Tensor
     cache: PagedCache

@@ -7,7 +7,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import max_decode_query_len
 
 from topt_vllm.attention import api
-from topt_vllm.attention.common import DecodeBatch, LargestBatch, PagedCache
+from topt_vllm.attention.common import DecodeArguments, DecodeBatch, LargestBatch, PagedCache
 from topt_vllm.backend import compat, connectors
 from topt_vllm.backend.group import on_buffers
 from topt_vllm.backend.layer import TopThetaLayer
@@ -145,8 +145,7 @@ class TopThetaImpl(_Platform):
         logits = self.scale, self.logits_soft_cap
 
         def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> None:
-            api.decode(
-                bound.group.kernel,
+            given = DecodeArguments(
                 query,
                 cache,
                 batch,
@@ -158,6 +157,7 @@ class TopThetaImpl(_Platform):
                 thresholds.reached(len(query)),
                 self.sinks,
             )
+            api.decode(bound.group.kernel, given)
 
         if bound.group.warm_up is not None:
             # Triton asks whether 32 bits address a cache, and the one that vLLM measures memory with is small.

@@ -112,9 +112,8 @@ def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     """Bytes of the copy of K for one KV head of one block; csrc/screen_block.h has the layout.
 
     Raises:
-        ValueError: There is no such copy, or not of such heads or blocks.
+        ValueError: There is no copy of such heads or blocks.
     """
-    _check_format(format)
     for name, value in (("head dimension", head_dim), ("block size", block_size)):
         if value <= 0 or value % 16:
             raise ValueError(f"the cpu kernel needs a {name} that is a multiple of 16, got {value}")
@@ -131,12 +130,4 @@ def _screen(cache: PagedCache) -> tuple[torch.Tensor | None, ...]:
     screen = cache.key_screen
     if screen is None:
         return None, None, None, None
-    _check_format(screen.format)
     return screen.codes, screen.transform.mean, screen.transform.scale, screen.transform.signs
-
-
-def _check_format(format: str) -> None:
-    if format not in capabilities.screens:
-        raise ValueError(
-            f"the cpu kernel has no K screen {format!r}; it has: {', '.join(capabilities.screens)}"
-        )

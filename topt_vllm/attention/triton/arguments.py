@@ -31,10 +31,8 @@ def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     Then an int32 of each row: its step, a float16, in the lower half, and the error norm in the upper one.
 
     Raises:
-        ValueError: Another format than ``int4``, or heads whose rows don't fill words.
+        ValueError: Heads whose rows don't fill words.
     """
-    if format != "int4":
-        raise ValueError(f"the triton kernel has no K screen {format!r}; it has int4")
     if head_dim % 8:
         raise ValueError(
             f"the triton kernel's K screen takes head dimensions that are multiples of 8, got {head_dim}"

@@ -21,7 +21,7 @@ from topt_vllm.attention.triton.calls import DecodeStep
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
 from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
 from topt_vllm.attention.triton.launch import PROGRAMS_PER_MULTIPROCESSOR, limits_of
-from topt_vllm.attention.triton.workspace import Workspace, allocate_workspace
+from topt_vllm.attention.triton.workspace import allocate_workspace
 
 capabilities = Capabilities(narrow_values=True, screens={"int4": SCREEN_LIMITS["int4"]}, graphs=True)
 
@@ -65,9 +65,15 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """The implementation on a workspace: allocates nothing, so that a CUDA graph can capture it."""
+    """The implementation on a workspace: allocates nothing, so that a CUDA graph can capture it.
 
-    workspace: Workspace
+    Attributes:
+        memory: The workspace, float32 [any].
+        programs: Fixed number of programs of a KV head; None for the heuristic's.
+    """
+
+    memory: torch.Tensor
+    programs: int | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -82,15 +88,15 @@ class Bound:
         """
         step = DecodeStep(**vars(given))
         check(step)
-        launch = step.choose(limits_of(step.query.device), self.workspace.programs)
-        words, memory = step.parts(launch).words, self.workspace.memory
-        if words > memory.numel():
+        launch = step.choose(limits_of(step.query.device), self.programs)
+        words = step.parts(launch).words
+        if words > self.memory.numel():
             raise RuntimeError(
                 f"workspace: expected at least {words} words for {step.query.shape[0]} rows of "
-                f"{step.batch.seq_lens.shape[0]} sequences, got {memory.numel()}; allocate must be told the "
-                "largest batch"
+                f"{step.batch.seq_lens.shape[0]} sequences, got {self.memory.numel()}; allocate must be told "
+                "the largest batch"
             )
-        for call in step.calls(launch, memory, interpreted()):
+        for call in step.calls(launch, self.memory, interpreted()):
             call.launch()
 
     def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
@@ -106,13 +112,13 @@ class Bound:
         return screen_bytes(format, head_dim, block_size)
 
 
-def allocate(largest: LargestBatch) -> Bound:
-    """As ``allocate`` of :class:`topt_vllm.attention.api.Implementation`."""
-    return Bound(allocate_workspace(largest))
+def allocate(largest: LargestBatch, programs: int | None = None) -> Bound:
+    """As ``allocate`` of :class:`topt_vllm.attention.api.Implementation`; ``programs`` as of :class:`Bound`."""
+    return Bound(allocate_workspace(largest, programs), programs)
 
 
 def decode(given: DecodeArguments, programs: int | None = None) -> None:
     """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
     step, device = DecodeStep(**vars(given)), given.query.device
     words = step.parts(step.choose(limits_of(device), programs)).words
-    Bound(Workspace(torch.empty(words, dtype=torch.float32, device=device), programs)).decode(given)
+    Bound(torch.empty(words, dtype=torch.float32, device=device), programs).decode(given)

@@ -78,21 +78,8 @@ class Parts:
         }
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """What the kernels keep between and beside them.
-
-    Attributes:
-        memory: float32 [any].
-        programs: Fixed number of programs of a KV head; None for the heuristic's.
-    """
-
-    memory: torch.Tensor
-    programs: int | None = None
-
-
-def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> Workspace:
-    """A workspace for every batch of up to these sizes; layers that run one after another can share it.
+def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> torch.Tensor:
+    """Memory for every batch of up to these sizes, float32; layers that run one after another can share it.
 
     Args:
         largest: The sizes.
@@ -108,4 +95,4 @@ def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> Wo
         launch = choose(shape, limits, programs)
         items = largest.max_sequences * launch.chunks(query_rows)
         words = max(words, Parts.of(launch, items, *heads, largest.head_dim).words)
-    return Workspace(torch.empty(words, dtype=torch.float32, device=largest.device), programs)
+    return torch.empty(words, dtype=torch.float32, device=largest.device)
