@@ -115,7 +115,7 @@ def test_the_table_holds_what_was_found_from_the_context_on(tmp_path: Path):
     benchmark(model).run(lambda _: None, engines.ask)
     (table,) = engines.tables
     assert table.model == identify(AutoConfig.from_pretrained(model), "tiny")
-    found = table.thetas(table.budget("rows-10%"))
+    found = table.budget("rows-10%").thetas(table.lengths)
     assert set(found) == set(range(LAYERS))
     for n in (300, 303, 305, 4000):
         assert found[0].at(n).tolist() == [0.5, 1.5, 2.5, 3.5]
@@ -125,7 +125,7 @@ def test_the_table_holds_what_was_found_from_the_context_on(tmp_path: Path):
 def test_contexts_may_lie_below_the_table(tmp_path: Path):
     engines = Engines()
     benchmark(config_only(tmp_path), keeps=(0.1,), first_length=1000).run(lambda _: None, engines.ask)
-    thetas = engines.tables[0].thetas(engines.tables[0].budget("rows-10%"))[0]
+    thetas = engines.tables[0].budget("rows-10%").thetas(engines.tables[0].lengths)[0]
     assert thetas.at(999).max() == -torch.inf
     assert thetas.at(1000).min() == 0.5
 

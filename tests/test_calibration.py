@@ -290,6 +290,8 @@ def test_quality_is_what_the_operator_counts():
     assert result.v_rows_read == pytest.approx(expected / (layers * 2 * contexts), abs=1e-4)
     assert result.dropped_mass == pytest.approx(statistics[Stat.DROPPED_MASS].item() / 12, abs=1e-4)
     assert result.kept_over_k.p5 <= result.kept_over_k.p50 <= result.kept_over_k.p95
+    with pytest.raises(CalibrationError, match=r"quality\.kl: Input should be a finite number, got nan"):
+        quality(read, 70, 3, Losses(0.0, math.nan, 1.0))
 
 
 def test_windowed_layers_count_their_window():

@@ -132,7 +132,7 @@ def test_candidates_are_the_reference_s(folder, whole, monkeypatch):
         for row in late_rows(LENGTH, 0, 255).tolist():
             screen = KeyScreen("int4", transforms[found.layer], torch.empty(0))
             query, key = found.query[:, row], found.key[:, : row + 1]
-            theta = whole.thetas(budget)[found.layer].at(row + 1)
+            theta = budget.thetas(whole.lengths)[found.layer].at(row + 1)
             nothing = torch.zeros(row + 1, dtype=torch.bool)
             exact = torch.zeros(4, row + 1)
             _, passed, _ = screened(exact, query, key, screen, theta, nothing, found.scale, found.softcap)

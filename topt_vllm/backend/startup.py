@@ -120,7 +120,7 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
     else:
         table, path = found
         budget = table.budget(config.budget)
-        thetas = table.thetas(budget)
+        thetas = budget.thetas(table.lengths)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         labels = _labels(identity, path.name, digest, str(budget.key))
         rows = f"table {path}, budget {budget.key}, dense layers {budget.dense_layers or 'none'}"

@@ -83,14 +83,14 @@ def _target(captured: CapturedCache, table: ThresholdTable, k: int | str, indice
         keep = min(1.0, budget.k / captured.seq_len)
     else:
         keep = budget.quality.v_rows_read if budget.quality is not None else 1.0
-    thetas = table.thetas(budget)
+    thetas = budget.thetas(table.lengths)
     return ThetaSet(keep, [thetas[index] for index in indices], k)
 
 
 def _layers(
     captured: CapturedCache, table: ThresholdTable, k: int | str, only: Sequence[int] | None
 ) -> tuple[int, ...]:
-    sparse = [index for index in table.thetas(table.budget(k)) if index in captured.layers]
+    sparse = [index for index in table.budget(k).thetas(table.lengths) if index in captured.layers]
     unknown = sorted(set(only or ()) - set(sparse))
     if not sparse:
         raise ReplayError(f"budget {k} skips in none of the layers in the file")

@@ -1,11 +1,14 @@
 """What a budget kept, read and cost in a replay, as its table states it."""
 
 import torch
+from pydantic import ValidationError
 
+from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.statistics import DECIMALS
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.predictions import Losses
 from topt_vllm.replay.scores import percentiles
+from topt_vllm.table.file import first_problem
 from topt_vllm.table.schema import Quality, Spread
 
 
@@ -17,19 +20,25 @@ def quality(attention: RuleAttention, tokens: int, rows: int, losses: Losses) ->
         tokens: Length of the held-back text.
         rows: Rows that were decoded.
         losses: Against dense attention.
+
+    Raises:
+        CalibrationError: Something isn't finite.
     """
     shares = attention.counts.shares()
-    return Quality(
-        kept_over_k=_spread([part for parts in attention.kept_over_k.values() for part in parts]),
-        v_rows_read=_rounded(shares["v_rows_read"]),
-        dropped_mass=_rounded(shares["dropped_mass"]),
-        tokens=tokens,
-        rows=rows,
-        loss_pct=_rounded(losses.loss_pct),
-        kl=round(losses.kl, DECIMALS + 2),
-        agreement=_rounded(losses.agreement),
-        layer_rows_read=[_rounded(share) for share in attention.layer_rows_read()],
-    )
+    try:
+        return Quality(
+            kept_over_k=_spread([part for parts in attention.kept_over_k.values() for part in parts]),
+            v_rows_read=_rounded(shares["v_rows_read"]),
+            dropped_mass=_rounded(shares["dropped_mass"]),
+            tokens=tokens,
+            rows=rows,
+            loss_pct=_rounded(losses.loss_pct),
+            kl=round(losses.kl, DECIMALS + 2),
+            agreement=_rounded(losses.agreement),
+            layer_rows_read=[_rounded(share) for share in attention.layer_rows_read()],
+        )
+    except ValidationError as error:
+        raise CalibrationError(f"measured on held-back text: quality.{first_problem(error)}") from None
 
 
 def _spread(kept_over_k: list[torch.Tensor]) -> Spread | None:

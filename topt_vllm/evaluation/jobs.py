@@ -67,7 +67,7 @@ def _budget_jobs(plan: Plan) -> list[Job]:
     jobs: list[Job] = []
     for k in options.ks:
         budget = plan.table.budget(k)
-        thetas, ks = plan.table.thetas(budget), budget.ks()
+        thetas, ks = budget.thetas(plan.table.lengths), budget.ks()
         rules: dict[str, Rule] = {"toptheta": TopTheta(thetas), "toptheta-nomean": TopThetaNoMean(thetas)}
         rules[ADAPTING] = TopThetaAdapt(thetas, ks)
         for name in OURS:

@@ -12,7 +12,6 @@ from topt_vllm.table.schema import (
     Budget,
     KeyStatistics,
     LayerThresholds,
-    Quality,
     ThresholdTable,
     ThresholdTableError,
 )
@@ -110,26 +109,12 @@ def _budget(budget: Budget, key: str, expected: list[int], num_heads: int, num_l
         yield f"{key}.dense_layers", f"layers {clipped(unknown)} are not among the full-attention layers"
     if len(set(budget.dense_layers)) != len(budget.dense_layers):
         yield f"{key}.dense_layers", f"layers must differ, got {clipped(budget.dense_layers)}"
-    if budget.quality is not None:
-        yield from _quality(budget.quality, f"{key}.quality")
     found = [entry.layer for entry in budget.layers]
     if found != expected:
         problem = f"layers {clipped(expected)} expected in this order, got {clipped(found)}"
         yield f"{key}.layers", problem
     for position, entry in enumerate(budget.layers):
         yield from _layer(entry, f"{key}.layers[{position}]", num_heads, num_lengths)
-
-
-def _quality(quality: Quality, key: str) -> _Problems:
-    numbers = [value for _, value in quality if isinstance(value, float)]
-    numbers += [value for _, value in quality.kept_over_k or ()]
-    by_layer = quality.layer_rows_read + (quality.layer_candidates or [])
-    numbers += by_layer
-    if not all(map(math.isfinite, numbers)):
-        yield key, f"must be finite, got {clipped(numbers)}"
-    shares = [quality.v_rows_read, quality.dropped_mass, quality.agreement, *by_layer]
-    if not all(0 <= share <= 1 for share in shares):
-        yield key, f"shares lie between 0 and 1, got {clipped(shares)}"
 
 
 def _keys(statistics: KeyStatistics, expected: list[int], num_kv_heads: int, head_dim: int) -> _Problems:

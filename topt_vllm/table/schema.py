@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 _Item = TypeVar("_Item")
 # The first wrong item is enough: pydantic would keep a record of each, and a stranger's list may have millions.
 Items = Annotated[list[_Item], Field(fail_fast=True)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class ThresholdTableError(ValueError):
@@ -70,9 +72,9 @@ class Provenance(_Strict):
 class Spread(_Strict):
     """Percentiles of a quantity over layers, heads and rows."""
 
-    p5: float
-    p50: float
-    p95: float
+    p5: _Finite
+    p50: _Finite
+    p95: _Finite
 
 
 class Quality(_Strict):
@@ -94,15 +96,15 @@ class Quality(_Strict):
     """
 
     kept_over_k: Spread | None
-    v_rows_read: float
-    dropped_mass: float
+    v_rows_read: _Share
+    dropped_mass: _Share
     tokens: int
     rows: int
-    loss_pct: float
-    kl: float
-    agreement: float
-    layer_rows_read: Items[float]
-    layer_candidates: Items[float] | None = None
+    loss_pct: _Finite
+    kl: _Finite
+    agreement: _Share
+    layer_rows_read: Items[_Share]
+    layer_candidates: Items[_Share] | None = None
 
     def sentence(self) -> str:
         """What was measured, for a log line."""
@@ -166,7 +168,7 @@ class Budget(_Strict):
         return known
 
     def thetas(self, lengths: list[int]) -> dict[int, Thetas]:
-        """Thresholds of the sparse layers, by layer index, at a table's lengths."""
+        """Thresholds of the sparse layers, by layer index, at a table's lengths; float32 over all query heads."""
         return {
             entry.layer: thetas_of(entry, lengths)
             for entry in self.layers
@@ -244,10 +246,6 @@ class ThresholdTable(_Strict):
         raise ThresholdTableError(
             f"budget is {key}, but the table has budgets {offered}; choose one of them or recalibrate"
         )
-
-    def thetas(self, budget: Budget) -> dict[int, Thetas]:
-        """Thresholds of the budget's sparse layers, by layer index, float32 over all query heads."""
-        return budget.thetas(self.lengths)
 
 
 def keys_asked(ks: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
