@@ -1,18 +1,16 @@
 """The Triton kernels inside a real vLLM engine on the CPU, through Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import pytest
 from device import interpreter_only
 from engine_runs import assert_same_tokens
 from test_engine import tokenizer
 
 from topt_vllm.table.file import dump, load
+from topt_vllm.verify import engine as engines
 
 pytestmark = [pytest.mark.engine, interpreter_only]
 MAX_TOKENS = 3
@@ -44,19 +42,7 @@ def run_engine(model: Path, prompts: list[list[int]], table: Path, implementatio
         "seed": 0,
         "logprobs_mode": "raw_logits",
     }
-    request = {"engine": engine, "prompts": prompts, "max_tokens": MAX_TOKENS, "forced": None}
-    run = subprocess.run(
-        [sys.executable, "-m", "topt_vllm.verify.engine_main"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    results = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    assert results, f"{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-    assert f"TOPTHETA: {implementation} kernel" in run.stdout + run.stderr
-    return json.loads(results[0].removeprefix("RESULT "))
+    return engine_forks.run(engines.Request(engine, prompts, MAX_TOKENS, separate_core=False), timeout=600)
 
 
 def test_triton_gives_the_tokens_of_the_cpu_kernel(smollm2: Path, unseen_play: Path, short_table: Path):
