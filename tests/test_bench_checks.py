@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_lengths_are_read_and_written(text: str, lengths: tuple[int, ...]):
 
 @pytest.mark.parametrize("text", ["", "4096", "0x5", "1x0", "1x5+", "1x5,2x6", "-1x5"])
 def test_what_is_no_lengths_is_refused_with_an_example(text: str):
-    with pytest.raises(ValueError, match=r"no COUNTxLENGTH.*1x131072\+15x4096"):
+    with pytest.raises(ArgumentTypeError, match=r"no COUNTxLENGTH.*1x131072\+15x4096"):
         parse_lengths(text)
 
 
@@ -121,6 +122,10 @@ def test_ragged_batches_that_mean_nothing_are_refused(
         ("decode --keep 1.0 --k-screen int4+4", "where every row is kept there is nothing to screen"),
         ("autotune --batch 0", "--batch 0: at least 1"),
         ("autotune --kv-heads 3", "--heads 32 is not a multiple of --kv-heads 3"),
+        ("engine --shape llama-8b --tokens 1", "--tokens 1: at least 2"),
+        ("engine --shape llama-8b --batch 0", "--batch 0: at least 1"),
+        ("engine --shape llama-8b --keep 0.1 0.1", "a share is named twice"),
+        ("engine --model /no/such/folder", "no config.json"),
         ("serve --model m --dataset t --concurrency 0", "--concurrency 0: at least 1"),
         ("serve --model m --dataset t --max-tokens 1", "--max-tokens 1: at least 2"),
     ],
@@ -137,6 +142,7 @@ def test_numbers_that_mean_nothing_are_refused(
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        ("bench decode --k-screen off int3", "invalid choice: 'int3' (choose from"),
         (
             "bench decode --k-screen-margin wide",
             "'wide': a number of standard deviations is expected, or hard",
@@ -154,6 +160,8 @@ def test_numbers_that_mean_nothing_are_refused(
             "bench engine --shape llama-8b --keep few",
             "'few': a share above 0 and up to 1 is expected, or none",
         ),
+        ("bench engine --shape llama-8b --keep 0", "'0': a share above 0 and up to 1 is expected, or none"),
+        ("bench engine --shape llama-8b --engine []", "'[]': a JSON object is expected"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(

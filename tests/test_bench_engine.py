@@ -326,38 +326,6 @@ def test_a_screen_that_the_kernel_lacks_is_refused_before_the_first_engine(tmp_p
         benchmark(config_only(tmp_path), keeps=(0.1,), k_screens=("off", "int4")).run(print, ask)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--shape llama-8b --tokens 1", "--tokens 1: at least 2"),
-        ("--shape llama-8b --batch 0", "--batch 0: at least 1"),
-        ("--shape llama-8b --keep 0.1 0.1", "a share is named twice"),
-        ("--model /no/such/folder", "no config.json"),
-    ],
-)
-def test_options_that_mean_nothing_are_refused(
-    options: str, message: str, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["bench", "engine", *options.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--keep", "0"], "above 0 and up to 1"),
-        (["--keep", "all"], "above 0 and up to 1"),
-        (["--engine", "[]"], "a JSON object is expected"),
-    ],
-)
-def test_arguments_that_are_no_such_thing_are_refused(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit):
-        main(["bench", "engine", "--shape", "llama-8b", *options])
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.engine
 def test_real_engines_read_the_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     report = tmp_path / "engine.json"

@@ -207,7 +207,6 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 REFUSED_REPLAYS = {
     "another length": (["--seq-lens", "800"], "--seq-lens describes a synthetic cache"),
     "a share": (["--keep", "0.1"], "--keep describes a synthetic cache"),
-    "no such screen": (["--k-screen", "off", "int3"], "--k-screen int3; allowed: off, int4, int4+4"),
     "no such budget": (["--budget", "17"], "budget is 17, but the table has budgets 16, 32"),
     "a dense layer": (
         ["--layers", "0", "1"],

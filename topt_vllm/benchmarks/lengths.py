@@ -1,6 +1,7 @@
 """Context lengths of a batch as text: ``1x131072+15x4096`` is one sequence of 131072 tokens and 15 of 4096."""
 
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -11,13 +12,13 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     """Context length of each sequence (tokens).
 
     Raises:
-        ValueError: Not counts and lengths.
+        ArgumentTypeError: Not counts and lengths.
     """
     lengths: list[int] = []
     for part in text.split("+"):
         found = _PART.fullmatch(part)
         if found is None:
-            raise ValueError(
+            raise ArgumentTypeError(
                 f"{part!r} in {text!r} is no COUNTxLENGTH; sequences and tokens are at least 1, and parts are "
                 "joined by +, such as 1x131072+15x4096"
             )

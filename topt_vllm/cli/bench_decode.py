@@ -11,7 +11,8 @@ from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.benchmarks.lengths import parse_lengths
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import check_least, check_screens
+from topt_vllm.cli.options import check_least
+from topt_vllm.evaluation.options import SCREENS
 from topt_vllm.shares import read_part
 from topt_vllm.table.words import budget_in_words
 
@@ -59,7 +60,7 @@ def add_mode(modes: Any) -> None:
     add = parser.add_argument
     add("--batch", type=int, nargs="+", help="sequences (default 1 8)")
     add("--block-size", type=int, help="tokens of a KV block (default 128; 64 with --device cuda)")
-    add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
+    add("--k-screen", nargs="+", choices=SCREENS, default=["off"], help="as in the settings (default off)")
     add(
         "--k-screen-margin",
         type=read_margin,
@@ -88,7 +89,7 @@ def _add_synthetic(group: Any) -> None:
     add("--seq-lens", type=int, nargs="+", help="context lengths (default 2048 8192 32768)")
     add(
         "--ragged",
-        type=_lengths,
+        type=parse_lengths,
         nargs="+",
         metavar="COUNTxLENGTH+…",
         help="batches of several context lengths instead, such as 1x131072+15x4096",
@@ -128,13 +129,6 @@ def _add_replay(group: Any) -> None:
         help="budgets of the table, by k or name (default: its last; --k: its former name)",
     )
     add("--layers", type=int, nargs="+", metavar="LAYER", help="layers of a call (default: every sparse one)")
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return parse_lengths(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _budget(text: str) -> int | str:
@@ -203,7 +197,6 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--k-screen-margin is that of a K screen; name one with --k-screen, or leave it out")
     if args.k_screen_margin is not None and not 0 <= args.k_screen_margin < 100:
         raise UserError(f"--k-screen-margin {args.k_screen_margin}: at least 0 and below 100, or {HARD}")
-    check_screens(args.k_screen)
     if args.block_size is None:
         args.block_size = _BLOCK_SIZE[args.device]
     if args.ragged and (args.batch or args.seq_lens):

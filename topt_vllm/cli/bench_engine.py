@@ -8,7 +8,8 @@ from typing import Any
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
 from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
-from topt_vllm.cli.options import add_trust_remote_code, check_least, check_screens, json_object
+from topt_vllm.cli.options import add_trust_remote_code, check_least, json_object
+from topt_vllm.evaluation.options import SCREENS
 from topt_vllm.shares import read_part
 
 _ENGINE = """Times decode steps of whole engines, each in a process of its own, one after the other: vLLM with the
@@ -39,7 +40,7 @@ def add_mode(modes: Any) -> None:
         help="shares of V rows; 1.0: thresholds none, in our kernel by name; none: thresholds none, with "
         "implementation auto (default 1.0 0.1)",
     )
-    add("--k-screen", nargs="+", default=["off"], metavar="SCREEN", help="as in the settings (default off)")
+    add("--k-screen", nargs="+", choices=SCREENS, default=["off"], help="as in the settings (default off)")
     add(
         "--first-length",
         type=int,
@@ -90,7 +91,6 @@ def _check(args: argparse.Namespace) -> None:
     check_least(args, {"batch": 1, "context": 1, "tokens": 2, "turns": 1, "rounds": 1, "first_length": 1})
     if len(set(args.keep)) != len(args.keep):
         raise UserError(f"--keep {' '.join(map(str, args.keep))}: a share is named twice")
-    check_screens(args.k_screen)
     if all(keep in (1.0, "none") for keep in args.keep) and (args.first_length or args.k_screen != ["off"]):
         raise UserError(
             "--first-length and --k-screen are for thresholds, and every --keep is without; add a share below 1"

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -63,20 +63,6 @@ def _arguments(field: Field, kind: Any) -> dict[str, Any]:
     required = {"required": True} if field.default is MISSING else {"default": field.default}
     more = {name: value for name, value in field.metadata["more"].items() if name != "convert"}
     return found | required | more
-
-
-def check_screens(names: Sequence[str]) -> None:
-    """Refuses what is no value of ``k_screen``.
-
-    Raises:
-        UserError: One isn't.
-    """
-    from topt_vllm.attention.screen import ScreenFormat
-
-    allowed = ("off", *get_args(ScreenFormat))
-    unknown = [name for name in names if name not in allowed]
-    if unknown:
-        raise UserError(f"--k-screen {unknown[0]}; allowed: {', '.join(allowed)}")
 
 
 def check_least(args: argparse.Namespace, least: Mapping[str, float]) -> None:
