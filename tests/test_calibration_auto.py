@@ -148,26 +148,6 @@ def test_ladder():
     assert ladder(8192)[-1] == 4096
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_replay_of_everything_is_dense_attention(folders, name):
-    """Rows repeated on stored K and V predict what the dense pass predicted, windows and softcaps included."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folders[name], dtype=torch.float32, attn_implementation="eager"
-    )
-    replay = Replay(model, subject_of(model), tokens(), 50)
-    with torch.inference_mode():
-        logits = model(torch.tensor([tokens()[:-1]])).logits[0, -50:].double()
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens()[-50:])).item()
-    assert replay.dense_nll == pytest.approx(expected, abs=1e-5)
-    for layers in ([], [1]):
-        read = attention(subject_of(model), {layer: thresholds(-1e30) for layer in layers}, replay)
-        losses = replay.compare(read).losses()
-        assert abs(losses.kl) < 1e-6
-        assert abs(losses.nll) < 1e-6
-        assert losses.agreement == 1.0
-        assert read.counts.shares()["v_rows_read"] == 1.0
-
-
 def test_replay_decodes_as_the_operator_would(folders):
     """One layer, one row: attention by hand from a whole dense pass's tensors gives the replayed prediction."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.float32)

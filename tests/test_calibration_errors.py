@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import SMALL, save_model, save_text
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig
 
 from topt_vllm.calibration import collect as collect_module
 from topt_vllm.calibration.calibrate import calibrate, prepare
@@ -44,18 +44,6 @@ def test_tokenizer_of_another_model(folder):
         CalibrationError, match=r"makes token \d+, but the model has 90 tokens.*another model"
     ):
         prepare(options(folder))
-
-
-def test_text_that_is_too_short(folder):
-    with pytest.raises(ReplayError, match=r"the text has 3300 tokens.*Add text, or lower --num-samples"):
-        prepare(options(folder, num_samples=5))
-
-
-def test_encoder_decoder(tmp_path):
-    T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=257).save_pretrained(tmp_path)
-    save_text(tmp_path / "text.txt", 3300)
-    with pytest.raises(ReplayError, match="encoder-decoder"):
-        prepare(options(tmp_path))
 
 
 def test_weights_that_make_dense_attention_fail(folder):

@@ -119,13 +119,6 @@ def broken_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").write_text("{")
 
 
-def own_code(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    own = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "own.OwnConfig"}}
-    (model / "config.json").write_text(json.dumps(config | own))
-    (model / "own.py").write_text("raise RuntimeError('run')")
-
-
 def no_configuration(model: Path) -> None:
     (model / "config.json").unlink()
 
@@ -154,7 +147,6 @@ BROKEN = {
     weights_of_another_shape: "proj.weight has the shape [32, 32], and config.json says [32, 48]",
     no_tokenizer: "no tokenizer: the folder has none of tokenizer.json, tokenizer.model, vocab.json",
     broken_tokenizer: "--model ",
-    own_code: "it comes with code of its own; add --trust-remote-code to run that",
     no_configuration: "it has no config.json; a folder in Hugging Face's format",
     gguf_in_a_folder: "it has q4.gguf, a GGUF file, which can't be calibrated: name the checkpoint",
     gguf_file: "a GGUF file, which can't be calibrated: name the checkpoint that it was made from; a folder in",

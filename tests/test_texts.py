@@ -157,6 +157,11 @@ REFUSED = {
         r"t\.jsonl:2: half of a character",
     ),
     "no text": ("t.jsonl", b'{"prompt": "a", "n": 1}', r"t\.jsonl:1: .*not keys 'prompt', 'n'; rename"),
+    "a number for a text": (
+        "t.jsonl",
+        b'\n{"text": 3}',
+        r't\.jsonl:2: an object with a string "text" was expected',
+    ),
     "broken line": ("t.txt", b'{"text": "a"}\n{"text": ', r"t\.txt:2: not valid JSON"),
     "array of numbers": (
         "t.json",
