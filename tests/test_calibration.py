@@ -245,10 +245,7 @@ def test_law_error_is_what_the_longest_length_misses_by():
         LayerThresholds(layer=1, law=[[0.0, 0.0]] * 2, theta=[follows, misses]),
     ]
     budget = Budget(k=16, dense_layers=[0], quality=None, layers=layers)
-    error = held_out_error(budget, lengths)
-    assert error is not None
-    assert error.rms == pytest.approx(0.5 / math.sqrt(2))
-    assert error.p95 == pytest.approx(0.5)
+    assert held_out_error(budget, lengths) == pytest.approx((0.5 / math.sqrt(2), 0.5))
     two = [entry.model_copy(update={"theta": [row[:2] for row in entry.theta]}) for entry in layers]
     assert held_out_error(budget.model_copy(update={"layers": two}), lengths[:2]) is None
 

@@ -35,7 +35,7 @@ from topt_vllm.attention.triton.arguments import screen_bytes
 from topt_vllm.attention.triton.calls import Call, DecodeStep
 from topt_vllm.attention.triton.finish_calls import codes_call, finish_call
 from topt_vllm.attention.triton.launch import GpuLimits, Launch
-from topt_vllm.attention.triton.launcher import interpreted, new_statistics
+from topt_vllm.attention.triton.launcher import new_statistics
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -216,12 +216,7 @@ def compile_call(call: Call, target: GPUTarget) -> tuple[Any, str]:
 
     Returns:
         Triton's compiled kernel, and the log of NVIDIA's assembler (empty for AMD).
-
-    Raises:
-        RuntimeError: Triton's interpreter is on, so there is nothing to compile.
     """
-    if interpreted():
-        raise RuntimeError("Triton's interpreter is on, so nothing is compiled; unset TRITON_INTERPRET")
     backend, kernel = make_backend(target), call.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**call.arguments)

@@ -1,7 +1,5 @@
 """How far thresholds can be told beyond the lengths that they were calibrated at."""
 
-from dataclasses import dataclass
-
 import torch
 
 from topt_vllm.calibration.statistics import deviations
@@ -10,20 +8,7 @@ from topt_vllm.table.schema import Budget, LayerThresholds
 _FEWEST_LENGTHS = 3
 
 
-@dataclass(frozen=True)
-class LawError:
-    """Prediction of θ at the longest length from the shorter ones, over query heads of sparse layers.
-
-    Attributes:
-        rms: Root mean square, scaled logits.
-        p95: 95th percentile of the absolute error, scaled logits.
-    """
-
-    rms: float
-    p95: float
-
-
-def held_out_error(budget: Budget, lengths: list[int]) -> LawError | None:
+def held_out_error(budget: Budget, lengths: list[int]) -> tuple[float, float] | None:
     """Tells θ at the longest length from the two before, as the law of a table that ended there would.
 
     Args:
@@ -31,6 +16,7 @@ def held_out_error(budget: Budget, lengths: list[int]) -> LawError | None:
         lengths: Of the table.
 
     Returns:
+        Root mean square and 95th percentile of the absolute error over query heads of sparse layers, scaled logits;
         None where fewer than two lengths would be left, or no layer is sparse with known keys a head.
     """
     ks = budget.ks()
@@ -39,7 +25,7 @@ def held_out_error(budget: Budget, lengths: list[int]) -> LawError | None:
         return None
     errors = [_errors(entry, torch.tensor(ks[entry.layer]), torch.tensor(lengths[-3:])) for entry in layers]
     error = torch.cat(errors).abs().sort().values
-    return LawError(rms=error.square().mean().sqrt().item(), p95=error[round(0.95 * (len(error) - 1))].item())
+    return error.square().mean().sqrt().item(), error[round(0.95 * (len(error) - 1))].item()
 
 
 def _errors(entry: LayerThresholds, ks: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -48,13 +48,11 @@ class Found:
         place: Index into the path's steps.
         measured: What was measured there.
         met: Whether the target was met.
-        runs: Runs made for it.
     """
 
     place: int
     measured: Measured
     met: bool
-    runs: int
 
 
 def search(
@@ -72,24 +70,23 @@ def search(
     # Places below `low` are known to miss the target of a loss, those from `high` on to meet it; for rows the
     # other way round.
     low, high = 0, len(steps) - 1
-    ratio, runs = 1.0, 0
+    ratio = 1.0
     # What runs for other targets have found; the nearest, last, says most about the ratio.
     for place in sorted(known, key=lambda p: -abs(_value(known[p], target) - target.percent)):
         low, high = _narrowed(low, high, place, _met(known[place], target), target)
         ratio = _ratio(known[place], predicted[place], target)
-    while runs < MAX_RUNS:
+    for _ in range(MAX_RUNS):
         place = _place(predicted, target, ratio, low, high)
         if place in known and high - low > 1:
             place = (low + high) // 2
         if place in known:
             break
         known[place] = measure(place)
-        runs += 1
         low, high = _narrowed(low, high, place, _met(known[place], target), target)
         ratio = _ratio(known[place], predicted[place], target)
         if _close(known[place], target):
             break
-    return _best(target, known, runs)
+    return _best(target, known)
 
 
 def _narrowed(low: int, high: int, place: int, met: bool, target: Target) -> tuple[int, int]:
@@ -103,13 +100,13 @@ def _close(measured: Measured, target: Target) -> bool:
     return 0.95 * target.percent <= _value(measured, target) <= target.percent
 
 
-def _best(target: Target, known: dict[int, Measured], runs: int) -> Found:
+def _best(target: Target, known: dict[int, Measured]) -> Found:
     good = [place for place, result in known.items() if _met(result, target)]
     if good:
         best = min(good) if target.kind == "loss" else max(good)
     else:
         best = min(known, key=lambda place: _value(known[place], target))
-    return Found(best, known[best], bool(good), runs)
+    return Found(best, known[best], bool(good))
 
 
 def _place(predicted: list[float], target: Target, ratio: float, low: int, high: int) -> int:

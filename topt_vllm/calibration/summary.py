@@ -74,7 +74,7 @@ def _budgets(table: ThresholdTable) -> list[str]:
 def _law(table: ThresholdTable) -> list[str]:
     errors = {budget.key: held_out_error(budget, table.lengths) for budget in table.budgets}
     known = [
-        f"{key}: {error.rms:.2f} (p95 {error.p95:.2f})" for key, error in errors.items() if error is not None
+        f"{key}: {error[0]:.2f} (p95 {error[1]:.2f})" for key, error in errors.items() if error is not None
     ]
     if not known:
         return []

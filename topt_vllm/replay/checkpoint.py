@@ -14,7 +14,7 @@ _PICKLED = "pytorch_model.bin"
 _INDEX = ".index.json"
 _LARGEST_HEADER = 100 << 20
 _LARGEST_JSON = 256 << 20
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _WORKS = (
     "a folder in Hugging Face's format (config.json, *.safetensors, tokenizer files) or a hub id is needed"
 )
@@ -86,12 +86,7 @@ def check_weights(model: str) -> None:
 def lacks_tokenizer(model: str) -> bool:
     """Whether a folder has none of the files that tokenizers come in."""
     folder = Path(model)
-    return folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS)
-
-
-def tokenizer_files() -> str:
-    """Their names, for people."""
-    return ", ".join(_TOKENIZERS)
+    return folder.is_dir() and not any((folder / name).exists() for name in TOKENIZERS)
 
 
 def _kind(path: Path) -> str:

@@ -203,11 +203,6 @@ def attended(attention: RuleAttention | None, asked: Asked, call: LayerCall) -> 
         return attention.attend(call).transpose(0, 1)
     if not call.plain:
         return attend(call, None).transpose(0, 1)
-    return _dense(asked, call)
-
-
-def _dense(asked: Asked, call: LayerCall) -> torch.Tensor:
-    """transformers' own attention of the call's rows, [r, H, Dv]."""
     rows = torch.arange(call.first, call.key.shape[1], device=call.query.device)
     tensors = call.query[None], call.key[None], call.value[None], call.visible(rows)[None, None]
     # The mask says all: the rows are the last of the sequence, which is_causal can't express.

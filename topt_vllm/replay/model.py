@@ -12,7 +12,7 @@ import transformers
 from transformers.quantizers.auto import get_hf_quantizer
 
 from topt_vllm.replay.capture import can_be_captured
-from topt_vllm.replay.checkpoint import check_files, lacks_tokenizer, tokenizer_files
+from topt_vllm.replay.checkpoint import TOKENIZERS, check_files, lacks_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.layers import STATEFUL, layer_heads, layer_kinds, layer_value
@@ -218,8 +218,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     if not works:
         # transformers makes an empty one where there are no files.
         raise ReplayError(
-            f"--model {model}: no tokenizer: the folder has none of {tokenizer_files()}. Copy them from where the "
-            "weights came from"
+            f"--model {model}: no tokenizer: the folder has none of {', '.join(TOKENIZERS)}. Copy them from where "
+            "the weights came from"
         )
     return found
 

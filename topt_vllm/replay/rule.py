@@ -13,7 +13,7 @@ import torch
 from topt_vllm.replay.scores import (
     LayerCall,
     any_of_group,
-    for_each_part,
+    in_threads,
     ones_and_zeros,
     probabilities,
     true_per_row,
@@ -154,7 +154,8 @@ def attend(
         for part in call.chunks(queries):
             compute(part)
     else:
-        for_each_part(compute, call, queries)
+        _ = call.keys, call.values, call.means  # made before the threads need them
+        in_threads(compute, list(call.chunks(queries)), call.query.device)
     return out
 
 

@@ -118,21 +118,14 @@ def probabilities(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Ten
     return weights.mul_(torch.sigmoid(keys - sinks.float()[:, None, None]))
 
 
-def for_each_part(compute: Callable[[slice], None], call: LayerCall, rows: torch.Tensor) -> None:
-    """Calls ``compute`` for parts of ``rows``; on CPUs in a thread per core.
-
-    Each thread computes alone. Operations on a chunk are so short that cores which share one mostly wait for each
-    other where other programs run too.
-    """
-    # Made before the threads need them.
-    _ = call.keys, call.values, call.means
-    in_threads(compute, list(call.chunks(rows)), call.query.device)
-
-
 def in_threads(
     compute: Callable[[Item], Result], items: Sequence[Item], device: torch.device
 ) -> list[Result]:
-    """``compute`` of each item, in order; on CPUs in a thread per core, each of which computes alone."""
+    """``compute`` of each item, in order; on CPUs in a thread per core, each of which computes alone.
+
+    Operations on a chunk of scores are so short that cores which share one mostly wait for each other where other
+    programs run too.
+    """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(items) == 1:
         return [compute(item) for item in items]

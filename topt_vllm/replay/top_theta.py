@@ -35,18 +35,7 @@ class TopTheta(Rule):
     def keep(self, rows: Rows) -> torch.Tensor:
         if rows.layer not in self.thetas:
             return visible(rows).expand(rows.scores.shape)
-        return kept_by_theta(rows.scores, self.theta(rows), rows.contexts - 1)
-
-
-def kept_by_theta(scores: torch.Tensor, theta: torch.Tensor, newest: torch.Tensor) -> torch.Tensor:
-    """What each head keeps: keys whose score reaches θ, and the row's newest one; bool [H, r, m].
-
-    Args:
-        scores: float32 [H, r, m], −inf where a row doesn't see a key.
-        theta: float32 [H, r], −inf where a row keeps everything that it sees.
-        newest: int64 [r], index of each row's newest key.
-    """
-    # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
-    kept = reaching(scores, theta.clamp(min=torch.finfo(scores.dtype).min))
-    kept[:, torch.arange(len(newest), device=kept.device), newest] = True
-    return kept
+        # Finite: a key that isn't seen scores −inf and must not reach a θ of −inf.
+        kept = reaching(rows.scores, self.theta(rows).clamp(min=torch.finfo(rows.scores.dtype).min))
+        kept[:, torch.arange(len(rows.contexts), device=kept.device), rows.contexts - 1] = True
+        return kept

@@ -18,7 +18,6 @@ from topt_vllm.table.words import as_text
 
 # A record with a needle grid has some kilobytes; thousands of them fit.
 _MAX_BYTES = 16 << 20
-_MAX_DIGITS = 4000
 _EVALUATE = "what `topt-vllm evaluate --json` writes"
 _BENCH = "what `topt-vllm bench decode --json` or `bench serve --json` writes"
 
@@ -159,7 +158,7 @@ def _json(path: Path, option: str, wanted: str) -> tuple[Any, str]:
     if len(content) > _MAX_BYTES:
         raise ReportError(f"{option} {path}: more than {_MAX_BYTES:,} bytes; {option} takes {wanted}")
     try:
-        found = json.loads(content.decode("utf-8"), parse_int=_integer)
+        found = json.loads(content.decode("utf-8"))
         # JSON can name halves of characters, which no page can hold.
         json.dumps(found, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -167,12 +166,6 @@ def _json(path: Path, option: str, wanted: str) -> tuple[Any, str]:
     if not found or not isinstance(found, dict | list):
         raise ReportError(f"{option} {path}: holds no records; {option} takes {wanted}")
     return found, _sha256(content)
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
 
 
 def _parsed(kind: Any, content: Any, path: Path, wanted: str) -> Any:
