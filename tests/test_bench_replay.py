@@ -230,13 +230,6 @@ def test_options_of_a_replay_need_a_cache(capsys: pytest.CaptureFixture[str]):
         assert f"{option} is for replays" in refused(capsys, ["bench", "decode", option, "1"])
 
 
-def test_budgets_of_a_replay_have_their_former_option_too(
-    folder: Path, table: Path, capsys: pytest.CaptureFixture[str]
-):
-    message = refused(capsys, replay_command(folder, table, "--k", "17"))
-    assert "budget is 17, but the table has budgets 16, 32" in message
-
-
 def test_a_table_of_another_model_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
     dump(make_table(), folder / "other.yaml")
     assert "this table belongs to tiny" in refused(capsys, replay_command(folder, folder / "other.yaml"))

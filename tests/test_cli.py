@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from table_factory import make_table
+from table_factory import make_key_statistics, make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import LlamaConfig
 
@@ -21,7 +21,6 @@ from topt_vllm.cli.examples import EXAMPLES
 from topt_vllm.cli.main import build_parser, main
 from topt_vllm.table.command import calibrate_command, default_output, serve_command
 from topt_vllm.table.file import dump, load
-from topt_vllm.table.schema import KeyStatistics, LayerKeys
 from topt_vllm.verify.run import verify
 
 
@@ -276,8 +275,7 @@ def test_inspect_says_what_k_screens_let_through(tmp_path, capsys):
     table = make_table()
     quality = table.budgets[1].quality.model_copy(update={"layer_candidates": [1.0, 1.0, 0.0625]})
     budgets = [table.budgets[0], table.budgets[1].model_copy(update={"quality": quality})]
-    keys = [LayerKeys(layer=layer, mean=[[0.0] * 16] * 2, scale=[[1.0] * 16] * 2) for layer in (0, 2)]
-    statistics = KeyStatistics(seed=7, layers=keys)
+    statistics = make_key_statistics(table.model).model_copy(update={"seed": 7})
     dump(table.model_copy(update={"budgets": budgets, "key_statistics": statistics}), tmp_path / "t.yaml")
     assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
     text = capsys.readouterr().out

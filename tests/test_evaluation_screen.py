@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 import transformers
-from table_factory import make_table
+from table_factory import make_key_statistics, make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import Gemma3TextConfig
 
@@ -33,7 +33,7 @@ from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.file import dump
 from topt_vllm.table.identity import identify
-from topt_vllm.table.schema import KeyStatistics, LayerKeys, ThresholdTable
+from topt_vllm.table.schema import ThresholdTable
 
 HEADS, KV_HEADS, DIM, N, FIRST = 4, 2, 16, 150, 120
 
@@ -108,18 +108,15 @@ def folder(tmp_path_factory) -> Path:
     windows = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
     save_model(made, Gemma3TextConfig(**SMALL, **windows))
     save_text(made / "play.txt", 700)
-    dump(with_statistics(table_of(made)), made / "toptheta.yaml")
+    table = table_of(made)
+    statistics = make_key_statistics(table.model)
+    dump(table.model_copy(update={"key_statistics": statistics}), made / "toptheta.yaml")
     return made
 
 
 def table_of(folder: Path) -> ThresholdTable:
     identity = identify(transformers.AutoConfig.from_pretrained(folder), "tiny")
     return make_table(identity, lengths=[64, 128, 256], dense_layers=())
-
-
-def with_statistics(table: ThresholdTable) -> ThresholdTable:
-    layers = [LayerKeys(layer=index, mean=[[0.0] * 8] * 2, scale=[[1.0] * 8] * 2) for index in (1, 2)]
-    return table.model_copy(update={"key_statistics": KeyStatistics(seed=0, layers=layers)})
 
 
 def command(folder: Path, *more: str) -> list[str]:

@@ -1,8 +1,9 @@
 """What is in a model's folder, looked at before transformers does: files that aren't what their names say."""
 
 import json
-import struct
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from topt_vllm.replay.options import ReplayError
 
@@ -12,7 +13,6 @@ _LARGEST_POINTER = 1024
 _WEIGHTS = "model.safetensors"
 _PICKLED = "pytorch_model.bin"
 _INDEX = ".index.json"
-_LARGEST_HEADER = 100 << 20
 _LARGEST_JSON = 256 << 20
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _WORKS = (
@@ -126,24 +126,11 @@ def _check_safetensors(path: Path, model: str) -> None:
         raise ReplayError(
             f"--model {model}: {path.name} is missing, which {_WEIGHTS}{_INDEX} names; download it"
         )
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        header = file.read(length) if 0 < length <= min(size, _LARGEST_HEADER) else b""
-    expected = 8 + length + _data_bytes(header)
-    if not header or expected > size:
-        told = f"{expected:,} bytes" if header else "a header"
-        raise ReplayError(
-            f"--model {model}: {path.name} has {size:,} bytes where {told} should be: it was cut off, or is no "
-            "safetensors file; download it again"
-        )
-
-
-def _data_bytes(header: bytes) -> int:
-    """Of the tensors, as a header says; a broken one is left to who reads it."""
     try:
-        tensors = [facts for name, facts in json.loads(header or "{}").items() if name != "__metadata__"]
-        return max((int(facts["data_offsets"][1]) for facts in tensors), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError):
-        return 0
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ReplayError(
+            f"--model {model}: {path.name} has {path.stat().st_size:,} bytes: it was cut off, or is no safetensors "
+            f"file ({str(error)!r:.200}); download it again"
+        ) from error
