@@ -84,12 +84,12 @@ def test_the_client_counts_tokens_by_chunk():
 
 def test_what_a_server_says_in_place_of_an_answer_is_the_error():
     with answering(400, b'{"error": "too long"}') as url, pytest.raises(EngineError, match=r"400.*too long"):
-        client.measure(url, "model", [[1, 2, 3]], 4)
+        client.request_all(url, "model", [[1, 2, 3]], 4)
     broken = chunk(1), b'data: {"error": {"message": "the engine died"}}'
     with answering(200, *broken) as url, pytest.raises(EngineError, match=r"broke off.*the engine died"):
-        client.measure(url, "model", [[1, 2, 3]], 4)
+        client.request_all(url, "model", [[1, 2, 3]], 4)
     with pytest.raises(EngineError, match="connection to the server broke"):
-        client.measure(url, "model", [[1, 2, 3]], 4)
+        client.request_all(url, "model", [[1, 2, 3]], 4)
 
 
 @pytest.mark.parametrize(
@@ -108,48 +108,43 @@ def test_the_backend_that_vllm_picked_is_read_off_its_log(log: str, name: str):
     assert picked_backend(log) == name
 
 
-def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, list[str]]]:
+    """Backend and options of each server that is started; none runs, and all measure the same."""
     pytest.importorskip("vllm")
-    model = save_model(tmp_path, LlamaConfig(**SMALL))
-    commands: list[list[str]] = []
+    found: list[tuple[str | None, list[str]]] = []
 
     @contextmanager
     def server(
         model: str, backend: str | None, toptheta: Any, options: list[str], log: Path
     ) -> Iterator[str]:
-        commands.append([backend or "unasked", *options])
+        found.append((backend, list(options)))
         log.write_text("")
         yield "http://here"
 
     monkeypatch.setattr(serve, "serve", server)
     monkeypatch.setattr(serve, "request_all", lambda *_: [])
-    monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
+    monkeypatch.setattr(serve, "summarise", lambda _: Measurement(2.0, 1.0, 1.0, 4, 2.0))
+    return found
+
+
+def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
+    tmp_path: Path, asked: list[tuple[str | None, list[str]]]
+):
+    model = save_model(tmp_path, LlamaConfig(**SMALL))
     outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"budget": 64}).run(lambda _: None)
-    assert [command[0] for command in commands] == ["unasked", "TOPTHETA"]
-    assert commands[0][1:] == commands[1][1:]
-    size = int(commands[0][commands[0].index("--kv-cache-memory-bytes") + 1])
+    (first, options), (second, others) = asked
+    assert (first, second) == (None, "TOPTHETA")
+    assert options == others
+    size = int(options[options.index("--kv-cache-memory-bytes") + 1])
     assert size == cache_bytes(identify(LlamaConfig(**SMALL), ""), 2 * 508)
     assert outcome["settings"]["platform_backend"] == "CPU_ATTN"
     assert outcome["ratio_decode"] == 1
 
 
-def test_drafts_are_those_of_topthetas_server_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("vllm")
-    asked: dict[str | None, list[str]] = {}
-
-    @contextmanager
-    def server(
-        model: str, backend: str | None, toptheta: Any, options: list[str], log: Path
-    ) -> Iterator[str]:
-        asked[backend] = options
-        log.write_text("")
-        yield "http://here"
-
-    monkeypatch.setattr(serve, "serve", server)
-    monkeypatch.setattr(serve, "request_all", lambda *_: [])
-    monkeypatch.setattr(serve, "measure", lambda *_: Measurement(2.0, 1.0, 1.0, 4, 2.0))
+def test_drafts_are_those_of_topthetas_server_alone(
+    tmp_path: Path, asked: list[tuple[str | None, list[str]]]
+):
     (tmp_path / "text.txt").write_text("ab " * 400)
     model = save_model(tmp_path / "model", LlamaConfig(**SMALL))
     dump(make_table(identify(LlamaConfig(**SMALL), "model")), model / "toptheta.yaml")
@@ -157,9 +152,11 @@ def test_drafts_are_those_of_topthetas_server_alone(tmp_path: Path, monkeypatch:
     command = ["bench", "serve", "--model", str(model), "--dataset", str(tmp_path / "text.txt")]
     command += ["--concurrency", "2", "--prompt-tokens", "100", "--toptheta", '{"budget": 64}']
     assert main([*command, "--speculative-config", json.dumps(drafts)]) == 0
-    assert asked["TOPTHETA"] == [*asked[None], "--speculative-config", json.dumps(drafts)]
+    options = dict(asked)
+    assert options["TOPTHETA"] == [*options[None], "--speculative-config", json.dumps(drafts)]
 
 
+@pytest.mark.usefixtures("asked")
 @pytest.mark.parametrize(
     ("concurrency", "prompt_tokens", "max_tokens"), [(1, 500, 8), (2, 64, 4), (8, 16, 128)]
 )
@@ -167,27 +164,14 @@ def test_a_server_warms_up_within_what_it_was_started_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrency: int, prompt_tokens: int, max_tokens: int
 ):
     """A server of one sequence answers two requests in turns, and there is no time in which both decode."""
-    pytest.importorskip("vllm")
-    asked: list[tuple[list[list[int]], int]] = []
-
-    @contextmanager
-    def server(*given: Any) -> Iterator[str]:
-        given[-1].write_text("")
-        yield "http://here"
-
-    def measure(_: str, __: str, prompts: list[list[int]], tokens: int) -> Measurement:
-        asked.append((prompts, tokens))
-        return Measurement(2.0, 1.0, 1.0, 4, 2.0)
-
-    monkeypatch.setattr(serve, "serve", server)
-    monkeypatch.setattr(serve, "request_all", measure)
-    monkeypatch.setattr(serve, "measure", measure)
+    sent: list[tuple[list[list[int]], int]] = []
+    monkeypatch.setattr(serve, "request_all", lambda _, __, *given: sent.append(given))
     model = str(save_model(tmp_path, LlamaConfig(**SMALL)))
     serve.ServeBenchmark(model, "ab " * 400, concurrency, prompt_tokens, max_tokens, 1, {}).run(
         lambda _: None
     )
-    assert len(asked) == 4
-    for prompts, tokens in asked:
+    assert len(sent) == 4
+    for prompts, tokens in sent:
         assert 1 <= len(prompts) <= concurrency
         assert all(1 <= len(prompt) <= prompt_tokens for prompt in prompts)
         assert 1 <= tokens <= max_tokens

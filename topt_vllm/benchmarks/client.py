@@ -48,17 +48,12 @@ class Measurement:
     seconds: float
 
 
-def measure(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> Measurement:
+def request_all(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Stream]:
     """Sends all prompts (token ids) at once and waits for ``max_tokens`` tokens of each.
 
     Raises:
         EngineError: The server refused, broke off or can't be reached.
     """
-    return summarise(request_all(url, model, prompts, max_tokens))
-
-
-def request_all(url: str, model: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Stream]:
-    """The answers to all prompts; arguments and errors as for :func:`measure`."""
     return asyncio.run(_request_all(url, model, prompts, max_tokens))
 
 

@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 
 from topt_vllm.attention.api import load_implementation, require
 from topt_vllm.benchmarks.cache_size import cache_bytes
-from topt_vllm.benchmarks.client import Measurement, measure, request_all
+from topt_vllm.benchmarks.client import Measurement, request_all, summarise
 from topt_vllm.benchmarks.server import picked_backend, serve
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
@@ -140,7 +140,7 @@ class ServeBenchmark:
                 # The first request of a server compiles and warms up; it is not measured.
                 short = [prompts[0][:64], prompts[0][-64:]][: self.concurrency]
                 request_all(url, self.model, short, min(8, self.max_tokens))
-                result = measure(url, self.model, prompts, self.max_tokens)
+                result = summarise(request_all(url, self.model, prompts, self.max_tokens))
                 return result, backend or picked_backend(log.read_text())
 
 
