@@ -153,6 +153,8 @@ def test_numbers_that_mean_nothing_are_refused(
             "calibrate --model m --dataset t --max-loss little",
             "'little': a percentage is expected, such as 1%",
         ),
+        ("evaluate --model m --dataset t --rules topk magic", "--rules: invalid choice: 'magic'"),
+        ("evaluate --model m --dataset t --tasks multikey magic", "--tasks: invalid choice: 'magic'"),
         ("evaluate --model m --dataset t --rows few", "'few': a share is expected, such as 0.1 or 10%"),
         ("bench decode --keep few%", "'few%': a share is expected, such as 0.1 or 10%"),
         ("bench autotune --keep 0", "'0': a share above 0 and up to 1 is expected"),

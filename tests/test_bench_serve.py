@@ -1,6 +1,5 @@
 """The serving benchmark: its client, its arithmetic, and what vLLM's servers are asked for; none runs."""
 
-import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ def test_the_client_counts_tokens_by_chunk():
     # A ping, two tokens in a chunk, one without a token, and the summary at the end.
     events = chunk(1), b": ping", chunk(3, "é"), chunk(3, ""), chunk(4), chunk(4), b"data: [DONE]"
     with answering(200, *events) as url:
-        [stream] = asyncio.run(client._request_all(url, "model", [[1, 2, 3]], 4))
+        [stream] = client.request_all(url, "model", [[1, 2, 3]], 4)
     assert stream.tokens == [1, 3, 4]
     assert stream.times == sorted(stream.times)
     assert len(stream.times) == 3

@@ -283,7 +283,6 @@ def test_needles_alone(folder, tmp_path):
             ["--needles-only"],
             r"--skip-texts \(or --needles-only\) leaves nothing to evaluate; name --needles, --tasks",
         ),
-        (["--rules", "topk", "magic"], "--rules magic: unknown; allowed: toptheta"),
         (["--rows", "0"], "shares lie above 0"),
         (["--rows"], "nothing to evaluate"),
         (["--budget", "7"], "budget is 7, but the table has budgets 64, 128"),

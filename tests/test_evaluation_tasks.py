@@ -249,7 +249,6 @@ def test_command_writes_a_record_for_each_task_length_and_text(folder, tmp_path,
     ("more", "message"),
     [
         ([], r"--skip-texts .* leaves nothing to evaluate; name --needles, --tasks or --generate"),
-        (["--tasks", "multikey", "magic"], "--tasks magic: unknown; allowed: multikey, variables"),
         (["--tasks", "multikey", "--task-cases", "0"], "--task-cases is 0; it must be at least 1"),
         (
             [*LONG, "--tasks", "multikey", "--task-lengths", "64"],

@@ -117,8 +117,6 @@ class CalibrationOptions:
                 )
         if (self.max_loss or self.target_rows) and self.budget != "auto":
             raise CalibrationError("--max-loss and --target-rows are targets of --budget auto; add it")
-        if self.dtype not in DTYPES:
-            raise CalibrationError(f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.k_screen_only:
             self._require_nothing_of_thresholds()
 

@@ -68,6 +68,7 @@ class EvaluationOptions:
         RULES,
         f"out of {' '.join(RULES)} (default all of these), {' '.join(SIFT)}, and, for --budget, {ADAPTING}",
         group=_RULES,
+        choices=(*RULES, *SIFT, ADAPTING),
         metavar="RULE",
         convert=_names,
     )
@@ -162,6 +163,7 @@ class EvaluationOptions:
         (),
         f"ask about prompts made from the first text: out of {' '.join(TASKS)}",
         group=_TASKS,
+        choices=TASKS,
         metavar="TASK",
         convert=_names,
     )
@@ -199,9 +201,6 @@ class EvaluationOptions:
             if not condition:
                 raise EvaluationError(problem)
 
-        allowed = (*RULES, *SIFT, ADAPTING)
-        unknown = [name for name in self.rules if name not in allowed]
-        require(not unknown, f"--rules {' '.join(unknown)}: unknown; allowed: {', '.join(allowed)}")
         require(
             ADAPTING not in self.rules or bool(self.ks),
             f"--rules {ADAPTING} holds a budget's number of keys; name budgets with --budget",
@@ -244,8 +243,6 @@ class EvaluationOptions:
             all(0 <= depth <= 1 for depth in self.depths),
             f"--depths {_listed(self.depths)}: 0 is the start of the text and 1 its end",
         )
-        unknown = [name for name in self.tasks if name not in TASKS]
-        require(not unknown, f"--tasks {' '.join(unknown)}: unknown; allowed: {', '.join(TASKS)}")
         require(self.task_cases >= 1, f"--task-cases is {self.task_cases}; it must be at least 1")
         require(
             self.generate == 0 or self.generate >= 2,
@@ -261,7 +258,6 @@ class EvaluationOptions:
             not self.skip_texts or bool(self.needles or self.tasks or self.generate),
             "--skip-texts (or --needles-only) leaves nothing to evaluate; name --needles, --tasks or --generate",
         )
-        require(self.dtype in DTYPES, f"--dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for flag, path in (("--json", self.json), ("--plot", self.plot)):
             if path is not None:
                 require(not os.path.lexists(path), f"{flag} {path} exists; name another file")

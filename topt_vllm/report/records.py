@@ -156,7 +156,6 @@ class Decoded(_Part):
     ms: Milliseconds
     ms_p20: Milliseconds
     ms_p80: Milliseconds
-    platform: str | None
     ms_platform: Milliseconds | None
     ratio_platform: Ratio | None
     ratio_keep_all: Ratio
@@ -180,7 +179,6 @@ class ServeSettings(_Part):
     concurrency: Count
     prompt_tokens: Count
     max_tokens: Count
-    rounds: Count
     toptheta: dict[str, Any]
     platform_backend: str
 
