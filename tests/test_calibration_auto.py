@@ -277,7 +277,6 @@ def test_auto_with_windowed_layers(folders):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": "most"}, "--budget is 'most'"),
         ({"max_loss": (0.0,)}, "--max-loss is"),
         ({"max_loss": (1.0, 1.0000001)}, "different percentages above 0"),
         ({"target_rows": (100.0,)}, "--target-rows is"),
