@@ -38,7 +38,7 @@ class Chat:
         self._messages = list(self._start)
 
     def say(self, words: str) -> None:
-        """Sends the user's words, streams the answer and prints its cost; a failed turn is taken back."""
+        """Sends the user's words, streams the answer and prints its cost; without one the turn is taken back."""
         known = len(self._messages)
         self._messages.append({"role": "user", "content": words})
         try:
@@ -47,13 +47,14 @@ class Chat:
             self._messages.append({"role": "assistant", "content": answer.text})
             print(cost(answer, share_read(self._url, before)))
         except KeyboardInterrupt:
-            del self._messages[known:]
             print("\n[interrupted]")
         except (OpenAIError, OSError, RuntimeError) as error:
-            del self._messages[known:]
             too_long = isinstance(error, BadRequestError) and "maximum context length" in str(error)
             hint = " The conversation is too long for the model: /clear forgets it." if too_long else ""
             print(f"error: {error}{hint}", file=sys.stderr)
+        finally:
+            if self._messages[-1]["role"] == "user":
+                del self._messages[known:]
 
 
 def cost(answer: Answer, share: float | None) -> str:
