@@ -13,6 +13,7 @@ import pytest
 from topt_vllm.backend import compat
 from topt_vllm.cli.main import main
 from topt_vllm.engines.process import EngineError
+from topt_vllm.table.file import load
 from topt_vllm.verify import engine, forcing, installation, plan, verdicts
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import Forced, Request
@@ -209,9 +210,12 @@ def test_all_checks_pass_and_ask_for_what_a_server_would_run(smollm2: Path):
     ]  # fmt: skip
     assert all(check.passed for check in found.values()), found
     assert "budget loss-0.2% (its last, a server's default)" in found["table"].detail
+    shipped = load(Path(__file__).parent.parent / "configs" / "SmolLM2-135M-Instruct.yaml")
+    stated = shipped.budget("loss-0.2%").quality
+    assert stated is not None
     assert found["rows_skipped"].detail.startswith(
-        "budget loss-0.2%, contexts of 1536 to 1728 tokens: 40.0% of V rows read (the table's own text: 10.6% at "
-        "up to 8192 tokens; the share falls as contexts grow)"
+        "budget loss-0.2%, contexts of 1536 to 1728 tokens: 40.0% of V rows read (the table's own text: "
+        f"{stated.v_rows_read:.1%} at up to 8192 tokens; the share falls as contexts grow)"
     )
     assert run.settings == [None, {"toptheta": {"thresholds": "none"}}, {"toptheta": {}}]
     screened = FakeEngine()
