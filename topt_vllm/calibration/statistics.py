@@ -11,7 +11,7 @@ L, and
   sample, such as that of the longest length, from being biased;
 * the law c0 + c1 ln n beyond the longest length: the chord of a + b·z_k, from θ there to four times that length.
 
-Of two models' heads, calibrated at 2k and at 8k tokens, this kept 0.75 to 1.1 times k keys in the median row at
+Of two models' heads, calibrated at 2k and at 8k tokens, this kept 0.75 to 1.0 times k keys in the median row at
 four times that length, where a line in ln n through all lengths kept 0.65 to 3.1.
 
 Only sums are kept, so memory doesn't grow with the number of sequences.
