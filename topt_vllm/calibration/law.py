@@ -33,5 +33,6 @@ def _errors(entry: LayerThresholds, ks: torch.Tensor, lengths: torch.Tensor) -> 
     before, last, longest = torch.tensor(entry.theta, dtype=torch.float64)[:, -3:].unbind(dim=1)
     z = deviations(ks[:, None], lengths)
     apart = z[:, 1] - z[:, 0]
+    # Middle scores, whose z is 0 or nearly so, say nothing of a slope.
     slope = torch.where(apart > 0.01, (last - before) / apart, 0)
     return last + slope * (z[:, 2] - z[:, 1]) - longest

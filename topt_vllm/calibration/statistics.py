@@ -2,8 +2,7 @@
 
 Per layer, query head and budget k, let s_k(n) be the k-th largest score of a row with context n, or the middle one
 where n < 2k. Were scores normal with one mean and deviation at every n, s_k(n) would be a + b·z_k(n), where z_k(n)
-is the normal quantile of the share of keys that lie below. Rows are sampled around each calibrated length
-L, and
+is the normal quantile of the share of keys that lie below. Rows are sampled around each calibrated length L, and
 
 * b: least squares over the rows of the two longest lengths. Scores aren't quite the same at every n, so the nearest
   rows say most of what comes; z_k takes care of how s_k bends at small n/k;
@@ -28,8 +27,8 @@ from topt_vllm.table.schema import keys_asked
 
 DECIMALS = 4
 
-# The law is good up to so many times the longest calibrated length.
-LAW_REACH = 4
+# The law is the chord up to so many times the longest calibrated length.
+_LAW_REACH = 4
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ class KthScoreMoments:
         at = deviations(self._ks[budget], self._lengths)
         theta = y[0] / z[0] + slope[:, None] * (at - z[1] / z[0])
         longest = self._lengths[-1]
-        beyond = deviations(self._ks[budget], longest * LAW_REACH)
-        c1 = slope * (beyond - at[-1]) / math.log(LAW_REACH)
+        beyond = deviations(self._ks[budget], longest * _LAW_REACH)
+        c1 = slope * (beyond - at[-1]) / math.log(_LAW_REACH)
         return Fit(torch.stack([theta[:, -1] - c1 * longest.log(), c1], dim=1), theta)
 
 
@@ -164,7 +163,7 @@ def deviations(ks: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
 def _slope(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Least squares, [H], from the sums (1, z, z²) [3] and (y, zy) [2, H]; 0 where z hardly varies.
 
-    It is 0 for the middle score of an even number, and nearly so of an odd one.
+    Of rows that all have their middle score z is 0, or nearly so where their number of keys is odd.
     """
     (mean, square), (y_mean, product) = z[1:] / z[0], y / z[0]
     spread = square - mean * mean
