@@ -8,7 +8,7 @@ import logging
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm import large_pages
+from topt_vllm import large_pages, openmp
 from topt_vllm.backend import compat, unused_settings
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -54,7 +54,7 @@ class TopThetaCpuPlatform(_CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         """Also checks the plugin's settings, so that a mistake stops the front end before anything is loaded.
 
-        Workers, which start later, get large pages.
+        Workers, which start later, get large pages, and threads that soon sleep.
         """
         super().check_and_update_config(vllm_config)
         if vllm_config.model_config is not None and compat.is_chosen(vllm_config):
@@ -66,6 +66,7 @@ class TopThetaCpuPlatform(_CpuPlatform):
             note_idle_cores(compat.cores_left_idle(vllm_config))
             large_pages.ask()
             note_small_pages()
+            openmp.wait_briefly()
         elif isinstance(others := vllm_config.additional_config, dict) and "toptheta" in others:
             unused_settings.warn_of_unused_settings()
 
