@@ -42,8 +42,24 @@ class Answer:
         return (self.tokens - 1) / self.decode if self.decode > 0 else 0.0
 
 
+def served_model(client: OpenAI) -> str:
+    """Name of the server's model.
+
+    Raises:
+        ValueError: It has none, or isn't vLLM.
+    """
+    try:
+        return client.models.list().data[0].id
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError("its /v1/models lists no model; name vLLM's own address with --url") from error
+
+
 def counters(root: str) -> dict[str, float]:
-    """Sums of the plugin's counters in the server's /metrics."""
+    """Sums of the plugin's counters in the server's /metrics.
+
+    Raises:
+        ValueError: It is no such list.
+    """
     with urllib.request.urlopen(f"{root}/metrics", timeout=30) as reply:
         families = list(text_string_to_metric_families(reply.read().decode()))
     samples = [sample for family in families for sample in family.samples]
@@ -118,7 +134,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: --text {options.text} can't be read: {error}", file=sys.stderr)
         return 1
     try:
-        model = client.models.list().data[0].id
+        # Not after minutes of asking.
+        if options.result:
+            options.result.open("a").close()
+    except OSError as error:
+        print(f"error: --result {options.result} can't be written: {error}", file=sys.stderr)
+        return 1
+    try:
+        model = served_model(client)
         before = counters(options.url)
         print(
             f"{options.text.name}, its first {len(text):,} characters, and then: {options.question}\n",
@@ -130,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         ]
         answer = ask(client, model, messages, options.max_tokens)
         share = share_read(options.url, before)
-    except (OpenAIError, OSError, RuntimeError) as error:
+    except (OpenAIError, OSError, RuntimeError, ValueError) as error:
         print(f"error: asking {options.url} failed: {error}", file=sys.stderr)
         return 1
     if share is None:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ask import Answer, ask, counters, share_read
+from ask import Answer, ask, counters, served_model, share_read
 from openai import BadRequestError, OpenAI, OpenAIError
 
 Message = dict[str, str]
@@ -26,7 +26,7 @@ class Chat:
     def __init__(self, url: str, text: str, max_tokens: int) -> None:
         self._url, self._max_tokens = url, max_tokens
         self._client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=900, max_retries=0)
-        self._model = self._client.models.list().data[0].id
+        self._model = served_model(self._client)
         known = f" You know this text:\n\n{text}" if text else ""
         self._start: list[Message] = [
             {"role": "system", "content": f"You are a helpful assistant.{known}"},
@@ -48,7 +48,7 @@ class Chat:
             print(cost(answer, share_read(self._url, before)))
         except KeyboardInterrupt:
             print("\n[interrupted]")
-        except (OpenAIError, OSError, RuntimeError) as error:
+        except (OpenAIError, OSError, RuntimeError, ValueError) as error:
             too_long = isinstance(error, BadRequestError) and "maximum context length" in str(error)
             hint = " The conversation is too long for the model: /clear forgets it." if too_long else ""
             print(f"error: {error}{hint}", file=sys.stderr)
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     try:
         chat = Chat(options.url, text, options.max_tokens)
-    except (OpenAIError, OSError) as error:
+    except (OpenAIError, OSError, ValueError) as error:
         print(f"error: {options.url}: {error}", file=sys.stderr)
         return 1
     while True:

@@ -78,7 +78,7 @@ main() {
     ((${#CALIBRATE[@]} > 0 && ${#EVALUATE[@]} > 0)) || demo_texts
     mkdir -p "$FOLDER"
     local run="$VENV/bin/topt-vllm" name table
-    name="$(basename "$MODEL")"
+    name="$(basename "$(realpath -ms "$MODEL")")"
     table="$FOLDER/$name.yaml"
     # Thresholds begin at 512 tokens or later.
     local needles=("$LENGTH")

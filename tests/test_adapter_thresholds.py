@@ -12,7 +12,9 @@ pytest.importorskip("vllm")
 
 from adapter_cases import (
     CLOSE,
+    DECODE,
     EVERY_HOST,
+    FLASH,
     GPU_HOSTS,
     HOSTS,
     NOBODYS,
@@ -27,7 +29,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from topt_vllm.adaptation import ROWS
 from topt_vllm.attention.common import Stat
-from topt_vllm.backend import requests
+from topt_vllm.backend import requests, thresholds
 from topt_vllm.backend.metrics import recorder
 
 __all__ = ["make_rig", "vllm_config"]
@@ -146,6 +148,22 @@ def test_sift_finds_thresholds_by_request(make_rig: Any, named: Any, host: Host)
     theta = thresholds.of_rows(step.metadata.thresholds, 4).theta
     assert torch.equal(theta[[0, 2, 3]], laws.theta[[3, 0, 1]])
     assert (theta[1] == -torch.inf).all()
+
+
+@pytest.mark.gpu
+def test_sift_is_told_of_a_step_through_pinned_memory(
+    make_rig: Any, named: Any, monkeypatch: pytest.MonkeyPatch
+):
+    rig = make_rig(FLASH, settings=SIFT)
+    named("a", "b", "c", "d")
+    copied: list[torch.Tensor] = []
+    copy = thresholds.async_tensor_h2d
+    monkeypatch.setattr(
+        thresholds, "async_tensor_h2d", lambda part, device: copied.append(part) or copy(part, device)
+    )
+    step = rig.builder.build(0, rig.common(DECODE)).thresholds
+    parts = {name for name, part in vars(step).items() if isinstance(part, torch.Tensor)}
+    assert len(copied) == len(parts - {"warm_contexts"}) == 7
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

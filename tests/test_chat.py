@@ -37,7 +37,7 @@ def test_a_turn_without_an_answer_is_taken_back(
     assert roles(conversation) == ["user", "assistant"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("gone"), ValueError("<html>")])
 def test_an_answer_stays_whose_cost_is_not_told(
     chat: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ):
@@ -45,3 +45,21 @@ def test_an_answer_stays_whose_cost_is_not_told(
     monkeypatch.setattr(chat, "share_read", lambda *_: (_ for _ in ()).throw(error))
     conversation.say("Is it?")
     assert roles(conversation) == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("models", [SimpleNamespace(data=[]), "<html>"])
+def test_what_is_no_vllm_is_refused(
+    chat: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], models: Any
+):
+    server = SimpleNamespace(models=SimpleNamespace(list=lambda: models))
+    monkeypatch.setattr(chat, "OpenAI", lambda **_: server)
+    assert chat.main([]) == 1
+    assert "its /v1/models lists no model" in capsys.readouterr().err
+
+
+def test_a_question_is_not_asked_whose_result_cannot_be_written(
+    chat: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    ask = importlib.import_module("ask")
+    assert ask.main(["--text", __file__, "--result", str(tmp_path / "none" / "x.json")]) == 1
+    assert "can't be written" in capsys.readouterr().err

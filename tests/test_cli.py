@@ -13,14 +13,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from table_factory import make_key_statistics, make_table
+from table_factory import make_identity, make_key_statistics, make_table
 from tiny_models import SMALL, save_model, save_text
 from transformers import LlamaConfig
 
 from topt_vllm.cli.examples import EXAMPLES
 from topt_vllm.cli.main import build_parser, main
+from topt_vllm.config import TopThetaConfig
+from topt_vllm.replay.model import examine
 from topt_vllm.table.command import calibrate_command, default_output, serve_command
 from topt_vllm.table.file import dump, load
+from topt_vllm.table.schema import ThresholdTableError
+from topt_vllm.table.search import find_table
+from topt_vllm.table.words import name_of_model
+from topt_vllm.verify.plan import read_model
 from topt_vllm.verify.run import verify
 
 
@@ -286,10 +292,28 @@ def test_inspect_says_what_k_screens_let_through(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["key_statistics"] == {"seed": 7, "layers": [0, 2]}
 
 
+def test_a_table_does_not_steer_the_terminal(tmp_path, capsys):
+    dump(make_table(make_identity(id="\x1b[31mtiny\n", revision="\x9b2J")), tmp_path / "t.yaml")
+    assert main(["inspect", str(tmp_path / "t.yaml")]) == 0
+    assert r"model        \x1b[31mtiny\n at \x9b2J (LlamaForCausalLM)" in capsys.readouterr().out
+    with pytest.raises(ThresholdTableError, match=r"belongs to \\x1b\[31mtiny\\n, not to m:"):
+        find_table(
+            TopThetaConfig(thresholds=str(tmp_path / "t.yaml")), make_identity(num_kv_heads=4), "m", None
+        )
+
+
 def test_inspect_of_a_broken_table(tmp_path, capsys):
     (tmp_path / "t.yaml").write_text("schema_version: 9", encoding="utf-8")
     assert "schema_version is 9" in refused(capsys, ["inspect", str(tmp_path / "t.yaml")])
     assert "can't be read" in refused(capsys, ["inspect", str(tmp_path / "none.yaml")])
+
+
+def test_a_model_has_the_name_of_its_folder_however_that_is_named(tmp_path, monkeypatch):
+    save_model(tmp_path / "tiny", LlamaConfig(**SMALL))
+    monkeypatch.chdir(tmp_path / "tiny")
+    for path in (".", "../tiny/", str(tmp_path / "tiny")):
+        assert examine(path).identity.id == read_model(path).identity.id == "tiny"
+    assert name_of_model("org/name") == "name"
 
 
 def test_command_lines_can_be_pasted(tmp_path):

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from topt_vllm.calibration.options import CalibrationOptions
-from topt_vllm.cli.main import build_parser
+from topt_vllm.cli.main import build_parser, main
 from topt_vllm.cli.options import add_options, read_options
 from topt_vllm.evaluation.options import EvaluationOptions
 from topt_vllm.replay.options import REQUIRED, option
@@ -63,6 +63,20 @@ def test_what_does_not_fit_is_refused(wrong, capsys):
 def test_shares_may_be_written_as_percentages(command: list[str]):
     given = build_parser().parse_args(command)
     assert (given.rows if command[0] == "evaluate" else given.keep) == [0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["verify", "--model", "m", "--k-screen", "int4"],
+        ["evaluate", "--model", "m", "--dataset", "t"],
+        ["bench", "decode"],
+    ],
+)
+def test_a_table_without_a_name_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--thresholds", ""])
+    assert "error: argument --thresholds: a table is expected, got ''" in capsys.readouterr().err
 
 
 def test_help_lists_groups_names_and_defaults():

@@ -306,7 +306,6 @@ def test_needles_alone(folder, tmp_path):
         (["--max-seq-length", "0"], "--max-seq-length is 0, but the table's first length is 64"),
         (["--num-samples", "9"], "play.txt: the text has 1400 tokens"),
         (["--thresholds", "none"], "an evaluation needs thresholds"),
-        (["--thresholds", ""], "toptheta.thresholds is ''"),
         (["--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),
         (["--tune-on", "absent.txt"], "error: --tune-on absent.txt: no such file"),
         (["--tune-on", os.devnull], f"error: --tune-on {os.devnull}: a device"),

@@ -20,12 +20,15 @@ from adapter_cases import (
     vllm_config,
 )
 from adapter_engine import make_rig
+from adapter_rig import layer_name
 from transformers import LlamaConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.worker import gpu_model_runner
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.backend.hosts.flash import FlashTopThetaBackend
 from topt_vllm.backend.startup import resolve
@@ -117,3 +120,19 @@ def test_heads_that_draft_have_no_thresholds_whatever_their_number(make_rig: Any
     assert rig.builder.build(0, rig.common(DECODE)).decode is None
     assert rig.layers[0].impl.platform_reason == "draft_model"
     assert rig.states().value_sums is None
+
+
+def test_a_drafter_may_share_a_cache_that_has_states_beside_it(make_rig: Any):
+    """Gemma 4's is told whose once it is made, and either model runner adds it to the owner's cache group then."""
+    draft = f"draft_model.{layer_name(0)}"
+    rig = make_rig(FLASH, layers=2, prefixes=(layer_name(0), draft))
+    rig.layers[1].kv_sharing_target_layer_name = layer_name(0)
+    (group,) = rig.plan.kv_cache_groups
+    specs = group.kv_cache_spec.kv_cache_specs
+    group.layer_names.remove(draft)
+    del specs[draft]
+    (groups,), _, _ = init_attn_backend(rig.plan, rig.config, FLASH.device)
+    assert any(draft in each.layer_names for each in groups)
+    del specs[draft]
+    gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups({draft: layer_name(0)}, [group])
+    assert specs[draft] == specs[layer_name(0)]

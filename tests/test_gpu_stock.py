@@ -13,6 +13,7 @@ from adapter_cases import (
     CLOSE,
     DECODE,
     FLASH,
+    NOBODYS,
     NUM_HEADS,
     NUM_KV_HEADS,
     BatchSpec,
@@ -109,6 +110,15 @@ def test_steps_are_counted_and_captures_not(stock: Any, counted: Any, picked: ty
     assert counted() == {}
     rig.builder.build(0, rig.common(DECODE))
     assert counted() == rows(DECODE.seq_lens, no_thresholds=4)
+
+
+def test_rows_of_nobody_are_not_counted(stock: Any, counted: Any):
+    """The second model runner captures pieces of graphs with them, and idle ranks of data parallelism step."""
+    rig = stock(FlashAttentionBackend)
+    common = rig.common(NOBODYS)
+    metadata = rig.builder.build(0, common)
+    rig.builder.update_block_table(metadata, common.block_table_tensor, common.slot_mapping)
+    assert counted() == {}
 
 
 def test_a_group_that_takes_over_another_s_metadata_is_counted(stock: Any, counted: Any):

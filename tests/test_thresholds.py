@@ -131,6 +131,10 @@ BROKEN = {
         set_at("model", "sliding_window_layers", value=[1, 3]),
         "model.sliding_window_layers: must be ascending and among 3 layers, got [1, 3]",
     ),
+    "windows in all layers": (
+        set_at("model", "sliding_window_layers", value=[0, 1, 2]),
+        "model: one of 3 layers must have full attention",
+    ),
     "window of a layer without attention": (
         set_at("model", "attention_free_layers", value=[1]),
         "model.attention_free_layers: layers [1] have a sliding window, so they attend",

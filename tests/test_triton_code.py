@@ -9,6 +9,8 @@ from functools import cache
 
 import pytest
 
+from topt_vllm.benchmarks import compile as bench
+
 pytestmark = pytest.mark.slow
 
 COMPILE = """
@@ -122,3 +124,14 @@ def test_two_programs_fit_and_nothing_spills_to_memory(target: str, kernel: str)
     found = compiled()[target][kernel]
     assert found["spills"] == 0
     assert found["occupancy"] >= 2
+
+
+@pytest.mark.parametrize("change", [{"sparse": False}, {"screen": True}], ids=str)
+def test_no_tensor_of_a_batch_stands_in_for_one_that_is_not_read(change: dict[str, bool]):
+    """vLLM's microbatches begin anywhere in theirs, and Triton compiles again for a pointer aligned otherwise."""
+    configuration = bench.Configuration(128, 4, 1, 16, "bfloat16", 64, **change)
+    _, launches = bench.calls(configuration, bench.CHIPS["sm_90"])
+    for kernel in launches.keys() - {"queries"}:
+        arguments = launches[kernel].arguments
+        same = [name for name, value in arguments.items() if value is arguments["seq_lens"]]
+        assert same == ["seq_lens"], kernel

@@ -17,7 +17,7 @@ State belongs to a request, not to its place in a batch: it has a slot in tables
 or not.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -71,10 +71,10 @@ class SiftStep:
     recorded_log_lengths: torch.Tensor
     first_rows: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def to(self, device: torch.device) -> "SiftStep":
-        """The step for tables on a device; nothing waits for it."""
+    def moved(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "SiftStep":
+        """The step for tables on a device, to which ``copy`` brings a tensor."""
         moved = {
-            name: part.to(device, non_blocking=True)
+            name: copy(part)
             for name, part in vars(self).items()
             if isinstance(part, torch.Tensor) and name != "warm_contexts"
         }

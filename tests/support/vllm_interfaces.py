@@ -67,6 +67,10 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
     ("model_executor/layers/mamba/ops/ssu_dispatch.py", ""): {
         "initialize_mamba_ssu_backend": "mamba_config kv_cache_config use_replayssm",
     },
+    ("v1/worker/utils.py", ""): {
+        "add_kv_sharing_layers_to_kv_cache_groups": "shared_kv_cache_layers kv_cache_groups "
+        "runner_only_attn_layers",
+    },
     ("v1/attention/backend.py", "CommonAttentionMetadata"): {"replace": "self **kwargs"},
     ("v1/attention/backends/flash_attn.py", "FlashAttentionImpl"): {
         "__init__": f"{_IMPL} sinks",

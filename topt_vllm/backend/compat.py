@@ -216,15 +216,16 @@ def as_configured(hf_config: Any) -> Any:
 def let_caches_be_shared_beside_states() -> None:
     """Has vLLM know the specs of layers that share a cache, also in groups whose pages are of several sizes.
 
-    vLLM (0.32) adds such a layer to the group of the layer whose cache it shares, and then looks for its spec among
-    the group's: KeyError. No hook lies between. Goes when vLLM adds the spec too.
+    vLLM (0.32, 0.33) adds such a layer to the group of the layer whose cache it shares, and then looks for its
+    spec among the group's: KeyError. No hook lies between. Goes when vLLM adds the spec too.
+
+    Which layers those are isn't known before: Gemma 4's drafter is told whose cache to share once it is made.
     """
     from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
-    from vllm.v1.worker import gpu_model_runner
+    from vllm.v1.worker import gpu_model_runner, utils
+    from vllm.v1.worker.gpu import attn_utils
 
-    add = gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups
-    if hasattr(add, "__wrapped__"):
-        return
+    add = utils.add_kv_sharing_layers_to_kv_cache_groups
 
     @wraps(add)
     def add_with_specs(shared: dict[str, str], groups: list[Any], *others: Any) -> None:
@@ -234,7 +235,9 @@ def let_caches_be_shared_beside_states() -> None:
                 specs = group.kv_cache_spec.kv_cache_specs
                 specs |= {layer: specs[owner] for layer, owner in shared.items() if owner in specs}
 
-    gpu_model_runner.add_kv_sharing_layers_to_kv_cache_groups = add_with_specs
+    # Each runner has imported it by name. Whoever calls this twice replaces what the first call put there.
+    for module in (gpu_model_runner, attn_utils):
+        module.add_kv_sharing_layers_to_kv_cache_groups = add_with_specs
 
 
 def start_state_space_layers(vllm_config: Any) -> None:

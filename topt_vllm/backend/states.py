@@ -240,10 +240,9 @@ def register(vllm_config: VllmConfig) -> None:
         if reason is None:
             screened = known.screen() is not None
             owner = layer.kv_sharing_target_layer_name or name
-            if owner != name:
-                compat.let_caches_be_shared_beside_states()
             context.update(states_for(owner, layer, resolved, vllm_config, screened))
     if any(isinstance(layer, StatesLayer) for layer in context.values()):
+        compat.let_caches_be_shared_beside_states()
         compat.start_state_space_layers(vllm_config)
 
 

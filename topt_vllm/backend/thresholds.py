@@ -209,7 +209,8 @@ class SiftingThresholds(Thresholds):
         """The step's rows by request; None where their lengths or requests aren't known: then all are dense."""
         if lengths is None or (names := requests.of_batch(common, len(starts) - 1)) is None:
             return None
-        return self._requests.step(names, starts, lengths).to(self._device)
+        step = self._requests.step(names, starts, lengths)
+        return step.moved(lambda part: async_tensor_h2d(part, self._device))
 
     def rows_before_known(self, step: SiftStep | None, dense_up_to: int) -> int:
         return 0 if step is None else int((step.warm_contexts > dense_up_to).sum())

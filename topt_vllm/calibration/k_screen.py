@@ -20,6 +20,7 @@ from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import Sequences
 from topt_vllm.table.file import load
 from topt_vllm.table.schema import KeyStatistics, ThresholdTable, ThresholdTableError
+from topt_vllm.table.words import printable
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
     difference = subject.identity.difference(table.model)
     if difference:
         raise CalibrationError(
-            f"{path}: this table belongs to {table.model.id[:80]}, not to {options.model}: {difference} (model "
-            f"against table). Name the right one with --output, or calibrate one, K screens included:\n"
+            f"{path}: this table belongs to {printable(table.model.id[:80])}, not to {options.model}: {difference} "
+            f"(model against table). Name the right one with --output, or calibrate one, K screens included:\n"
             f"    {_full_command(options, _free_name(path))}"
         )
     return table

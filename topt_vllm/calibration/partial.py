@@ -51,7 +51,7 @@ class Partial:
         if not found.exists() or found.read_text(encoding="utf-8") != self._digest:
             raise CalibrationError(
                 f"--resume: {self.folder} was left by a run with another model, text or options; "
-                "repeat that run's command, or leave --resume out to start over"
+                "repeat that run's command, or remove that folder to start over"
             )
 
     @contextmanager

@@ -2,13 +2,13 @@
 
 from topt_vllm.calibration.law import held_out_error
 from topt_vllm.table.schema import Budget, Quality, ThresholdTable
-from topt_vllm.table.words import budget_in_words, layers_in_words
+from topt_vllm.table.words import budget_in_words, layers_in_words, printable
 
 
 def describe(table: ThresholdTable) -> str:
     """Identity, origin, budgets and their quality, and the range of θ in each layer."""
     parts = _heading(table), _budgets(table), describe_screen(table), _theta_ranges(table)
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(map(printable, part)) for part in parts)
 
 
 def _heading(table: ThresholdTable) -> list[str]:

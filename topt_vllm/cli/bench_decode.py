@@ -13,6 +13,7 @@ from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import check_least
 from topt_vllm.evaluation.options import SCREENS
+from topt_vllm.replay.options import table_name
 from topt_vllm.shares import read_part
 from topt_vllm.table.words import budget_in_words
 
@@ -117,6 +118,7 @@ def _add_replay(group: Any) -> None:
     add("--cache", type=Path, metavar="FILE", help="replay this capture")
     add(
         "--thresholds",
+        type=table_name,
         metavar="TABLE",
         help="the model's table (default: the shipped one of its fingerprint)",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from topt_vllm.cli import UserError
 from topt_vllm.cli.options import add_trust_remote_code
+from topt_vllm.replay.options import table_name
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -20,7 +21,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument(
-        "--thresholds", help='table, or "none" for θ = −inf; default: the one that a server would find'
+        "--thresholds",
+        type=table_name,
+        help='table, or "none" for θ = −inf; default: the one that a server would find',
     )
     parser.add_argument(
         "--k-screen", choices=("int4", "int4+4"), help="decode the built-in text with a K screen"

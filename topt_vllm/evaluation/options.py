@@ -9,7 +9,7 @@ from typing import Any
 
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.output import not_writable
-from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option
+from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option, table_name
 from topt_vllm.shares import read_share
 
 RULES = ("toptheta", "toptheta-nomean", "topk", "blasst", "sparsev", "quest")
@@ -109,7 +109,11 @@ class EvaluationOptions:
         metavar="NUMBER",
     )
     thresholds: str | None = option(
-        None, "the model's table (default: where the server finds it)", group=_RULES, metavar="TABLE"
+        None,
+        "the model's table (default: where the server finds it)",
+        group=_RULES,
+        type=table_name,
+        metavar="TABLE",
     )
     dense_layers: tuple[int, ...] | None = option(
         None,

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from topt_vllm.replay.checkpoint import TOKENIZERS, check_files, lacks_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.layers import STATEFUL, layer_heads, layer_kinds, layer_value
+from topt_vllm.table.words import name_of_model
 
 _DEFAULT_MAX_SEQ_LENGTH = 8192
 
@@ -133,7 +133,7 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
     """
     config = read_config(model, trust_remote_code)
     try:
-        identity = identify(config, Path(model.rstrip("/")).name, getattr(config, "_commit_hash", None))
+        identity = identify(config, name_of_model(model), getattr(config, "_commit_hash", None))
     except ValueError as error:
         raise ReplayError(str(error)) from error
     text = config.get_text_config()

@@ -1,5 +1,6 @@
 """What calibration and evaluation are asked alike, and how an option is stated."""
 
+from argparse import ArgumentTypeError
 from dataclasses import MISSING, Field, field
 from typing import Any
 
@@ -37,6 +38,19 @@ def option(
     """
     stated = {"help": help, "group": group, "flag": flag, "alias": alias, "more": more}
     return field(default=default, metadata=stated, kw_only=kw_only)
+
+
+def table_name(text: str) -> str:
+    """The type of an option that names a table.
+
+    Raises:
+        ArgumentTypeError: The name is empty, as that of a shell's variable that isn't set.
+    """
+    if not text:
+        raise ArgumentTypeError(
+            "a table is expected, got ''; name one, or leave the option out for its default"
+        )
+    return text
 
 
 def flag_of(field: Field) -> str:

@@ -61,6 +61,8 @@ def _problems(table: ThresholdTable) -> _Problems:
     both = sorted({*model.sliding_window_layers} & {*model.attention_free_layers})
     if both:
         yield "model.attention_free_layers", f"layers {clipped(both)} have a sliding window, so they attend"
+    if not model.full_layers:
+        yield "model", f"one of {model.num_layers} layers must have full attention, or nothing has thresholds"
     for name, value in table.calibration.options.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"calibration.options.{name[:80]}", f"must be finite, got {value}"

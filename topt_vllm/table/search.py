@@ -10,6 +10,7 @@ from topt_vllm.table.command import TABLE_IN_MODEL_FOLDER, calibrate_command
 from topt_vllm.table.file import load
 from topt_vllm.table.identity import ModelIdentity
 from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
+from topt_vllm.table.words import printable
 
 
 def find_table(
@@ -62,8 +63,8 @@ def find_table(
     difference = identity.difference(table.model)
     if difference:
         raise ThresholdTableError(
-            f"{source}{path}: model: this table belongs to {table.model.id[:80]}, not to {model}: {difference} "
-            f"(served model against table). Calibrate one:\n    {calibrate_command(model)}"
+            f"{source}{path}: model: this table belongs to {printable(table.model.id[:80])}, not to {model}: "
+            f"{difference} (served model against table). Calibrate one:\n    {calibrate_command(model)}"
         )
     return table, path
 

@@ -1,5 +1,6 @@
-"""Layers, budgets and names of files in the words of tables and logs."""
+"""Layers, budgets and names in the words of tables and logs."""
 
+import os
 from collections.abc import Iterable
 
 
@@ -17,3 +18,13 @@ def budget_in_words(key: int | str | None) -> str:
 def as_text(name: str) -> str:
     """Names of files are bytes, and needn't be text."""
     return name.encode("utf-8", "replace").decode("utf-8")
+
+
+def name_of_model(model: str) -> str:
+    """The last part of a hub id, or the name of a folder, which needn't be a part of its path: ``.``."""
+    return os.path.basename(os.path.abspath(model))
+
+
+def printable(text: str) -> str:
+    """A stranger's text for the terminal, which may not be steered by it: as ``repr`` has it, without quotes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, cast
 
 from topt_vllm.attention.api import load_implementation, require
@@ -13,6 +12,7 @@ from topt_vllm.table.command import k_screen_command
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
+from topt_vllm.table.words import name_of_model
 from topt_vllm.verify.checks import CheckError
 from topt_vllm.verify.engine import Forced, Request
 from topt_vllm.verify.installation import device_type
@@ -67,7 +67,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> Model:
     text = resources.files("topt_vllm.verify").joinpath("text.txt").read_text(encoding="utf-8")
     tokens = load_tokenizer(name, trust_remote_code)(text, verbose=False)["input_ids"]
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or len(tokens)
-    identity = identify(config, Path(name.rstrip("/")).name, None)
+    identity = identify(config, name_of_model(name), None)
     return Model(name, identity, longest, tokens, trust_remote_code)
 
 

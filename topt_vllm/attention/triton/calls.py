@@ -99,11 +99,18 @@ class DecodeStep(DecodeArguments):
         parts = self.parts(launch).cut(memory)
         lists = {name: parts.pop(name) for name in ("listed_scores", "listed_slots", "listed_positions")}
         queries = {name: parts.pop(name) for name in ("query_codes", "coefficients")}
-        shared = self._shared(launch) | parts
+        shared = self._shared(launch, parts["partial_reached"]) | parts
         calls = [self._decode(launch, shared | lists | queries, interpreted), self._merge(launch, shared)]
         return calls if self.screen is None else [self._queries(self.screen, queries), *calls]
 
-    def _shared(self, launch: Launch) -> dict[str, Any]:
+    def _shared(self, launch: Launch, unread: torch.Tensor) -> dict[str, Any]:
+        """What the decode and the merge kernel both take.
+
+        Args:
+            launch: From :meth:`choose`.
+            unread: Stands in for pointers that aren't used, in every kernel. Not a part of the batch, which may
+                begin anywhere (vLLM's microbatches): Triton would compile the kernels again for the alignment.
+        """
         _, num_kv_heads, block_size, value_dim = self.cache.value.shape
         value, form = stored(self.cache.value)
         statistics, items = self.statistics, self.items(launch)
@@ -116,7 +123,7 @@ class DecodeStep(DecodeArguments):
             "seq_lens": self.batch.seq_lens,
             "block_table": self.batch.block_table,
             "table_stride": self.batch.block_table.stride(0),
-            "statistics": self.batch.seq_lens if statistics is None else statistics,
+            "statistics": unread if statistics is None else statistics,
             "statistics_slots": 1 if statistics is None else statistics.shape[0],
             "items": items,
             "chunks": launch.chunks(self.max_query_rows),
@@ -139,7 +146,7 @@ class DecodeStep(DecodeArguments):
         }
 
     def _decode(self, launch: Launch, shared: dict[str, Any], interpreted: bool) -> Call:
-        cache, selection, unread = self.cache, self.selection, self.batch.seq_lens
+        cache, selection, unread = self.cache, self.selection, shared["partial_reached"]
         key, _ = stored(cache.key)
         compute = compute_dtype(self.query, cache.key, interpreted)
         head_dim = self.query.shape[2]
@@ -181,13 +188,12 @@ class DecodeStep(DecodeArguments):
         if launch.max_registers is not None:
             arguments["maxnreg"] = launch.max_registers
         grid = (launch.programs, shared["KV_HEADS"])
-        return Call(
-            _topt_decode_kernel, grid, arguments | self._thresholds() | self._codes(launch, interpreted)
-        )
+        arguments |= self._thresholds(unread) | self._codes(launch, interpreted, unread)
+        return Call(_topt_decode_kernel, grid, arguments)
 
-    def _codes(self, launch: Launch, interpreted: bool) -> dict[str, Any]:
+    def _codes(self, launch: Launch, interpreted: bool, unread: torch.Tensor) -> dict[str, Any]:
         """The decode kernel's K screen."""
-        screen, unread = self.screen, self.batch.seq_lens
+        screen = self.screen
         return {
             "codes": unread if screen is None else screen.codes,
             "words": unread if screen is None else screen.codes.view(torch.int32),
@@ -222,9 +228,9 @@ class DecodeStep(DecodeArguments):
         }
         return Call(_topt_queries_kernel, (-(-rows * num_heads // vectors),), arguments)
 
-    def _thresholds(self) -> dict[str, Any]:
+    def _thresholds(self, unread: torch.Tensor) -> dict[str, Any]:
         """θ of the decode kernel."""
-        thetas, unread = self.thetas, self.batch.seq_lens
+        thetas = self.thetas
         by_length = isinstance(thetas, Thetas)
         num_lengths = thetas.lengths.shape[0] if isinstance(thetas, Thetas) else 0
         return {
@@ -238,7 +244,7 @@ class DecodeStep(DecodeArguments):
         }
 
     def _merge(self, launch: Launch, shared: dict[str, Any]) -> Call:
-        scale, unread = self.cache.value_scale, self.batch.seq_lens
+        scale, unread = self.cache.value_scale, shared["partial_reached"]
         sums = self.cache.value_sums if self.vmean else None
         arguments = shared | {
             "value_sums": unread if sums is None else sums,

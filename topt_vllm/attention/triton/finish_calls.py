@@ -68,7 +68,8 @@ def codes_call(cache: PagedCache, screen: KeyScreen, batch: DecodeBatch, program
         "mean": screen.transform.mean,
         "channel_scale": screen.transform.scale,
         "signs": screen.transform.signs,
-        "key_scale": batch.seq_lens if cache.key_scale is None else cache.key_scale,
+        # Where it isn't read, a tensor that is aligned like it, whatever the batch.
+        "key_scale": screen.transform.mean if cache.key_scale is None else cache.key_scale,
         "query_start_loc": batch.query_start_loc,
         "seq_lens": batch.seq_lens,
         "block_table": batch.block_table,

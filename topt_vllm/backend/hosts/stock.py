@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from topt_vllm.backend import compat
 from topt_vllm.backend.binding import count_platform_layers
 from topt_vllm.backend.layers import describe_rank
-from topt_vllm.backend.rows import few_rows, row_lengths
+from topt_vllm.backend.rows import few_rows, row_lengths, without_context
 from topt_vllm.backend.skipping import warn_if_nothing_is_skipped
 from topt_vllm.backend.startup import resolve
 
@@ -103,7 +103,7 @@ class StockBuilder(_Platform):
 
     def _count(self, common: CommonAttentionMetadata) -> None:
         decoding = few_rows(common, self._toptheta_query_rows)
-        if decoding is not None:
+        if decoding is not None and not without_context(*decoding):
             starts, lengths = decoding
             self._toptheta_counters.count(int(starts[-1]), row_lengths(starts, lengths))
 
