@@ -293,7 +293,30 @@ def test_a_picture_without_a_suffix_is_a_png_and_nothing_lies_beside_it(tmp_path
 def test_a_target_that_is_not_reached_is_said(folders, capsys):
     table = run(folders["llama"], target_rows=(0.1,))
     assert table.budget("rows-0.1%").quality.v_rows_read > 0.001
-    assert "rows-0.1% was not reached; its budget is the nearest, a loss of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "rows-0.1% was not reached; its budget is the nearest, a loss of" in said
+    assert "of V rows, and the server's default" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "gemma3, windows",
+            {},
+            r"600 tokens sliding windows alone read 13\.\d %.* or give a longer --max-seq",
+        ),
+        (
+            "llama",
+            {"dense_layers": (0, 1)},
+            r"600 tokens --dense-layers 0 1 alone read 66\.7 %.* or give fewer",
+        ),
+    ],
+)
+def test_rows_that_are_read_whatever_is_allocated_are_refused(folders, kind, changes, message, monkeypatch):
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_causal_lm", lambda *_: pytest.fail("weights"))
+    with pytest.raises(CalibrationError, match=f"--target-rows 5% 10%: at {message}"):
+        run(folders[kind], target_rows=(5.0, 10.0, 70.0), **changes)
 
 
 def test_auto_with_windowed_layers(folders):
