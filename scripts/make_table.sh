@@ -3,12 +3,14 @@
 # never saw, hides facts in a long prompt, and draws the report. configs/README.md says what to look at.
 #
 # Usage: ./scripts/make_table.sh MODEL FOLDER [--calibrate TEXT...] [--evaluate TEXT...]
-#                                [--length N] [--samples N] [--device NAME] [--dtype NAME]
+#                                [--length N] [--samples N] [--target-rows N] [--device NAME] [--dtype NAME]
 #
 #   --calibrate TEXT...  texts to calibrate on (default: seven plays of the demo's)
 #   --evaluate TEXT...   texts to evaluate on (default: another play, and code)
 #   --length N           tokens of a sequence (default 8192)
 #   --samples N          sequences to calibrate on (default 16)
+#   --target-rows N      percent, as in topt-vllm calibrate (default 10); none: no such budget, for models whose sliding
+#                        windows alone read more, which calibrate then says
 #   --device, --dtype    as in topt-vllm calibrate (default: a GPU where there is one; float32)
 #
 # MODEL is a folder or a hub id, of which FOLDER gets NAME.yaml, evaluation.json and report.html. What is there already
@@ -16,7 +18,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-BUDGETS=(128 loss-1% loss-0.2% rows-10%)
+BUDGETS=(128 loss-1% loss-0.2%)
+TARGET=()
 LENGTH=8192
 SAMPLES=16
 DTYPE=float32
@@ -37,6 +40,11 @@ parse() {
                 if [[ $1 == --length ]]; then LENGTH=$2; else SAMPLES=$2; fi
                 shift
                 ;;
+            --target-rows)
+                [[ ${2:-} =~ ^([1-9][0-9]?%?|none)$ ]] || die "$1 needs a percentage from 1 to 99, or none, got '${2:-}'"
+                CALIBRATED_ROWS=$2
+                shift
+                ;;
             --device | --dtype)
                 [[ -n ${2:-} ]] || die "$1 needs a name"
                 if [[ $1 == --device ]]; then DEVICE=(--device "$2"); else DTYPE=$2; fi
@@ -50,6 +58,9 @@ parse() {
     ((${#WORDS[@]} == 2)) || die "a model and a folder are wanted, got ${#WORDS[@]} words; see $0 --help"
     MODEL=${WORDS[0]}
     FOLDER=${WORDS[1]}
+    [[ $CALIBRATED_ROWS != none ]] || return 0
+    TARGET=(--target-rows "$CALIBRATED_ROWS")
+    BUDGETS+=("rows-${CALIBRATED_ROWS%\%}%")
 }
 
 # Texts that were not named: the demo's.
@@ -87,7 +98,7 @@ main() {
 
     step "2/4 Thresholds"
     once "$table" "$run" calibrate "${model[@]}" --dataset "${CALIBRATE[@]}" --num-samples "$SAMPLES" \
-        "${CALIBRATED_BUDGETS[@]}" --output "$table" --resume
+        "${CALIBRATED_BUDGETS[@]}" "${TARGET[@]}" --output "$table" --resume
     step "3/4 What they cost on other texts"
     # Under another name until it is whole: its records are written as they come.
     local unfinished="$FOLDER/evaluation.unfinished.json"

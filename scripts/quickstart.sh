@@ -86,7 +86,7 @@ prepare_table() {
     local texts calibrate
     mapfile -t texts < <(plays "${CALIBRATION_PLAYS[@]}")
     calibrate=("$VENV/bin/topt-vllm" calibrate --model "$DEMO_MODEL" --dataset "${texts[@]}" --num-samples 16
-        --max-seq-length 8192 --dtype float32 "${CALIBRATED_BUDGETS[@]}"
+        --max-seq-length 8192 --dtype float32 "${CALIBRATED_BUDGETS[@]}" --target-rows "$CALIBRATED_ROWS"
         --output "$OWN_TABLE" --force)
     if [[ -z $CALIBRATE ]]; then
         say "The shipped table is used: configs/${SHIPPED##*/}. To calibrate one, run with --calibrate, or:"

@@ -344,6 +344,17 @@ def test_sequences_do_not_overlap_and_the_last_part_is_held_back():
     assert found.calibration == [stream[0:30], stream[35:65], stream[70:100]]
 
 
+def test_a_short_text_is_enough_where_nothing_has_to_be_held_back():
+    """And the sequences of a longer one stay where they are."""
+    tokenizer, text = byte_tokenizer(), "abcdefghij" * 9
+    assert cut_sequences(tokenizer, [text], 2, 30, hold_back=False) == cut_sequences(tokenizer, [text], 2, 30)
+    found = cut_sequences(tokenizer, [text[:70]], 2, 30, hold_back=False)
+    stream = tokenizer(text[:70])["input_ids"]
+    assert (found.calibration, found.held_back) == ([stream[:30], stream[40:]], [])
+    with pytest.raises(ReplayError, match=r"sequences of 30 tokens need 90: 3\. Add text"):
+        cut_sequences(tokenizer, [text[:70]], 3, 30, hold_back=False)
+
+
 def test_sequences_start_as_the_tokenizer_starts_a_text():
     tokenizer = byte_tokenizer(add_bos=True)
     assert tokenizer("a")["input_ids"][0] == 256

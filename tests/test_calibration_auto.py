@@ -1,5 +1,6 @@
 """Budgets that follow a target: curves, the greedy path, the search, and whole runs on a tiny model."""
 
+import random
 from itertools import product
 from pathlib import Path
 
@@ -119,6 +120,35 @@ def test_search_stays_within_rows_beside_layers_that_are_read_in_full(fixed, tar
     found = search(of_all_layers(sparse, fixed), Target("rows", target), measure, {})
     assert found.met
     assert target - 1.1 <= found.measured.rows <= target
+
+
+@pytest.mark.parametrize("kind", ["loss", "rows"])
+def test_search_meets_what_can_be_met_where_the_ratio_drifts_along_the_path(kind):
+    """Without noise: what is measured is a power of what was predicted."""
+    source, missed = random.Random(0), []
+    for _ in range(600):
+        steps = [
+            Step(loss, rows)
+            for loss, rows in zip(
+                sorted((10 ** source.uniform(-4, 0) for _ in range(200)), reverse=True),
+                sorted(10 ** source.uniform(-2, 0) for _ in range(200)),
+                strict=True,
+            )
+        ]
+        factor, power = 10 ** source.uniform(-0.5, 0.5), source.uniform(0.5, 1.6)
+        target = Target(kind, 10 ** source.uniform(0.3, 1.7))
+
+        def measure(place: int, steps=steps, factor=factor, power=power) -> Measured:
+            step = steps[place]
+            return Measured(factor * (100 * step.loss) ** power, factor * (100 * step.rows) ** power)
+
+        known: dict[int, Measured] = {}
+        found = search(steps, target, measure, known)
+        assert len(known) <= MAX_RUNS
+        values = [getattr(measure(place), kind) for place in range(len(steps))]
+        if not found.met and min(values) <= target.percent:
+            missed.append((target, factor, power))
+    assert not missed
 
 
 def test_search_says_when_a_target_is_out_of_reach():
@@ -263,7 +293,30 @@ def test_a_picture_without_a_suffix_is_a_png_and_nothing_lies_beside_it(tmp_path
 def test_a_target_that_is_not_reached_is_said(folders, capsys):
     table = run(folders["llama"], target_rows=(0.1,))
     assert table.budget("rows-0.1%").quality.v_rows_read > 0.001
-    assert "rows-0.1% was not reached; its budget is the nearest, a loss of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "rows-0.1% was not reached; its budget is the nearest, a loss of" in said
+    assert "of V rows, and the server's default" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            "gemma3, windows",
+            {},
+            r"600 tokens sliding windows alone read 13\.\d %.* or give a longer --max-seq",
+        ),
+        (
+            "llama",
+            {"dense_layers": (0, 1)},
+            r"600 tokens --dense-layers 0 1 alone read 66\.7 %.* or give fewer",
+        ),
+    ],
+)
+def test_rows_that_are_read_whatever_is_allocated_are_refused(folders, kind, changes, message, monkeypatch):
+    monkeypatch.setattr("topt_vllm.calibration.calibrate.load_causal_lm", lambda *_: pytest.fail("weights"))
+    with pytest.raises(CalibrationError, match=f"--target-rows 5% 10%: at {message}"):
+        run(folders[kind], target_rows=(5.0, 10.0, 70.0), **changes)
 
 
 def test_auto_with_windowed_layers(folders):

@@ -169,6 +169,18 @@ def killed(folder, monkeypatch) -> None:
             calibrate(prepare(options(folder)))
 
 
+@pytest.mark.parametrize("kept", [0, 100, -1])
+@pytest.mark.usefixtures("killed")
+def test_a_damaged_result_is_made_anew(folder, kept):
+    """As a disk leaves it that was full, or a machine that lost power."""
+    partial = Partial(prepare(options(folder, resume=True)))
+    partial.save("result", {"numbers": torch.ones(100)})
+    assert partial.load("result") is not None
+    path = partial.folder / "result.pt"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert partial.load("result") is None
+
+
 @pytest.mark.usefixtures("killed")
 def test_resume_refuses_what_other_weights_left(folder):
     os.utime(folder / "model.safetensors", ns=(1, 1))

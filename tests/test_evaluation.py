@@ -259,6 +259,7 @@ def test_command_writes_one_record_for_each_rule_target_and_text(folder, tmp_pat
             assert record["by_position"][0]["from"] == record["first_context"] == record["context"] - rows
             assert record["by_position"][-1]["to"] == record["context"] - 1
             assert record["loss_pct_se"] >= 0
+        assert (record["tuned_on"] is None) == (record["k"] is not None)
         assert ("kept_over_k" in record) == (record["k"] is not None and record["text"] != "needles")
     shipped = next(r for r in records if r["k"] == 64)
     assert shipped["dense_layers"] == [1]
@@ -292,6 +293,16 @@ def test_needles_alone(folder, tmp_path):
             ["--rows", "0.3", "--dense-layers", "1"],
             "raise the target, or name longer --lengths or fewer --dense",
         ),
+        (
+            ["--dense-layers", "1"],
+            r"the default --rows 0.05 0.1 0.2: at 320 tokens dense layers \[1\] and sliding windows alone read",
+        ),
+        (
+            ["--rules", "toptheta", "topk", "--rows", "--budget", "64"],
+            "--rules topk are tuned to targets, and",
+        ),
+        (["--tune-on", "t", "--rows", "--budget", "64"], "--tune-on is for the targets of --rows"),
+        (["--depths", "0.5"], "--depths is where facts stand in the prompts of --needles; name those"),
         (["--dense-layers", "9"], r"--dense-layers \[9\] are not full-attention layers"),
         (["--rows", "--budget", "64", "--dense-layers", "1"], "--dense-layers is for the targets of --rows"),
         (["--json", "o.svg", "--plot", "o.svg"], "--json and --plot are one file, o.svg"),
@@ -371,6 +382,37 @@ def test_targets_that_windows_alone_exceed_are_refused(folder, capsys):
     for rows, lengths, refused in ((0.1, (128, 320), True), (0.1, (320,), False), (0.9, (128, 320), False)):
         asked = ["--dry-run", "--rows", str(rows), "--lengths", *map(str, lengths)]
         assert main(command(folder, *asked)) == 2 * (windows and refused), (rows, lengths)
+    capsys.readouterr()
+    # Needles' prompts have rules of their own, and texts that are skipped have none.
+    asked = ["--dry-run", "--rows", "0.085", "--depths", "0"]
+    assert main(command(folder, *asked, "--needles", "260")) == 2 * windows
+    assert (
+        "alone read 9.0%; raise the target, or name longer --needles\n" in capsys.readouterr().err
+    ) == windows
+    skipped = ["--needles", "320", "--lengths", "128", "--skip-texts"]
+    assert main(command(folder, *asked, *skipped)) == 0
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_default_targets_that_windows_alone_exceed_are_left_out(folder, capsys):
+    windows = bool(load(folder / "toptheta.yaml").model.sliding_window_layers)
+    assert main(command(folder, "--dry-run")) == 0
+    shown, said = capsys.readouterr()
+    note = "note: left out of the default --rows: 0.05, for at 320 tokens sliding windows alone read 7.7%\n"
+    assert (note in said) == ("at 5%" not in shown) == windows
+    assert "at 10%" in shown
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_text_needs_no_tokens_to_tune_on_where_nothing_is_tuned_on_it(folder, tmp_path):
+    save_text(tmp_path / "other.txt", 1000)
+    asked = ["--max-seq-length", "1000", "--rules", "toptheta", "--dry-run"]
+    for more, refused in (
+        (["--rows", "--budget", "64"], False),
+        (["--rows", "0.9", "--tune-on", str(tmp_path / "other.txt")], False),
+        (["--rows", "0.9"], True),
+    ):
+        assert main(command(folder, *asked, *more)) == 2 * refused, more
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -423,5 +465,6 @@ def test_a_tokenizer_that_tells_no_numbers_apart_is_refused():
 @pytest.mark.usefixtures("no_weights")
 def test_a_text_is_not_tuned_on_and_evaluated(folder, capsys):
     play = str(folder / "play.txt")
-    assert main(command(folder, "--dry-run", "--tune-on", play)) == 2
-    assert "play.txt is evaluated too; leave it out" in capsys.readouterr().err
+    for name in (play, f"{folder}/../{folder.name}/play.txt"):
+        assert main(command(folder, "--dry-run", "--tune-on", name)) == 2
+        assert "play.txt is evaluated too; leave it out" in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_a_task_counts_by_exact_answers_where_dense_attention_gives_them():
     assert (found["margin"], found["margin_difference"]) == (0.5, -0.5)
     assert found["margin_difference_se"] == pytest.approx(0.5 / math.sqrt(3), abs=1e-5)
     poor = scores([answered(True, False, 2.0)])
-    assert poor["judged_by"] == "margin"
+    assert (poor["judged_by"], poor["margin_difference_se"]) == ("margin", None)
     facts = {"rule": "toptheta", "rows_target": None, "k": 64, "k_screen": "int4"}
     records = [facts | {"task": "multikey", "context": length} | found for length in (1024, 4096)]
     records += [facts | {"task": "questions", "context": length} | poor for length in (1024, 4096)]
@@ -211,6 +211,11 @@ def test_a_task_counts_by_exact_answers_where_dense_attention_gives_them():
     assert re.fullmatch(r"multikey( +exact 33% → 33%){2}", first)
     assert re.fullmatch(r"questions( +margin \+1\.00 → \+2\.00 \(±nan\)){2}", second)
     assert summary(records[-1:]) == ""
+    # Targets within a percent of each other stay apart.
+    near = [records[0] | {"rows_target": share} for share in (0.061, 0.064)]
+    assert {"toptheta at 6.1%, K screen int4", "toptheta at 6.4%, K screen int4"} < set(
+        summary(near).split("\n")
+    )
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -253,6 +258,10 @@ def test_command_writes_a_record_for_each_task_length_and_text(folder, tmp_path,
         (
             [*LONG, "--tasks", "multikey", "--task-lengths", "64"],
             "--task-lengths 64: prompts are longer than the",
+        ),
+        (
+            ["--generate", "9", "--task-cases", "3"],
+            "--task-lengths and --task-cases are for --tasks; name some",
         ),
         (["--tasks", "multikey"], "--task-lengths 4096: the model's context is 2048 tokens"),
         (["--tasks", "questions", "--task-lengths", "700"], "--task-lengths 700: too short for questions"),

@@ -105,7 +105,7 @@ READS = {
     "evaluate --dataset": "evaluate --model {good}/model --thresholds {good}/table.yaml --dataset {} "
     "--max-seq-length 300 --rows --budget 64 --rules toptheta --dry-run",
     "evaluate --tune-on": "evaluate --model {good}/model --thresholds {good}/table.yaml --dataset {good}/text.txt "
-    "--tune-on {} --max-seq-length 300 --rows --budget 64 --rules toptheta --dry-run",
+    "--tune-on {} --max-seq-length 300 --rows 0.9 --rules toptheta --dry-run",
     "evaluate --thresholds": "evaluate --model {good}/model --dataset {good}/text.txt --thresholds {} "
     "--max-seq-length 300 --rows --budget 64 --rules toptheta --dry-run",
     "report": "report {} -o {out}",

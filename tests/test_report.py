@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
         evaluated("toptheta", -0.05, None),
         needles(),
         task(1024, 0.6, 0.7),
-        task(2048, 0.1, 0.2),
+        task(2048, 0.1, 0.2) | {"loss_pct_se": None},
     ]
     write(tmp_path, "e.json", records)
     write(tmp_path, "b.json", [decoded(), decoded(keep_target=1.0, v_rows_read=1.0, ratio_keep_all=1)])

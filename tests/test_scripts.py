@@ -163,6 +163,14 @@ def test_a_table_its_evaluation_and_its_report_are_made_once(checkout: Path, tmp
         assert words[words.index("--model") + 1] == "a model/M"
         assert words[words.index("--max-seq-length") + 1] == "2048"
     assert evaluate[evaluate.index("--needles") :][:3] == ["--needles", "2048", "--json"]
+    assert calibrate[calibrate.index("--target-rows") + 1] == "10%"
+    assert evaluate[evaluate.index("--budget") :][:5] == [
+        "--budget",
+        "128",
+        "loss-1%",
+        "loss-0.2%",
+        "rows-10%",
+    ]
     files = {f"{tmp_path}/out/{name}" for name in ("M.yaml", "evaluation.json", "report.html")}
     assert {str(path) for path in (tmp_path / "out").iterdir()} == files
     assert files <= set(report)
@@ -170,6 +178,21 @@ def test_a_table_its_evaluation_and_its_report_are_made_once(checkout: Path, tmp
     assert again.returncode == 0
     assert again.stdout.count("is there; remove it") == 3
     assert log.read_text().count("\n\n") == 3
+
+
+@pytest.mark.parametrize(("asked", "name"), [("30", "rows-30%"), ("none", None)])
+def test_a_table_s_target_of_rows_is_chosen_or_left_out(
+    checkout: Path, tmp_path: Path, asked: str, name: str | None
+):
+    log, command = tmp_path / "log", checkout / ".venv" / "bin" / "topt-vllm"
+    shutil.copy(ROOT / "scripts" / "make_table.sh", checkout / "scripts")
+    command.write_text(FAKE_COMMAND.format(python=sys.executable, log=str(log)))
+    command.chmod(0o755)
+    given = ["M", tmp_path / "out", "--calibrate", "a.txt", "--evaluate", "b.txt", "--target-rows", asked]
+    assert run(checkout / "scripts" / "make_table.sh", *given).returncode == 0
+    calibrate, evaluate, _ = (call.split("\n") for call in log.read_text().strip().split("\n\n"))
+    assert ("--target-rows" in calibrate) == (asked in calibrate) == (name is not None)
+    assert [word for word in evaluate if word.startswith("rows-")] == [name][: name is not None]
 
 
 def test_an_evaluation_that_was_killed_is_not_taken_for_a_whole_one(checkout: Path, tmp_path: Path):

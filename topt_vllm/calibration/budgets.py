@@ -12,7 +12,7 @@ from topt_vllm.calibration.allocation import Head, Path, Point, of_all_layers
 from topt_vllm.calibration.head_errors import HeadErrors
 from topt_vllm.calibration.maker import Maker
 from topt_vllm.calibration.partial import Partial
-from topt_vllm.calibration.plan import Plan
+from topt_vllm.calibration.plan import MEASURED_ROWS, Plan
 from topt_vllm.calibration.quality import quality
 from topt_vllm.calibration.search import Measured, search
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, sensitivity
@@ -21,9 +21,6 @@ from topt_vllm.replay.capture import Observer
 from topt_vllm.replay.replay import Replay
 from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.schema import Budget, Quality
-
-# Rows decoded to measure a budget: the last ones of a sequence.
-MEASURED_ROWS = 1024
 
 
 def measured(
@@ -70,7 +67,8 @@ def targeted(
     """One budget for each target: search on the path, on the tuning sequences."""
     replays = [_replay(model, plan, tokens, MEASURED_ROWS) for tokens in plan.sequences.tuning]
     rounding = _rounding(replays, plan)
-    steps = of_all_layers(path.steps, _fixed(replays, plan))
+    fixed = plan.fixed_rows(torch.cat([replay.rows + 1 for replay in replays]))
+    steps = of_all_layers(path.steps, fixed)
     known: dict[int, Measured] = {}
 
     def measure(place: int) -> Measured:
@@ -89,17 +87,12 @@ def targeted(
         found = search(steps, target, measure, known)
         if not found.met:
             reached = f"a loss of {found.measured.loss:.2f} % at {found.measured.rows:.1f} % of V rows"
+            reached += ", and the server's default" if target == plan.options.targets[-1] else ""
             tqdm.write(
                 f"{target.name} was not reached; its budget is the nearest, {reached}", file=sys.stderr
             )
         budgets.append(maker.allocated(path.ks(found.place), target.name))
     return budgets
-
-
-def _fixed(replays: list[Replay], plan: Plan) -> float:
-    """Share of the V rows of what is measured that lies in layers to which nothing is allocated."""
-    rows = plan.subject.v_rows(torch.cat([replay.rows + 1 for replay in replays]))
-    return 1 - sum(rows[layer] for layer in plan.allocated_layers) / sum(rows)
 
 
 def _rounding(replays: list[Replay], plan: Plan) -> list[float]:

@@ -82,9 +82,12 @@ class Partial:
             lock.release()
 
     def load(self, name: str) -> Any:
-        """A result by its name, or None."""
+        """A result by its name, or None; also where the file is damaged, so that it is made anew."""
         path = self.folder / f"{name}.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        try:
+            return torch.load(path, weights_only=True) if path.exists() else None
+        except Exception:  # torch raises errors of many kinds, from EOFError to pickle's
+            return None
 
     def save(self, name: str, result: Any) -> None:
         """Keeps a result: tensors, numbers, and lists or dicts of them."""

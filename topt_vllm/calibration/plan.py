@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions, calibrated_lengths
 from topt_vllm.output import is_one_of, not_writable, refuse_overwrite
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
+from topt_vllm.replay.replay import replayed_rows
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.table.schema import TextSource
 
@@ -14,6 +17,8 @@ from topt_vllm.table.schema import TextSource
 ERROR_ROWS = 64
 _ERROR_SEQUENCES = 2
 _TUNING_SEQUENCES = 2
+# Rows decoded to measure a budget: the last ones of a sequence.
+MEASURED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class Plan:
         asked = self.options.dense_layers or ()
         return [layer for layer in self.subject.full_layers if layer not in asked]
 
+    def fixed_rows(self, contexts: torch.Tensor) -> float:
+        """Share of the V rows in context that lies in layers to which nothing is allocated; int64 [r]."""
+        rows = self.subject.v_rows(contexts)
+        return 1 - sum(rows[layer] for layer in self.allocated_layers) / sum(rows)
+
     @property
     def error_sequences(self) -> list[list[int]]:
         """The calibration sequences on which heads' errors are measured."""
@@ -78,7 +88,24 @@ def prepare(options: CalibrationOptions) -> Plan:
     dense, length = _dense_layers(options, subject.full_layers), lengths[-1]
     tuning = _TUNING_SEQUENCES if options.targets else 0
     sequences, sources = read_sequences(options, subject, length, tuning)
-    return Plan(options, subject, lengths, dense, sequences, sources)
+    plan = Plan(options, subject, lengths, dense, sequences, sources)
+    _check_targets(plan)
+    return plan
+
+
+def _check_targets(plan: Plan) -> None:
+    """Refuses rows that are read whatever is allocated: every head would get a single key."""
+    options, length = plan.options, plan.max_seq_length
+    rows = replayed_rows(length, min(MEASURED_ROWS, length - plan.lengths[0]))
+    least = 100 * plan.fixed_rows(torch.tensor(rows) + 1)
+    if missed := [f"{percent:g}%" for percent in options.target_rows if percent <= least]:
+        dense = f"--dense-layers {' '.join(map(str, options.dense_layers))}" if options.dense_layers else ""
+        windows = "sliding windows" if plan.subject.identity.sliding_window_layers else ""
+        raise CalibrationError(
+            f"--target-rows {' '.join(missed)}: at {length} tokens {' and '.join(filter(None, (windows, dense)))} "
+            f"alone read {least:.1f} % of the V rows; raise the target, leave --target-rows out, or give "
+            f"{'fewer --dense-layers' if dense else 'a longer --max-seq-length'}"
+        )
 
 
 def _dense_layers(options: CalibrationOptions, full: list[int]) -> list[int]:

@@ -11,6 +11,9 @@ from typing import Literal
 from topt_vllm.calibration.allocation import Step
 
 MAX_RUNS = 4
+# Part of the target that is aimed at after two misses; 0.78 of it after three. The ratio of measured to predicted
+# drifts along a path, so that aims at the target itself come ever closer and stay beyond it.
+_SAFE = 0.94
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def search(
     for place in sorted(known, key=lambda p: -abs(_value(known[p], target) - target.percent)):
         low, high = _narrowed(low, high, place, _met(known[place], target), target)
         ratio = _ratio(known[place], predicted[place], target)
-    for _ in range(MAX_RUNS):
-        place = _place(predicted, target, ratio, low, high)
+    aim = target.percent
+    for run in range(1, MAX_RUNS + 1):
+        place = _place(predicted, target, aim, ratio, low, high)
         if place in known and high - low > 1:
             place = (low + high) // 2
         if place in known:
@@ -86,6 +90,8 @@ def search(
         ratio = _ratio(known[place], predicted[place], target)
         if _close(known[place], target):
             break
+        met = any(_met(result, target) for result in known.values())
+        aim = target.percent * (1 if met else _SAFE ** (run - 1) ** 2)
     return _best(target, known)
 
 
@@ -109,9 +115,9 @@ def _best(target: Target, known: dict[int, Measured]) -> Found:
     return Found(best, known[best], bool(good))
 
 
-def _place(predicted: list[float], target: Target, ratio: float, low: int, high: int) -> int:
-    """The place that should just meet the target, if what is measured is ``ratio`` times what is predicted."""
-    fits = [place for place in range(low, high + 1) if predicted[place] * ratio <= target.percent]
+def _place(predicted: list[float], target: Target, aim: float, ratio: float, low: int, high: int) -> int:
+    """The place that should just reach ``aim``, if what is measured is ``ratio`` times what is predicted."""
+    fits = [place for place in range(low, high + 1) if predicted[place] * ratio <= aim]
     if target.kind == "loss":
         return min(fits, default=high)
     return max(fits, default=low)

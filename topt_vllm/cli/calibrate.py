@@ -93,7 +93,7 @@ def _add_to_table(options: CalibrationOptions, dry_run: bool) -> None:
 
 def _work(plan: "Plan") -> str:
     """What takes the time, so that it can be judged before it is spent."""
-    from topt_vllm.calibration.budgets import MEASURED_ROWS
+    from topt_vllm.calibration.plan import MEASURED_ROWS
     from topt_vllm.calibration.search import MAX_RUNS
     from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS, SENSITIVITY_RUNS
 

@@ -67,7 +67,9 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
         records.append({**record, "provenance": origin})
         if options.json:
             # After each record, so that a run that is stopped leaves what it has found. Only its own is replaced.
-            write_text(json.dumps(records, indent=1) + "\n", options.json, force=len(records) > 1)
+            write_text(
+                json.dumps(records, indent=1, allow_nan=False) + "\n", options.json, force=len(records) > 1
+            )
     if tasks := summary(records):
         print(tasks)
     if options.plot:
@@ -89,13 +91,13 @@ def _resolved(plan: "Plan") -> str:
     from topt_vllm.table.words import layers_in_words
 
     options, subject = plan.options, plan.subject
-    dense = [f"{layers_in_words(layers)} at {target:.0%}" for target, layers in plan.dense.items()]
+    dense = [f"{layers_in_words(layers)} at {100 * target:g}%" for target, layers in plan.dense.items()]
     needles = f"{', '.join(map(str, options.needles))} tokens, depths {', '.join(map(str, options.depths))}"
     lines = {
         "model": f"{options.model} ({subject.identity.architecture}), {options.dtype}",
         "table": plan.path,
         "texts": ", ".join(text.name for text in plan.texts),
-        "tuned on": ", ".join(dict.fromkeys(text.tuned_on for text in plan.texts)),
+        "tuned on": ", ".join(dict.fromkeys(text.tuned_on for text in plan.texts if options.rows)) or "-",
         "sequences": f"{options.num_samples} of each text, of {plan.max_seq_length} tokens",
         "rules": ", ".join(options.rules),
         "decoded": "; ".join(f"{plan.count(length)} rows up to {length} tokens" for length in plan.lengths)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import by_position, key_reads, quality, standard_error
+from topt_vllm.evaluation.records import by_position, key_reads, known, quality, standard_error
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.generation import generate
 from topt_vllm.replay.predictions import Predictions
@@ -49,7 +49,6 @@ def evaluate_generated(
                 "text": GENERATED,
                 "calibrated": text.calibrated,
                 "context": length,
-                "tuned_on": text.tuned_on,
                 **job.facts,
                 **quality(compared, given.counts),
                 **key_reads(job.facts["rule"], given.counts),
@@ -57,7 +56,7 @@ def evaluate_generated(
                 "by_position": by_position(compared, contexts),
                 "free_perplexity": round(math.exp(its.dense_nll), 6),
                 "free_perplexity_dense": round(math.exp(predictions.dense_nll), 6),
-                "free_loss_pct_se": round(_error(its.dense_losses, predictions.dense_losses), 6),
+                "free_loss_pct_se": known(_error(its.dense_losses, predictions.dense_losses)),
                 "free_v_rows_read": round(free.counts.shares()["v_rows_read"], 6),
                 "tokens_until_difference": _alike(own, written),
             }

@@ -56,7 +56,7 @@ def jobs_by_length(model: Any, plan: Plan, text: Text, lengths: list[int]) -> di
     wanted = [spread_rows(length - plan.count(length), length) for length in lengths]
     samples = sample(model, plan.subject, text.tuning[: max(lengths)], wanted)
     return {
-        length: [*_budget_jobs(plan), *_tuned_jobs(plan, found, length)]
+        length: [*_budget_jobs(plan), *_tuned_jobs(plan, text.tuned_on, found, length)]
         for length, found in zip(lengths, samples, strict=True)
     }
 
@@ -72,20 +72,21 @@ def _budget_jobs(plan: Plan) -> list[Job]:
         rules[ADAPTING] = TopThetaAdapt(thetas, ks)
         for name in OURS:
             if name in options.rules:
-                facts = _facts(name, None, k, budget.dense_layers, None, None)
+                facts = _facts(name, None, k, budget.dense_layers, None, None, None)
                 shares = budget.candidates
                 jobs += _screened_jobs(plan, facts, rules[name], ks, lambda *_, shares=shares: shares)
     return jobs
 
 
-def _tuned_jobs(plan: Plan, found: Sample, longest: int) -> list[Job]:
+def _tuned_jobs(plan: Plan, tuned_on: str, found: Sample, longest: int) -> list[Job]:
     """Every rule at every target."""
     jobs: list[Job] = []
     for target in plan.options.rows:
         dense = plan.dense[target]
         for family in families(plan.options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
-            facts = _facts(family.name, target, None, sorted(dense), tuned.parameter, tuned.v_rows_read)
+            known = tuned.parameter, tuned.v_rows_read, tuned_on
+            facts = _facts(family.name, target, None, sorted(dense), *known)
             jobs += _screened_jobs(plan, facts, tuned.rule, {}, partial(sampled_shares, found))
     return jobs
 
@@ -97,6 +98,7 @@ def _facts(
     dense_layers: list[int],
     parameter: float | None,
     tuned: float | None,
+    tuned_on: str | None,
 ) -> dict[str, Any]:
     return {
         "rule": rule,
@@ -105,6 +107,7 @@ def _facts(
         "dense_layers": list(dense_layers),
         "parameter": parameter,
         "v_rows_tuned": tuned,
+        "tuned_on": tuned_on,
     }
 
 

@@ -22,6 +22,12 @@ def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
     return subject.max_seq_length(max(lengths, default=None) if asked is None else asked)
 
 
+def contexts_by_option(options: EvaluationOptions, longest: int) -> dict[str, tuple[int, ...]]:
+    """Contexts that rules are tuned for, by what names them."""
+    texts = (options.lengths or (longest,)) if options.generate or not options.skip_texts else ()
+    return {"--lengths": texts, "--needles": options.needles, "--task-lengths": _task_lengths(options)}
+
+
 def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
     """Refuses lengths that the sequences or the table don't reach."""
     for length in options.lengths:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
-from topt_vllm.output import not_writable
+from topt_vllm.output import is_one_of, not_writable
 from topt_vllm.replay.options import DTYPES, REQUIRED, ReplayError, option, table_name
 from topt_vllm.shares import read_share
 
@@ -22,6 +22,7 @@ OURS = ("toptheta", "toptheta-nomean", ADAPTING)
 SCREENED = "toptheta"
 # Their thresholds follow a sequence, whose rows therefore have to come at once.
 IN_ORDER = (ADAPTING, *SIFT)
+ROWS = (0.05, 0.1, 0.2)
 TASKS = ("multikey", "variables", "common-words", "frequent-words", "questions")
 NO_SCREEN = "off"
 SCREENS = (NO_SCREEN, "int4", "int4+4")
@@ -73,8 +74,9 @@ class EvaluationOptions:
         convert=_names,
     )
     rows: tuple[float, ...] = option(
-        (0.05, 0.1, 0.2),
-        "shares of V rows to tune the rules to, all layers counted, as 0.1 or 10%% (default 0.05 0.1 0.2)",
+        ROWS,
+        "shares of V rows to tune the rules to, all layers counted, as 0.1 or 10%% (default 0.05 0.1 0.2, without "
+        "those that windows alone exceed)",
         group=_RULES,
         nargs="*",
         type=read_share,
@@ -222,8 +224,21 @@ class EvaluationOptions:
             "--dense-layers is for the targets of --rows; budgets have dense layers of their own",
         )
         require(
-            self.tune_on not in self.dataset,
+            self.tune_on is None
+            or (
+                self.tune_on not in self.dataset
+                and not is_one_of(Path(self.tune_on), map(Path, self.dataset))
+            ),
             f"--tune-on {self.tune_on} is evaluated too; leave it out, for the end of each text is tuned on then",
+        )
+        require(
+            bool(self.rows) or self.tune_on is None,
+            "--tune-on is for the targets of --rows; budgets aren't tuned, so leave it out",
+        )
+        others = [rule for rule in self.rules if rule not in OURS and self.rules != RULES]
+        require(
+            bool(self.rows) or not others,
+            f"--rules {' '.join(others)} are tuned to targets, and --rows names none; name some, or leave them out",
         )
         require(
             not self.ks or any(rule in OURS for rule in self.rules),
@@ -247,7 +262,17 @@ class EvaluationOptions:
             all(0 <= depth <= 1 for depth in self.depths),
             f"--depths {_listed(self.depths)}: 0 is the start of the text and 1 its end",
         )
+        require(
+            bool(self.needles) or self.depths == EvaluationOptions.depths,
+            "--depths is where facts stand in the prompts of --needles; name those, or leave it out",
+        )
         require(self.task_cases >= 1, f"--task-cases is {self.task_cases}; it must be at least 1")
+        require(
+            bool(self.tasks)
+            or (self.task_lengths, self.task_cases)
+            == (EvaluationOptions.task_lengths, EvaluationOptions.task_cases),
+            "--task-lengths and --task-cases are for --tasks; name some, or leave them out",
+        )
         require(
             self.generate == 0 or self.generate >= 2,
             f"--generate is {self.generate}; it must be at least 2, or 0",

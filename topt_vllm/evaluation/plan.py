@@ -1,6 +1,7 @@
 """What an evaluation will do, checked without the weights."""
 
 import itertools
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from topt_vllm.evaluation.lengths import (
     check_generate,
     check_lengths,
     check_rotations,
+    contexts_by_option,
     longest_sequence,
 )
 from topt_vllm.evaluation.needles import Needle, hide
-from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, EvaluationError, EvaluationOptions
+from topt_vllm.evaluation.options import ADAPTING, NO_SCREEN, ROWS, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plot import check_plot
 from topt_vllm.evaluation.rules.toptheta import ladder
 from topt_vllm.evaluation.tasks.making import make_cases
@@ -37,7 +39,7 @@ class Text:
     Attributes:
         name: File name or hub id; the path where files of several folders have the same name.
         sequences: Evaluated token sequences.
-        tuning: The sequence that parameters are tuned on; none of the above.
+        tuning: The sequence that parameters are tuned on, none of the above; [] if none are and the text is short.
         tuned_on: Where that comes from.
         calibrated: Whether the table was calibrated on it, so that its losses are no measure of other texts'.
     """
@@ -54,7 +56,7 @@ class Plan:
     """An evaluation that has been checked and can start.
 
     Attributes:
-        options: As asked.
+        options: As asked, without default targets that can't be reached.
         subject: The model.
         max_seq_length: Tokens of a sequence.
         table: Its thresholds.
@@ -113,6 +115,8 @@ def prepare(options: EvaluationOptions) -> Plan:
         check_generate(options, subject, length, table)
     for k in options.ks:
         _budget(table, k, options.rules)
+    dense = _dense_layers(options, subject, table, length)
+    options = replace(options, rows=tuple(dense))
     check_weights(options.model)
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     calibrated = {source.sha256 for source in table.calibration.data} - {None}
@@ -132,7 +136,6 @@ def prepare(options: EvaluationOptions) -> Plan:
     }
     for case in (*needles, *itertools.chain.from_iterable(tasks.values())):
         subject.check_rotations(len(case.prompt), int(case.contexts[-1]))
-    dense = {target: _dense_layers(options, subject, table, length, target) for target in options.rows}
     return Plan(options, subject, length, table, path, texts, needles, tasks, dense)
 
 
@@ -169,30 +172,43 @@ def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None
 
 
 def _dense_layers(
-    options: EvaluationOptions, subject: Subject, table: ThresholdTable, length: int, target: float
-) -> frozenset[int]:
-    """The layers that are dense under every rule at a target."""
+    options: EvaluationOptions, subject: Subject, table: ThresholdTable, length: int
+) -> dict[float, frozenset[int]]:
+    """The layers that are dense under every rule, by target; default targets out of reach are left out."""
+    contexts = contexts_by_option(options, length)
+    shortest, longest = min(itertools.chain(*contexts.values())), max(itertools.chain(*contexts.values()))
+    asked = options.dense_layers
+    layers = frozenset(ladder(table)[-1].dense_layers if asked is None else asked)
+    if unknown := sorted(layers - set(subject.full_layers)):
+        raise EvaluationError(f"--dense-layers {unknown} are not full-attention layers of {options.model}")
 
     def share(layers: frozenset[int], context: int) -> float:
         rows = subject.v_rows(torch.arange(max(context - options.decode_rows, table.lengths[0]), context))
         return sum(rows[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(rows)
 
-    contexts = options.lengths or (length,)
-    if options.dense_layers is None:
-        layers = frozenset(ladder(table)[-1].dense_layers)
-        layers = layers if share(layers, max(contexts)) <= target / 2 else frozenset()
-    else:
-        layers = frozenset(options.dense_layers)
-    if not layers <= set(subject.full_layers):
-        unknown = sorted(layers - set(subject.full_layers))
-        raise EvaluationError(f"--dense-layers {unknown} are not full-attention layers of {options.model}")
-    # Of a window the share is largest where contexts are short.
-    if (least := share(layers, min(contexts))) >= target:
+    found: dict[float, frozenset[int]] = {}
+    missed: list[str] = []
+    problem = fewer = ""
+    for target in options.rows:
+        dense = layers if asked is not None or share(layers, longest) <= target / 2 else frozenset()
+        # Of a window the share is largest where contexts are short.
+        if (least := share(dense, shortest)) < target:
+            found[target] = dense
+            continue
+        missed.append(f"{target:g}")
+        fewer = " or fewer --dense-layers" if dense else ""
+        named = f"dense layers {sorted(dense)} and " if dense else ""
+        problem = f"at {shortest} tokens {named}sliding windows alone read {least:.1%}"
+    default, budget = ("the default ", ", or a --budget") if options.rows == ROWS else ("", "")
+    if missed and default and (found or options.ks):
+        print(f"note: left out of the default --rows: {' '.join(missed)}, for {problem}", file=sys.stderr)
+    elif missed:
+        flag = next(flag for flag, lengths in contexts.items() if shortest in lengths)
         raise EvaluationError(
-            f"--rows {target}: at {min(contexts)} tokens the dense layers {sorted(layers)} and sliding windows "
-            f"alone read {least:.1%}; raise the target, or name longer --lengths or fewer --dense-layers"
+            f"{default}--rows {' '.join(missed)}: {problem}; raise the target, or name longer "
+            f"{flag}{fewer}{budget}"
         )
-    return layers
+    return found
 
 
 def _text(
@@ -205,7 +221,9 @@ def _text(
 ) -> Text:
     documents, sources = read_texts((name,), (options.num_samples + 1) * length)
     # The part held back of a text is what its parameters are tuned on, unless another text serves for that.
-    found = _cut(tokenizer, documents, options.num_samples, length, name)
+    found = _cut(
+        tokenizer, documents, options.num_samples, length, name, bool(options.rows) and apart is None
+    )
     named = sources[0].name if len(sources) == 1 else name
     seen = any(source.sha256 in calibrated for source in sources)
     tuning, tuned_on = apart or (found.held_back, f"the end of {named}")
@@ -218,15 +236,17 @@ def _tuning_text(options: EvaluationOptions, tokenizer: Any, length: int) -> tup
         return None
     try:
         documents, sources = read_texts((options.tune_on,), 2 * length)
-        found = _cut(tokenizer, documents, 1, length, options.tune_on)
+        found = _cut(tokenizer, documents, 1, length, options.tune_on, hold_back=False)
     except ReplayError as error:
         raise EvaluationError(f"--tune-on {str(error).removeprefix('--dataset ')}") from error
     return found.calibration[0], sources[0].name if len(sources) == 1 else options.tune_on
 
 
-def _cut(tokenizer: Any, documents: list[str], count: int, length: int, name: str) -> Sequences:
+def _cut(
+    tokenizer: Any, documents: list[str], count: int, length: int, name: str, hold_back: bool
+) -> Sequences:
     """Sequences of one text, which messages name: there may be several."""
     try:
-        return cut_sequences(tokenizer, documents, count, length)
+        return cut_sequences(tokenizer, documents, count, length, hold_back=hold_back)
     except ReplayError as error:
         raise EvaluationError(f"{name}: {error}") from error

@@ -24,9 +24,7 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
         "perplexity_dense": _rounded(math.exp(dense)),
         "perplexity": _rounded(math.exp(loss)),
         "loss_pct": _rounded(100 * math.expm1(loss - dense)),
-        "loss_pct_se": _rounded(
-            100 * math.exp(loss - dense) * standard_error(compared.loss - compared.dense)
-        ),
+        "loss_pct_se": known(100 * math.exp(loss - dense) * standard_error(compared.loss - compared.dense)),
         "kl": _rounded(compared.kl.double().mean().item()),
         "agreement": _rounded(compared.agree.double().mean().item()),
         "tokens": len(compared.loss),
@@ -108,7 +106,7 @@ HEADER = (
 def target_of(record: dict[str, Any]) -> str:
     """What a rule was tuned to, or the budget that it is."""
     share = record["rows_target"]
-    return f"{share:.0%}" if share is not None else budget_in_words(record["k"])
+    return f"{100 * share:g}%" if share is not None else budget_in_words(record["k"])
 
 
 def line(record: dict[str, Any]) -> str:
@@ -118,7 +116,7 @@ def line(record: dict[str, Any]) -> str:
     text = (
         f"{record['text'][:22]:<22} {record['context']:>7} {target:>10} {record['rule']:<16} {parameter:>11}"
         f" {record['v_rows_read']:7.2%} {record['elements_kept']:7.2%} {record['perplexity']:10.3f}"
-        f" {record['loss_pct']:+7.2f}% {record['loss_pct_se']:6.2f}"
+        f" {record['loss_pct']:+7.2f}% {or_nan(record['loss_pct_se']):6.2f}"
         f" {record['kl']:8.4f} {record['agreement']:7.2%} {record['dropped_mass']:8.2%}"
         f"  {layers_in_words(record['dense_layers'])}"
     )
@@ -142,10 +140,20 @@ def line(record: dict[str, Any]) -> str:
     if "free_perplexity" in record:
         text += (
             f"; its own text: perplexity {record['free_perplexity']:.3f} by dense attention (dense's own "
-            f"{record['free_perplexity_dense']:.3f}, ± {record['free_loss_pct_se']:.0f} %), "
+            f"{record['free_perplexity_dense']:.3f}, ± {or_nan(record['free_loss_pct_se']):.0f} %), "
             f"the same for {record['tokens_until_difference']} tokens"
         )
     return text
+
+
+def known(number: float) -> float | None:
+    """A standard error, or None of too few numbers for one: JSON has no NaN."""
+    return None if math.isnan(number) else _rounded(number)
+
+
+def or_nan(number: float | None) -> float:
+    """For people, what :func:`known` has made."""
+    return math.nan if number is None else number
 
 
 def _rounded(number: float) -> float:

@@ -103,7 +103,6 @@ def _text(
                     yield {
                         "text": text.name,
                         "context": length,
-                        "tuned_on": text.tuned_on,
                         "calibrated": text.calibrated,
                         **job.facts,
                         **into.record(),

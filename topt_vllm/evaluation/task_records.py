@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from topt_vllm.evaluation.options import NO_SCREEN
-from topt_vllm.evaluation.records import target_of
+from topt_vllm.evaluation.records import known, or_nan, target_of
 
 # Share of exact answers by dense attention from which a task counts by them.
 _ABLE = 0.3
@@ -29,7 +29,7 @@ def scores(answers: list[dict[str, Any]]) -> dict[str, Any]:
         error = difference.std() / math.sqrt(len(answers)) if len(answers) > 1 else torch.tensor(math.nan)
         values = {"": ours.mean(), "_dense": dense.mean(), "_difference": difference.mean()}
         values["_difference_se"] = error
-        found |= {f"{name}{suffix}": round(value.item(), 6) for suffix, value in values.items()}
+        found |= {f"{name}{suffix}": known(value.item()) for suffix, value in values.items()}
     return found | {"judged_by": "exact" if found["exact_dense"] >= _ABLE else "margin"}
 
 
@@ -63,5 +63,5 @@ def _title(record: dict[str, Any]) -> str:
 def _cell(record: dict[str, Any]) -> str:
     if record["judged_by"] == "exact":
         return f"exact {record['exact_dense']:.0%} → {record['exact']:.0%}"
-    error = record["margin_difference_se"]
+    error = or_nan(record["margin_difference_se"])
     return f"margin {record['margin_dense']:+.2f} → {record['margin']:+.2f} (±{error:.2f})"

@@ -29,7 +29,7 @@ class Sequences:
 
     Attributes:
         calibration: Sequences that thresholds are taken from.
-        held_back: The sequence that only measures them.
+        held_back: The sequence that only measures them; [] where none is needed and the text is too short.
         tuning: The sequences that targets are tried on.
     """
 
@@ -139,7 +139,7 @@ def _hub_records(library: Any, name: str | None, config: str | None, split: str 
 
 
 def cut_sequences(
-    tokenizer: Any, documents: list[str], count: int, length: int, tuning: int = 0
+    tokenizer: Any, documents: list[str], count: int, length: int, tuning: int = 0, hold_back: bool = True
 ) -> Sequences:
     """Cuts the documents, joined in order, into sequences.
 
@@ -153,6 +153,8 @@ def cut_sequences(
         count: Calibration sequences.
         length: Tokens per sequence.
         tuning: Sequences that targets are tried on.
+        hold_back: Whether tokens have to be held back. Where they don't, they still are if the text has enough, so
+            that the other sequences stay where they are.
 
     Raises:
         ReplayError: The text is too short.
@@ -164,21 +166,24 @@ def cut_sequences(
         stream.extend(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
     body = length - len(prefix)
     total = count + tuning
-    needed = (total + 1) * body
+    hold_back = hold_back or len(stream) >= (total + 1) * body
+    needed = (total + hold_back) * body
     if len(stream) < needed:
         raise ReplayError(
             f"the text has {len(stream)} tokens, and sequences of {length} tokens need {needed}: "
-            f"{counted(count, tuning)}. Add text, or lower --num-samples or --max-seq-length"
+            f"{counted(count, tuning, hold_back)}. Add text, or lower --num-samples or --max-seq-length"
         )
     slack = len(stream) - needed
     starts = [i * body + (slack * i // (total - 1) if total > 1 else 0) for i in range(total)]
     sequences = [prefix + stream[start : start + body].tolist() for start in starts]
-    return Sequences(sequences[:count], prefix + stream[-body:].tolist(), sequences[count:])
+    held_back = prefix + stream[-body:].tolist() if hold_back else []
+    return Sequences(sequences[:count], held_back, sequences[count:])
 
 
-def counted(count: int, tuning: int) -> str:
+def counted(count: int, tuning: int, hold_back: bool = True) -> str:
     """How many sequences there are of each kind, in words."""
-    return f"{count}{f', {tuning} more to tune on' if tuning else ''} and 1 held back"
+    more = f", {tuning} more to tune on" if tuning else ""
+    return f"{count}{more}{' and 1 held back' if hold_back else ''}"
 
 
 def _prefix(tokenizer: Any) -> list[int]:

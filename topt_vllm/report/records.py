@@ -91,8 +91,8 @@ class Evaluated(_Part):
     k: int | str | None
     v_rows_read: Share
     loss_pct: float = Field(ge=-100, le=_MOST)
-    # NaN where there were too few rows for one.
-    loss_pct_se: float = Field(allow_inf_nan=True)
+    # Null where there were too few rows for one; in files of earlier releases NaN.
+    loss_pct_se: float | None = Field(allow_inf_nan=True)
     kl: float
     agreement: Share
     tokens: Count
@@ -112,7 +112,8 @@ class Evaluated(_Part):
     @property
     def error(self) -> float | None:
         """Standard error of the loss, where it is known."""
-        return self.loss_pct_se if 0 <= self.loss_pct_se <= _MOST else None
+        known = self.loss_pct_se is not None and 0 <= self.loss_pct_se <= _MOST
+        return self.loss_pct_se if known else None
 
     @property
     def ours(self) -> bool:
