@@ -60,8 +60,7 @@ class Plan:
 
     def fixed_rows(self, contexts: torch.Tensor) -> float:
         """Share of the V rows in context that lies in layers to which nothing is allocated; int64 [r]."""
-        rows = self.subject.v_rows(contexts)
-        return 1 - sum(rows[layer] for layer in self.allocated_layers) / sum(rows)
+        return 1 - self.subject.v_share(self.allocated_layers, contexts)
 
     @property
     def error_sequences(self) -> list[list[int]]:

@@ -72,7 +72,7 @@ def _budget_jobs(plan: Plan) -> list[Job]:
         rules[ADAPTING] = TopThetaAdapt(thetas, ks)
         for name in OURS:
             if name in options.rules:
-                facts = _facts(name, None, k, budget.dense_layers, None, None, None)
+                facts = _facts(name, None, k, budget.dense_layers)
                 shares = budget.candidates
                 jobs += _screened_jobs(plan, facts, rules[name], ks, lambda *_, shares=shares: shares)
     return jobs
@@ -85,8 +85,8 @@ def _tuned_jobs(plan: Plan, tuned_on: str, found: Sample, longest: int) -> list[
         dense = plan.dense[target]
         for family in families(plan.options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
-            known = tuned.parameter, tuned.v_rows_read, tuned_on
-            facts = _facts(family.name, target, None, sorted(dense), *known)
+            given = tuned.parameter, tuned.v_rows_read, tuned_on
+            facts = _facts(family.name, target, None, sorted(dense), *given)
             jobs += _screened_jobs(plan, facts, tuned.rule, {}, partial(sampled_shares, found))
     return jobs
 
@@ -96,9 +96,9 @@ def _facts(
     target: float | None,
     k: int | str | None,
     dense_layers: list[int],
-    parameter: float | None,
-    tuned: float | None,
-    tuned_on: str | None,
+    parameter: float | None = None,
+    tuned: float | None = None,
+    tuned_on: str | None = None,
 ) -> dict[str, Any]:
     return {
         "rule": rule,

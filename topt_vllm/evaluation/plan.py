@@ -176,39 +176,36 @@ def _dense_layers(
 ) -> dict[float, frozenset[int]]:
     """The layers that are dense under every rule, by target; default targets out of reach are left out."""
     contexts = contexts_by_option(options, length)
-    shortest, longest = min(itertools.chain(*contexts.values())), max(itertools.chain(*contexts.values()))
+    lengths = sorted(itertools.chain(*contexts.values()))
     asked = options.dense_layers
     layers = frozenset(ladder(table)[-1].dense_layers if asked is None else asked)
     if unknown := sorted(layers - set(subject.full_layers)):
         raise EvaluationError(f"--dense-layers {unknown} are not full-attention layers of {options.model}")
 
     def share(layers: frozenset[int], context: int) -> float:
-        rows = subject.v_rows(torch.arange(max(context - options.decode_rows, table.lengths[0]), context))
-        return sum(rows[layer] for layer in (*layers, *subject.identity.sliding_window_layers)) / sum(rows)
+        rows = torch.arange(max(context - options.decode_rows, table.lengths[0]), context)
+        return subject.v_share((*layers, *subject.identity.sliding_window_layers), rows)
 
-    found: dict[float, frozenset[int]] = {}
-    missed: list[str] = []
-    problem = fewer = ""
-    for target in options.rows:
-        dense = layers if asked is not None or share(layers, longest) <= target / 2 else frozenset()
-        # Of a window the share is largest where contexts are short.
-        if (least := share(dense, shortest)) < target:
-            found[target] = dense
-            continue
-        missed.append(f"{target:g}")
-        fewer = " or fewer --dense-layers" if dense else ""
-        named = f"dense layers {sorted(dense)} and " if dense else ""
-        problem = f"at {shortest} tokens {named}sliding windows alone read {least:.1%}"
-    default, budget = ("the default ", ", or a --budget") if options.rows == ROWS else ("", "")
-    if missed and default and (found or options.ks):
-        print(f"note: left out of the default --rows: {' '.join(missed)}, for {problem}", file=sys.stderr)
-    elif missed:
-        flag = next(flag for flag, lengths in contexts.items() if shortest in lengths)
-        raise EvaluationError(
-            f"{default}--rows {' '.join(missed)}: {problem}; raise the target, or name longer "
-            f"{flag}{fewer}{budget}"
-        )
-    return found
+    found = {
+        target: layers if asked is not None or share(layers, lengths[-1]) <= target / 2 else frozenset[int]()
+        for target in options.rows
+    }
+    # Of a window the share is largest where contexts are short.
+    missed = {target: dense for target, dense in found.items() if share(dense, lengths[0]) >= target}
+    if not missed:
+        return found
+    targets, dense = " ".join(f"{target:g}" for target in missed), list(missed.values())[-1]
+    named = f"dense layers {sorted(dense)} and " if dense else ""
+    problem = f"at {lengths[0]} tokens {named}sliding windows alone read {share(dense, lengths[0]):.1%}"
+    default = options.rows == ROWS
+    if default and (len(missed) < len(found) or options.ks):
+        print(f"note: left out of the default --rows: {targets}, for {problem}", file=sys.stderr)
+        return {target: dense for target, dense in found.items() if target not in missed}
+    flag = next(flag for flag, lengths_of in contexts.items() if lengths[0] in lengths_of)
+    raise EvaluationError(
+        f"{'the default ' if default else ''}--rows {targets}: {problem}; raise the target, or name longer "
+        f"{flag}{' or fewer --dense-layers' if dense else ''}{', or a --budget' if default else ''}"
+    )
 
 
 def _text(

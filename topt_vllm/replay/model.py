@@ -1,7 +1,7 @@
 """The model to replay: what can be known from its configuration, and its weights."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +81,11 @@ class Subject:
     def v_rows(self, contexts: torch.Tensor) -> list[int]:
         """By layer, (KV head, key) pairs that these rows see; int64 [r]."""
         return [keys * self.kv_heads_of(layer) for layer, keys in enumerate(self.keys_seen(contexts))]
+
+    def v_share(self, layers: Iterable[int], contexts: torch.Tensor) -> float:
+        """Share of all that :meth:`v_rows` counts which lies in some of the layers."""
+        rows = self.v_rows(contexts)
+        return sum(rows[layer] for layer in layers) / sum(rows)
 
     def check_rotations(self, shortest: int, longest: int) -> None:
         """Refuses to compare passes over so few tokens with those over so many.
