@@ -119,7 +119,7 @@ def compare(
             counts = count(module, screened[name], target.thetas, selection)
             loss = _loss(variant, dense)
             columns.append(_Column(variant, screened[name], target, name, error, counts, loss))
-    stream = device.stream(module, layers[0].memory)
+    stream = device.stream(layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
     take_turns([*rivals, keep_all, *ours], seconds, stream, device.measure)
     shared = _shared(rivals, left_out, keep_all, stream)

@@ -38,9 +38,9 @@ class Cpu:
         stock = platform_kernel(layers)
         return ([stock], {}) if stock else ([], {"CPU_ATTN": "vLLM for CPU is not installed"})
 
-    def stream(self, implementation: Implementation, memory: torch.Tensor) -> Variant:
+    def stream(self, memory: torch.Tensor) -> Variant:
         """Reads memory in order."""
-        return streaming_read(implementation, memory)
+        return streaming_read(memory)
 
     def ready(self, variant: Variant) -> Variant:
         """The variant as it is timed."""
@@ -95,7 +95,7 @@ class Gpu:
         """As :meth:`Cpu.rivals`."""
         return rivals(layers)
 
-    def stream(self, implementation: Implementation, memory: torch.Tensor) -> Variant:
+    def stream(self, memory: torch.Tensor) -> Variant:
         """Copies one half of a buffer to the other, so that the buffer's bytes are what moves."""
         scratch = torch.zeros(self.stream_bytes, dtype=torch.uint8, device=self.device)
         source, target = scratch.chunk(2)

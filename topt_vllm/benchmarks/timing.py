@@ -65,7 +65,7 @@ def take_turns(
 _STREAM_BYTES = 2**27
 
 
-def streaming_read(module: Any, memory: torch.Tensor) -> Variant:
+def streaming_read(memory: torch.Tensor) -> Variant:
     """All threads together read memory in order: the bandwidth to compare with.
 
     Shared machines give now more and now less of it, and to some places more than to others. So it takes turns with
@@ -73,7 +73,8 @@ def streaming_read(module: Any, memory: torch.Tensor) -> Variant:
     """
     if memory.nbytes < _STREAM_BYTES:
         memory = torch.ones(_STREAM_BYTES, dtype=torch.uint8)
-    return Variant("streaming read", lambda: module.stream(memory), [memory])
+    words = memory.view(-1).view(torch.int64)
+    return Variant("streaming read", words.sum, [memory])
 
 
 def machine() -> dict[str, Any]:

@@ -84,11 +84,6 @@ def decode(given: DecodeArguments) -> None:
     )
 
 
-def stream(memory: torch.Tensor) -> int:
-    """Reads all of a tensor with every thread, to measure bandwidth; the sum of its words."""
-    return _operators().stream(memory)
-
-
 def copy_to_amx(cache: PagedCache, blocks: torch.Tensor, copy: torch.Tensor) -> None:
     """Copies blocks of the cache; as ``copy_to_amx`` of :class:`topt_vllm.attention.api.Implementation`."""
     _operators().copy_to_amx(cache.key, cache.value, blocks, copy)

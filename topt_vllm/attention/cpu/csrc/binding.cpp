@@ -3,7 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -333,20 +332,6 @@ void copy_to_amx(const Tensor& key, const Tensor& value, const Tensor& blocks, c
   }
 }
 
-// Reads all of a tensor with every thread and adds it up: the bandwidth that decode is measured against.
-int64_t stream(const Tensor& memory) {
-  TORCH_CHECK(memory.is_contiguous() && memory.device().is_cpu(), "memory: expected a contiguous CPU tensor, got strides ",
-              memory.strides());
-  const auto* words = static_cast<const char*>(memory.const_data_ptr());
-  std::atomic<int64_t> total{0};
-  const int64_t chunk = 1 << 20;
-  const int64_t chunks = static_cast<int64_t>(memory.nbytes()) / chunk;
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    total += topt::sum_words(words + begin * chunk, (end - begin) * chunk);
-  });
-  return total;
-}
-
 }  // namespace
 
 // The library's name carries the build key, so that two builds can live in one process. TORCH_LIBRARY quotes its
@@ -368,7 +353,5 @@ TOPT_REGISTER(TOPT_LIBRARY, m) {
   m.impl("finish", c10::DispatchKey::CPU, TORCH_FN(finish));
   m.def("copy_to_amx(Tensor key, Tensor value, Tensor blocks, Tensor(a!) copy) -> ()");
   m.impl("copy_to_amx", c10::DispatchKey::CPU, TORCH_FN(copy_to_amx));
-  m.def("stream(Tensor memory) -> int");
-  m.impl("stream", c10::DispatchKey::CPU, TORCH_FN(stream));
   m.impl("decode", c10::DispatchKey::CPU, TORCH_FN(decode));
 }

@@ -30,22 +30,4 @@ void finish_codes(const Problem& p, DType cache, int sequence, int kv_head, int 
   });
 }
 
-int64_t sum_words(const char* memory, int64_t bytes) {
-  // Four streams, for one alone leaves load buffers idle.
-  int64_t sum[4][8] = {};
-  const int64_t part = bytes / 4 / 64 * 64;
-  for (int64_t at = 0; at < part; at += 64) {
-    for (int stream = 0; stream < 4; ++stream) {
-      int64_t words[8];
-      __builtin_memcpy(words, memory + stream * part + at, 64);
-      for (int i = 0; i < 8; ++i) sum[stream][i] += words[i];
-    }
-  }
-  int64_t total = 0;
-  for (const auto& lanes : sum) {
-    for (const int64_t lane : lanes) total += lane;
-  }
-  return total;
-}
-
 }  // namespace topt

@@ -17,7 +17,4 @@ void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int
 void finish_codes(const Problem& p, DType cache, int sequence, int kv_head, int index, int begin, int end,
                   float* memory);
 
-// Sum of the 64-bit words of some memory.
-int64_t sum_words(const char* memory, int64_t bytes);
-
 }  // namespace topt
