@@ -84,92 +84,75 @@ inline void score_tile(const float* query, int dim, const T* key, int64_t dim_st
 // From so many vectors on multiplications bind, not memory.
 constexpr int kManyVectors = 5;
 
-// The same for 32 C tokens with vdpbf16ps: exact products of bfloat16 pairs (d, d + 1), summed in float32. Twice the
-// multiplications of an FMA, and no widening of K.
-template <int MT, int C>
-inline void score_tile_pairs(const c10::BFloat16* query, int dim, const c10::BFloat16* key, int64_t dim_stride,
-                             float* scores, int64_t score_stride, Asks& asks) {
-  __m512 low[MT][C], high[MT][C];
-  TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) {
-    TOPT_UNROLL
-    for (int c = 0; c < C; ++c) low[m][c] = high[m][c] = _mm512_setzero_ps();
-  }
-  for (int d = 0; d < dim; d += 2) {
-    asks.ask_step();
-    const c10::BFloat16* rows = key + d * dim_stride;
-    __m512i first[C], second[C];
+// Vectors of bfloat16 pairs (d, d + 1), one for each token, of two rows of K: 2 C of 16 tokens each.
+template <typename T, int C>
+struct PairColumns {
+  void load(const T* even, const T* odd, __m512i (&pairs)[2 * C]) const {
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
-      const __m512i even = _mm512_loadu_si512(rows + 32 * c);
-      const __m512i odd = _mm512_loadu_si512(rows + dim_stride + 32 * c);
-      first[c] = _mm512_unpacklo_epi16(even, odd);
-      second[c] = _mm512_unpackhi_epi16(even, odd);
-    }
-    TOPT_UNROLL
-    for (int m = 0; m < MT; ++m) {
-      int pair;
-      __builtin_memcpy(&pair, query + m * dim + d, sizeof(pair));
-      const __m512bh q = (__m512bh)_mm512_set1_epi32(pair);
-      TOPT_UNROLL
-      for (int c = 0; c < C; ++c) {
-        low[m][c] = _mm512_dpbf16_ps(low[m][c], (__m512bh)first[c], q);
-        high[m][c] = _mm512_dpbf16_ps(high[m][c], (__m512bh)second[c], q);
-      }
+      const __m512i first = _mm512_loadu_si512(even + 32 * c), second = _mm512_loadu_si512(odd + 32 * c);
+      pairs[2 * c] = _mm512_unpacklo_epi16(first, second), pairs[2 * c + 1] = _mm512_unpackhi_epi16(first, second);
     }
   }
-  // Unpacking works inside 128-bit lanes: low holds tokens 0-3, 8-11, ..., high 4-7, 12-15, ...
-  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  TOPT_UNROLL
-  for (int m = 0; m < MT; ++m) {
+
+  // Unpacking works inside 128-bit lanes: even vectors hold tokens 0-3, 8-11, ..., odd ones 4-7, 12-15, ...
+  static void reorder(__m512 (&sums)[2 * C]) {
+    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i upper = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     TOPT_UNROLL
     for (int c = 0; c < C; ++c) {
-      float* target = scores + m * score_stride + 32 * c;
-      _mm512_storeu_ps(target, _mm512_permutex2var_ps(low[m][c], lower, high[m][c]));
-      _mm512_storeu_ps(target + 16, _mm512_permutex2var_ps(low[m][c], upper, high[m][c]));
+      const __m512 low = sums[2 * c], high = sums[2 * c + 1];
+      sums[2 * c] = _mm512_permutex2var_ps(low, lower, high), sums[2 * c + 1] = _mm512_permutex2var_ps(low, upper, high);
     }
   }
-}
+};
+
+#if TOPT_BYTE_TABLES
+template <typename T>
+  requires kIsByte<T>
+struct PairColumns<T, 2> {
+  ByteTables<T> tables;
+
+  void load(const T* even, const T* odd, __m512i (&pairs)[4]) const {
+    const __m512i first = _mm512_loadu_si512(even), second = _mm512_loadu_si512(odd);
+    tables.decode(_mm512_unpacklo_epi8(first, second), pairs[0], pairs[1]);
+    tables.decode(_mm512_unpackhi_epi8(first, second), pairs[2], pairs[3]);
+  }
+
+  static void reorder(__m512 (&sums)[4]) { swap_lanes(sums); }
+};
 #endif
 
-#if TOPT_BF16_DOT && TOPT_BYTE_TABLES
-
-constexpr int kByteTokens = 64;
-
-// The same for 64 tokens in one byte an element: pairs of codes become pairs of bfloat16, once for all MT vectors.
-template <int MT, typename T>
-inline void score_tile_bytes(const c10::BFloat16* query, int dim, const T* key, int64_t dim_stride, float* scores,
+// The same for 32 C tokens with vdpbf16ps: exact products of bfloat16 pairs, summed in float32. Twice the multiplications
+// of an FMA, and no widening of K.
+template <int MT, int C, typename T>
+inline void score_tile_pairs(const c10::BFloat16* query, int dim, const T* key, int64_t dim_stride, float* scores,
                              int64_t score_stride, Asks& asks) {
-  const ByteTables<T> tables;
-  __m512 acc[MT][4];
+  const PairColumns<T, C> columns;
+  __m512 acc[MT][2 * C];
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
     TOPT_UNROLL
-    for (int c = 0; c < 4; ++c) acc[m][c] = _mm512_setzero_ps();
+    for (int c = 0; c < 2 * C; ++c) acc[m][c] = _mm512_setzero_ps();
   }
   for (int d = 0; d < dim; d += 2) {
     asks.ask_step();
-    const __m512i even = _mm512_loadu_si512(key + d * dim_stride);
-    const __m512i odd = _mm512_loadu_si512(key + (d + 1) * dim_stride);
-    __m512i pairs[4];
-    tables.decode(_mm512_unpacklo_epi8(even, odd), pairs[0], pairs[1]);
-    tables.decode(_mm512_unpackhi_epi8(even, odd), pairs[2], pairs[3]);
+    __m512i pairs[2 * C];
+    columns.load(key + d * dim_stride, key + (d + 1) * dim_stride, pairs);
     TOPT_UNROLL
     for (int m = 0; m < MT; ++m) {
       int pair;
       __builtin_memcpy(&pair, query + m * dim + d, sizeof(pair));
       const __m512bh q = (__m512bh)_mm512_set1_epi32(pair);
       TOPT_UNROLL
-      for (int c = 0; c < 4; ++c) acc[m][c] = _mm512_dpbf16_ps(acc[m][c], (__m512bh)pairs[c], q);
+      for (int c = 0; c < 2 * C; ++c) acc[m][c] = _mm512_dpbf16_ps(acc[m][c], (__m512bh)pairs[c], q);
     }
   }
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
-    // Lane i of acc[m][c] holds tokens 16 i + 4 c and the three that follow.
-    swap_lanes(acc[m]);
+    columns.reorder(acc[m]);
     TOPT_UNROLL
-    for (int c = 0; c < 4; ++c) _mm512_storeu_ps(scores + m * score_stride + c * kLanes, acc[m][c]);
+    for (int c = 0; c < 2 * C; ++c) _mm512_storeu_ps(scores + m * score_stride + c * kLanes, acc[m][c]);
   }
 }
 #endif
@@ -192,46 +175,33 @@ inline void score_vectors(const Queries& q, int first, const T* key, int64_t dim
 }
 
 #if TOPT_BF16_DOT
-template <int MT, int C>
-inline void score_pairs(const Queries& q, int first, const c10::BFloat16* key, int64_t dim_stride, int tokens,
-                        float* scores, int64_t score_stride, int passes, Asks& asks) {
+template <int MT, int C, typename T>
+inline void score_pairs(const Queries& q, int first, const T* key, int64_t dim_stride, int tokens, float* scores,
+                        int64_t score_stride, int passes, Asks& asks) {
   const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim;
   float* out = scores + first * score_stride;
-  constexpr int width = 32 * C;
+  constexpr int bytes = 2 * static_cast<int>(sizeof(T));  // of a token's pair
   int t = 0;
-  if (asks.at) asks.lines = lines_to_ask(4 * width, passes);
-  for (; t + width <= tokens; t += width) {
+  if (asks.at) asks.lines = lines_to_ask(bytes * 32 * C, passes);
+  for (; t + 32 * C <= tokens; t += 32 * C) {
     score_tile_pairs<MT, C>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
-  if (asks.at) asks.lines = lines_to_ask(4 * 32, passes);
-  for (; t + 32 <= tokens; t += 32) {
-    score_tile_pairs<MT, 1>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  if constexpr (!kIsByte<T>) {
+    if (asks.at) asks.lines = lines_to_ask(bytes * 32, passes);
+    for (; t + 32 <= tokens; t += 32) {
+      score_tile_pairs<MT, 1>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+    }
   }
   score_vectors<MT>(q, first, key, dim_stride, t, tokens, scores, score_stride, passes, asks);
 }
 
 // Register tiles of up to `most` vectors by 32 C tokens.
-template <int most, int C>
-inline void score_by_pairs(const Queries& q, const c10::BFloat16* key, int64_t dim_stride, int tokens, float* scores,
+template <int most, int C, typename T>
+inline void score_by_pairs(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
                            int64_t score_stride, Asks asks) {
   in_passes<most>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
     score_pairs<vectors(), C>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
   });
-}
-#endif
-
-#if TOPT_BF16_DOT && TOPT_BYTE_TABLES
-template <int MT, typename T>
-inline void score_bytes(const Queries& q, int first, const T* key, int64_t dim_stride, int tokens, float* scores,
-                        int64_t score_stride, int passes, Asks& asks) {
-  const c10::BFloat16* pairs = q.pairs + static_cast<int64_t>(first) * q.dim;
-  float* out = scores + first * score_stride;
-  int t = 0;
-  if (asks.at) asks.lines = lines_to_ask(2 * kByteTokens, passes);
-  for (; t + kByteTokens <= tokens; t += kByteTokens) {
-    score_tile_bytes<MT>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
-  }
-  score_vectors<MT>(q, first, key, dim_stride, t, tokens, scores, score_stride, passes, asks);
 }
 #endif
 
@@ -258,14 +228,12 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
     if (q.pairs) return score_by_pairs<2, 4>(q, key, dim_stride, tokens, scores, score_stride, asks);
   }
 #endif
-  in_passes<kTileRows>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
 #if TOPT_BF16_DOT && TOPT_BYTE_TABLES
-    if constexpr (kIsByte<T>) {
-      if (q.pairs) {
-        return score_bytes<vectors()>(q, m, key, dim_stride, tokens, scores, score_stride, passes, asks);
-      }
-    }
+  if constexpr (kIsByte<T>) {
+    if (q.pairs) return score_by_pairs<kTileRows, 2>(q, key, dim_stride, tokens, scores, score_stride, asks);
+  }
 #endif
+  in_passes<kTileRows>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
     score_vectors<vectors()>(q, m, key, dim_stride, 0, tokens, scores, score_stride, passes, asks);
   });
 }
