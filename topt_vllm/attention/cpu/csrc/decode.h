@@ -61,25 +61,18 @@ struct Scratch {
   ScreenQueries screen;
   TileRegisters tiles;
   int count[kMaxItemRows];
+  int64_t size = 0;
 
   static int64_t capacity(const Problem& p) { return kFlushRows + largest_tile(p) + kLanes; }
-  static int64_t bytes(const Problem& p) {
-    const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = largest_tile(p);
-    const int64_t words = tile / kLanes * (vectors + kMaxItemRows + 3);
-    // Scores and candidates of two tiles: the screen runs one ahead.
-    int64_t total = 4 * (2 * vectors * tile + vectors * p.head_dim + vectors * capacity(p) + Softmax::size(p) + words);
-    total += 4 * p.head_dim;
-    total += 2 * vectors * p.head_dim + sizeof(KeepRule) * vectors + 8 * kMaxItemRows * capacity(p);
-    total += 4 * (2 * (tile + kLanes) + 2 * p.blocks_per_screened_tile + vectors * tile);
-    total += vectors * (3 * p.head_dim + sizeof(ScreenQuery)) + 4 * (4 * kFineRows * (vectors + 4) + p.head_dim);
-    return (total + 24 * 64 + 4095) / 4096 * 4096;
-  }
+  // Of one thread's part, in whole pages.
+  static int64_t bytes(const Problem& p) { return (Scratch(p, nullptr).size + 4095) / 4096 * 4096; }
+
   Scratch(const Problem& p, char* memory) {
     const int64_t vectors = static_cast<int64_t>(kMaxItemRows) * p.group(), tile = largest_tile(p);
     auto carve = [&](auto*& pointer, int64_t count) {
       using Element = std::remove_reference_t<decltype(*pointer)>;
-      pointer = reinterpret_cast<Element*>(memory);
-      memory += (count * sizeof(Element) + 63) / 64 * 64;
+      pointer = reinterpret_cast<Element*>(reinterpret_cast<uintptr_t>(memory) + size);
+      size += (count * static_cast<int64_t>(sizeof(Element)) + 63) / 64 * 64;
     };
     carve(scores, 2 * vectors * tile);
     carve(query, vectors * p.head_dim);
