@@ -16,7 +16,7 @@ from device import DEVICE, triton_implementation
 
 from topt_vllm.attention import api
 from topt_vllm.attention.common import LargestBatch, PagedCache, Selection, Stat, Thetas, new_statistics
-from topt_vllm.attention.triton import launch, launcher, merge_kernel
+from topt_vllm.attention.triton import decode_kernel, launch, launcher, merge_kernel
 from topt_vllm.attention.triton.calls import items_pad
 from topt_vllm.attention.triton.launch import LaunchShape
 from topt_vllm.backend.warm_up import WarmUp
@@ -250,7 +250,8 @@ def test_a_gpu_is_asked_only_what_its_torch_knows(
 def test_batches_of_more_items_than_registers_hold_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch):
     case = random_case([*RAGGED, (1, 20), (2, 300)], 6, 2, dtype=torch.float32)
     whole = case.run(with_programs(7))
-    monkeypatch.setattr(merge_kernel, "_MOST_ITEMS", triton.language.constexpr(4))
+    for kernel in (decode_kernel, merge_kernel):
+        monkeypatch.setattr(kernel, "MOST_ITEMS", triton.language.constexpr(4))
     assert torch.equal(case.run(with_programs(7)), whole)
 
 

@@ -33,6 +33,10 @@ screened = bench.Configuration(128, 4, 1, 16, "fp8_e4m3", 64, screen=True)
 chip = bench.CHIPS["sm_90"]
 compiled, log = bench.compile_call(bench.calls(screened, chip)[1]["decode"], chip.triton)
 found["screen of fp8"] = {"code": compiled.asm["ptx"], **bench.resources(compiled, log)}
+drafted = bench.Configuration(128, 8, 6, 1024, "bfloat16", 64)
+for kernel in ("decode", "merge"):
+    compiled, log = bench.compile_call(bench.calls(drafted, chip)[1][kernel], chip.triton)
+    found[f"{kernel} of many items"] = bench.resources(compiled, log)
 print("RESULT " + json.dumps(found))
 """
 
@@ -124,6 +128,12 @@ def test_two_programs_fit_and_nothing_spills_to_memory(target: str, kernel: str)
     found = compiled()[target][kernel]
     assert found["spills"] == 0
     assert found["occupancy"] >= 2
+
+
+@pytest.mark.parametrize("kernel", ["decode", "merge"])
+def test_batches_of_any_size_spill_nothing(kernel: str):
+    """As many sequences as vLLM allows on a large GPU by default, in several chunks of drafted rows each."""
+    assert compiled()[f"{kernel} of many items"]["spills"] == 0
 
 
 @pytest.mark.parametrize("change", [{"sparse": False}, {"screen": True}], ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from topt_vllm.attention.common import DecodeArguments, KeyScreen, Thetas
+from topt_vllm.attention.common import DecodeArguments, DecodeBatch, KeyScreen, Thetas
 from topt_vllm.attention.screen import NOISE, hadamard_block
 from topt_vllm.attention.triton.arguments import compute_dtype, stored
 from topt_vllm.attention.triton.decode_kernel import _topt_decode_kernel
@@ -116,13 +116,8 @@ class DecodeStep(DecodeArguments):
         statistics, items = self.statistics, self.items(launch)
         return {
             "value": value,
-            "value_stride_block": value.stride(0),
-            "value_stride_head": value.stride(1),
-            "value_stride_slot": value.stride(2),
-            "query_start_loc": self.batch.query_start_loc,
-            "seq_lens": self.batch.seq_lens,
-            "block_table": self.batch.block_table,
-            "table_stride": self.batch.block_table.stride(0),
+            **strides("value", value, "block", "head", "slot"),
+            **of_batch(self.batch),
             "statistics": unread if statistics is None else statistics,
             "statistics_slots": 1 if statistics is None else statistics.shape[0],
             "items": items,
@@ -152,13 +147,9 @@ class DecodeStep(DecodeArguments):
         head_dim = self.query.shape[2]
         arguments = shared | {
             "query": self.query,
-            "query_stride_row": self.query.stride(0),
-            "query_stride_head": self.query.stride(1),
+            **strides("query", self.query, "row", "head"),
             "key": key,
-            "key_stride_block": key.stride(0),
-            "key_stride_head": key.stride(1),
-            "key_stride_slot": key.stride(2),
-            "key_stride_dim": key.stride(3),
+            **strides("key", key, "block", "head", "slot", "dim"),
             "key_scale": unread if cache.key_scale is None else cache.key_scale,
             "scale": self.scale,
             "softcap": self.softcap,
@@ -194,11 +185,11 @@ class DecodeStep(DecodeArguments):
     def _codes(self, launch: Launch, interpreted: bool, unread: torch.Tensor) -> dict[str, Any]:
         """The decode kernel's K screen."""
         screen = self.screen
+        codes = unread if screen is None else screen.codes
         return {
-            "codes": unread if screen is None else screen.codes,
-            "words": unread if screen is None else screen.codes.view(torch.int32),
-            "codes_stride_block": 0 if screen is None else screen.codes.stride(0),
-            "codes_stride_head": 0 if screen is None else screen.codes.stride(1),
+            "codes": codes,
+            "words": codes.view(torch.int32),
+            **strides("codes", screen and codes, "block", "head"),
             "HARD": screen is not None and screen.margin is None,
             "FOUR_AT_ONCE": launch.four_at_once and not interpreted,
         }
@@ -212,8 +203,7 @@ class DecodeStep(DecodeArguments):
             "mean": screen.transform.mean,
             "channel_scale": screen.transform.scale,
             "signs": screen.transform.signs,
-            "query_stride_row": self.query.stride(0),
-            "query_stride_head": self.query.stride(1),
+            **strides("query", self.query, "row", "head"),
             "scale": self.scale,
             "deviations": NOISE * (screen.margin or 0.0),
             "vectors": rows * num_heads,
@@ -248,14 +238,11 @@ class DecodeStep(DecodeArguments):
         sums = self.cache.value_sums if self.vmean else None
         arguments = shared | {
             "value_sums": unread if sums is None else sums,
-            "sums_stride_block": 0 if sums is None else sums.stride(0),
-            "sums_stride_head": 0 if sums is None else sums.stride(1),
-            "sums_stride_state": 0 if sums is None else sums.stride(2),
+            **strides("sums", sums, "block", "head", "state"),
             "value_scale": unread if scale is None else scale,
             "sinks": unread if self.sinks is None else self.sinks,
             "result": self.out,
-            "result_stride_row": self.out.stride(0),
-            "result_stride_head": self.out.stride(1),
+            **strides("result", self.out, "row", "head"),
             "reached": unread if self.reached is None else self.reached,
             "programs": launch.programs,
             "max_rows": self.max_query_rows,
@@ -268,6 +255,22 @@ class DecodeStep(DecodeArguments):
         sequences = self.batch.seq_lens.shape[0]
         # The second and third dimension of a grid end at 65535.
         return Call(_topt_merge_kernel, (sequences * self.max_query_rows, self.query.shape[1]), arguments)
+
+
+def strides(name: str, tensor: torch.Tensor | None, *dimensions: str) -> dict[str, int]:
+    """Strides of the first dimensions by the kernels' names; 0 of a tensor that isn't there."""
+    found = (0,) * len(dimensions) if tensor is None else tensor.stride()
+    return {f"{name}_stride_{part}": stride for part, stride in zip(dimensions, found, strict=False)}
+
+
+def of_batch(batch: DecodeBatch) -> dict[str, Any]:
+    """A batch by the kernels' names."""
+    return {
+        "query_start_loc": batch.query_start_loc,
+        "seq_lens": batch.seq_lens,
+        "block_table": batch.block_table,
+        "table_stride": batch.block_table.stride(0),
+    }
 
 
 def items_pad(items: int) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, ranks, softcapped, theta_at
 from topt_vllm.attention.triton.schedule import (
+    MOST_ITEMS,
     chunk_context,
     chunk_tiles,
     first_tile,
@@ -128,20 +129,41 @@ def _topt_decode_kernel(
     SELECTED: tl.constexpr = CANDIDATES if SCREEN else TILE  # keys that are selected from at a time
     program, programs, kv_head = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
 
-    every_item = tl.arange(0, ITEMS_PAD)
-    tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
-    total = tl.sum(tiles, axis=0)
+    if ITEMS_PAD <= MOST_ITEMS:
+        every_item = tl.arange(0, ITEMS_PAD)
+        tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
+        total = tl.sum(tiles, axis=0)
+    else:
+        total = tl.full([], 0, tl.int32)
+        for start in range(0, items, MOST_ITEMS):
+            some_items = start + tl.arange(0, MOST_ITEMS)
+            tiles = tiles_of(query_start_loc, seq_lens, some_items, some_items < items, chunks, ROWS, TILE)
+            total += tl.sum(tiles, axis=0)
     used = programs_used(total, programs, MIN_TILES)
     if program >= used:
         return
     my_first = first_tile(program, total, used)
     my_end = first_tile(program + 1, total, used)
-    ends = tl.cumsum(tiles, axis=0)
-    first_item = tl.sum((ends <= my_first).to(tl.int32), axis=0)
-    last_item = tl.sum((ends < my_end).to(tl.int32), axis=0)
+    if ITEMS_PAD <= MOST_ITEMS:
+        ends = tl.cumsum(tiles, axis=0)
+        first_item = tl.sum((ends <= my_first).to(tl.int32), axis=0)
+        last_item = tl.sum((ends < my_end).to(tl.int32), axis=0)
+        before = tl.sum(tl.where(every_item < first_item, tiles, 0), axis=0)
+    else:
+        first_item = tl.full([], 0, tl.int32)
+        last_item = tl.full([], 0, tl.int32)
+        before = tl.full([], 0, tl.int32)
+        seen = tl.full([], 0, tl.int32)
+        for start in range(0, items, MOST_ITEMS):
+            some_items = start + tl.arange(0, MOST_ITEMS)
+            tiles = tiles_of(query_start_loc, seq_lens, some_items, some_items < items, chunks, ROWS, TILE)
+            ends = seen + tl.cumsum(tiles, axis=0)
+            first_item += tl.sum((ends <= my_first).to(tl.int32), axis=0)
+            last_item += tl.sum((ends < my_end).to(tl.int32), axis=0)
+            before += tl.sum(tl.where(ends <= my_first, tiles, 0), axis=0)
+            seen += tl.sum(tiles, axis=0)
     # Tiles that this program has yet to do, and those of its first item that are others'.
-    left = my_end - my_first
-    skip = my_first - tl.sum(tl.where(every_item < first_item, tiles, 0), axis=0)
+    left, skip = my_end - my_first, my_first - before
 
     column, wide = tl.arange(0, COLUMNS), tl.arange(0, WIDE)
     offset, rank = tl.arange(0, TILE), tl.arange(0, GATHER)
@@ -200,8 +222,9 @@ def _topt_decode_kernel(
             reached = tl.zeros([SELECTED, COLUMNS], tl.int32)
             # Times a tile of 0 and 1, it tells every head how many of its row's group are 1.
             same_row = (row[:, None] == row[None, :]).to(COMPUTE)
+            rule = threshold, always, forced_from, sink_tokens, same_row
         if SCREEN:
-            query_low, query_high, numbers = load_queries(
+            queries = load_queries(
                 query_codes, coefficients, query_row, head, valid, KV_HEADS * GROUP, HEAD_DIM, HALF_PAD
             )
             limit = without_softcap(threshold, softcap) if SOFTCAP else threshold
@@ -231,17 +254,12 @@ def _topt_decode_kernel(
                     words_head,
                     codes_stride_block,
                     my_flags,
-                    query_low,
-                    query_high,
-                    numbers,
+                    queries,
                     limit,
                     n,
                     valid,
-                    always,
-                    forced_from,
-                    sink_tokens,
                     dense,
-                    same_row,
+                    rule,
                     softcap,
                     candidate_count,
                     HEAD_DIM,
@@ -259,42 +277,25 @@ def _topt_decode_kernel(
                 )
                 # Now all threads see what all have flagged, and then listed.
                 tl.debug_barrier()
+                lists = my_slots, my_positions
                 listed = list_flagged(
-                    list_begin,
-                    list_end,
-                    table_row,
-                    my_flags,
-                    my_slots,
-                    my_positions,
-                    dense,
-                    BLOCK_SIZE,
-                    FLAGS,
+                    list_begin, list_end, table_row, my_flags, lists, dense, BLOCK_SIZE, FLAGS
                 )
                 candidates_listed += listed
                 tl.debug_barrier()
                 listed, exact_level, exact_mass, kept_count, read_count, reached = keep_candidates(
                     listed,
+                    (my_slots, my_positions, my_scores),
                     key_head,
-                    key_stride_block,
-                    key_stride_slot,
-                    key_stride_dim,
-                    my_slots,
-                    my_positions,
-                    my_scores,
+                    (key_stride_block, key_stride_slot, key_stride_dim),
                     q,
                     n,
                     valid,
-                    threshold,
-                    always,
+                    rule,
                     counted_from,
-                    forced_from,
-                    sink_tokens,
-                    same_row,
                     scale,
                     softcap,
-                    kept_count,
-                    read_count,
-                    reached,
+                    (kept_count, read_count, reached),
                     HEAD_DIM,
                     BLOCK_SIZE,
                     CANDIDATES,
@@ -331,18 +332,7 @@ def _topt_decode_kernel(
                     stored = scores
                     if SPARSE:
                         stored, kept_here, read_here = select(
-                            scores,
-                            visible,
-                            position,
-                            threshold,
-                            always,
-                            forced_from,
-                            sink_tokens,
-                            same_row,
-                            UNION,
-                            SINGLE_ROW,
-                            COMPUTE,
-                            PRECISION,
+                            scores, visible, position, rule, UNION, SINGLE_ROW, COMPUTE, PRECISION
                         )
                         some = kept_here > 0
                         if COUNT:

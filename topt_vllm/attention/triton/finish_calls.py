@@ -5,7 +5,7 @@ import torch
 from topt_vllm.attention.common import DecodeBatch, KeyScreen, PagedCache
 from topt_vllm.attention.screen import hadamard_block
 from topt_vllm.attention.triton.arguments import stored
-from topt_vllm.attention.triton.calls import Call, value_rows
+from topt_vllm.attention.triton.calls import Call, of_batch, strides, value_rows
 from topt_vllm.attention.triton.codes_kernel import _topt_codes_kernel
 from topt_vllm.attention.triton.finish_kernel import _topt_finish_kernel
 from topt_vllm.attention.triton.launch import power_of_two
@@ -25,16 +25,9 @@ def finish_call(cache: PagedCache, sums: torch.Tensor, batch: DecodeBatch) -> Ca
     arguments = {
         "value": value,
         "value_sums": sums,
-        "query_start_loc": batch.query_start_loc,
-        "seq_lens": batch.seq_lens,
-        "block_table": batch.block_table,
-        "value_stride_block": value.stride(0),
-        "value_stride_head": value.stride(1),
-        "value_stride_slot": value.stride(2),
-        "sums_stride_block": sums.stride(0),
-        "sums_stride_head": sums.stride(1),
-        "sums_stride_state": sums.stride(2),
-        "table_stride": batch.block_table.stride(0),
+        **of_batch(batch),
+        **strides("value", value, "block", "head", "slot"),
+        **strides("sums", sums, "block", "head", "state"),
         "sequences": batch.seq_lens.shape[0],
         "VALUE_DIM": value_dim,
         "VALUE_PAD": value_pad,
@@ -70,16 +63,9 @@ def codes_call(cache: PagedCache, screen: KeyScreen, batch: DecodeBatch, program
         "signs": screen.transform.signs,
         # Where it isn't read, a tensor that is aligned like it, whatever the batch.
         "key_scale": screen.transform.mean if cache.key_scale is None else cache.key_scale,
-        "query_start_loc": batch.query_start_loc,
-        "seq_lens": batch.seq_lens,
-        "block_table": batch.block_table,
-        "key_stride_block": key.stride(0),
-        "key_stride_head": key.stride(1),
-        "key_stride_slot": key.stride(2),
-        "key_stride_dim": key.stride(3),
-        "codes_stride_block": screen.codes.stride(0),
-        "codes_stride_head": screen.codes.stride(1),
-        "table_stride": batch.block_table.stride(0),
+        **of_batch(batch),
+        **strides("key", key, "block", "head", "slot", "dim"),
+        **strides("codes", screen.codes, "block", "head"),
         "sequences": sequences,
         "first_jump": power_of_two(sequences) // 2,
         "HEAD_DIM": head_dim,

@@ -9,22 +9,14 @@ from topt_vllm.attention.triton.schedule import rows_of
 
 @triton.jit
 def _first_to_sum(
-    first,
-    sequence,
-    sequences,
-    query_start_loc,
-    seq_lens,
-    block_table,
-    table_stride,
-    BLOCK_SIZE: tl.constexpr,
-    STATE_ROWS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    first, sequence, batch, BLOCK_SIZE: tl.constexpr, STATE_ROWS: tl.constexpr, AT_ONCE: tl.constexpr
 ):
     """The first state that has to be summed so that state ``first`` of a sequence can be written.
 
     An earlier one where other programs are writing the states before: a sequence may find blocks in the prefix
     cache that another fills in the same step.
     """
+    sequences, query_start_loc, seq_lens, block_table, table_stride = batch
     start = first
     searching = first > 0
     while searching:
@@ -87,18 +79,8 @@ def _topt_finish_kernel(
     sums_head = value_sums + kv_head * sums_stride_head
     dim = tl.arange(0, VALUE_PAD)
     dim_mask = dim < VALUE_DIM
-    sum_from = _first_to_sum(
-        first,
-        sequence,
-        sequences,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        table_stride,
-        BLOCK_SIZE,
-        STATE_ROWS,
-        AT_ONCE,
-    )
+    batch = sequences, query_start_loc, seq_lens, block_table, table_stride
+    sum_from = _first_to_sum(first, sequence, batch, BLOCK_SIZE, STATE_ROWS, AT_ONCE)
     before = state_before(
         table_row, sum_from * STATE_ROWS, sums_stride_block, sums_stride_state, BLOCK_SIZE, STATE_ROWS
     )

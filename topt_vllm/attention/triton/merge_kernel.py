@@ -5,15 +5,13 @@ import triton.language as tl
 
 from topt_vllm.attention.triton.primitives import LOG2E, LOWEST, decode_stored, state_before
 from topt_vllm.attention.triton.schedule import (
+    MOST_ITEMS,
     chunk_context,
     program_of,
     programs_used,
     rows_of,
     tiles_of,
 )
-
-# Items that are looked at together: more don't fit into registers.
-_MOST_ITEMS = tl.constexpr(2048)
 
 
 @triton.jit(
@@ -82,7 +80,7 @@ def _topt_merge_kernel(
     n = last_len - (count - 1 - row)
     n_last = chunk_context(count, last_len, chunk, ROWS)
 
-    if ITEMS_PAD <= _MOST_ITEMS:
+    if ITEMS_PAD <= MOST_ITEMS:
         every_item = tl.arange(0, ITEMS_PAD)
         tiles = tiles_of(query_start_loc, seq_lens, every_item, every_item < items, chunks, ROWS, TILE)
         total = tl.sum(tiles, axis=0)
@@ -90,8 +88,8 @@ def _topt_merge_kernel(
     else:
         total = tl.full([], 0, tl.int32)
         before = tl.full([], 0, tl.int32)
-        for start in range(0, items, _MOST_ITEMS):
-            some_items = start + tl.arange(0, _MOST_ITEMS)
+        for start in range(0, items, MOST_ITEMS):
+            some_items = start + tl.arange(0, MOST_ITEMS)
             tiles = tiles_of(query_start_loc, seq_lens, some_items, some_items < items, chunks, ROWS, TILE)
             total += tl.sum(tiles, axis=0)
             before += tl.sum(tl.where(some_items < item, tiles, 0), axis=0)

@@ -10,6 +10,9 @@ later program never has an earlier item.
 import triton
 import triton.language as tl
 
+# Items that are looked at together; more would not fit in a program's registers.
+MOST_ITEMS = tl.constexpr(2048)
+
 
 @triton.jit
 def rows_of(query_start_loc, seq_lens, sequence, listed=True):

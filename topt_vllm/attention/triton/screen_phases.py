@@ -88,17 +88,12 @@ def flag_candidates(
     words_head,
     codes_stride_block,
     my_flags,
-    query_low,  # int8 [HALF_PAD, COLUMNS]
-    query_high,
-    numbers,  # pointers [COLUMNS]
+    queries,  # int8 [HALF_PAD, COLUMNS] twice, and pointers [COLUMNS]
     limit,  # [COLUMNS], the score that a candidate may reach
     n,  # [COLUMNS]
     valid,  # bool [COLUMNS]
-    always,  # bool [COLUMNS]
-    forced_from,
-    sink_tokens,
     dense,
-    same_row,
+    rule,  # as in select
     softcap,
     candidate_count,  # int32 [TILE]
     HEAD_DIM: tl.constexpr,
@@ -123,6 +118,8 @@ def flag_candidates(
     Returns:
         Best score and mass [COLUMNS] of the others; candidates of each query row, unless there is a single one.
     """
+    query_low, query_high, numbers = queries
+    _, always, forced_from, sink_tokens, same_row = rule
     HALF: tl.constexpr = HEAD_DIM // 2
     offset, half = tl.arange(0, TILE), tl.arange(0, HALF_PAD)
     # Exponents of 2, in which the mass is summed.
@@ -201,21 +198,14 @@ def flag_candidates(
 
 @triton.jit
 def list_flagged(
-    begin,
-    end,
-    table_row,
-    my_flags,
-    my_slots,
-    my_positions,
-    every,
-    BLOCK_SIZE: tl.constexpr,
-    FLAGS: tl.constexpr,
+    begin, end, table_row, my_flags, lists, every, BLOCK_SIZE: tl.constexpr, FLAGS: tl.constexpr
 ):
     """Lists flagged keys, or all if ``every``: many at a time, for a key's place in the list crosses warps.
 
     Returns:
         How many are listed.
     """
+    my_slots, my_positions = lists
     offset = tl.arange(0, FLAGS)
     listed = 0
     for start in tl.range(begin, end, FLAGS):
@@ -234,27 +224,17 @@ def list_flagged(
 @triton.jit
 def keep_candidates(
     listed,
+    lists,
     key_head,
-    key_stride_block,
-    key_stride_slot,
-    key_stride_dim,
-    my_slots,
-    my_positions,
-    my_scores,
+    key_strides,  # of block, slot and dim
     q,  # [DIM_PAD, COLUMNS]
     n,  # [COLUMNS]
     valid,  # bool [COLUMNS]
-    threshold,  # [COLUMNS]
-    always,  # bool [COLUMNS]
+    rule,  # as in select
     counted_from,  # [COLUMNS]
-    forced_from,
-    sink_tokens,
-    same_row,
     scale,
     softcap,
-    kept_count,  # int32 [CANDIDATES]
-    read_count,  # int32 [CANDIDATES]
-    reached,  # int32 [CANDIDATES, COLUMNS]
+    counts,  # int32 [CANDIDATES] twice, and [CANDIDATES, COLUMNS]
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -278,6 +258,9 @@ def keep_candidates(
     Returns:
         How many are kept; best score and mass [COLUMNS] of all candidates; counts.
     """
+    my_slots, my_positions, my_scores = lists
+    key_stride_block, key_stride_slot, key_stride_dim = key_strides
+    kept_count, read_count, reached = counts
     rank, dim = tl.arange(0, CANDIDATES), tl.arange(0, q.shape[0])
     column = tl.arange(0, q.shape[1])
     best = tl.full([CANDIDATES, q.shape[1]], LOWEST, tl.float32)
@@ -301,18 +284,7 @@ def keep_candidates(
         visible = visible_keys(position, inside, n, valid, SINGLE_ROW)
         scores = tl.where(visible, scores, -float("inf"))
         stored, kept_here, read_here = select(
-            scores,
-            visible,
-            position,
-            threshold,
-            always,
-            forced_from,
-            sink_tokens,
-            same_row,
-            UNION,
-            SINGLE_ROW,
-            COMPUTE,
-            PRECISION,
+            scores, visible, position, rule, UNION, SINGLE_ROW, COMPUTE, PRECISION
         )
         some = kept_here > 0
         if COUNT:

@@ -54,11 +54,7 @@ def select(
     scores,  # [TILE, COLUMNS], −inf where not visible
     visible,  # bool [TILE, COLUMNS]
     position,  # [TILE]
-    threshold,  # [COLUMNS]
-    always,  # bool [COLUMNS], whether every key is kept
-    forced_from,  # one for a single row, else [COLUMNS]
-    sink_tokens,
-    same_row,  # [COLUMNS, COLUMNS]; anything with a single row
+    rule,
     UNION: tl.constexpr,
     SINGLE_ROW: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -66,10 +62,15 @@ def select(
 ):
     """What is kept of a tile.
 
+    ``rule``: thresholds [COLUMNS]; bool [COLUMNS], whether every key is kept; from where on keys are forced, one
+    for a single row, else [COLUMNS]; first tokens that are; and which columns are of the same query row, [COLUMNS,
+    COLUMNS], or anything with a single row.
+
     Returns:
         Scores to be listed, −inf where a column doesn't use the key; how many columns keep each key; how many
         belong to a row that some head keeps it for (with a single row the same as the former, which isn't used).
     """
+    threshold, always, forced_from, sink_tokens, same_row = rule
     forced = forced_keys(position, forced_from, sink_tokens, SINGLE_ROW) | always[None, :]
     keep = ((scores >= threshold[None, :]) | forced) & visible
     stored = scores
