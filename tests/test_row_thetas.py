@@ -7,8 +7,8 @@ import torch
 from attention_cases import Case, attend, random_case
 from device import TRITON
 
-from topt_vllm.attention.common import RowThetas, Selection, Thetas, new_statistics
-from topt_vllm.attention.quantiles import first_rows, kept_of, score_quantiles
+from topt_vllm.attention.common import DecodeArguments, RowThetas, Selection, Thetas, new_statistics
+from topt_vllm.attention.quantiles import kept_of, score_quantiles
 
 IMPLS = ["reference", "cpu", TRITON]
 SHAPES = [(4, 2), (9, 3)]
@@ -74,9 +74,13 @@ def test_a_quantile_is_the_score_that_the_share_stays_below(dtype: torch.dtype, 
     )
     case = replace(case, cache=replace(case.cache, value=torch.empty(0)))
     tau = 0.9
-    rows = first_rows(case.batch, [0, 1, 2])
-    assert rows == [(0, 0, 700), (1, 1, 148), (2, 4, 20)]
-    found = score_quantiles(case.query, case.cache, case.batch, rows, tau, case.scale, softcap)
+    rows = [(0, 0, 700), (1, 1, 148), (2, 4, 20)]
+    given = DecodeArguments(
+        case.query, case.cache, case.batch, None, case.selection, case.scale, softcap, torch.empty(0)
+    )
+    found = score_quantiles(given, rows, tau)
+    # A scheduler that runs ahead knows no more than how long a context can be.
+    assert torch.equal(score_quantiles(given, [(s, row, n + 4) for s, row, n in rows], tau), found)
     for got, (sequence, row, n) in zip(found, rows, strict=True):
         ordered = _scores(case, row, sequence, n).sort(dim=-1, descending=True).values
         torch.testing.assert_close(got.double(), ordered[:, kept_of(n, tau) - 1], rtol=1e-4, atol=1e-4)

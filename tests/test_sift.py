@@ -51,6 +51,12 @@ def test_rows_are_dense_until_their_request_has_warmed_up():
     torch.testing.assert_close(layer.thetas(step).theta, torch.tensor([[1.0, 2.0]]), rtol=0, atol=0.05)
 
 
+def test_the_first_row_of_a_request_is_recorded_at_its_own_context():
+    starts, contexts = torch.tensor([0, 1, 4, 5], dtype=torch.int32), torch.tensor([700, 148, 149, 150, 20])
+    step = SiftRequests(SETTINGS).step(["a", "b", "c"], starts, contexts)
+    assert step.first_rows == [(0, 0, 700), (1, 1, 148), (2, 4, 20)]
+
+
 def test_drafted_rows_share_their_requests_law_and_are_not_recorded():
     table, layer = SiftRequests(SETTINGS), SiftLayer(1, SETTINGS)
     for n in (20, 24, 28):

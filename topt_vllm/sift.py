@@ -18,7 +18,7 @@ or not.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,11 +52,11 @@ class SiftStep:
         warm: bool [R], rows that are dense because their request is warming up.
         warm_contexts: int64 [any] on the host, context lengths of these rows.
         recording: Indices in the batch of the sequences that are warming up; their first rows are recorded.
+        first_rows: Of ``recording``, each with its first row and that row's context length.
         recording_slots: int64 [len(recording)].
         positions: int64 [len(recording)], rows of the warm-up recorded before.
         finished_slots: int64 [any], of ``recording_slots`` those whose warm-up ends with this step.
         recorded_log_lengths: float32 [len(finished_slots), warmup], ln n of their recorded rows.
-        first_rows: Of ``recording``, what the first layer read back of the batch for all.
     """
 
     capacity: int
@@ -65,11 +65,11 @@ class SiftStep:
     warm: torch.Tensor
     warm_contexts: torch.Tensor
     recording: list[int]
+    first_rows: list[tuple[int, int, int]]
     recording_slots: torch.Tensor
     positions: torch.Tensor
     finished_slots: torch.Tensor
     recorded_log_lengths: torch.Tensor
-    first_rows: list[tuple[int, int, int]] = field(default_factory=list)
 
     def moved(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> "SiftStep":
         """The step for tables on a device, to which ``copy`` brings a tensor."""
@@ -111,7 +111,8 @@ class SiftRequests:
         recording = warming.nonzero().flatten()
         recording_slots, positions = slots[recording], before[recording]
         log_lengths = contexts.float().log()
-        self._log_lengths[recording_slots, positions] = log_lengths[starts[recording].long()]
+        first = starts[recording].long()
+        self._log_lengths[recording_slots, positions] = log_lengths[first]
         self._recorded[recording_slots] += 1
         finished = recording_slots[positions + 1 == self._warmup]
         rows = (starts[1:] - starts[:-1]).long()
@@ -123,6 +124,7 @@ class SiftRequests:
             warm=warm,
             warm_contexts=contexts[warm],
             recording=recording.tolist(),
+            first_rows=list(zip(recording.tolist(), first.tolist(), contexts[first].tolist(), strict=True)),
             recording_slots=recording_slots,
             positions=positions,
             finished_slots=finished,

@@ -4,52 +4,38 @@ import math
 
 import torch
 
-from topt_vllm.attention.common import DecodeBatch, PagedCache
+from topt_vllm.attention.common import DecodeArguments
 from topt_vllm.attention.reference import gather, scaled_scores
 
 
-def first_rows(batch: DecodeBatch, sequences: list[int]) -> list[tuple[int, int, int]]:
-    """Of each of these sequences its index in the batch, its first query row, and that row's context (tokens).
-
-    On GPUs it waits for the device, so ask once a step.
-    """
-    starts, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
-    return [(s, starts[s], lengths[s] - (starts[s + 1] - 1 - starts[s])) for s in sequences]
-
-
-def score_quantiles(
-    query: torch.Tensor,
-    cache: PagedCache,
-    batch: DecodeBatch,
-    rows: list[tuple[int, int, int]],
-    tau: float,
-    scale: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
+def score_quantiles(given: DecodeArguments, rows: list[tuple[int, int, int]], tau: float) -> torch.Tensor:
     """The score that a share ``tau`` of a row's keys stays below, for the first query row of some sequences.
 
     It is a score that occurs: the keys that reach it are the max(1, n − ⌈tau·n⌉) best ones, and ties of the
-    last.
+    last. Nothing waits for a device.
 
     Args:
-        query: [R, H, D].
-        cache: K of the layer; V isn't read.
-        batch: For its block table.
-        rows: What :func:`first_rows` gave.
+        given: Of the layer; V isn't read.
+        rows: For each sequence its index in the batch, its first query row, and that row's context (tokens), or
+            more: what the batch says counts.
         tau: Above 0 and below 1.
-        scale: Factor of q·k.
-        softcap: Logits softcap, 0 for none.
 
     Returns:
         float32 [len(rows), H], scaled logits.
     """
+    query, cache, batch = given.query, given.cache, given.batch
     block_size = cache.key.shape[2]
     found = query.new_empty(len(rows), query.shape[1], dtype=torch.float32)
-    for index, (sequence, row, n) in enumerate(rows):
-        blocks = batch.block_table[sequence, : -(-n // block_size)].long()
-        key = gather(cache.key, blocks, cache.key_scale)[:, :n]
-        scores = scaled_scores(query[row], key, scale, softcap)
-        found[index] = quantile(scores, n, tau)
+    for index, (sequence, row, most) in enumerate(rows):
+        blocks = batch.block_table[sequence, : -(-most // block_size)].long()
+        key = gather(cache.key, blocks, cache.key_scale)[:, :most]
+        scores = scaled_scores(query[row], key, given.scale, given.softcap)
+        begin, end = batch.query_start_loc[sequence : sequence + 2]
+        n = batch.seq_lens[sequence] - (end - begin - 1)
+        scores = scores.masked_fill(torch.arange(most, device=scores.device) >= n, -torch.inf)
+        best = scores.topk(kept_of(most, tau), dim=-1).values
+        last = (n - (tau * n.double()).ceil()).clamp(min=1).long() - 1
+        found[index] = best.index_select(1, last.view(1))[:, 0]
     return found
 
 

@@ -142,22 +142,23 @@ class TopThetaImpl(_Platform):
         output: torch.Tensor,
     ) -> None:
         thresholds, rows = bound.thresholds, metadata.num_decode_rows
-        logits = self.scale, self.logits_soft_cap
 
-        def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> None:
+        def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> DecodeArguments:
             given = DecodeArguments(
                 query,
                 cache,
                 batch,
                 thresholds.of_rows(metadata.thresholds, len(query)),
                 bound.selection,
-                *logits,
+                self.scale,
+                self.logits_soft_cap,
                 out,
                 bound.statistics,
                 thresholds.reached(len(query)),
                 self.sinks,
             )
             api.decode(bound.group.kernel, given)
+            return given
 
         if bound.group.warm_up is not None:
             # Triton asks whether 32 bits address a cache, and the one that vLLM measures memory with is small.
@@ -167,5 +168,4 @@ class TopThetaImpl(_Platform):
             kind = thresholds.skips, cache.key_screen is not None, self.sinks is not None, by_step, small
             kernel, table = bound.group.kernel, batch.block_table
             bound.group.warm_up.run(kind, kernel, decode, query, cache, table, output)
-        decode(query[:rows], batch, output[:rows])
-        thresholds.after(metadata.thresholds, query[:rows], cache, batch, *logits)
+        thresholds.after(metadata.thresholds, decode(query[:rows], batch, output[:rows]))

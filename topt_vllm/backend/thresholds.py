@@ -12,8 +12,8 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from topt_vllm.adaptation import ThetaController
-from topt_vllm.attention.common import DecodeBatch, PagedCache, RowThetas, Thetas
-from topt_vllm.attention.quantiles import first_rows, score_quantiles
+from topt_vllm.attention.common import DecodeArguments, RowThetas, Thetas
+from topt_vllm.attention.quantiles import score_quantiles
 from topt_vllm.backend import requests
 from topt_vllm.sift import SiftLayer, SiftRequests, SiftSettings, SiftStep
 
@@ -41,15 +41,7 @@ class LayerThresholds:
         """int64 [rows, H], where the operator counts keys that reach θ; None where nobody asks."""
         return None
 
-    def after(
-        self,
-        step: Any,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
-        scale: float,
-        softcap: float,
-    ) -> None:
+    def after(self, step: Any, given: DecodeArguments) -> None:
         """Sees the decode rows of a step once they have attended; arguments as the operator's."""
 
 
@@ -169,20 +161,9 @@ class _SiftingLayer(LayerThresholds):
     def of_rows(self, step: SiftStep | None, rows: int) -> RowThetas | None:
         return None if step is None else RowThetas(self._laws.thetas(step).theta[:rows])
 
-    def after(
-        self,
-        step: SiftStep | None,
-        query: torch.Tensor,
-        cache: PagedCache,
-        batch: DecodeBatch,
-        scale: float,
-        softcap: float,
-    ) -> None:
+    def after(self, step: SiftStep | None, given: DecodeArguments) -> None:
         if step is not None and step.recording:
-            if not step.first_rows:
-                step.first_rows.extend(first_rows(batch, step.recording))
-            quantiles = score_quantiles(query, cache, batch, step.first_rows, self._laws.tau, scale, softcap)
-            self._laws.record(step, quantiles)
+            self._laws.record(step, score_quantiles(given, step.first_rows, self._laws.tau))
 
 
 class SiftingThresholds(Thresholds):

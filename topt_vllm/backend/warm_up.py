@@ -33,7 +33,7 @@ class WarmUp:
         self,
         kind: tuple[bool, ...],
         kernel: Implementation,
-        decode: Callable[[torch.Tensor, DecodeBatch, torch.Tensor], None],
+        decode: Callable[[torch.Tensor, DecodeBatch, torch.Tensor], object],
         query: torch.Tensor,
         cache: PagedCache,
         block_table: torch.Tensor,
