@@ -16,6 +16,7 @@ from adapter_cases import (
     HEAD_DIM,
     NUM_HEADS,
     NUM_KV_HEADS,
+    PROMPTS,
     STATE_ROWS,
     TRITON,
     BatchSpec,
@@ -224,3 +225,14 @@ def test_each_kind_of_layer_is_warmed_up(make_rig: Any, monkeypatch: pytest.Monk
     rig.step(DECODE, 2)
     kinds = [(False, False, False), (True, True, False), (True, True, True), (True, False, False)]
     assert ran == [(sequences, *kind) for kind in kinds for sequences in (1, 2)]
+
+
+@ON_CPUS
+def test_a_prompt_warms_up_what_decodes_behind_it(make_rig: Any, monkeypatch: pytest.MonkeyPatch):
+    """Without graphs vLLM may decode nothing when it starts; kernels would be compiled in a client's."""
+    rig = make_rig(CPU, settings=settings_of("reference", "off"))
+    rig.bound().group.warm_up = WarmUp(2, 1)
+    decoded: list[int] = []
+    monkeypatch.setattr(reference, "decode", lambda given: decoded.append(len(given.batch.seq_lens)))
+    rig.step(PROMPTS, 0)
+    assert decoded == [1, 2]

@@ -12,9 +12,11 @@ from adapter_cases import (
     BLOCK_SIZE,
     DECODE,
     FLASH,
+    GPU_HOSTS,
     HEAD_DIM,
     NUM_HEADS,
     NUM_KV_HEADS,
+    Host,
     Table,
     as_on_gpu,
     vllm_config,
@@ -120,6 +122,21 @@ def test_heads_that_draft_have_no_thresholds_whatever_their_number(make_rig: Any
     assert rig.builder.build(0, rig.common(DECODE)).decode is None
     assert rig.layers[0].impl.platform_reason == "draft_model"
     assert rig.states().value_sums is None
+
+
+@pytest.mark.parametrize("host", GPU_HOSTS, ids=str)
+def test_a_graph_of_several_drafts_updates_what_the_platform_has_built(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, host: Host
+):
+    """Without it vLLM's second model runner builds metadata anew, on the host, for each drafted token."""
+    with set_model_tag("eagle_head"):
+        rig = make_rig(host, prefixes=("mtp.layers.0.self_attn.attn",), settings={"implementation": "auto"})
+    assert rig.builder.supports_draft_decode_metadata_update
+    metadata = rig.builder.build_for_cudagraph_capture(rig.common(DECODE))
+    updated: list[Any] = []
+    monkeypatch.setattr(rig.builder._platform, "update_draft_decode_metadata", updated.append)
+    rig.builder.update_draft_decode_metadata(metadata)
+    assert updated == [metadata.whole]
 
 
 def test_a_drafter_may_share_a_cache_that_has_states_beside_it(make_rig: Any):

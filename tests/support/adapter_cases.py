@@ -99,11 +99,12 @@ class BatchSpec:
 
 
 DECODE = BatchSpec("ragged_decode", [1, 96, 97, 300], [1, 1, 1, 1])
+PROMPTS = BatchSpec("prefill_only", [130, 40], [130, 40])
 MIXED = BatchSpec("mixed", [192, 351, 90], [1, 1, 90])
 BATCHES = [
     BatchSpec("single_decode", [200], [1]),
     DECODE,
-    BatchSpec("prefill_only", [130, 40], [130, 40]),
+    PROMPTS,
     MIXED,
     BatchSpec("mixed_chunked_prefill", [400, 290], [1, 110]),
 ]

@@ -47,6 +47,7 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "build_for_drafting": "self common_attn_metadata draft_index",
         "get_cudagraph_support": "cls vllm_config kv_cache_spec",
         "update_block_table": "self metadata blk_table slot_mapping",
+        "update_draft_decode_metadata": "self metadata",
     },
     ("v1/attention/backend.py", ""): {"max_decode_query_len": "vllm_config"},
     ("v1/attention/backend.py", "AttentionImpl"): {

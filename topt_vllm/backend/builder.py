@@ -40,8 +40,6 @@ class TopThetaBuilder(_Platform):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         _refuse(kv_cache_spec)
-        # A speculator's graph would call the platform's own update on our metadata.
-        self.supports_draft_decode_metadata_update = False
         # Drafted tokens of speculative decoding are decode rows too.
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._max_query_rows = self.reorder_batch_threshold or 1
@@ -63,9 +61,15 @@ class TopThetaBuilder(_Platform):
                 logger.info("TOPTHETA: %s", cost)
         # A builder of its own, for some keep what a step needs in buffers of theirs, such as FlashAttention 3 its
         # schedule, and `prefill` and `whole` are other batches.
-        self._platform: Any | None = None
+        self._platform: Any = None
         if any(layer.impl.platform_reason for layer in layers.values()):
             self._platform = self.platform_builder(kv_cache_spec, layer_names, vllm_config, device)
+        # A graph of several drafts has the platform's update in it, where the platform attends in all layers.
+        self.supports_draft_decode_metadata_update = (
+            self._platform is not None
+            and self._bound.group is None
+            and self._platform.supports_draft_decode_metadata_update
+        )
         self._implementation = resolved.implementation
         self._dense_up_to = resolved.dense_up_to
         self._extrapolation = ExtrapolationNotice(resolved.calibrated_up_to)
@@ -114,6 +118,10 @@ class TopThetaBuilder(_Platform):
             whole = self._platform.build_for_cudagraph_capture(common)
             common.seq_lens.fill_(common.max_query_len)  # Triton attention's builder writes lengths too
         return self._metadata(common, self._split(common), whole, fast_build=False)
+
+    def update_draft_decode_metadata(self, metadata: TopThetaMetadata) -> None:
+        """Brings the metadata of a draft model's step to the next one, within a graph."""
+        self._platform.update_draft_decode_metadata(metadata.whole)
 
     def _build_step(
         self, common: CommonAttentionMetadata, fast_build: bool, counters: HostCounters, of_model: bool

@@ -1,5 +1,6 @@
 """One attention layer: refusals when it is made, its states after the cache write, then one call per step."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,12 +116,18 @@ class TopThetaImpl(_Platform):
             # The platform has written the cache in an operation of its own, before attention.
             bound.group.kernel.finish(cache, attn_metadata.written)
             connectors.save(bound.states.by_name)
-        rows = attn_metadata.num_decode_rows
+        rows, step = attn_metadata.num_decode_rows, attn_metadata.thresholds
+        decode = partial(self._decode, bound, cache, step)
+        if bound.group.warm_up is not None:
+            kind, written = self._kind(bound, cache, step), attn_metadata.written
+            bound.group.warm_up.run(
+                kind, bound.group.kernel, decode, query, cache, written.block_table, output
+            )
         if attn_metadata.prefill is not None:
             # The platform's kernels take K and V of decoder layers from the cache.
             super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:])
         if attn_metadata.decode is not None:
-            self._decode(bound, cache, query, attn_metadata, attn_metadata.decode, output)
+            bound.thresholds.after(step, decode(query[:rows], attn_metadata.decode, output[:rows]))
         return output
 
     def _allocate(self, device: torch.device) -> None:
@@ -136,36 +143,31 @@ class TopThetaImpl(_Platform):
         self,
         bound: TopThetaLayer,
         cache: PagedCache,
+        step: Any,
         query: torch.Tensor,
-        metadata: TopThetaMetadata,
         batch: DecodeBatch,
-        output: torch.Tensor,
-    ) -> None:
-        thresholds, rows = bound.thresholds, metadata.num_decode_rows
+        out: torch.Tensor,
+    ) -> DecodeArguments:
+        given = DecodeArguments(
+            query,
+            cache,
+            batch,
+            bound.thresholds.of_rows(step, len(query)),
+            bound.selection,
+            self.scale,
+            self.logits_soft_cap,
+            out,
+            bound.statistics,
+            bound.thresholds.reached(len(query)),
+            self.sinks,
+        )
+        api.decode(bound.group.kernel, given)
+        return given
 
-        def decode(query: torch.Tensor, batch: DecodeBatch, out: torch.Tensor) -> DecodeArguments:
-            given = DecodeArguments(
-                query,
-                cache,
-                batch,
-                thresholds.of_rows(metadata.thresholds, len(query)),
-                bound.selection,
-                self.scale,
-                self.logits_soft_cap,
-                out,
-                bound.statistics,
-                thresholds.reached(len(query)),
-                self.sinks,
-            )
-            api.decode(bound.group.kernel, given)
-            return given
-
-        if bound.group.warm_up is not None:
-            # Triton asks whether 32 bits address a cache, and the one that vLLM measures memory with is small.
-            small = cache.key.untyped_storage().nbytes() < 2**31
-            # By step, for sift's rows of nobody and those that verify drafts are dense.
-            by_step = metadata.thresholds is not None
-            kind = thresholds.skips, cache.key_screen is not None, self.sinks is not None, by_step, small
-            kernel, table = bound.group.kernel, batch.block_table
-            bound.group.warm_up.run(kind, kernel, decode, query, cache, table, output)
-        thresholds.after(metadata.thresholds, decode(query[:rows], batch, output[:rows]))
+    def _kind(self, bound: TopThetaLayer, cache: PagedCache, step: Any) -> tuple[bool, ...]:
+        """What compiled kernels depend on that layers of a builder don't share."""
+        # Triton asks whether 32 bits address a cache, and the one that vLLM measures memory with is small.
+        small = cache.key.untyped_storage().nbytes() < 2**31
+        # By step, for sift's rows of nobody and those that verify drafts are dense.
+        by_step = step is not None
+        return bound.thresholds.skips, cache.key_screen is not None, self.sinks is not None, by_step, small
