@@ -26,8 +26,8 @@ from soak_traffic import LENGTHS, Answer, Clients, Prompt, Tally, make_prompts
 
 from topt_vllm import envs
 from topt_vllm.benchmarks.server import is_healthy, serve
-from topt_vllm.cli import UserError
 from topt_vllm.cli.options import check_least, json_object
+from topt_vllm.errors import UserError
 from topt_vllm.output import not_writable
 from topt_vllm.verify.plan import no_table
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 from topt_vllm.attention.common import LONGEST_CONTEXT, Compensation, GroupKeep, Selection
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.attention.screen import ScreenFormat
+from topt_vllm.errors import UserError
 from topt_vllm.sift import SiftSettings
 
 logger = logging.getLogger("vllm.topt_vllm")
@@ -24,7 +25,7 @@ _LONGEST_WARM_UP = 4096
 _LARGEST_MARGIN = 1000
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that can't be used; the message has key, value, allowed values and remedy."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from topt_vllm.errors import UserError
 from topt_vllm.output import in_one_step
 from topt_vllm.table.identity import ModelIdentity
 
@@ -18,7 +19,7 @@ FORMAT = "topt-vllm-cache-1"
 _PARTS = ("query", "key", "value")
 
 
-class CacheFileError(ValueError):
+class CacheFileError(UserError):
     """A file that can't be used; the message names it and says what is wrong."""
 
 

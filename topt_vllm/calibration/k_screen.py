@@ -19,7 +19,7 @@ from topt_vllm.replay.model import Subject, check_device, examine, load_causal_l
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import Sequences
 from topt_vllm.table.file import load
-from topt_vllm.table.schema import KeyStatistics, ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import KeyStatistics, ThresholdTable
 from topt_vllm.table.words import printable
 
 
@@ -69,10 +69,7 @@ def _table(options: CalibrationOptions, subject: Subject) -> ThresholdTable:
             f"--k-screen-only adds to a table, and {path} is none. Name it with --output, or calibrate one, K "
             f"screens included:\n    {_full_command(options, path)}"
         )
-    try:
-        table = load(path)
-    except ThresholdTableError as error:
-        raise CalibrationError(str(error)) from error
+    table = load(path)
     difference = subject.identity.difference(table.model)
     if difference:
         raise CalibrationError(

@@ -1,5 +1,1 @@
 """The command ``topt-vllm``."""
-
-
-class UserError(Exception):
-    """Something the user can mend: shown as one line, exit status 2."""

@@ -4,8 +4,8 @@ import argparse
 import importlib
 from typing import Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import check_output
+from topt_vllm.errors import UserError
 
 _MODES = ("decode", "capture", "compile", "autotune", "engine", "serve")
 
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
     try:
         return args.bench(args)
     # Engines, compilers and checks of results raise RuntimeError, as does torch where memory runs out.
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
 from topt_vllm.cli.options import check_least
+from topt_vllm.errors import UserError
 from topt_vllm.shares import read_part
 
 _AUTOTUNE = """Times tiles, stages and programs of the Triton decode kernel for a shape on a GPU, each checked

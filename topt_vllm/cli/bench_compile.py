@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, refuse_interpreter, write_json
+from topt_vllm.errors import UserError
 
 _COMPILE = """Compiles the Triton kernels for GPUs that need not be here, and prints registers, spills, shared
 memory and how many blocks a multiprocessor holds: the worst of each head dimension and kernel; --json has every

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from topt_vllm import large_pages
 from topt_vllm.attention.margin import DEFAULT_MARGIN, HARD, read_margin
 from topt_vllm.benchmarks.lengths import parse_lengths
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import check_least
+from topt_vllm.errors import UserError
 from topt_vllm.evaluation.options import SCREENS
 from topt_vllm.replay.options import table_name
 from topt_vllm.shares import read_part
@@ -171,10 +171,7 @@ def _device(args: argparse.Namespace) -> "Device":
     from topt_vllm.benchmarks.devices import CPU
 
     if args.device == "cpu":
-        try:
-            load_implementation("cpu", "cpu")
-        except RuntimeError as error:  # no compiler, or no place for what it makes
-            raise UserError(str(error)) from error
+        load_implementation("cpu", "cpu")
         return CPU
     if args.cache_dtype not in (None, "auto"):
         raise UserError("--cache-dtype: with --device cuda, only auto is measured")

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from topt_vllm.benchmarks.model_shapes import SHAPES, write_checkpoint
-from topt_vllm.cli import UserError
 from topt_vllm.cli.bench_output import provenance, write_json
 from topt_vllm.cli.options import add_trust_remote_code, check_least, json_object
+from topt_vllm.errors import UserError
 from topt_vllm.evaluation.options import SCREENS
 from topt_vllm.shares import read_part
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
+from topt_vllm.errors import UserError
 from topt_vllm.output import not_writable, write_text
 from topt_vllm.version import __version__
 

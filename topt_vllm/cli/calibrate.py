@@ -5,9 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.calibration.options import CalibrationOptions
-from topt_vllm.cli import UserError
 from topt_vllm.cli.options import add_options, read_options
-from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.command import default_output, serve_command
 
 if TYPE_CHECKING:
@@ -33,12 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrates, writes the table and prints what it is worth."""
-    try:
-        output = args.output or default_output(args.model)
-        options = read_options(CalibrationOptions, args, output=output)
-        (_add_to_table if options.k_screen_only else _run)(options, args.dry_run)
-    except (ReplayError, OSError) as error:
-        raise UserError(str(error)) from error
+    output = args.output or default_output(args.model)
+    options = read_options(CalibrationOptions, args, output=output)
+    (_add_to_table if options.k_screen_only else _run)(options, args.dry_run)
     return 0
 
 

@@ -6,11 +6,9 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.options import add_options, read_options
 from topt_vllm.evaluation.options import EvaluationOptions
 from topt_vllm.output import write_text
-from topt_vllm.replay.options import ReplayError
 
 if TYPE_CHECKING:
     from topt_vllm.evaluation.plan import Plan
@@ -35,14 +33,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints a line for each record, and writes what was asked for."""
-    try:
-        _run(read_options(EvaluationOptions, args), args.dry_run)
-    except (ReplayError, OSError) as error:
-        raise UserError(str(error)) from error
-    return 0
-
-
-def _run(options: EvaluationOptions, dry_run: bool) -> None:
     from topt_vllm.cli.bench_output import provenance
     from topt_vllm.evaluation.plan import prepare
     from topt_vllm.evaluation.plot import plot
@@ -50,6 +40,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     from topt_vllm.evaluation.run import evaluate
     from topt_vllm.evaluation.task_records import summary
 
+    options = read_options(EvaluationOptions, args)
     plan = prepare(options)
     print(_resolved(plan))
     for text in (text for text in plan.texts if text.calibrated):
@@ -57,8 +48,8 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
             f"note: the table was calibrated on {text.name}; its losses there are no measure of other texts'",
             file=sys.stderr,
         )
-    if dry_run:
-        return
+    if args.dry_run:
+        return 0
     origin = provenance() | {"dtype": options.dtype} | _subject(plan)
     print(HEADER)
     records: list[dict[str, Any]] = []
@@ -75,6 +66,7 @@ def _run(options: EvaluationOptions, dry_run: bool) -> None:
     if options.plot:
         plot(records, options.plot)
         print(f"wrote {options.plot}", file=sys.stderr)
+    return 0
 
 
 def _subject(plan: "Plan") -> dict[str, Any]:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from topt_vllm.cli import UserError
-
 if TYPE_CHECKING:
     from topt_vllm.table.schema import ThresholdTable
 
@@ -28,20 +26,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table's identity, origin, lengths and budgets."""
-    from topt_vllm.calibration.options import CalibrationError
     from topt_vllm.calibration.plot import plot
     from topt_vllm.calibration.summary import describe
     from topt_vllm.table.file import load
-    from topt_vllm.table.schema import ThresholdTableError
 
-    try:
-        table = load(args.table)
-        if args.plot is not None:
-            plot(table, args.plot)
-            # Not to the standard output, which may be one JSON object.
-            print(f"wrote {args.plot}", file=sys.stderr)
-    except (ThresholdTableError, CalibrationError, OSError) as error:
-        raise UserError(str(error)) from error
+    table = load(args.table)
+    if args.plot is not None:
+        plot(table, args.plot)
+        # Not to the standard output, which may be one JSON object.
+        print(f"wrote {args.plot}", file=sys.stderr)
     print(json.dumps(_facts(table), ensure_ascii=False) if args.json else describe(table))
     return 0
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.examples import epilog
+from topt_vllm.errors import UserError
 from topt_vllm.version import __version__
 
 _COMMANDS = ("calibrate", "inspect", "evaluate", "report", "verify", "bench")
@@ -45,23 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _ended_as_by_ctrl_c():
             return args.run(args)
-    except UserError as error:
-        if isinstance(error.__cause__, BrokenPipeError):
-            return _unread()
+    except BrokenPipeError:
+        # Nobody reads any more, as of `topt-vllm inspect … | head`; Python's own flush would complain again.
+        sys.stderr.close()
+        return 141
+    except (UserError, OSError) as error:
         print(f"topt-vllm: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("topt-vllm: interrupted", file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
-    except BrokenPipeError:
-        return _unread()
-
-
-def _unread() -> int:
-    """The exit status where nobody reads any more, as of `topt-vllm inspect … | head`."""
-    # Python's own flush at exit would complain again.
-    sys.stderr.close()
-    return 141
 
 
 @contextmanager

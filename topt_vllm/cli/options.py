@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from topt_vllm.cli import UserError
+from topt_vllm.errors import UserError
 from topt_vllm.replay.options import flag_of
 
 

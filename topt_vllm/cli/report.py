@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.cli import UserError
+from topt_vllm.errors import UserError
 
 _DESCRIPTION = """Writes one HTML page: where the table comes from, what its budgets were measured to do,
 θ by layer and head, rows by layer; and, from the JSON files of evaluate and bench, losses beside other rules, the
@@ -33,17 +33,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Reads everything, then writes the page in one step."""
     from topt_vllm.output import is_one_of, refuse_overwrite, write_text
-    from topt_vllm.report.inputs import ReportError, read
+    from topt_vllm.report.inputs import read
     from topt_vllm.report.page import render
-    from topt_vllm.table.schema import ThresholdTableError
 
-    try:
-        refuse_overwrite(args.output, args.force)
-        if is_one_of(args.output, (args.table, *args.evaluation, *args.bench)):
-            raise UserError(f"{args.output} is read for the report; name another file for the page")
-        page = render(read(args.table, args.evaluation, args.bench))
-        write_text(page, args.output, args.force)
-    except (ReportError, ThresholdTableError, OSError) as error:
-        raise UserError(str(error)) from error
+    refuse_overwrite(args.output, args.force)
+    if is_one_of(args.output, (args.table, *args.evaluation, *args.bench)):
+        raise UserError(f"{args.output} is read for the report; name another file for the page")
+    page = render(read(args.table, args.evaluation, args.bench))
+    write_text(page, args.output, args.force)
     print(f"wrote {args.output}: {len(page.encode()) / 1024:.0f} KiB, opens in any browser, loads nothing")
     return 0

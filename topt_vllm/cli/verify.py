@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from topt_vllm.cli import UserError
 from topt_vllm.cli.options import add_trust_remote_code
+from topt_vllm.errors import UserError
 from topt_vllm.replay.options import table_name
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from topt_vllm.config import ConfigError, TopThetaConfig
+from topt_vllm.config import TopThetaConfig
 from topt_vllm.evaluation.cases import Case
 from topt_vllm.evaluation.lengths import (
     check_generate,
@@ -27,7 +27,7 @@ from topt_vllm.replay.model import Subject, check_device, examine, load_tokenize
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
 from topt_vllm.table.command import k_screen_command
-from topt_vllm.table.schema import ThresholdTable, ThresholdTableError
+from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
 from topt_vllm.table.words import as_text
 
@@ -140,11 +140,8 @@ def prepare(options: EvaluationOptions) -> Plan:
 
 
 def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable, Path]:
-    try:
-        config = TopThetaConfig(thresholds=options.thresholds)
-        found = find_table(config, subject.identity, options.model, subject.identity.revision)
-    except (ConfigError, ThresholdTableError) as error:
-        raise EvaluationError(str(error)) from error
+    config = TopThetaConfig(thresholds=options.thresholds)
+    found = find_table(config, subject.identity, options.model, subject.identity.revision)
     if found is None:
         raise EvaluationError(
             "an evaluation needs thresholds; name a table with --thresholds instead of none"
@@ -161,10 +158,7 @@ def _check_screens(options: EvaluationOptions, table: ThresholdTable, path: Path
 
 
 def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None:
-    try:
-        budget = table.budget(k)
-    except ThresholdTableError as error:
-        raise EvaluationError(str(error)) from error
+    budget = table.budget(k)
     if ADAPTING in rules and not budget.ks():
         raise EvaluationError(
             f"--rules {ADAPTING} needs budgets that promise keys, and --budget {k} promises none; leave out one"

@@ -4,13 +4,15 @@ from argparse import ArgumentTypeError
 from dataclasses import MISSING, Field, field
 from typing import Any
 
+from topt_vllm.errors import UserError
+
 # The default of an option that has to be given.
 REQUIRED = MISSING
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class ReplayError(ValueError):
+class ReplayError(UserError):
     """A model, a text or an option that can't be used; the message says what to change."""
 
 

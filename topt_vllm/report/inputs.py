@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from topt_vllm.errors import UserError
 from topt_vllm.report.records import Decoded, Evaluated, Origin, Served
 from topt_vllm.table.check import clipped
 from topt_vllm.table.file import first_problem, load
@@ -22,7 +23,7 @@ _EVALUATE = "what `topt-vllm evaluate --json` writes"
 _BENCH = "what `topt-vllm bench decode --json` or `bench serve --json` writes"
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A report that can't be made; the message names the file and what is wrong with it."""
 
 

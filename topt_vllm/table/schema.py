@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from topt_vllm.attention.common import Thetas
 from topt_vllm.attention.screen import ScreenTransform, rotation_signs
+from topt_vllm.errors import UserError
 from topt_vllm.table.identity import ModelIdentity
 
 SCHEMA_VERSION = 1
@@ -18,7 +19,7 @@ _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class ThresholdTableError(ValueError):
+class ThresholdTableError(UserError):
     """A table that can't be used; the message names the file, the key path and both values."""
 
 
