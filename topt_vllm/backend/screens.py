@@ -6,7 +6,7 @@ from typing import Any
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 from topt_vllm.config import ConfigError
-from topt_vllm.table.command import k_screen_command
+from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.schema import Budget, ThresholdTable
 
 
@@ -38,9 +38,7 @@ def choose_screens(
     table, path = found
     if table.key_statistics is None:
         raise ConfigError(
-            f"toptheta.k_screen is {format!r}, but {path} has no key_statistics, which a screen is made with. Add "
-            f"them, with a text of the kind that you serve:\n  {k_screen_command(model, path)}\nor leave k_screen "
-            "out."
+            f"toptheta.k_screen is {format!r}, but {lacks_key_statistics(model, path)}\nor leave k_screen out."
         )
     limit = implementation.capabilities.screens[format].largest_share
     return {

@@ -16,7 +16,7 @@ from topt_vllm.benchmarks.client import Measurement, request_all, summarise
 from topt_vllm.benchmarks.server import picked_backend, serve
 from topt_vllm.config import TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
-from topt_vllm.table.command import k_screen_command
+from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.identity import identify
 from topt_vllm.table.search import find_table
 
@@ -70,10 +70,7 @@ class ServeBenchmark:
         if found:
             found[0].budget(config.budget)
         if config.screen is not None and found and found[0].key_statistics is None:
-            raise ValueError(
-                f"k_screen is {config.screen}, but {found[1]} has no key_statistics, which a screen is made with. "
-                f"Add them:\n    {k_screen_command(self.model, found[1])}"
-            )
+            raise ValueError(f"k_screen is {config.screen}, but {lacks_key_statistics(self.model, found[1])}")
 
     def run(self, report: Callable[[str], None]) -> dict[str, Any]:
         """Serves both backends ``rounds`` times in turns.

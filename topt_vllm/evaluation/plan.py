@@ -26,7 +26,7 @@ from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, check_device, examine, load_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.texts import Sequences, cut_sequences, read_texts
-from topt_vllm.table.command import k_screen_command
+from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
 from topt_vllm.table.words import as_text
@@ -151,10 +151,8 @@ def _table(options: EvaluationOptions, subject: Subject) -> tuple[ThresholdTable
 
 def _check_screens(options: EvaluationOptions, table: ThresholdTable, path: Path) -> None:
     if options.k_screens != (NO_SCREEN,) and table.key_statistics is None:
-        raise EvaluationError(
-            f"--k-screen {' '.join(options.k_screens)}: {path} has no key_statistics, which a screen is made with. "
-            f"Add them:\n    {k_screen_command(options.model, path)}"
-        )
+        named = " ".join(options.k_screens)
+        raise EvaluationError(f"--k-screen {named}: {lacks_key_statistics(options.model, path)}")
 
 
 def _budget(table: ThresholdTable, k: int | str, rules: tuple[str, ...]) -> None:

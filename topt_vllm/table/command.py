@@ -24,8 +24,15 @@ def calibrate_command(model: str) -> str:
     return f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --budget auto --max-loss 1%"
 
 
-def k_screen_command(model: str, table: Path) -> str:
-    """The command that adds to a table what a K screen needs; arguments as :func:`serve_command`."""
+def lacks_key_statistics(model: str, table: Path) -> str:
+    """Says that a table lacks what a K screen needs, and how to add it; arguments as :func:`serve_command`."""
+    return (
+        f"{table} has no key_statistics, which a K screen is made with. Add them, with a text of the kind that you "
+        f"serve:\n  {_k_screen_command(model, table)}"
+    )
+
+
+def _k_screen_command(model: str, table: Path) -> str:
     command = f"topt-vllm calibrate --model {shlex.quote(model)} --dataset TEXT_FILE.txt --k-screen-only"
     return command if _is_found(model, table) else f"{command} --output {shlex.quote(str(table.resolve()))}"
 

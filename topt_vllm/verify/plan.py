@@ -8,7 +8,7 @@ from topt_vllm.attention.api import load_implementation, require
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.config import NO_THRESHOLDS, TopThetaConfig
 from topt_vllm.replay.model import load_tokenizer, read_config
-from topt_vllm.table.command import k_screen_command
+from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.search import find_table
@@ -88,10 +88,7 @@ def read_table(
     if k_screen is not None:
         require(load_implementation("auto", device_type())[1], screen=cast(ScreenFormat, k_screen))
         if table.key_statistics is None:
-            raise CheckError(
-                f"{path} has no key_statistics, which a K screen is made with. Add them: "
-                f"{k_screen_command(model.name, path)}"
-            )
+            raise CheckError(lacks_key_statistics(model.name, path))
     budget = table.budget(None)
     quality = f"; {budget.quality.sentence()}" if budget.quality is not None else ""
     lengths = f"{table.lengths[0]} to {table.lengths[-1]} tokens"
