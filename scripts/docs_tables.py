@@ -5,8 +5,8 @@ models with a table and the families that scripts/serve_families.py has served, 
 Usage: scripts/docs_tables.py [--write | --check]    without either, the tables are printed
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,14 @@ def rendered(path: Path) -> str:
 
 def main() -> None:
     """Prints the tables, writes them into their files, or fails where those have others."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="write them into their files")
+    parser.add_argument("--check", action="store_true", help="fail where a file has others")
+    args = parser.parse_args()
     for path, tables in FILES.items():
-        if sys.argv[1:] == ["--write"]:
+        if args.write:
             path.write_text(rendered(path), encoding="utf-8")
-        elif sys.argv[1:] == ["--check"]:
+        elif args.check:
             if rendered(path) != path.read_text(encoding="utf-8"):
                 raise SystemExit(f"{path.name} is out of date; run scripts/docs_tables.py --write")
         else:

@@ -7,6 +7,7 @@ Each wheel is downloaded with pip (some 330 MB), nothing is installed, and only 
 that is there already is left alone.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,12 @@ def fetch(version: str) -> Path:
 
 def main() -> int:
     """Fetches the versions named on the command line; 1 when one of them can't be had."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "versions", nargs="*", default=VERSIONS, metavar="VERSION", help="default 0.31.0 0.33.0"
+    )
     status = 0
-    for version in sys.argv[1:] or VERSIONS:
+    for version in parser.parse_args().versions:
         try:
             print(f"vllm {version}: {fetch(version)}")
         except RuntimeError as error:

@@ -2,7 +2,9 @@
 # Runs the kernel's tests with AddressSanitizer and UndefinedBehaviorSanitizer compiled into the CPU kernel.
 # Extra arguments go to pytest. Needs g++ and ./scripts/install.sh; takes minutes.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/lib.sh"
+[[ ${1:-} != --help && ${1:-} != -h ]] || { show_help "$0"; exit 0; }
+cd "$ROOT"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -18,6 +18,7 @@ from topt_vllm.calibration.calibrate import calibrate, prepare
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.cli.main import main
+from topt_vllm.replay.model import check_device
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.table.file import dump, dumps
 
@@ -203,3 +204,9 @@ def test_resume_refuses_what_other_options_left(folder):
         calibrate(prepare(options(folder, seed=5, resume=True)))
     # Without --resume it starts over.
     assert calibrate(prepare(options(folder, seed=5))).budgets[0].quality is not None
+
+
+def test_all_gpus_need_a_package_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("topt_vllm.replay.model.find_spec", lambda name: None)
+    with pytest.raises(ReplayError, match="--device auto needs the package accelerate"):
+        check_device("auto")

@@ -75,7 +75,11 @@ class CalibrationOptions:
     )
     # None: layer 0 where it has thresholds.
     dense_layers: tuple[int, ...] | None = option(
-        None, "layers to attend densely (default 0)", group=_BUDGETS, nargs="*", metavar="LAYER"
+        None,
+        "layers that all budgets attend densely (default: layer 0 for those of --k, none for others)",
+        group=_BUDGETS,
+        nargs="*",
+        metavar="LAYER",
     )
     seed: int = option(0, "of the choice of query rows (default %(default)s)", group=_RUN)
     device: str | None = option(

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -264,6 +265,10 @@ def load_causal_lm(model: str, device: str | None, dtype: str, trust_remote_code
 
 def check_device(device: str | None) -> None:
     """Raises ReplayError where ``device`` doesn't exist here."""
+    if device == "auto" and find_spec("accelerate") is None:
+        raise ReplayError(
+            "--device auto needs the package accelerate; pip install accelerate, or name one device"
+        )
     if device is None or device == "auto":
         return
     try:

