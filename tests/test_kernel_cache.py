@@ -20,7 +20,7 @@ from topt_vllm.attention.cpu import jit, kernel_cache
 from topt_vllm.attention.cpu.kernel_cache import CacheError
 
 STRANGER = 54321
-PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 LOAD = """
 import sys
 from pathlib import Path
@@ -111,9 +111,10 @@ def test_killed_compile_leaves_nothing_in_the_way(tiny: jit.Library, tmp_path: P
 
 
 def obey_modes() -> None:
-    """Runs in a child before it becomes Python: takes root's right to write where the mode forbids it."""
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0) != 0:
-        os._exit(77)
+    """Runs in a child before it becomes Python: takes root's right to read and write where the mode forbids it."""
+    for right in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH) if os.geteuid() == 0 else ():
+        if ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, right, 0, 0, 0) != 0:
+            os._exit(77)
 
 
 def load_where_modes_count(library: jit.Library) -> str:
@@ -132,6 +133,30 @@ def test_read_only_folder_names_the_remedy(tiny: jit.Library) -> None:
     assert output.startswith(f"CacheError the CPU kernel can't be compiled into {tiny.path.parent}: ")
     assert "Permission denied" in output
     assert kernel_cache.REMEDY in output
+
+
+@pytest.mark.slow
+def test_folder_that_may_not_be_searched_names_the_remedy(tiny: jit.Library) -> None:
+    """Such as root's home in a container that runs as another user."""
+    jit.load(tiny)
+    tiny.path.parent.parent.chmod(0o600)
+    try:
+        output = load_where_modes_count(tiny)
+    finally:
+        tiny.path.parent.parent.chmod(0o700)
+    assert output.startswith(f"CacheError the CPU kernel can't be compiled into {tiny.path.parent}: ")
+    assert kernel_cache.REMEDY in output
+
+
+def test_other_users_may_load_what_this_one_has_built(tiny: jit.Library) -> None:
+    kernel_cache.create_folder(tiny.path.parent)
+    assert stat.S_IMODE(tiny.path.parent.stat().st_mode) == 0o755
+
+
+def test_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "env LANG=C 'g++'")
+    assert jit.find_compiler()[1:] == ("LANG=C", "g++")
+    assert jit.compiler_version(jit.find_compiler()).startswith("g++")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -79,23 +80,24 @@ def capability_flags(name: str) -> tuple[str, ...]:
     return (*select, *_AVX2) if name == "avx2" else select
 
 
-def find_compiler() -> str:
-    """Path of $CXX or g++. Not clang++: its OpenMP needs a runtime that torch doesn't bring.
+def find_compiler() -> tuple[str, ...]:
+    """Path and arguments of $CXX or g++. Not clang++: its OpenMP needs a runtime that torch doesn't bring.
 
     Raises:
         RuntimeError: None is installed; the message has the remedy.
     """
     wanted = os.environ.get("CXX") or "g++"
-    path = shutil.which(wanted)
+    name, *arguments = shlex.split(wanted)
+    path = shutil.which(name)
     if path is None:
         raise RuntimeError(f"no C++ compiler found ({wanted}). {_REMEDY}")
-    return path
+    return path, *arguments
 
 
 @cache
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: tuple[str, ...]) -> str:
     """First line of ``compiler --version``."""
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     return done.stdout.partition("\n")[0]
 
 
@@ -164,12 +166,12 @@ def load(library: Library) -> Path:
             remedy.
     """
     path = library.path
-    if _try_load(path):
-        return path
-    if path in _failures:
-        raise RuntimeError(_failures[path])
-    kernel_cache.create_folder(path.parent)
     try:
+        if _try_load(path):
+            return path
+        if path in _failures:
+            raise RuntimeError(_failures[path])
+        kernel_cache.create_folder(path.parent)
         with FileLock(f"{path}.lock"):
             # Another process may have built it while this one waited.
             if not _try_load(path):
@@ -218,7 +220,7 @@ def build(library: Library, path: Path) -> None:
             target = str(Path(folder) / f"{source}.o")
             define = f"-DTOPT_LIBRARY={library.namespace}"
             unit = str(library.folder / source)
-            commands.append([compiler, *library.flags, define, *includes, "-c", unit, "-o", target])
+            commands.append([*compiler, *library.flags, define, *includes, "-c", unit, "-o", target])
         _run_all(commands, folder)
         # No -fopenmp here: GOMP's symbols must come from the runtime that libtorch_cpu already loaded. Naming
         # libgomp would bring the system's copy, and a second thread pool, where torch bundles its own.
@@ -226,7 +228,7 @@ def build(library: Library, path: Path) -> None:
         sanitizers = [flag for flag in library.flags if flag.startswith("-fsanitize")]
         linked = str(Path(folder) / "library.so")
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run_all([[compiler, "-shared", *sanitizers, *objects, "-o", linked, *libraries]], folder)
+        _run_all([[*compiler, "-shared", *sanitizers, *objects, "-o", linked, *libraries]], folder)
         kernel_cache.seal(Path(linked))
         os.replace(linked, path)
 

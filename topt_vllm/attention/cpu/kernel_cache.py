@@ -23,15 +23,15 @@ class CacheError(RuntimeError):
 
 
 def create_folder(folder: Path) -> None:
-    """Makes the folder and missing parents, for this user alone.
+    """Makes the folder and missing parents; others may load from them, as a container's user what root has built.
 
     Raises:
         CacheError: It can't be made, or an existing part of the path isn't to be trusted.
     """
-    missing = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
+        missing = [part for part in (folder, *folder.parents) if not part.exists()]
         for part in reversed(missing):
-            part.mkdir(mode=0o700, exist_ok=True)
+            part.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
     check_folder(folder)
