@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import stat
+import tempfile
 from pathlib import Path
 
 _MARK = b"\ntopt-sha256:"
@@ -31,7 +32,9 @@ def create_folder(folder: Path) -> None:
     try:
         missing = [part for part in (folder, *folder.parents) if not part.exists()]
         for part in reversed(missing):
-            part.mkdir(mode=0o755, exist_ok=True)
+            # Among everybody's temporary files it is this user's alone.
+            shared = part.parent == Path(tempfile.gettempdir()).resolve()
+            part.mkdir(mode=0o700 if shared else 0o755, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error) from error
     check_folder(folder)
