@@ -7,7 +7,14 @@ import torch
 from attention_cases import Case, attend, random_case
 from device import TRITON
 
-from topt_vllm.attention.common import DecodeArguments, RowThetas, Selection, Thetas, new_statistics
+from topt_vllm.attention.common import (
+    DecodeArguments,
+    DecodeBatch,
+    RowThetas,
+    Selection,
+    Thetas,
+    new_statistics,
+)
 from topt_vllm.attention.quantiles import kept_of, score_quantiles
 
 IMPLS = ["reference", "cpu", TRITON]
@@ -84,6 +91,18 @@ def test_a_quantile_is_the_score_that_the_share_stays_below(dtype: torch.dtype, 
     for got, (sequence, row, n) in zip(found, rows, strict=True):
         ordered = _scores(case, row, sequence, n).sort(dim=-1, descending=True).values
         torch.testing.assert_close(got.double(), ordered[:, kept_of(n, tau) - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_quantile_reads_nothing_off_the_device():
+    """Tensors of the device ``meta`` have no data: any read of them raises."""
+    case = random_case([(1, 700), (3, 150)])
+    query, key = case.query.to("meta"), case.cache.key.to("meta")
+    batch = DecodeBatch(
+        *(part.to("meta") for part in vars(case.batch).values() if isinstance(part, torch.Tensor)), 3
+    )
+    cache = replace(case.cache, key=key, value=torch.empty(0))
+    given = DecodeArguments(query, cache, batch, None, case.selection, case.scale, 0.0, torch.empty(0))
+    assert score_quantiles(given, [(0, 0, 700), (1, 1, 148)], 0.9).shape == (2, query.shape[1])
 
 
 def _scores(case: Case, row: int, sequence: int, n: int) -> torch.Tensor:
