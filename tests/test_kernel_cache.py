@@ -159,6 +159,20 @@ def test_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert jit.compiler_version(jit.find_compiler()).startswith("g++")
 
 
+def test_compiler_s_path_may_have_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a folder").mkdir()
+    path = compiler(tmp_path / "a folder", 'exec g++ "$@"')
+    monkeypatch.setenv("CXX", path)
+    assert jit.find_compiler() == (path,)
+
+
+@pytest.mark.parametrize("wanted", [" ", "g++ 'open"])
+def test_compiler_that_is_no_command_names_the_remedy(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", wanted)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        jit.find_compiler()
+
+
 @pytest.mark.slow
 def test_read_only_folder_with_the_kernel_is_enough(tiny: jit.Library) -> None:
     jit.load(tiny)

@@ -87,7 +87,11 @@ def find_compiler() -> tuple[str, ...]:
         RuntimeError: None is installed; the message has the remedy.
     """
     wanted = os.environ.get("CXX") or "g++"
-    name, *arguments = shlex.split(wanted)
+    try:
+        # A path may have spaces.
+        name, *arguments = [wanted] if shutil.which(wanted) else shlex.split(wanted)
+    except ValueError:  # nothing but spaces, or an open quote
+        name, arguments = wanted, []
     path = shutil.which(name)
     if path is None:
         raise RuntimeError(f"no C++ compiler found ({wanted}). {_REMEDY}")
