@@ -49,7 +49,7 @@ def main() -> int:
     """Fetches the versions named on the command line; 1 when one of them can't be had."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "versions", nargs="*", default=VERSIONS, metavar="VERSION", help="default 0.31.0 0.33.0"
+        "versions", nargs="*", default=VERSIONS, metavar="VERSION", help=f"default {' '.join(VERSIONS)}"
     )
     status = 0
     for version in parser.parse_args().versions:

@@ -26,16 +26,16 @@ def score_quantiles(given: DecodeArguments, rows: list[tuple[int, int, int]], ta
     query, cache, batch = given.query, given.cache, given.batch
     block_size = cache.key.shape[2]
     found = query.new_empty(len(rows), query.shape[1], dtype=torch.float32)
+    # Of each sequence's first row, and the last of its best keys, as kept_of has them.
+    contexts = batch.seq_lens - batch.query_start_loc.diff() + 1
+    last = (contexts - (tau * contexts.double()).ceil()).clamp(min=1).long() - 1
     for index, (sequence, row, most) in enumerate(rows):
         blocks = batch.block_table[sequence, : -(-most // block_size)].long()
         key = gather(cache.key, blocks, cache.key_scale)[:, :most]
         scores = scaled_scores(query[row], key, given.scale, given.softcap)
-        begin, end = batch.query_start_loc[sequence : sequence + 2]
-        n = batch.seq_lens[sequence] - (end - begin - 1)
-        scores = scores.masked_fill(torch.arange(most, device=scores.device) >= n, -torch.inf)
-        best = scores.topk(kept_of(most, tau), dim=-1).values
-        last = (n - (tau * n.double()).ceil()).clamp(min=1).long() - 1
-        found[index] = best.index_select(1, last.view(1))[:, 0]
+        unseen = torch.arange(most, device=scores.device) >= contexts[sequence]
+        best = scores.masked_fill(unseen, -torch.inf).topk(kept_of(most, tau), dim=-1).values
+        found[index] = best.index_select(1, last[sequence].view(1))[:, 0]
     return found
 
 

@@ -185,11 +185,11 @@ class DecodeStep(DecodeArguments):
     def _codes(self, launch: Launch, interpreted: bool, unread: torch.Tensor) -> dict[str, Any]:
         """The decode kernel's K screen."""
         screen = self.screen
-        codes = unread if screen is None else screen.codes
+        codes = None if screen is None else screen.codes
         return {
-            "codes": codes,
-            "words": codes.view(torch.int32),
-            **strides("codes", screen and codes, "block", "head"),
+            "codes": unread if codes is None else codes,
+            "words": unread if codes is None else codes.view(torch.int32),
+            **strides("codes", codes, "block", "head"),
             "HARD": screen is not None and screen.margin is None,
             "FOUR_AT_ONCE": launch.four_at_once and not interpreted,
         }

@@ -74,6 +74,7 @@ struct Scratch {
       pointer = reinterpret_cast<Element*>(reinterpret_cast<uintptr_t>(memory) + size);
       size += (count * static_cast<int64_t>(sizeof(Element)) + 63) / 64 * 64;
     };
+    // Scores and candidates of two tiles: the screen runs one ahead.
     carve(scores, 2 * vectors * tile);
     carve(query, vectors * p.head_dim);
     carve(weights, vectors * capacity(p));
