@@ -17,14 +17,14 @@ from attention_cases import implementation
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.screen import refined_scores, screen_scores
-from topt_vllm.benchmarks import comparison
+from topt_vllm.benchmarks import comparison, timing
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform, specified, ties, with_screen
-from topt_vllm.benchmarks.timing import Variant, machine
+from topt_vllm.benchmarks.timing import Variant
 from topt_vllm.cli import bench_output
 from topt_vllm.cli.main import main
 
@@ -312,11 +312,15 @@ def test_a_wrong_rival_is_left_out_with_the_reason():
     [
         ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n", "AMD EPYC (family 26, model 2)"),
         ("processor\t: 0\nCPU part\t: 0xd4f\n", platform.processor()),
+        ("processor\t: 0\nmodel name\t: ARMv8\n", "ARMv8"),
     ],
 )
-def test_records_name_the_processors_generation(lines: str, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Path, "read_text", lambda path, *_, **__: lines)
-    assert machine()["cpu"] == name
+def test_records_name_the_processors_generation(
+    lines: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(timing, "_PROCESSORS", tmp_path / "cpuinfo")
+    assert timing.machine()["cpu"] == name
 
 
 def test_the_commit_is_that_of_the_source_tree_or_none(tmp_path, monkeypatch):

@@ -62,6 +62,8 @@ def take_turns(
         rounds += 1
 
 
+# Linux's, a paragraph for each core.
+_PROCESSORS = Path("/proc/cpuinfo")
 # More than processors' caches hold (bytes).
 _STREAM_BYTES = 2**27
 
@@ -96,16 +98,15 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name, and the family and model behind it: clouds call several generations by one name."""
+    """Its name, and on x86 the family and model behind it: clouds call several generations by one name."""
     try:
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        first, _, _ = _PROCESSORS.read_text().partition("\n\n")
     except OSError:
         return platform.processor()
-    # Of the last core; all are alike.
-    known = {key.strip(): value.strip() for key, value in lines}
-    if not {"model name", "cpu family", "model"} <= known.keys():
-        return platform.processor()
-    return f"{known['model name']} (family {known['cpu family']}, model {known['model']})"
+    lines = (line.partition(":") for line in first.splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    name = facts.get("model name", platform.processor())
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})" if "cpu family" in facts else name
 
 
 def _version(distribution: str) -> str | None:
