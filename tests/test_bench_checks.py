@@ -8,6 +8,7 @@ import subprocess
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from attention_cases import implementation
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.screen import refined_scores, screen_scores
-from topt_vllm.benchmarks import comparison, timing
+from topt_vllm.benchmarks import comparison, devices, timing
 from topt_vllm.benchmarks.cases import Inputs, Shape, make_inputs, thetas_for
 from topt_vllm.benchmarks.comparison import ThetaSet, compare
 from topt_vllm.benchmarks.devices import Cpu
 from topt_vllm.benchmarks.lengths import describe_lengths, parse_lengths
 from topt_vllm.benchmarks.oracle import expect
 from topt_vllm.benchmarks.screens import NO_SCREEN, Screens, plain_transform, specified, ties, with_screen
-from topt_vllm.benchmarks.timing import Variant
+from topt_vllm.benchmarks.timing import Call, Variant, take_turns
 from topt_vllm.cli import bench_output
 from topt_vllm.cli.main import main
 
@@ -291,10 +292,41 @@ def test_thresholds_that_rounding_decides_about_are_refused(monkeypatch: pytest.
         compare([inputs], [target], NO_SCREEN, [TRANSFORM], selection, 0)
 
 
+def test_a_call_goes_over_copies_until_caches_hold_little_of_them(monkeypatch: pytest.MonkeyPatch):
+    """And a record tells what one of them takes."""
+    inputs = small_case()
+    other = inputs.copy()
+    assert torch.equal(other.cache.key, inputs.cache.key)
+    assert torch.equal(other.cache.value, inputs.cache.value)
+    for part in ("key", "value", "value_sums"):
+        assert getattr(other.cache, part).data_ptr() != getattr(inputs.cache, part).data_ptr()
+    monkeypatch.setattr(devices, "_COLD_BYTES", 2 * inputs.memory.nbytes + 1)
+    monkeypatch.setattr(Cpu, "measure", lambda self, call: 6.0)
+    thetas = thetas_for(inputs, 0.2, Selection())
+    records = compare(
+        [inputs], [ThetaSet(0.2, [thetas])], Screens(["off", "int4+4"]), [TRANSFORM], Selection(), 0
+    )
+    assert [(record["copies"], record["ms"]) for record in records] == [(3, 2000.0)] * 2
+
+
+def test_a_kernel_comes_after_itself_when_it_is_timed():
+    called: list[str] = []
+
+    def measured(call: Call) -> float:
+        called.append("timed")
+        call()
+        return 1.0
+
+    variants = [Variant(name, partial(called.append, name), []) for name in ("a", "b", "c")]
+    take_turns(variants[:2], 0, variants[2], measured)
+    assert called[:10] == ["a", "timed", "a", "b", "timed", "b", "c", "timed", "c", "a"]
+    assert [len(variant.seconds) for variant in variants] == [7, 7, 2]
+
+
 def test_a_wrong_rival_is_left_out_with_the_reason():
     def wrong(layers: Any) -> tuple[list[Variant], dict[str, str]]:
-        out = torch.empty_like(layers[0].query)
-        return [Variant("wrong", lambda: out.fill_(0.5), [out])], {"absent": "not here"}
+        outs = [torch.empty_like(inputs.query) for inputs in layers]
+        return [Variant("wrong", lambda: [out.fill_(0.5) for out in outs], outs)], {"absent": "not here"}
 
     class Device(Cpu):
         rivals = staticmethod(wrong)

@@ -62,7 +62,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Checks every variant against float64, lets them take turns, and describes each.
 
-    A call runs over all layers, so that each layer's cache has left the processor's own when its turn comes.
+    A call runs over copies of all layers, so that each cache has left the processor's own when its turn comes.
 
     Args:
         layers: The cases, all of one shape.
@@ -80,23 +80,28 @@ def compare(
         RuntimeError: Ours is wrong; nothing is timed then. A rival that is wrong is left out with the reason.
         ValueError: There is no such K screen.
     """
-    module = device.implementation(layers[0])
+    module, copies = device.implementation(layers[0]), device.copies(layers)
+    copied = [*layers, *(inputs.copy() for _ in range(copies - 1) for inputs in layers)]
+
+    def ready(variant: Variant) -> Variant:
+        return replace(device.ready(variant), copies=copies)
+
     dense = [expect(inputs, None, selection) for inputs in layers]
-    dense_kernels, left_out = device.rivals(layers)
+    dense_kernels, left_out = device.rivals(copied)
     rivals = []
-    for rival in map(device.ready, dense_kernels):
+    for rival in map(ready, dense_kernels):
         try:
             _check(rival, dense)
         except RuntimeError as wrong:
             left_out[rival.name] = str(wrong)
         else:
             rivals.append(rival)
-    keep_all = device.ready(our_kernel("every row", module, layers, [None] * len(layers), selection))
+    keep_all = ready(our_kernel("every row", module, copied, [None] * len(copied), selection))
     dense_error = _check(keep_all, dense)
     screened = {
         name: [
             with_screen(module, inputs, name, transform, screens.margin)
-            for inputs, transform in zip(layers, transforms, strict=True)
+            for inputs, transform in zip(copied, [*transforms] * copies, strict=True)
         ]
         for name in screens.names
     }
@@ -112,13 +117,13 @@ def compare(
         for name in screens.names:
             label = budget_in_words(target.k) if target.k else f"{target.keep:g} kept"
             title = f"{label}, k_screen {name}"
-            variant = device.ready(our_kernel(title, module, screened[name], target.thetas, selection))
+            variant = ready(our_kernel(title, module, screened[name], target.thetas * copies, selection))
+            cases = screened[name][: len(layers)]
             error = _check(
-                variant, expected if name == OFF else _screened(expected, screened[name], target, selection)
+                variant, expected if name == OFF else _screened(expected, cases, target, selection)
             )
-            counts = count(module, screened[name], target.thetas, selection)
-            loss = _loss(variant, dense)
-            columns.append(_Column(variant, screened[name], target, name, error, counts, loss))
+            counts = count(module, cases, target.thetas, selection)
+            columns.append(_Column(variant, cases, target, name, error, counts, _loss(variant, dense)))
     stream = device.stream(layers[0].memory)
     ours = [column.variant for column in columns if column.variant is not keep_all]
     take_turns([*rivals, keep_all, *ours], seconds, stream, device.measure)
@@ -144,7 +149,7 @@ def _loss(variant: Variant, dense: Sequence[Expectation]) -> float:
     """Relative L2 error of the heads' outputs against dense attention, mean over layers."""
     errors = [
         float((out.double() - entry.exact).norm() / entry.exact.norm())
-        for out, entry in zip(variant.outs, dense, strict=True)
+        for out, entry in zip(variant.outs, [*dense] * variant.copies, strict=True)
     ]
     return sum(errors) / len(errors)
 
@@ -164,11 +169,11 @@ def _check(variant: Variant, expected: Sequence[Expectation]) -> float:
             f"{variant.name}: rounding decides about {tied} of {kept} keys, so a check would say little; not timed"
         )
     largest = 0.0
-    for index, (out, expectation) in enumerate(zip(variant.outs, expected, strict=True)):
+    for index, (out, expectation) in enumerate(zip(variant.outs, [*expected] * variant.copies, strict=True)):
         error = expectation.error(out)
         if not error <= expectation.allowed:
             raise RuntimeError(
-                f"{variant.name}: error {error:.3g} against float64 in the call's layer {index}, "
+                f"{variant.name}: error {error:.3g} against float64 in the call's layer {index % len(expected)}, "
                 f"allowed {expectation.allowed:.3g}; not timed"
             )
         largest = max(largest, error)
@@ -219,6 +224,7 @@ def _record(column: _Column, shared: dict[str, Any], selection: Selection) -> di
         "dtype": str(shape.dtype).removeprefix("torch."),
         "cache_dtype": str(shape.cache or shape.dtype).removeprefix("torch."),
         "layers": len(column.layers),
+        "copies": variant.copies,
         "k": column.target.k,
         "keep_target": column.target.keep,
         "k_screen": column.k_screen,

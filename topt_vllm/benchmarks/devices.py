@@ -15,6 +15,10 @@ from topt_vllm.benchmarks.rivals import rivals
 from topt_vllm.benchmarks.timing import Call, Variant, streaming_read
 
 _STREAM_BYTES = 2**30  # far more than any GPU's caches hold
+# KV cache of a CPU's call: a K screen leaves a fifth of it to read, which is still several times what caches hold.
+# Short contexts are copied as often as a model has layers.
+_COLD_BYTES = 2**30
+_MOST_COPIES = 32
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Cpu:
         """The platform's dense kernels, and why others are left out, by name."""
         stock = platform_kernel(layers)
         return ([stock], {}) if stock else ([], {"CPU_ATTN": "vLLM for CPU is not installed"})
+
+    def copies(self, layers: Sequence[Inputs]) -> int:
+        """How many copies of the layers a call goes over, so that each has left the caches when its turn comes."""
+        return min(_MOST_COPIES, -(-_COLD_BYTES // sum(inputs.memory.nbytes for inputs in layers)))
 
     def stream(self, memory: torch.Tensor) -> Variant:
         """Reads memory in order."""
@@ -94,6 +102,10 @@ class Gpu:
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """As :meth:`Cpu.rivals`."""
         return rivals(layers)
+
+    def copies(self, layers: Sequence[Inputs]) -> int:
+        """As :meth:`Cpu.copies`: one, for ``measure`` empties the caches."""
+        return 1
 
     def stream(self, memory: torch.Tensor) -> Variant:
         """Copies one half of a buffer to the other, so that the buffer's bytes are what moves."""

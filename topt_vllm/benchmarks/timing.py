@@ -23,23 +23,25 @@ class Variant:
         name: For messages.
         call: Runs it once, over every layer.
         outs: What it writes, one tensor per layer.
+        copies: How many of each layer there are.
         seconds: One entry per turn.
     """
 
     name: str
     call: Call
     outs: list[torch.Tensor]
+    copies: int = 1
     seconds: list[float] = field(default_factory=list)
 
     def quantile(self, share: float) -> float:
-        """Milliseconds."""
+        """Milliseconds of one copy."""
         ordered = sorted(self.seconds)
-        return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] / self.copies
 
     @property
     def median(self) -> float:
-        """Milliseconds."""
-        return 1e3 * statistics.median(self.seconds)
+        """Milliseconds of one copy."""
+        return 1e3 * statistics.median(self.seconds) / self.copies
 
 
 def take_turns(
@@ -47,17 +49,19 @@ def take_turns(
 ) -> None:
     """Times every variant once per round until the time is spent, at least 7; ``occasional`` every fourth.
 
+    A call that isn't timed precedes each: a model runs one kernel in all its layers, and one can slow down what
+    follows. (On an AMD EPYC with large pages ours takes twice as long behind CPU_ATTN, for some milliseconds.)
+
     Args:
         all_variants: What takes turns.
         seconds: Time for the turns.
         occasional: Takes few.
         measure: Seconds of one call.
     """
-    for variant in all_variants:
-        variant.call()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 7 or time.perf_counter() < end:
         for variant in [*all_variants, *([occasional] if rounds % 4 == 0 else [])]:
+            variant.call()
             variant.seconds.append(measure(variant.call))
         rounds += 1
 

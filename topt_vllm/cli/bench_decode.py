@@ -28,6 +28,8 @@ is hostile to gathering: those of real models cluster. With --cache the call goe
 model's cache, made by `topt-vllm bench capture`, with the thresholds of a table.
 With --k-screen a variant is checked against the reference operator with that screen; `loss` is the relative error
 of the heads' outputs against dense attention.
+On CPUs a call goes over copies of the case that no processor cache holds, as in a model of many layers; times are
+those of one.
 With --device cuda the rivals are vLLM's FlashAttention, FlashInfer and Triton kernels (the best one is the
 platform), calls are captured in CUDA graphs, and the L2 cache is cold."""
 _DTYPES = ("bfloat16", "float16", "float32")
