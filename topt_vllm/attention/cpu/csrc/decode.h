@@ -342,9 +342,11 @@ class Decoder {
         marks |= below(low - t) | ~below(high - t);
         marks &= below(tokens - t);
         marks_to[t / kLanes] = marks;
+        const int known = count;
         count += list_lanes(marks, start + t, listed + count);
+        // At once, for requests in bursts are dropped.
+        for (int i = known; i < count; ++i) ask_plane_two(codes, listed[i] - start);
       }
-      for (int i = block == first ? 0 : ends[block - first - 1]; i < count; ++i) ask_plane_two(codes, listed[i] - start);
       ends[block - first] = count;
     }
   }
