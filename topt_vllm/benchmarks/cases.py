@@ -1,7 +1,7 @@
 """Decode batches on vLLM's CPU cache layout; synthetic ones, and thresholds that read a chosen share of V rows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -140,16 +140,6 @@ class Inputs:
         """Of an implementation's ``decode``."""
         given = (self.query, self.cache, self.batch, thetas, selection)
         return DecodeArguments(*given, self.scale, self.softcap, out, statistics)
-
-    def copy(self) -> "Inputs":
-        """The same call on a cache without a K screen in memory of its own."""
-        memory, cache = self.memory.clone(), self.cache
-        key, value = (
-            memory.as_strided(part.shape, part.stride(), part.storage_offset())
-            for part in (cache.key, cache.value)
-        )
-        sums = None if cache.value_sums is None else cache.value_sums.clone()
-        return replace(self, memory=memory, cache=replace(cache, key=key, value=value, value_sums=sums))
 
     def groups(self) -> Iterator[tuple[int, int, int, slice]]:
         """Each KV head of each sequence: the sequence, its length, the KV head, and the query heads of it."""
