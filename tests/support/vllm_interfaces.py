@@ -98,6 +98,18 @@ SIGNATURES: dict[tuple[str, str], dict[str, str]] = {
         "get_supported_head_sizes": "cls",
         "supported_kv_cache_layouts": "cls",
     },
+    ("v1/attention/backends/cpu_attn.py", ""): {
+        "_get_attn_isa": "dtype block_size head_size kv_cache_dtype",
+    },
+    ("_custom_ops.py", ""): {
+        "cpu_attn_reshape_and_cache": "key value key_cache value_cache slot_mapping isa k_scale v_scale "
+        "kv_cache_dtype",
+        "cpu_attn_get_scheduler_metadata": "num_reqs num_heads num_kv_heads head_dim seq_lens dtype "
+        "query_start_loc causal sliding_window_size isa enable_kv_split dynamic_causal kv_cache_dtype",
+        "cpu_attention_with_kv_cache": "query key_cache value_cache output query_start_loc seq_lens scale causal "
+        "alibi_slopes sliding_window block_table softcap scheduler_metadata s_aux dynamic_causal k_scale v_scale "
+        "kv_cache_dtype",
+    },
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackendImpl"): {
         "__init__": f"{_IMPL} sinks",
         "forward": _FORWARD,
@@ -201,6 +213,7 @@ NAMES: dict[tuple[str, str], str] = {
         "CPUAttentionBackendImpl",
     ): "num_heads head_size scale num_kv_heads alibi_slopes sliding_window logits_soft_cap sinks kv_cache_dtype "
     "is_fp8_kv_cache",
+    ("v1/attention/backends/cpu_attn.py", "CPUAttentionBackend"): "supported_dtypes",
     ("v1/attention/backends/cpu_attn.py", "CPUAttentionMetadataBuilder"): "isa block_size",
     ("v1/attention/selector.py", "AttentionSelectorConfig"): "attn_type kv_cache_dtype head_size",
     ("v1/kv_cache_interface.py", "KVCacheSpec"): "block_size",

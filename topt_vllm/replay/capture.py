@@ -1,7 +1,7 @@
 """Looks into a transformers model's attention layers through transformers' AttentionInterface.
 
-The model runs as it always does: the output of a layer is that of transformers' own SDPA function. Only softcaps
-and attention sinks, which SDPA drops, are computed here.
+The model runs as it always does: the output of a layer is that of transformers' own SDPA function, or of vLLM's
+kernel for long contexts. Only softcaps and attention sinks, which SDPA drops, are computed here.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from topt_vllm.replay.long_contexts import attend_by_vllm
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
@@ -22,7 +23,7 @@ from topt_vllm.table.identity import ModelIdentity
 NAME = "toptheta_capture"
 
 # Arguments that change the scores or the softmax in ways that a threshold on q·k knows nothing of.
-REFUSED = ("position_bias",)
+_REFUSED = ("position_bias",)
 
 # Query rows that a layer whose rows see few keys attends for at once.
 _MASKED_ROWS = 1024
@@ -58,6 +59,15 @@ class Asked:
     def layer(self) -> int:
         """Index in the model."""
         return int(self.module.layer_idx)
+
+    @property
+    def refused(self) -> list[str]:
+        """What it asks for beside causal attention, masks and windows apart."""
+        refused = [name for name in _REFUSED if self.more.get(name) is not None]
+        causal = self.more.get("is_causal")
+        if not (getattr(self.module, "is_causal", True) if causal is None else causal):
+            refused.append("is_causal=False")
+        return refused
 
     def call(self, index: int = 0, **instead: Any) -> LayerCall:
         """One sequence of the batch; ``instead`` are attributes of the call that aren't what was asked with."""
@@ -183,7 +193,8 @@ def whole_sequence(asked: Asked, call: LayerCall) -> torch.Tensor:
         return attend(call, None).transpose(0, 1).unsqueeze(0)
     query, key, value = call.query[None], call.key[None], call.value[None]
     if asked.mask is None:
-        return asked.by_torch(query, key, value, None)
+        by_vllm = None if asked.refused else attend_by_vllm(call)
+        return asked.by_torch(query, key, value, None) if by_vllm is None else by_vllm
     length = query.shape[2]
     mask = asked.mask[..., :length, :length]
     seen = visible_keys(mask)
@@ -205,10 +216,7 @@ def check_plain_causal(asked: Asked, call: LayerCall, mask: torch.Tensor | None)
         call: What the layer was called with.
         mask: bool [n, n]; None where the module says that it is causal.
     """
-    refused = [name for name in REFUSED if asked.more.get(name) is not None]
-    causal = asked.more.get("is_causal")
-    if not (getattr(asked.module, "is_causal", True) if causal is None else causal):
-        refused.append("is_causal=False")
+    refused = asked.refused
     window = asked.more.get("sliding_window")
     if window is not None and window < call.query.shape[1] and window != call.window:
         refused.append(f"sliding_window={window}")

@@ -21,6 +21,7 @@ from topt_vllm.replay.capture import (
     whole_sequence,
 )
 from topt_vllm.replay.causal_lm import CausalLM, replaced
+from topt_vllm.replay.long_contexts import attend_by_vllm
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
@@ -203,6 +204,9 @@ def attended(attention: RuleAttention | None, asked: Asked, call: LayerCall) -> 
         return attention.attend(call).transpose(0, 1)
     if not call.plain:
         return attend(call, None).transpose(0, 1)
+    by_vllm = attend_by_vllm(call)
+    if by_vllm is not None:
+        return by_vllm[0]
     rows = torch.arange(call.first, call.key.shape[1], device=call.query.device)
     tensors = call.query[None], call.key[None], call.value[None], call.visible(rows)[None, None]
     # The mask says all: the rows are the last of the sequence, which is_causal can't express.

@@ -53,12 +53,12 @@ class LayerCall:
         """Whether torch's own attention can compute it, which knows no softcaps and no sinks."""
         return not self.softcap and self.sinks is None
 
-    def visible(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which keys the rows see: bool [rows, m], m being one more than the last row's index."""
+    def visible(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Which keys from ``start`` on the rows see: bool [rows, m − start], m being one more than the last row."""
         m = int(rows.max()) + 1
         if self.mask is not None:
-            return self.mask[rows, :m]
-        keys = torch.arange(m, device=rows.device)
+            return self.mask[rows, start:m]
+        keys = torch.arange(start, m, device=rows.device)
         seen = keys <= rows[:, None]
         return seen & (keys > rows[:, None] - self.window) if self.window else seen
 
@@ -76,7 +76,7 @@ class LayerCall:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
         # Before the first row's own key, only masks and windows hide anything.
         start = 0 if self.mask is not None or self.window else int(rows[0])
-        scores[..., start:].masked_fill_(~self.visible(rows)[:, start:], float("-inf"))
+        scores[..., start:].masked_fill_(~self.visible(rows, start), float("-inf"))
         return scores
 
     @cached_property
