@@ -73,6 +73,16 @@ def test_kinds_of_heads(heads, kv_heads, head_dim):
     check(call_of(heads, kv_heads, 300, head_dim))
 
 
+@pytest.mark.parametrize(
+    "laid",
+    [torch.Tensor.contiguous, lambda heads: heads.mT.contiguous().mT],
+    ids=["heads apart", "channels apart"],
+)
+def test_heads_however_they_lie(laid):
+    call = call_of(9, 3, 150, 64)
+    check(replace(call, query=laid(call.query), key=laid(call.key), value=laid(call.value)))
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 40.0])
 def test_scores_from_flat_to_one_key_that_has_all(scale):
     check(call_of(4, 2, 260, 64, scale=scale))

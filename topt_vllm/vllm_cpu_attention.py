@@ -32,8 +32,8 @@ class CpuAttention:
         """Writes rows into a cache.
 
         Args:
-            key: [T, Hkv, D], contiguous.
-            value: [T, Hkv, D], contiguous.
+            key: [T, Hkv, D], a head's channels side by side.
+            value: [T, Hkv, D], as ``key``.
             memory: The cache.
             slots: int64 [T], where each row goes: its block · P + its row in it.
         """
@@ -56,10 +56,10 @@ class CpuAttention:
         """A call of the kernel, with everything prepared that vLLM prepares once for all layers.
 
         Args:
-            query: [rows, H, D], contiguous.
+            query: [rows, H, D], a head's channels side by side.
             memory: The cache.
             batch: Whose rows they are; each sees the keys up to its own.
-            out: [rows, H, D].
+            out: [rows, H, D], contiguous.
             scale: Factor of q·k.
             softcap: Logits softcap, 0 for none.
         """

@@ -38,7 +38,7 @@ def attend_by_vllm(call: LayerCall) -> torch.Tensor | None:
         torch.arange(blocks, dtype=torch.int32)[None],
     )
     rows = _by_row(query)
-    out = torch.empty_like(rows)
+    out = rows.new_empty(rows.shape)
     attention.bind(rows, memory, batch, out, call.scale)()
     return out[None]
 
@@ -50,5 +50,6 @@ def _attention(dtype: torch.dtype, head_dim: int) -> CpuAttention | None:
 
 
 def _by_row(heads: torch.Tensor) -> torch.Tensor:
-    """[H, n, D] as [n, H, D]."""
-    return heads.transpose(0, 1).contiguous()
+    """[H, n, D] as [n, H, D]; vLLM's kernels take heads and rows wherever they lie, but no channels apart."""
+    rows = heads.transpose(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,5 +1,6 @@
-"""Running out of memory, which has a remedy."""
+"""Memory: what is no longer needed, and running out of it, which has a remedy."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,3 +31,14 @@ def explained(tokens: int, error: type[ReplayError], more: str = "") -> Iterator
         if "not enough memory" not in str(cause) and "can't allocate memory" not in str(cause):
             raise
         raise error(message) from cause
+
+
+def give_back() -> None:
+    """Gives what was freed back to the system, where the C library can.
+
+    glibc keeps it for what comes next, which finds holes of other sizes and takes new memory beside them: a third
+    more in a calibration, whose passes keep K and V.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
