@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from topt_vllm.replay.memory import give_back
 from topt_vllm.replay.options import ReplayError
 
 
@@ -38,6 +39,8 @@ class CausalLM:
             tokens: int64 [B, r].
             first: Tokens before them, whose K and V the attention function has to know.
         """
+        if not first:
+            give_back()
         found: list[torch.Tensor] = []
         with self._listening(found):
             self.model(input_ids=tokens, past_key_values=_Prompt(first) if first else None, **self._plain)

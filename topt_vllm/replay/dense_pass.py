@@ -22,7 +22,6 @@ from topt_vllm.replay.capture import (
 )
 from topt_vllm.replay.causal_lm import CausalLM, replaced
 from topt_vllm.replay.long_contexts import attend_by_vllm
-from topt_vllm.replay.memory import give_back
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
@@ -74,7 +73,6 @@ class DensePass:
         self._seen: set[int] = set()
         self._tokens = torch.tensor([tokens], device=model.device)
         record = partial(self._record, observe)
-        give_back()
         with torch.inference_mode(), self._recording(spans), selected(model, record):
             hidden = self.model.hidden(self._tokens)
         del self._checked
