@@ -54,7 +54,7 @@ class LayerCall:
         return not self.softcap and self.sinks is None
 
     def visible(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Which keys from ``start`` on the rows see: bool [rows, m − start], m being one more than the last row."""
+        """Which keys from ``start`` on the rows see: bool [rows, m − start], m behind the last row's."""
         m = int(rows.max()) + 1
         if self.mask is not None:
             return self.mask[rows, start:m]
