@@ -17,8 +17,8 @@ _BLOCK = 128
 def attend_by_vllm(call: LayerCall) -> torch.Tensor | None:
     """Plain causal attention of a sequence's last rows, [1, r, H, D]; None for what torch had better compute.
 
-    torch's own takes twice as long on CPUs: 14.1 s of SmolLM2's pass over 8192 tokens in float32, vLLM's 5.9. With AMX,
-    which torch has for bfloat16, vLLM's isn't measured.
+    torch's own takes twice as long on CPUs: 14.1 s of SmolLM2's pass over 8192 tokens in float32, vLLM's 5.9. With
+    AMX, which torch has for bfloat16, vLLM's isn't measured.
 
     Args:
         call: Without softcap and sinks. Its mask isn't looked at.
