@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from topt_vllm.attention.common import Selection
@@ -218,6 +218,8 @@ def test_every_valid_section_is_taken_as_it_is(section):
 
 @settings(deadline=None)
 @given(st.sampled_from(sorted(asdict(TopThetaConfig()))), ANYTHING)
+@example("sift_tau", 0.95)
+@example("sift_warmup", 32)
 def test_any_value_is_taken_or_refused_by_name(key, value):
     with nullcontext() if is_valid(key, value) else pytest.raises(ConfigError, match=rf"toptheta\.{key} is"):
         assert getattr(TopThetaConfig.from_additional_config({"toptheta": {key: value}}), key) == value
@@ -233,8 +235,10 @@ def is_valid(key: str, value: object) -> bool:
         return value is None or (whole and value >= 1) or named
     if key == "k_screen_margin":
         return value == 2.5  # any other needs a screen too
+    if key == "sift_tau":
+        return value == 0.95  # any other needs policy sift too
     if key == "sift_warmup":
-        return value == 32 and whole  # any other needs policy sift too
+        return value == 32 and whole  # the same
     if key in ("adapt", "per_layer_metrics"):
         return isinstance(value, bool)
     if key in ("min_seq_len", "sink_tokens", "recent_tokens"):
