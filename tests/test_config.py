@@ -104,14 +104,18 @@ REFUSED = {
         {"k_screen": "int8"},
         ["toptheta.k_screen is 'int8', which is gone", '"int4+4" on CPUs', '"int4" on GPUs'],
     ),
-    "no such screen": ({"k_screen": "int2"}, ["toptheta.k_screen is 'int2'", "off | int4 | int4+4"]),
+    "no such screen": ({"k_screen": "int2"}, ["toptheta.k_screen is 'int2'", "auto | off | int4 | int4+4"]),
     "nothing to screen": (
         {"thresholds": "none", "k_screen": "int4"},
         ['toptheta.k_screen is "int4"', "nothing to screen"],
     ),
     "margin of no screen": (
-        {"k_screen_margin": "hard"},
+        {"k_screen": "off", "k_screen_margin": "hard"},
         ["toptheta.k_screen_margin is 'hard'", 'toptheta.k_screen is "off"', "Leave k_screen_margin out"],
+    ),
+    "margin of a screen that may not be": (
+        {"k_screen_margin": 4},
+        ["toptheta.k_screen_margin is 4", 'toptheta.k_screen is "auto"', "Leave k_screen_margin out"],
     ),
     "margin below none": (
         {"k_screen": "int4", "k_screen_margin": -0.5},
@@ -203,7 +207,7 @@ VALID = st.fixed_dictionaries(
         "group_keep": st.sampled_from(["head", "union"]),
         "compensation": st.sampled_from(["none", "vmean"]),
         "implementation": st.sampled_from(["auto", "cpu", "triton", "reference"]),
-        "k_screen": st.sampled_from(["off", "int4", "int4+4"]),
+        "k_screen": st.sampled_from(["auto", "off", "int4", "int4+4"]),
     },
 )
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())

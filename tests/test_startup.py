@@ -18,6 +18,7 @@ from transformers import FalconH1Config, Gemma2Config, Gemma4TextConfig, LlamaCo
 
 from topt_vllm.attention import reference
 from topt_vllm.attention.common import ScreenLimits
+from topt_vllm.attention.cpu import jit, launcher
 from topt_vllm.backend import compat
 from topt_vllm.backend.layers import ModelLayer
 from topt_vllm.backend.skipping import why_nothing_is_skipped
@@ -76,7 +77,10 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
         kv_transfer_config=options.get("kv_transfer_config"),
         speculative_config=options.get("speculative_config"),
         load_config=SimpleNamespace(load_format=options.get("load_format", "auto")),
-        cache_config=SimpleNamespace(kv_sharing_fast_prefill=options.get("fast_prefill", False)),
+        cache_config=SimpleNamespace(
+            kv_sharing_fast_prefill=options.get("fast_prefill", False),
+            cache_dtype=options.get("cache_dtype", "auto"),
+        ),
         device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
         parallel_config=SimpleNamespace(
             use_ubatching=options.get("use_ubatching", False),
@@ -487,6 +491,81 @@ def test_a_screen_needs_statistics_of_the_keys_and_shows_who_makes_them(
     assert resolved.screens[1].mean.shape == (2, 16)
     assert resolved.description.endswith("; K screen int4 with margin 2.5")
     assert start({"thresholds": str(path)}).screens == {}
+
+
+OFFLOADING = SimpleNamespace(is_kv_transfer_instance=True, kv_connector="OffloadingConnector")
+
+
+def test_on_cpus_there_is_a_screen_unasked(start: Any, table: ThresholdTable, model: Path):
+    dump(screened(table), model / "toptheta.yaml")
+    resolved = start({}, max_model_len=1025)
+    assert resolved.screen_format == "int4+4"
+    assert set(resolved.screens) == {0, 1}
+    assert resolved.description.endswith("; K screen int4+4 with margin 2.5")
+    assert start({"k_screen": "auto"}, max_model_len=1025).screen_format == "int4+4"
+    for settings in ({"k_screen": "off"}, {"implementation": "reference"}, {"thresholds": "none"}):
+        resolved = start(settings, max_model_len=1025)
+        assert (resolved.screen_format, resolved.screens) == (None, {})
+        assert "K screen" not in resolved.description
+
+
+def test_on_gpus_there_is_none_unasked(start: Any, table: ThresholdTable, model: Path):
+    dump(screened(table), model / "toptheta.yaml")
+    resolved = start({}, device_type="cuda", max_model_len=8192)
+    assert (resolved.screen_format, resolved.screens) == (None, {})
+    assert "K screen" not in resolved.description
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "reason"),
+    [
+        ({}, {"max_model_len": 1024}, "contexts of up to 1024 tokens read K in full"),
+        ({}, {"cache_dtype": "fp8_e4m3"}, "it would be larger than K in fp8"),
+        (
+            {"compensation": "none"},
+            {"kv_transfer_config": OFFLOADING},
+            "without V sums every KV connector is allowed, with a K screen some",
+        ),
+    ],
+    ids=["short contexts", "fp8", "connector"],
+)
+def test_a_screen_that_nobody_asked_for_refuses_nothing(
+    start: Any,
+    table: ThresholdTable,
+    model: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    reason: str,
+):
+    dump(screened(table), model / "toptheta.yaml")
+    resolved = start(settings, **{"max_model_len": 4096} | options)
+    assert (resolved.screen_format, resolved.screens) == (None, {})
+    assert resolved.description.endswith(f"; no K screen: {reason}")
+
+
+def test_a_table_that_knows_no_keys_is_served_without_a_screen(
+    start: Any, table: ThresholdTable, model: Path
+):
+    dump(table, model / "toptheta.yaml")
+    resolved = start({}, max_model_len=4096)
+    assert resolved.screens == {}
+    assert resolved.description.endswith(
+        "; no K screen: the table has no key_statistics; `topt-vllm calibrate --k-screen-only` adds them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "heads_per_kv", "format"),
+    [
+        *(("amx", 8, "int4+4"), ("amx", 9, None), ("avx512", 16, "int4+4")),
+        *(("avx2", 16, "int4+4"), ("default", 1, None)),
+    ],
+)
+def test_cpus_on_which_a_screen_does_not_pay_go_without(
+    monkeypatch: pytest.MonkeyPatch, capability: str, heads_per_kv: int, format: str | None
+):
+    monkeypatch.setattr(jit, "capability", lambda: capability)
+    assert launcher.screen_unasked(heads_per_kv) == format
 
 
 def test_a_screen_needs_a_table(start: Any):

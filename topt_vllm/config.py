@@ -68,7 +68,7 @@ _RULES = {
     "recent_tokens": _Rule("an integer of at least 1 (tokens)", lambda value: _is_int(value, 1)),
     "group_keep": _one_of("head", "union"),
     "compensation": _one_of("none", "vmean"),
-    "k_screen": _one_of("off", *get_args(ScreenFormat)),
+    "k_screen": _one_of("auto", "off", *get_args(ScreenFormat)),
     "k_screen_margin": _Rule(
         f'a number from 0 to {_LARGEST_MARGIN} (standard deviations), or "hard"', _is_margin
     ),
@@ -160,7 +160,8 @@ class TopThetaConfig:
         group_keep: Whether the heads of a GQA group share the V rows that any of them keeps.
         compensation: What stands in for the dropped rows.
         k_screen: Format of a low-bit copy of K from which keys that can't reach θ are dropped before their K is
-            read: ``int4`` reads K of the others, ``int4+4`` the copy's second half instead.
+            read: ``int4`` reads K of the others, ``int4+4`` the copy's second half instead. ``auto`` has one where
+            it was measured to pay.
         k_screen_margin: How far below θ the copy may see a key that is still looked at: standard deviations of its
             error, or ``hard`` for a bound that misses none.
         adapt: Whether thresholds follow the traffic, so that each head keeps the keys that its budget promises (see
@@ -180,7 +181,7 @@ class TopThetaConfig:
     recent_tokens: int = 1
     group_keep: GroupKeep = "union"
     compensation: Compensation = "vmean"
-    k_screen: Literal["off"] | ScreenFormat = "off"
+    k_screen: Literal["auto", "off"] | ScreenFormat = "auto"
     k_screen_margin: float | Literal["hard"] = DEFAULT_MARGIN
     adapt: bool = False
     sift_tau: float = 0.95
@@ -199,10 +200,10 @@ class TopThetaConfig:
             _check(field.name, getattr(self, field.name), _RULES[field.name])
         self._check_policy()
         self._check_thresholds()
-        if self.k_screen == "off" and self._is_set("k_screen_margin"):
+        if self.screen is None and self._is_set("k_screen_margin"):
             raise ConfigError(
-                f'toptheta.k_screen_margin is {self.k_screen_margin!r}, but toptheta.k_screen is "off". Leave '
-                "k_screen_margin out, or choose a screen."
+                f"toptheta.k_screen_margin is {self.k_screen_margin!r}, but toptheta.k_screen is "
+                f'"{self.k_screen}". Leave k_screen_margin out, or name a screen.'
             )
 
     def _check_thresholds(self) -> None:
@@ -220,8 +221,8 @@ class TopThetaConfig:
             )
 
     def _is_set(self, name: str) -> bool:
-        """Whether a setting isn't its default, which the class has for an attribute."""
-        return getattr(self, name) != getattr(TopThetaConfig, name)
+        """Whether a setting asks for more than its default, which the class has for an attribute."""
+        return getattr(self, name) not in (getattr(TopThetaConfig, name), "off")
 
     def _check_policy(self) -> None:
         sift = self.policy == "sift"
@@ -239,8 +240,8 @@ class TopThetaConfig:
 
     @property
     def screen(self) -> ScreenFormat | None:
-        """Format of the K screen; None for none."""
-        return None if self.k_screen == "off" else self.k_screen
+        """Format of the K screen that is asked for by name; None for none."""
+        return None if self.k_screen == "auto" or self.k_screen == "off" else self.k_screen
 
     @property
     def screen_margin(self) -> float | None:

@@ -108,10 +108,12 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path:
             rank: This tensor-parallel rank and their number.
             drafts: Tokens that are drafted for each request.
             head_size: D.
-            settings: Of ``toptheta``. On GPUs' hosts a kernel is named, so that it decodes dense layers too.
+            settings: Of ``toptheta``; without a K screen unless they name one. On GPUs' hosts a kernel is named, so
+                that it decodes dense layers too.
             options: Of vLLM's ``Attention``.
         """
-        settings = ({"implementation": "triton"} if host.on_gpus else {}) | (settings or {})
+        kernel = {"implementation": "triton"} if host.on_gpus else {}
+        settings = {"k_screen": "off"} | kernel | (settings or {})
         if settings.get("policy") == "sift":
             kind = "gpu" if host.on_gpus else "cpu"
             worker = f"topt_vllm.backend.hosts.{kind}_worker.TopThetaWorker"

@@ -67,6 +67,10 @@ class Implementation(Protocol):
         """Zeroed accumulators of one layer, float64 [slots, 8]; their sum over slots counts."""
         ...
 
+    def screen_unasked(self, heads_per_kv: int) -> ScreenFormat | None:
+        """The K screen that was measured to pay here, for so many query heads to a KV head; modules only."""
+        ...
+
     def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
         """Bytes of ``KeyScreen.codes`` for one KV head of one block; 0 where they aren't stored.
 

@@ -248,6 +248,11 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
             _write_state(cache, batch.block_table[sequence], state, state_rows)
 
 
+def screen_unasked(heads_per_kv: int) -> ScreenFormat | None:
+    """None: it reads all of K whatever it is told."""
+    return None
+
+
 def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:
     """None: codes are made of K whenever they are needed."""
     return 0

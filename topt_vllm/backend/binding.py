@@ -171,13 +171,13 @@ def _thresholds(
 
 def _key_screen(layer: ModelLayer, device: torch.device) -> KeyScreen | None:
     """The K screen of a layer that may skip rows, without codes; None for none."""
-    config, transform = layer.resolved.config, layer.screen()
-    format = config.screen
+    resolved, transform = layer.resolved, layer.screen()
+    format = resolved.screen_format
     if transform is None or format is None:
         return None
     codes = torch.empty(0, dtype=torch.uint8, device=device)
-    limits = layer.resolved.implementation.capabilities.screens[format]
-    return KeyScreen(format, transform.to(device), codes, config.screen_margin, limits.min_seq_len)
+    limits = resolved.implementation.capabilities.screens[format]
+    return KeyScreen(format, transform.to(device), codes, resolved.config.screen_margin, limits.min_seq_len)
 
 
 def count_platform_layers(

@@ -1,13 +1,45 @@
-"""Which layers have a K screen, and what of it each rank has."""
+"""Which K screen there is, and which layers have it."""
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
-from topt_vllm.config import ConfigError
+from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.schema import Budget, ThresholdTable
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def unasked_format(
+    implementation: Implementation, config: TopThetaConfig, table: ThresholdTable, vllm_config: "VllmConfig"
+) -> tuple[ScreenFormat | None, str]:
+    """The format under ``k_screen: auto``, which nobody has asked for: so it refuses nothing that runs without.
+
+    Returns:
+        The format, and for the log why there is none where one would pay.
+    """
+    format = implementation.screen_unasked(table.model.num_query_heads // table.model.num_kv_heads)
+    if format is None:
+        return None, ""
+    shortest = implementation.capabilities.screens[format].min_seq_len
+    obstacles = {
+        "the table has no key_statistics; `topt-vllm calibrate --k-screen-only` adds them": (
+            table.key_statistics is None
+        ),
+        "it would be larger than K in fp8": vllm_config.cache_config.cache_dtype.startswith("fp8"),
+        f"contexts of up to {shortest} tokens read K in full": (
+            vllm_config.model_config.max_model_len <= shortest
+        ),
+        "without V sums every KV connector is allowed, with a K screen some": (
+            vllm_config.kv_transfer_config is not None and config.compensation == "none"
+        ),
+    }
+    found = [reason for reason, applies in obstacles.items() if applies]
+    return (None, f"no K screen: {found[0]}") if found else (format, "")
 
 
 def choose_screens(
@@ -48,10 +80,15 @@ def choose_screens(
     }
 
 
-def describe_screens(config: Any, screens: dict[int, ScreenTransform], sparse: Any) -> str:
+def describe_screens(
+    format: ScreenFormat,
+    config: TopThetaConfig,
+    screens: dict[int, ScreenTransform],
+    sparse: Collection[int],
+) -> str:
     """For the log: the screen, and which sparse layers do without."""
     left_out = sorted(set(sparse) - set(screens))
     without = ", ".join(map(str, left_out))
-    return f"K screen {config.k_screen} with margin {config.k_screen_margin}" + (
+    return f"K screen {format} with margin {config.k_screen_margin}" + (
         f", not in layers {without}, where too many keys would pass" if left_out else ""
     )

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from topt_vllm.attention.api import Implementation, load_implementation, require
 from topt_vllm.attention.common import Thetas
-from topt_vllm.attention.screen import ScreenTransform
+from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 from topt_vllm.backend import compat
-from topt_vllm.backend.screens import choose_screens, describe_screens
+from topt_vllm.backend.screens import choose_screens, describe_screens, unasked_format
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.layers import FULL, layer_heads, layer_kinds
@@ -33,7 +33,8 @@ class Resolved:
         table_labels: The table in the metrics: name, digest and budget, and the model that is served.
         description: One line for the log.
         thetas: Thresholds of each sparse layer over all query heads; empty for θ = −inf everywhere.
-        screens: What a K screen knows of the K of each layer that has one, over all KV heads.
+        screen_format: Of the K screen; None for none.
+        screens: What it knows of the K of each layer that has one, over all KV heads.
         promised_keys: Keys that each query head should keep, by sparse layer; {} unless thresholds adapt.
         dense_on_platform: Whether layers without thresholds stay with the platform's own kernels: on GPUs, unless
             the operator's is named.
@@ -48,6 +49,7 @@ class Resolved:
     table_labels: dict[str, str]
     description: str = ""
     thetas: dict[int, Thetas] = field(default_factory=dict)
+    screen_format: ScreenFormat | None = None
     screens: dict[int, ScreenTransform] = field(default_factory=dict)
     promised_keys: dict[int, list[int]] = field(default_factory=dict)
     dense_on_platform: bool = False
@@ -128,9 +130,13 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
         if (longest := model_config.max_model_len) > table.lengths[-1]:
             rows += f"; contexts of {table.lengths[-1]} to {longest} tokens use extrapolated thresholds"
     screens: dict[int, ScreenTransform] = {}
-    if config.screen is not None:
-        screens = choose_screens(config.screen, found, budget, known.implementation, model_config.model)
-        rows += f"; {describe_screens(config, screens, thetas)}"
+    format, about_screen = config.screen, ""
+    if config.k_screen == "auto" and found is not None:
+        format, about_screen = unasked_format(known.implementation, config, found[0], vllm_config)
+    if format is not None:
+        screens = choose_screens(format, found, budget, known.implementation, model_config.model)
+        about_screen = describe_screens(format, config, screens, thetas)
+    rows += f"; {about_screen}" if about_screen else ""
     drafts = compat.drafts_sparsely(vllm_config)
     if drafts:
         _check_drafting(vllm_config, config, identity, thetas)
@@ -147,6 +153,7 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
         table_labels=labels,
         description=f"TOPTHETA: {served_by}, {rows}",
         thetas=thetas,
+        screen_format=format,
         screens=screens,
         promised_keys=keys,
         dense_on_platform=dense_on_platform,

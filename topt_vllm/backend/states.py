@@ -250,12 +250,12 @@ def states_for(
     name: str, layer: Any, resolved: Resolved, vllm_config: VllmConfig, screened: bool
 ) -> dict[str, StatesLayer]:
     """The states of an attention layer that may skip rows, by their names in vLLM."""
-    config, implementation = resolved.config, resolved.implementation
+    format = resolved.screen_format
     states: list[StatesLayer] = []
-    if config.compensation == "vmean":
+    if resolved.config.compensation == "vmean":
         states.append(ValueSums(name + _VALUE_SUMS, layer, vllm_config))
-    if screened and config.screen is not None:
-        screens = KeyScreens(name + _KEY_SCREEN, layer, vllm_config, implementation, config.screen)
+    if screened and format is not None:
+        screens = KeyScreens(name + _KEY_SCREEN, layer, vllm_config, resolved.implementation, format)
         if screens.state(PREFERRED_BLOCK_SIZE)[1]:
             states.append(screens)
     return {each.name: each for each in states}

@@ -141,10 +141,9 @@ class EngineBenchmark:
         return contenders
 
     def _sparse(self, table: str, keep: float, k_screen: str) -> Contender:
-        settings, name = {"thresholds": table, "budget": budget_name(keep)}, f"{100 * keep:g} % of V rows"
-        if k_screen == "off":
-            return Contender(name, settings)
-        return Contender(f"{name}, {k_screen}", settings | {"k_screen": k_screen})
+        screen = "" if k_screen == "off" else f", {k_screen}"
+        settings = {"thresholds": table, "budget": budget_name(keep), "k_screen": k_screen}
+        return Contender(f"{100 * keep:g} % of V rows{screen}", settings)
 
     def _find_table(self, folder: Path, report: Callable[[str], None], ask_engine: Ask) -> Path | None:
         """Writes a table that reads the shares; None where none needs one."""

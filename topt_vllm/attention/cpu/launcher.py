@@ -21,6 +21,9 @@ from topt_vllm.attention.screen import ScreenFormat
 
 capabilities = Capabilities(screens={"int4+4": SCREEN_LIMITS["int4+4"]}, amx_copies=True)
 
+# Measured: 8 gain by a K screen, 16 lose (docs/results.md).
+_LARGEST_GROUP_WITH_AMX = 8
+
 _FOLDER = Path(__file__).parent / "csrc"
 
 
@@ -101,6 +104,13 @@ def finish(cache: PagedCache, batch: DecodeBatch) -> None:
         batch.block_table,
         cache.key_scale,
     )
+
+
+def screen_unasked(heads_per_kv: int) -> ScreenFormat | None:
+    """Both planes: not where AMX reads K in full as fast, nor where unpacking them without AVX2 takes longer."""
+    capability = jit.capability()
+    pays = heads_per_kv <= _LARGEST_GROUP_WITH_AMX if capability == "amx" else capability != "default"
+    return "int4+4" if pays else None
 
 
 def screen_bytes(format: ScreenFormat, head_dim: int, block_size: int) -> int:

@@ -46,6 +46,11 @@ def prepare(device_type: str) -> None:
         )
 
 
+def screen_unasked(heads_per_kv: int) -> ScreenFormat | None:
+    """None: a single sequence of 8k is a fifth slower behind one, and a graph is made before lengths are known."""
+    return None
+
+
 def new_statistics(device: torch.device | str) -> torch.Tensor:
     """Zeroed accumulators float64 [slots, 8]; rows spread over the slots, for many programs add at once."""
     return common.new_statistics(device, _STATISTICS_SLOTS)
