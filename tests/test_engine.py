@@ -99,9 +99,11 @@ def test_calibrated_table_skips_rows_and_answers(smollm2: Path, unseen_play: Pat
 
 
 def test_a_k_screen_reads_less_of_k_and_answers_alike(smollm2: Path, unseen_play: Path):
-    """With prefix caching: the question is asked twice, and codes of its prefix lie in its blocks."""
-    plain = run_engine(smollm2, unseen_play, "TOPTHETA", '{"budget": 64}', enforce_eager=True)
-    settings = '{"budget": 64, "k_screen": "int4+4"}'
+    """Unasked. With prefix caching: the question is asked twice, and codes of its prefix lie in its blocks."""
+    plain = run_engine(
+        smollm2, unseen_play, "TOPTHETA", '{"budget": 64, "k_screen": "off"}', enforce_eager=True
+    )
+    settings = '{"budget": 64}'
     screened = run_engine(
         smollm2,
         unseen_play,
