@@ -221,8 +221,10 @@ class TopThetaConfig:
             )
 
     def _is_set(self, name: str) -> bool:
-        """Whether a setting asks for more than its default, which the class has for an attribute."""
-        return getattr(self, name) not in (getattr(TopThetaConfig, name), "off")
+        """Whether a setting isn't its default, which the class has; of a K screen: whether it is named."""
+        if name == "k_screen":
+            return self.screen is not None
+        return getattr(self, name) != getattr(TopThetaConfig, name)
 
     def _check_policy(self) -> None:
         sift = self.policy == "sift"
