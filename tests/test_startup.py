@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -69,6 +70,7 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
             model=str(model),
             revision=None,
             max_model_len=options.get("max_model_len", 1024),
+            dtype=torch.bfloat16,
             runner_type=options.get("runner_type", "generate"),
             is_multimodal_model=False,
             uses_mrope=False,
@@ -80,10 +82,12 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
         cache_config=SimpleNamespace(
             kv_sharing_fast_prefill=options.get("fast_prefill", False),
             cache_dtype=options.get("cache_dtype", "auto"),
+            kv_cache_memory_bytes=options.get("memory"),
         ),
         device_config=SimpleNamespace(device_type=options.get("device_type", "cpu")),
         parallel_config=SimpleNamespace(
             use_ubatching=options.get("use_ubatching", False),
+            tensor_parallel_size=1,
             pipeline_parallel_size=1,
             data_parallel_size=1,
             worker_cls=options.get("worker_cls", "vllm.v1.worker.gpu_worker.Worker"),
@@ -503,6 +507,7 @@ def test_on_cpus_there_is_a_screen_unasked(start: Any, table: ThresholdTable, mo
     assert set(resolved.screens) == {0, 1}
     assert resolved.description.endswith("; K screen int4+4 with margin 2.5")
     assert start({"k_screen": "auto"}, max_model_len=1025).screen_format == "int4+4"
+    assert start({}, max_model_len=4096, memory=4096 * 2 * 2 * 85 * 5 // 4).screen_format == "int4+4"
     for settings in ({"k_screen": "off"}, {"implementation": "reference"}, {"thresholds": "none"}):
         resolved = start(settings, max_model_len=1025)
         assert (resolved.screen_format, resolved.screens) == (None, {})
@@ -526,8 +531,14 @@ def test_on_gpus_there_is_none_unasked(start: Any, table: ThresholdTable, model:
             {"kv_transfer_config": OFFLOADING},
             "without V sums every KV connector is allowed, with a K screen some",
         ),
+        # 2 layers of 2 KV heads, D = 16: 64 bytes of K and V a token, 1 of sums and 20 of the screen.
+        (
+            {},
+            {"memory": 4096 * 2 * 2 * 85 * 5 // 4 - 1},
+            "beside it the cache would hardly hold --max-model-len 4096",
+        ),
     ],
-    ids=["short contexts", "fp8", "connector"],
+    ids=["short contexts", "fp8", "connector", "small cache"],
 )
 def test_a_screen_that_nobody_asked_for_refuses_nothing(
     start: Any,

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
 from topt_vllm.config import ConfigError, TopThetaConfig
@@ -13,33 +15,57 @@ from topt_vllm.table.schema import Budget, ThresholdTable
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from topt_vllm.backend.startup import Resolved
+
+# Of the cache; above, layers with windows and others, which aren't counted, might not fit beside it.
+_LARGEST_REQUEST = 0.8
+_SLOTS = 64  # of a block, for sizes by the token
+
 
 def unasked_format(
-    implementation: Implementation, config: TopThetaConfig, table: ThresholdTable, vllm_config: "VllmConfig"
+    known: "Resolved", table: ThresholdTable, vllm_config: "VllmConfig"
 ) -> tuple[ScreenFormat | None, str]:
-    """The format under ``k_screen: auto``, which nobody has asked for: so it refuses nothing that runs without.
+    """The format under ``k_screen: auto``, which nobody has asked for: so it stops nothing that runs without.
 
     Returns:
         The format, and for the log why there is none where one would pay.
     """
-    format = implementation.screen_unasked(table.model.num_query_heads // table.model.num_kv_heads)
+    implementation, identity = known.implementation, known.identity
+    format = implementation.screen_unasked(identity.num_query_heads // identity.num_kv_heads)
     if format is None:
         return None, ""
-    shortest = implementation.capabilities.screens[format].min_seq_len
+    shortest, longest = (
+        implementation.capabilities.screens[format].min_seq_len,
+        vllm_config.model_config.max_model_len,
+    )
+    room = vllm_config.cache_config.kv_cache_memory_bytes
     obstacles = {
         "the table has no key_statistics; `topt-vllm calibrate --k-screen-only` adds them": (
             table.key_statistics is None
         ),
         "it would be larger than K in fp8": vllm_config.cache_config.cache_dtype.startswith("fp8"),
-        f"contexts of up to {shortest} tokens read K in full": (
-            vllm_config.model_config.max_model_len <= shortest
-        ),
+        f"contexts of up to {shortest} tokens read K in full": longest <= shortest,
         "without V sums every KV connector is allowed, with a K screen some": (
-            vllm_config.kv_transfer_config is not None and config.compensation == "none"
+            vllm_config.kv_transfer_config is not None and known.config.compensation == "none"
+        ),
+        f"beside it the cache would hardly hold --max-model-len {longest}": (
+            room is not None and _request_bytes(known, format, vllm_config) > _LARGEST_REQUEST * room
         ),
     }
     found = [reason for reason, applies in obstacles.items() if applies]
     return (None, f"no K screen: {found[0]}") if found else (format, "")
+
+
+def _request_bytes(known: "Resolved", format: ScreenFormat, vllm_config: "VllmConfig") -> float:
+    """What the longest request takes of a rank's cache in layers of full attention, V sums and screen included."""
+    parallel, dim = vllm_config.parallel_config, known.identity.head_dim
+    ranks = parallel.tensor_parallel_size
+    heads = sum(max(1, known.kv_heads[layer] // ranks) for layer in known.see_all)
+    content = 2 * dim * vllm_config.model_config.dtype.itemsize
+    sums = torch.float32.itemsize * dim / _SLOTS
+    screen = known.implementation.screen_bytes(format, dim, _SLOTS) / _SLOTS
+    tokens = vllm_config.model_config.max_model_len / parallel.pipeline_parallel_size
+    return tokens * heads * (content + sums + screen)
 
 
 def choose_screens(

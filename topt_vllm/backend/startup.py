@@ -132,7 +132,7 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
     screens: dict[int, ScreenTransform] = {}
     format, about_screen = config.screen, ""
     if config.k_screen == "auto" and found is not None:
-        format, about_screen = unasked_format(known.implementation, config, found[0], vllm_config)
+        format, about_screen = unasked_format(known, found[0], vllm_config)
     if format is not None:
         screens = choose_screens(format, found, budget, known.implementation, model_config.model)
         about_screen = describe_screens(format, config, screens, thetas)
