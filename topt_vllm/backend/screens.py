@@ -34,10 +34,8 @@ def unasked_format(
     format = implementation.screen_unasked(identity.num_query_heads // identity.num_kv_heads)
     if format is None:
         return None, ""
-    shortest, longest = (
-        implementation.capabilities.screens[format].min_seq_len,
-        vllm_config.model_config.max_model_len,
-    )
+    shortest = implementation.capabilities.screens[format].min_seq_len
+    longest = vllm_config.model_config.max_model_len
     room = vllm_config.cache_config.kv_cache_memory_bytes
     obstacles = {
         "the table has no key_statistics; `topt-vllm calibrate --k-screen-only` adds them": (
