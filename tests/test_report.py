@@ -13,6 +13,7 @@ from report_inputs import OF_TINY, decoded, evaluated, needles, served, task
 from table_factory import make_identity, make_table
 
 from topt_vllm.cli.main import main
+from topt_vllm.report.loss_plot import Point, Series, draw, symbol
 from topt_vllm.report.svg import Scale
 from topt_vllm.table.file import dump
 from topt_vllm.table.schema import ThresholdTable
@@ -144,6 +145,13 @@ def test_k_screens_are_told_apart(folder):
         "toptheta, K screen int4, k=64",
     ):
         assert part in texts.all.replace("\u00a0", " "), part
+
+
+def test_more_rules_than_colours_look_different():
+    looks = [str(symbol(0, 0, style, "dot")) for style in range(12)]
+    assert len(set(looks)) == len(looks)
+    drawn = str(draw([Series(style, [Point(1, 1)], True) for style in range(12)], "twelve"))
+    assert set(re.findall(r"\bs\d+", drawn)) == {f"s{style}" for style in range(6)}
 
 
 def test_every_drawing_says_what_it_shows(folder):

@@ -15,6 +15,7 @@ _HEIGHT = 210.0
 # magnitude, and one may also beat dense attention by a hair.
 LINEAR = 0.3
 _END = 1e12
+_COLOURS = 6  # of the style sheet
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _axes(points: Sequence[Point]) -> Axes:
 
 
 def _drawn(axes: Axes, series: Series) -> list[Markup]:
-    colour = f"s{series.style}"
+    colour = _colour(series.style)
     ordered = sorted(series.points, key=lambda point: point.rows)
     places = [(axes.x(point.rows), axes.y(point.loss)) for point in ordered]
     parts = (
@@ -87,5 +88,14 @@ def _drawn(axes: Axes, series: Series) -> list[Markup]:
             top, bottom = axes.y(point.loss + point.error), axes.y(point.loss - point.error)
             parts.append(tag("line", x1=x, x2=x, y1=top, y2=bottom, class_=f"error {colour}"))
         filled = "dot" if series.joined else "hollow"
-        parts.append(marker(x, y, series.style, f"{filled} {colour}"))
+        parts.append(symbol(x, y, series.style, filled))
     return parts
+
+
+def symbol(x: float, y: float, style: int, kind: str) -> Markup:
+    """The marker of a style. Colours come again from the seventh on, with other shapes."""
+    return marker(x, y, style + style // _COLOURS, f"{kind} {_colour(style)}")
+
+
+def _colour(style: int) -> str:
+    return f"s{style % _COLOURS}"

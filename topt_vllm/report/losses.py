@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from topt_vllm.report import numbers
 from topt_vllm.report.inputs import Inputs
-from topt_vllm.report.loss_plot import LINEAR, Point, Series, draw
+from topt_vllm.report.loss_plot import LINEAR, Point, Series, draw, symbol
 from topt_vllm.report.parts import Columns, Figure, Key, Section, Table
 from topt_vllm.report.records import Evaluated
-from topt_vllm.report.svg import marker, picture
+from topt_vllm.report.svg import picture
 from topt_vllm.table.schema import ThresholdTable
 from topt_vllm.table.words import budget_in_words
 
@@ -54,7 +54,7 @@ def _rules(records: Sequence[Evaluated]) -> dict[str, int]:
 def _legend(rules: dict[str, int]) -> list[Key]:
     if len(rules) == 1:
         return []
-    symbols = {name: marker(8, 8, style, f"dot s{style % 6}") for name, style in rules.items()}
+    symbols = {name: symbol(8, 8, style, "dot") for name, style in rules.items()}
     return [Key(picture(16, "", [drawn], width=16), name) for name, drawn in symbols.items()]
 
 
