@@ -170,6 +170,13 @@ def test_hub_dataset(folder, capsys, monkeypatch):
     assert asked[1] < 100
 
 
+def test_hub_dataset_without_texts(folder, capsys, monkeypatch):
+    records = SimpleNamespace(load_dataset=lambda *_, **__: [{"question": "q", "answer": "a"}])
+    monkeypatch.setitem(sys.modules, "datasets", records)
+    message = refused(capsys, calibrate(folder, "--dataset", "org/name"))
+    assert '--dataset org/name: records have no string "text", only question, answer' in message
+
+
 def test_existing_table_is_refused_at_once(folder, capsys):
     (folder / "mine.yaml").write_text("mine", encoding="utf-8")
     message = refused(capsys, calibrate(folder, output="mine.yaml"))

@@ -124,6 +124,8 @@ def _read_hub(name: str, characters: int) -> list[str]:
             characters -= len(text)
             if characters <= 0:
                 break
+    except ReplayError as error:
+        raise ReplayError(f"--dataset {name}: {error}") from error
     except Exception as error:  # the library raises errors of many kinds, from HTTP's to its own
         raise ReplayError(
             f"--dataset {name}: no such file, and the hub says: {type(error).__name__}: {error}"
