@@ -1,5 +1,7 @@
 """Lengths that an evaluation is asked for, and whether model and table reach them."""
 
+import itertools
+
 from topt_vllm.evaluation.options import EvaluationError, EvaluationOptions
 from topt_vllm.replay.model import Subject
 from topt_vllm.table.schema import ThresholdTable
@@ -54,6 +56,9 @@ def check_rotations(options: EvaluationOptions, subject: Subject, longest: int) 
     """Refuses lengths whose rows would be decoded with other rotations than their prompt's."""
     lengths = options.lengths or (longest,)
     subject.check_rotations(min(lengths), max(lengths))
+    if options.rows:  # one pass serves to tune for all
+        tuned = [*itertools.chain.from_iterable(contexts_by_option(options, longest).values())]
+        subject.check_rotations(min(tuned), max(tuned))
     for length in lengths if options.generate else ():
         subject.check_rotations(length - options.generate, length)
 
