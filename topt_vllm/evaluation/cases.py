@@ -5,7 +5,6 @@ retrieved when the right one is likelier than every wrong one, and exact when ea
 first choice.
 """
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,12 +12,8 @@ from typing import Any
 
 import torch
 
-from topt_vllm.evaluation.options import EvaluationError
 from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.dense_pass import DensePass
-
-# Numbers drawn for one that is wanted.
-_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -137,23 +132,3 @@ def hide_in(text: list[int], facts: Iterable[tuple[float, list[int]]], room: int
         prompt += text[copied:at] + fact
         copied = at
     return prompt + text[copied:room]
-
-
-def numbers(tokenizer: Any, source: random.Random, count: int) -> list[tuple[int, list[int]]]:
-    """Different numbers with as many tokens as the first.
-
-    Raises:
-        EvaluationError: The tokenizer doesn't tell so many apart.
-    """
-    found: list[tuple[int, list[int]]] = []
-    for _ in range(_DRAWS * count):
-        number = source.randrange(10000, 100000)
-        tokens = answer_of(tokenizer, str(number))
-        if all(len(tokens) == len(other) and tokens != other for _, other in found):
-            found.append((number, tokens))
-        if len(found) == count:
-            return found
-    raise EvaluationError(
-        f"the tokenizer tells {len(found)} numbers of five digits apart, and {count} are needed; leave out "
-        "--needles and --tasks"
-    )

@@ -4,13 +4,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, hide_in, numbers, tokens_of
-from topt_vllm.evaluation.options import EvaluationError
+from topt_vllm.evaluation.cases import Case
+from topt_vllm.evaluation.tasks.haystack import WRONG, Haystack, Question
 
-_WRONG = 5
 _PLACES = ("Lisbon", "Cairo", "Oslo", "Quito", "Delhi", "Lima", "Prague", "Dakar", "Perth", "Kyoto")
-_FACT = "\n\nThe secret number of {place} is {number}.\n\n"
-_QUESTION = "\n\nQuestion: What is the secret number of {place}?\nAnswer: The secret number of {place} is"
+_FACT = "The secret number of {place} is {number}."
+_QUESTION = "What is the secret number of {place}?\nAnswer: The secret number of {place} is"
 
 
 @dataclass(frozen=True)
@@ -38,34 +37,25 @@ def hide(
     source = random.Random(0)
     needles = []
     for length in lengths:
-        for first in range(0, len(depths), len(_PLACES)):
-            sharing = depths[first : first + len(_PLACES)]
-            needles += _hide_in_one_prompt(tokenizer, text, length, sharing, source)
-    return needles
-
-
-def _hide_in_one_prompt(
-    tokenizer: Any, text: list[int], length: int, depths: tuple[float, ...], source: random.Random
-) -> list[Needle]:
-    places = source.sample(_PLACES, len(depths))
-    known = numbers(tokenizer, source, max(len(depths), 1 + _WRONG))
-    right, spare = known[: len(depths)], known[len(depths) :]
-    facts = [
-        tokens_of(tokenizer, _FACT.format(place=place, number=number))
-        for place, (number, _) in zip(places, right, strict=True)
-    ]
-    questions = [tokens_of(tokenizer, _QUESTION.format(place=place)) for place in places]
-    room = length - sum(map(len, facts)) - max(map(len, questions)) - len(known[0][1]) + 1
-    if room < 1 + len(facts):
-        raise EvaluationError(
-            f"--needles {length}: too short for {len(facts)} facts and a question; name a longer prompt or "
+        too_short = (
+            f"--needles {length}: too short for {{facts}} facts and a question; name a longer prompt or "
             "fewer --depths"
         )
-    prompt = hide_in(text, sorted(zip(depths, facts, strict=True)), room)
-    needles = []
-    for i, (depth, question) in enumerate(zip(depths, questions, strict=True)):
+        haystack = Haystack(too_short, tokenizer, text, length, source)
+        for first in range(0, len(depths), len(_PLACES)):
+            needles += _hide_in_one_prompt(haystack, depths[first : first + len(_PLACES)])
+    return needles
+
+
+def _hide_in_one_prompt(haystack: Haystack, depths: tuple[float, ...]) -> list[Needle]:
+    places = haystack.source.sample(_PLACES, len(depths))
+    known = haystack.numbers(max(len(depths), 1 + WRONG))
+    right, spare = known[: len(depths)], known[len(depths) :]
+    facts = [_FACT.format(place=place, number=number) for place, number in zip(places, right, strict=True)]
+    questions = []
+    for i, place in enumerate(places):
         # What other places have is wrong, so that a number isn't right for standing in the prompt.
         others = right[i + 1 :] + right[:i] + spare
-        answers = [tokens for _, tokens in (right[i], *others[:_WRONG])]
-        needles.append(Needle(length, prompt, question, answers, depth))
-    return needles
+        questions.append(Question(_QUESTION.format(place=place), [right[i], *others[:WRONG]]))
+    cases = haystack.cases(facts, questions, depths)
+    return [Needle(**vars(case), depth=depth) for case, depth in zip(cases, depths, strict=True)]

@@ -1,14 +1,17 @@
 """What the prompts of a task are made from, and how questions about them become cases."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from topt_vllm.evaluation.cases import Case, answer_of, hide_in, numbers, tokens_of
+from topt_vllm.evaluation.cases import Case, answer_of, hide_in, tokens_of
 from topt_vllm.evaluation.options import EvaluationError
 
 # Wrong answers of a question.
 WRONG = 5
+# Numbers drawn for one that is wanted.
+_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class Haystack:
     """A text to hide a task's facts in.
 
     Attributes:
-        task: Its name.
+        too_short: What is said of a prompt with too little room, given ``facts`` and ``needed`` tokens.
         tokenizer: A transformers tokenizer.
         text: Tokens, with BOS if there is one; no fewer than the prompt's.
         length: Tokens of prompt, longest question and answer, whose last isn't decoded.
         source: Of what is left to chance.
     """
 
-    task: str
+    too_short: str
     tokenizer: Any
     text: list[int]
     length: int
@@ -65,10 +68,25 @@ class Haystack:
         return self.source.sample(largest, count)
 
     def numbers(self, count: int) -> list[str]:
-        """Different numbers with equally many tokens."""
-        return [str(number) for number, _ in numbers(self.tokenizer, self.source, count)]
+        """Different numbers with as many tokens as the first.
 
-    def cases(self, facts: list[str], questions: list[Question]) -> list[Case]:
+        Raises:
+            EvaluationError: The tokenizer doesn't tell so many apart.
+        """
+        found: dict[str, list[int]] = {}
+        for _ in range(_DRAWS * count):
+            number = str(self.source.randrange(10000, 100000))
+            tokens = answer_of(self.tokenizer, number)
+            if all(len(tokens) == len(other) and tokens != other for other in found.values()):
+                found[number] = tokens
+            if len(found) == count:
+                return list(found)
+        raise EvaluationError(
+            f"the tokenizer tells {len(found)} numbers of five digits apart, and {count} are needed; leave out "
+            "--needles and --tasks"
+        )
+
+    def cases(self, facts: list[str], questions: list[Question], depths: Sequence[float] = ()) -> list[Case]:
         """Cases that share a prompt, in which the facts stand scattered and in their order.
 
         Raises:
@@ -80,12 +98,9 @@ class Haystack:
         decoded = max(len(tokens) + len(known[0]) for tokens, known in zip(asked, answers, strict=True)) - 1
         needed = sum(map(len, pieces)) + decoded
         if needed + len(pieces) >= self.length:
-            raise EvaluationError(
-                f"--task-lengths {self.length}: too short for {self.task}, whose facts, question and answer have "
-                f"{needed} tokens; name longer prompts"
-            )
-        depths = sorted(self.source.random() for _ in pieces)
-        prompt = hide_in(self.text, zip(depths, pieces, strict=True), self.length - needed)
+            raise EvaluationError(self.too_short.format(facts=len(pieces), needed=needed))
+        depths = depths or sorted(self.source.random() for _ in pieces)
+        prompt = hide_in(self.text, sorted(zip(depths, pieces, strict=True)), self.length - needed)
         return [
             Case(self.length, prompt, tokens, known) for tokens, known in zip(asked, answers, strict=True)
         ]

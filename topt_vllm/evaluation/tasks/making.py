@@ -34,7 +34,11 @@ def make_cases(task: str, tokenizer: Any, text: list[int], length: int, count: i
     Raises:
         EvaluationError: The task can't be set in so few tokens, or with this tokenizer and text.
     """
-    haystack = Haystack(task, tokenizer, text, length, random.Random(f"{task} {length}"))
+    too_short = (
+        f"--task-lengths {length}: too short for {task}, whose facts, question and answer have {{needed}} tokens; "
+        "name longer prompts"
+    )
+    haystack = Haystack(too_short, tokenizer, text, length, random.Random(f"{task} {length}"))
     cases: list[Case] = []
     while len(cases) < count:
         cases += _MAKERS[task](haystack, count - len(cases))
