@@ -7,7 +7,7 @@ from typing import Any
 from topt_vllm.evaluation.cases import Case, answer, batches
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import key_reads, quality
+from topt_vllm.evaluation.records import quality
 from topt_vllm.evaluation.task_records import scores
 from topt_vllm.replay.attention import Counts
 from topt_vllm.replay.dense_pass import DensePass
@@ -31,8 +31,7 @@ class _Found:
 
     def record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """What is said about the job, and what it lost and read."""
-        known = quality(joined(self.parts), self.counts)
-        return {**facts, **known, **key_reads(facts["rule"], self.counts)}
+        return facts | quality(facts["rule"], joined(self.parts), self.counts)
 
 
 def evaluate_needles(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from topt_vllm.evaluation.jobs import Job
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import by_position, key_reads, known, quality, standard_error
+from topt_vllm.evaluation.records import by_position, known, quality, standard_error
 from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.generation import generate
 from topt_vllm.replay.predictions import Predictions
@@ -50,8 +50,7 @@ def evaluate_generated(
                 "calibrated": text.calibrated,
                 "context": length,
                 **job.facts,
-                **quality(compared, given.counts),
-                **key_reads(job.facts["rule"], given.counts),
+                **quality(job.facts["rule"], compared, given.counts),
                 "first_context": length - count,
                 "by_position": by_position(compared, contexts),
                 "free_perplexity": round(math.exp(its.dense_nll), 6),

@@ -18,6 +18,11 @@ from topt_vllm.replay.attention import RuleAttention
 from topt_vllm.replay.rule import Rule
 from topt_vllm.replay.top_theta import TopTheta
 
+# What records say about a rule, in their order; None where a budget of the table stands as it is.
+_UNTUNED: dict[str, Any] = dict.fromkeys(
+    ("rule", "rows_target", "k", "dense_layers", "parameter", "v_rows_tuned", "tuned_on")
+)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -72,7 +77,7 @@ def _budget_jobs(plan: Plan) -> list[Job]:
         rules[ADAPTING] = TopThetaAdapt(thetas, ks)
         for name in OURS:
             if name in options.rules:
-                facts = _facts(name, None, k, budget.dense_layers)
+                facts = _UNTUNED | {"rule": name, "k": k, "dense_layers": budget.dense_layers}
                 shares = budget.candidates
                 jobs += _screened_jobs(plan, facts, rules[name], ks, lambda *_, shares=shares: shares)
     return jobs
@@ -85,30 +90,16 @@ def _tuned_jobs(plan: Plan, tuned_on: str, found: Sample, longest: int) -> list[
         dense = plan.dense[target]
         for family in families(plan.options.rules, plan.table, longest):
             tuned = tune(family, target, found, dense)
-            given = tuned.parameter, tuned.v_rows_read, tuned_on
-            facts = _facts(family.name, target, None, sorted(dense), *given)
+            facts = _UNTUNED | {
+                "rule": family.name,
+                "rows_target": target,
+                "dense_layers": sorted(dense),
+                "parameter": tuned.parameter,
+                "v_rows_tuned": tuned.v_rows_read,
+                "tuned_on": tuned_on,
+            }
             jobs += _screened_jobs(plan, facts, tuned.rule, {}, partial(sampled_shares, found))
     return jobs
-
-
-def _facts(
-    rule: str,
-    target: float | None,
-    k: int | str | None,
-    dense_layers: list[int],
-    parameter: float | None = None,
-    tuned: float | None = None,
-    tuned_on: str | None = None,
-) -> dict[str, Any]:
-    return {
-        "rule": rule,
-        "rows_target": target,
-        "k": k,
-        "dense_layers": list(dense_layers),
-        "parameter": parameter,
-        "v_rows_tuned": tuned,
-        "tuned_on": tuned_on,
-    }
 
 
 def _screened_jobs(

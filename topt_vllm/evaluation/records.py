@@ -16,10 +16,10 @@ _BINS = 8
 _BLOCK = 32
 
 
-def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
-    """What a record says about a rule on a text."""
+def quality(rule: str, compared: Comparison, counts: Counts) -> dict[str, Any]:
+    """What a record says about a rule on a text; about K too where Top-Theta reads it in full or has a K screen."""
     dense, loss = compared.dense.double().mean().item(), compared.loss.double().mean().item()
-    return {
+    record: dict[str, Any] = {
         **{name: _rounded(share) for name, share in counts.shares().items()},
         "perplexity_dense": _rounded(math.exp(dense)),
         "perplexity": _rounded(math.exp(loss)),
@@ -29,17 +29,11 @@ def quality(compared: Comparison, counts: Counts) -> dict[str, Any]:
         "agreement": _rounded(compared.agree.double().mean().item()),
         "tokens": len(compared.loss),
     }
-
-
-def key_reads(rule: str, counts: Counts) -> dict[str, Any]:
-    """What a record says about K under a rule of Top-Theta, which reads K in full or has a K screen; {} else."""
-    if rule not in OURS:
-        return {}
-    return {
-        "candidates": _rounded(counts.candidates),
-        "kv_bytes_read": _rounded(counts.kv_bytes_read),
-        "candidates_by_layer": list(map(_rounded, counts.candidates_by_layer)),
-    }
+    if rule in OURS:
+        record["candidates"] = _rounded(counts.candidates)
+        record["kv_bytes_read"] = _rounded(counts.kv_bytes_read)
+        record["candidates_by_layer"] = list(map(_rounded, counts.candidates_by_layer))
+    return record
 
 
 def standard_error(values: torch.Tensor) -> float:

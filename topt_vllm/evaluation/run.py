@@ -14,7 +14,7 @@ from topt_vllm.evaluation.case_run import evaluate_needles, evaluate_tasks
 from topt_vllm.evaluation.generation import evaluate_generated
 from topt_vllm.evaluation.jobs import Job, count_jobs, jobs_by_length
 from topt_vllm.evaluation.plan import Plan, Text
-from topt_vllm.evaluation.records import by_head, by_position, key_reads, quality, spread
+from topt_vllm.evaluation.records import by_head, by_position, quality, spread
 from topt_vllm.replay.attention import Counts, RuleAttention
 from topt_vllm.replay.memory import explained
 from topt_vllm.replay.model import load_causal_lm
@@ -40,9 +40,9 @@ class _Found:
         for layer, ratios in attention.kept_over_k.items():
             self.kept_over_k.setdefault(layer, []).extend(ratios)
 
-    def record(self) -> dict[str, Any]:
+    def record(self, rule: str) -> dict[str, Any]:
         whole, contexts = joined(self.parts), torch.cat(self.contexts)
-        record = quality(whole, self.counts)
+        record = quality(rule, whole, self.counts)
         if self.kept_over_k:
             layers = [torch.cat(parts, dim=1) for parts in self.kept_over_k.values()]
             record["kept_over_k"] = spread(torch.cat([ratios.flatten() for ratios in layers]))
@@ -105,8 +105,7 @@ def _text(
                         "context": length,
                         "calibrated": text.calibrated,
                         **job.facts,
-                        **into.record(),
-                        **key_reads(job.facts["rule"], into.counts),
+                        **into.record(job.facts["rule"]),
                         "decode_rows": plan.count(length),
                         "max_seq_length": longest,
                     }
