@@ -117,14 +117,8 @@ start_server() {
 }
 
 is_healthy() {
-    local status=""
-    {
-        exec 3<>"/dev/tcp/127.0.0.1/$PORT" || return 1
-        printf 'GET /health HTTP/1.0\r\n\r\n' >&3
-        read -r -t 5 status <&3 || true
-        exec 3>&-
-    } 2>/dev/null
-    [[ $status == *" 200 "* ]]
+    "$VENV/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+        "http://127.0.0.1:$PORT/health" 2>/dev/null
 }
 
 # What the server is at, by lines of vLLM's log (0.31 to 0.33).

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,6 @@ LENGTHS = (10, 40, 150, 500, 1200, 2500, 4500, 7000)
 TOP_LOGPROBS = 5
 # Share of each kind of request.
 KINDS = {"answer": 0.35, "streamed answer": 0.35, "abort": 0.13, "samples": 0.05, "bad": 0.12}
-BAD = (
-    "wrong model",
-    "negative max_tokens",
-    "prompt too long",
-    "malformed JSON",
-    "temperature as text",
-    "empty",
-)
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class Clients:
         index = choice.randrange(len(self._prompts))
         prompt = self._prompts[index]
         if kind == "bad":
-            await self._bad(session, choice.choice(BAD))
+            await self._bad(session, choice)
         elif kind == "abort":
             await self._abort(api, prompt, choice.randrange(0, prompt.max_tokens))
         elif kind == "samples":
@@ -215,19 +207,22 @@ class Clients:
             if not all(map(math.isfinite, choice.logprobs.token_logprobs)):
                 self.tally.faults["samples: a log-probability isn't finite"] += 1
 
-    async def _bad(self, session: aiohttp.ClientSession, name: str) -> None:
+    async def _bad(self, session: aiohttp.ClientSession, choice: random.Random) -> None:
         """Sends what the server must refuse, and expects status 4xx with an error in JSON."""
         prompt = self._prompts[0]
         body = self._request(prompt)
         del body["extra_body"]
-        changes: dict[str, Callable[[], dict[str, Any]]] = {
-            "wrong model": lambda: {"model": "no-such-model"},
-            "negative max_tokens": lambda: {"max_tokens": -5},
-            "prompt too long": lambda: {"prompt": [prompt.ids[0]] * (self._max_model_len + 1)},
-            "temperature as text": lambda: {"temperature": "hot"},
-            "empty": lambda: {"prompt": []},
+        changes: dict[str, dict[str, Any]] = {
+            "wrong model": {"model": "no-such-model"},
+            "negative max_tokens": {"max_tokens": -5},
+            "prompt too long": {"prompt": [prompt.ids[0]] * (self._max_model_len + 1)},
+            "temperature as text": {"temperature": "hot"},
+            "empty": {"prompt": []},
         }
-        text = '{"model": ' if name == "malformed JSON" else json.dumps(body | changes[name]())
+        texts = {"malformed JSON": '{"model": '} | {
+            name: json.dumps(body | change) for name, change in changes.items()
+        }
+        name, text = choice.choice(list(texts.items()))
         headers = {"Content-Type": "application/json"}
         async with session.post(f"{self._url}/v1/completions", data=text, headers=headers) as reply:
             answer = await reply.text()
