@@ -5,9 +5,7 @@ run with other options doesn't take them up.
 """
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +20,7 @@ from topt_vllm.calibration.key_statistics import SKIPPED_TOKENS
 from topt_vllm.calibration.options import ROWS_PER_LENGTH, CalibrationError
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.sensitivity import SENSITIVITY_ROWS
+from topt_vllm.output import in_one_step
 from topt_vllm.version import __version__
 
 # What a run may change without changing its results.
@@ -91,10 +90,8 @@ class Partial:
 
     def save(self, name: str, result: Any) -> None:
         """Keeps a result: tensors, numbers, and lists or dicts of them."""
-        handle, temporary = tempfile.mkstemp(dir=self.folder)
-        with os.fdopen(handle, "wb") as file:
-            torch.save(result, file)
-        os.replace(temporary, self.folder / f"{name}.pt")
+        with in_one_step(self.folder / f"{name}.pt", force=True) as temporary:
+            torch.save(result, temporary)
 
     def remove(self) -> None:
         """Deletes everything, once the table is made, or where a resumed run would fail as this one."""
