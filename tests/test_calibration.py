@@ -23,7 +23,7 @@ from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, deviati
 from topt_vllm.replay import capture
 from topt_vllm.replay import scores as scores_module
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import captured
+from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.predictions import Losses
@@ -308,31 +308,24 @@ def test_windowed_layers_count_their_window():
 def test_capture_leaves_the_model_as_it_is(tmp_path, config, monkeypatch):
     """Hidden states under capture are those of the eager model, softcap and windows included."""
     monkeypatch.setattr(capture, "_MASKED_ROWS", 20)
-    model = transformers.AutoModel.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         save_model(tmp_path, config), attn_implementation="eager", dtype=torch.float32
     )
     tokens = torch.randint(0, 256, (1, 90), generator=torch.Generator().manual_seed(0))
     identity = identify(model.config, "tiny")
     seen: list[LayerCall] = []
     with torch.inference_mode():
-        expected = model(tokens, use_cache=False).last_hidden_state
-        with captured(model, identity, seen.append):
-            found = model(tokens, use_cache=False).last_hidden_state
+        expected = model.base_model(tokens, use_cache=False).last_hidden_state
+    found = DensePass(
+        model,
+        Subject(identity, getattr(model.config, "sliding_window", 0) or 0, 257),
+        tokens[0].tolist(),
+        (range(90),),
+        seen.append,
+    ).hidden(range(90))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert [call.layer for call in seen] == [i for i in range(3) if i not in identity.sliding_window_layers]
     assert model.config._attn_implementation == "eager"
-
-
-def test_model_whose_layers_are_not_what_its_configuration_says(tmp_path):
-    config = KINDS["gemma3, windows"]
-    model = transformers.AutoModel.from_pretrained(save_model(tmp_path, config))
-    claimed = identify(model.config, "tiny").model_copy(update={"sliding_window_layers": []})
-    with (
-        torch.inference_mode(),
-        captured(model, claimed, lambda call: None),
-        pytest.raises(ReplayError, match="layer 0 attends with sliding_window=32"),
-    ):
-        model(torch.zeros(1, 90, dtype=torch.long), use_cache=False)
 
 
 def test_sequences_do_not_overlap_and_the_last_part_is_held_back():

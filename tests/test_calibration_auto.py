@@ -19,12 +19,13 @@ from topt_vllm.calibration.plan import ladder
 from topt_vllm.calibration.search import MAX_RUNS, Measured, Target, search
 from topt_vllm.cli.main import main
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.capture import captured
+from topt_vllm.replay.dense_pass import DensePass
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.predictions import Losses
 from topt_vllm.replay.replay import Replay
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.top_theta import TopTheta
+from topt_vllm.replay.whole_pass import observed
 from topt_vllm.table.file import dump, load
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import ThresholdTable
@@ -187,8 +188,7 @@ def test_replay_decodes_as_the_operator_would(folders):
     found = replay.compare(attention(subject, {2: thresholds(8.0)}, replay)).losses()
 
     calls: list[LayerCall] = []
-    with torch.inference_mode(), captured(model.base_model, subject.identity, calls.append):
-        model.base_model(torch.tensor([tokens()[:-1]]), use_cache=False)
+    observed(model, subject, tokens()[:-1], calls.append)
     call = calls[2]
     out = attend_row(call.query[:, -1], call.key, call.value, torch.full((4,), 8.0), Selection(), call.scale)
     replaced: list[torch.Tensor] = []
@@ -288,6 +288,21 @@ def test_a_picture_without_a_suffix_is_a_png_and_nothing_lies_beside_it(tmp_path
     assert main(["inspect", str(tmp_path / "table.yaml"), "--plot", str(tmp_path / "picture")]) == 0
     assert (tmp_path / "picture").read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture", "table.yaml"]
+
+
+def test_a_dry_run_says_how_many_passes_will_be_made(folders, capsys, monkeypatch):
+    folder, made, before = folders["llama"], [], DensePass.__init__
+    monkeypatch.setattr(
+        DensePass, "__init__", lambda *args, **given: made.append(0) or before(*args, **given)
+    )
+    command = ["calibrate", "--model", folder, "--dataset", folder / "text.txt", "--num-samples", 3]
+    command += ["--max-seq-length", 600, "--budget", "auto", "--target-rows", "30%", "--max-loss", "90%"]
+    command += ["--output", folder / "counted.yaml", "--device", "cpu"]
+    assert main([*map(str, command), "--dry-run"]) == 0
+    assert not made
+    announced = capsys.readouterr().out
+    assert main([*map(str, command)]) == 0
+    assert f"{len(made)} passes, at most" in announced
 
 
 def test_a_target_that_is_not_reached_is_said(folders, capsys):

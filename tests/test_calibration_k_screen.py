@@ -21,10 +21,9 @@ from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.summary import describe
 from topt_vllm.cli.main import main
 from topt_vllm.replay import scores as scores_module
-from topt_vllm.replay.capture import captured
-from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.model import load_causal_lm
 from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.whole_pass import observed
 from topt_vllm.table.file import dump, dumps, load
 from topt_vllm.table.identity import identify
 from topt_vllm.table.schema import ThresholdTable
@@ -139,8 +138,7 @@ def test_candidates_are_the_reference_s(folder, whole, monkeypatch):
             pairs, candidates = pairs + passed.numel(), candidates + int(passed.sum())
         counted[found.layer] = candidates / pairs
 
-    with torch.inference_mode(), captured(model, plan.subject.identity, observe):
-        CausalLM(model).hidden(torch.tensor([tokens]))
+    observed(model, plan.subject, tokens, observe)
     shares = budget.quality.layer_candidates
     assert shares[1] == 1.0
     for layer in (0, 2):

@@ -18,13 +18,14 @@ from tiny_models import SMALL, byte_tokenizer, save_model, save_text
 from transformers import Gemma3TextConfig, LlamaConfig
 
 from topt_vllm.cli.main import main
-from topt_vllm.evaluation.cases import answer, numbers
+from topt_vllm.evaluation.cases import answer
 from topt_vllm.evaluation.needles import hide
 from topt_vllm.evaluation.options import RULES, EvaluationError, EvaluationOptions
 from topt_vllm.evaluation.plan import Plan, prepare
 from topt_vllm.evaluation.records import quality, spread
 from topt_vllm.evaluation.rules.families import families
 from topt_vllm.evaluation.rules.topk import TopK
+from topt_vllm.evaluation.tasks.haystack import Haystack
 from topt_vllm.evaluation.tuning import sample, spread_rows, tune
 from topt_vllm.replay import predictions
 from topt_vllm.replay.attention import Counts, RuleAttention
@@ -152,12 +153,12 @@ def test_standard_error_is_that_of_paired_block_means():
     """A difference that is the same in every row has none, however much the losses themselves vary."""
     dense = torch.rand(256, generator=torch.Generator().manual_seed(0)) * 5
     counts = Counts(v_rows=1, elements=1)
-    steady = quality(Comparison(dense, dense + 0.1, dense, dense > 9), counts)
+    steady = quality("topk", Comparison(dense, dense + 0.1, dense, dense > 9), counts)
     assert steady["loss_pct"] == pytest.approx(100 * math.expm1(0.1), abs=1e-3)
     assert steady["loss_pct_se"] == pytest.approx(0, abs=1e-4)
     # Eight blocks of 32 alike rows: 256 rows are worth eight.
     blocks = torch.tensor([0.0, 0.2] * 4).repeat_interleave(32)
-    found = quality(Comparison(dense, dense + blocks, dense, dense > 9), counts)
+    found = quality("topk", Comparison(dense, dense + blocks, dense, dense > 9), counts)
     expected = math.exp(0.1) * 100 * math.sqrt(0.01 * 8 / 7 / 8)
     assert found["loss_pct_se"] == pytest.approx(expected, rel=1e-3)
 
@@ -441,6 +442,10 @@ def test_lengths_with_other_rotations_are_not_compared(tmp_path, capsys):
         (["--generate", "150"], True),
         (["--skip-texts", "--needles", "203", "--depths", "0"], True),
         (["--skip-texts", "--needles", "320", "--depths", "0"], False),
+        (["--skip-texts", "--needles", "170", "320", "--depths", "0"], False),
+        # One pass serves to tune for all prompts.
+        (["--skip-texts", "--needles", "170", "320", "--depths", "0", "--rows", "0.5"], True),
+        (["--lengths", "320", "--needles", "170", "--depths", "0", "--rows", "0.5"], True),
     ):
         assert main(command(model, *asked, *more)) == 2 * refused, more
         assert ("(longrope)" in capsys.readouterr().err) == refused
@@ -459,7 +464,9 @@ def test_answers_end_within_the_context(tmp_path):
 
 def test_a_tokenizer_that_tells_no_numbers_apart_is_refused():
     with pytest.raises(EvaluationError, match="tells 1 numbers of five digits apart, and 3 are needed"):
-        numbers(lambda text, **_: {"input_ids": [0] * len(text.split())}, random.Random(0), 3)
+        Haystack(
+            "", lambda text, **_: {"input_ids": [0] * len(text.split())}, [], 0, random.Random(0)
+        ).numbers(3)
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -193,12 +193,12 @@ def test_masks_that_say_more_than_what_is_seen_are_refused(mask, refused):
     query = torch.zeros(1, 2, 4, 8)
     asked = capture.Asked(torch.nn.Module(), query, query, query, mask, None, None, {})
     asked.module.layer_idx = 0
-    call = asked.call(mask=capture.visible_keys(mask))
+    call, seen = asked.call(), capture.visible_keys(mask)
     if refused:
         with pytest.raises(ReplayError, match="a mask with biases, or one for each head"):
-            capture.check_plain_causal(asked, call, call.mask)
+            capture.check_plain_causal(asked, call, seen)
     else:
-        capture.check_plain_causal(asked, call, call.mask)
+        capture.check_plain_causal(asked, call, seen)
 
 
 def test_layers_without_keys_have_no_candidates_to_count():

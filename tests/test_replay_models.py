@@ -14,11 +14,12 @@ from transformers import LlamaConfig
 from topt_vllm.calibration.head_errors import output_projection
 from topt_vllm.cli.main import main
 from topt_vllm.replay.attention import RuleAttention
-from topt_vllm.replay.model import examine, load_causal_lm
+from topt_vllm.replay.model import Subject, examine, load_causal_lm
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.replay import Replay
 from topt_vllm.replay.top_theta import TopTheta
 from topt_vllm.table.file import load as load_table
+from topt_vllm.table.identity import identify
 
 TOKENS = torch.randint(0, 256, (121,), generator=torch.Generator().manual_seed(0))
 ROWS = 40
@@ -78,7 +79,7 @@ def test_what_the_configuration_does_not_say_is_seen_by_the_dense_pass(tmp_path)
     """Layers that attend in chunks, or twice for each token."""
     model = load(tmp_path, REFUSED["llama4"][0])
     with pytest.raises(ReplayError, match="layer 0 attends with a mask that isn't its window's"):
-        Replay(model, examine(str(tmp_path), decoded=False), TOKENS.tolist(), ROWS)
+        Replay(model, Subject(identify(model.config, "tiny"), 64, 257), TOKENS.tolist(), ROWS)
     model = load(tmp_path / "twice", REFUSED["diffllama"][0])
     FAMILIES["llama"].config.save_pretrained(tmp_path / "once")
     with pytest.raises(ReplayError, match="layer 0 attends more than once for each token"):

@@ -5,13 +5,12 @@ from typing import Any
 import torch
 
 from topt_vllm.benchmarks.cache_file import CapturedCache, CapturedLayer
-from topt_vllm.replay.capture import captured
-from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.checkpoint import check_weights
 from topt_vllm.replay.model import Subject, examine, load_causal_lm, load_tokenizer
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import read_texts
+from topt_vllm.replay.whole_pass import observed
 
 
 def capture(
@@ -33,7 +32,7 @@ def capture(
     Raises:
         ReplayError: The model or the text can't be read, isn't supported, or is too short.
     """
-    subject = examine(model, decoded=False, trust_remote_code=trust_remote_code)
+    subject = examine(model, trust_remote_code=trust_remote_code)
     _check_context(subject, seq_len)
     check_weights(model)
     tokens, text = _tokens(load_tokenizer(model, trust_remote_code), dataset, seq_len)
@@ -49,12 +48,10 @@ def capture(
         layers[call.layer] = CapturedLayer(*(part.to("cpu", torch.bfloat16, copy=True) for part in parts))
         scales.add((call.scale, call.softcap))
 
-    with torch.inference_mode(), captured(weights, subject.identity, keep):
-        CausalLM(weights).hidden(torch.tensor([tokens], device=weights.device))
-    if list(layers) != subject.full_layers or len(scales) != 1:
+    observed(weights, subject, tokens, keep)
+    if len(scales) != 1:
         raise ReplayError(
-            f"{model}: its full-attention layers are {subject.full_layers}, but layers {list(layers)} were seen, "
-            f"with (scale, softcap) {sorted(scales)}; such models can't be captured"
+            f"{model}: its layers have different (scale, softcap), {sorted(scales)}; such models can't be captured"
         )
     scale, softcap = scales.pop()
     return CapturedCache(subject.identity, text, seq_len, scale, softcap, layers)

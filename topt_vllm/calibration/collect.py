@@ -9,14 +9,12 @@ import torch
 from topt_vllm.attention.common import Thetas
 from topt_vllm.calibration.head_errors import HeadErrors, head_errors, mean_errors, output_projection
 from topt_vllm.calibration.key_statistics import key_sums
-from topt_vllm.calibration.options import CalibrationError
 from topt_vllm.calibration.partial import Partial
 from topt_vllm.calibration.plan import ERROR_ROWS, Plan
 from topt_vllm.calibration.statistics import KthScoreMoments, RowSample, kth_scores, sample_rows
-from topt_vllm.replay.capture import Observer, captured
-from topt_vllm.replay.causal_lm import CausalLM
-from topt_vllm.replay.model import Subject
+from topt_vllm.replay.capture import Observer
 from topt_vllm.replay.scores import LayerCall
+from topt_vllm.replay.whole_pass import observed
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def _late(call: LayerCall) -> LayerCall:
     first = _first_late_row(call.query.shape[1])
     query, key, value = call.query[:, first:].clone(), call.key.contiguous(), call.value.contiguous()
     # Views of a projection that gives all three would keep all three.
-    return replace(call, query=query, key=key, value=value, mask=None, first=first)
+    return replace(call, query=query, key=key, value=value, first=first)
 
 
 def _sequence(
@@ -154,21 +152,3 @@ def _sequence(
 
     observed(model, plan.subject, sequence, observe)
     return values
-
-
-def observed(model: Any, subject: Subject, sequence: list[int], observe: Observer) -> None:
-    """One forward pass; every full-attention layer must have been seen, or thresholds would be missing."""
-    seen: list[int] = []
-
-    def counted(call: LayerCall) -> None:
-        seen.append(call.layer)
-        observe(call)
-
-    tokens = torch.tensor([sequence], device=model.device)
-    with torch.inference_mode(), captured(model, subject.identity, counted):
-        CausalLM(model).hidden(tokens)
-    if seen != subject.full_layers:
-        raise CalibrationError(
-            f"{subject.identity.id}: its configuration has the full-attention layers {subject.full_layers}, "
-            f"but layers {seen} called the AttentionInterface; this architecture can't be calibrated"
-        )

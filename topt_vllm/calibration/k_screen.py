@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from topt_vllm.calibration.candidates import CandidateShares
-from topt_vllm.calibration.collect import observed
 from topt_vllm.calibration.key_statistics import key_statistics, key_sums
 from topt_vllm.calibration.options import CalibrationError, CalibrationOptions
 from topt_vllm.calibration.plan import read_sequences
@@ -18,6 +17,7 @@ from topt_vllm.replay.memory import explained
 from topt_vllm.replay.model import Subject, check_device, examine, load_causal_lm
 from topt_vllm.replay.scores import LayerCall
 from topt_vllm.replay.texts import Sequences
+from topt_vllm.replay.whole_pass import observed
 from topt_vllm.table.file import load
 from topt_vllm.table.schema import KeyStatistics, ThresholdTable
 from topt_vllm.table.words import printable

@@ -95,7 +95,6 @@ def _work(plan: "Plan") -> str:
     passes = plan.options.num_samples + 1
     if plan.options.budget != "auto":
         return f"{passes} passes"
-    passes += len(plan.error_sequences)
     tuning, layers = len(plan.sequences.tuning), len(plan.allocated_layers)
     stateful = plan.subject.stateful
     scanned, tried = (

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from topt_vllm.evaluation.rules.families import Family
-from topt_vllm.replay.capture import captured
-from topt_vllm.replay.causal_lm import CausalLM
 from topt_vllm.replay.model import Subject
 from topt_vllm.replay.rule import Rows, Rule, rows_of
 from topt_vllm.replay.scores import LayerCall, any_of_group, in_threads, true_per_row
+from topt_vllm.replay.whole_pass import observed
 
 SAMPLED_ROWS = 24
 _STEPS = 16
@@ -73,8 +72,7 @@ def sample(model: Any, subject: Subject, tokens: list[int], wanted: list[torch.T
         for into, rows in zip(taken, wanted, strict=True):
             into[call.layer] = rows_of(call, rows.to(call.query.device), key)
 
-    with torch.inference_mode(), captured(model, subject.identity, observe):
-        CausalLM(model).hidden(torch.tensor([tokens], device=model.device))
+    observed(model, subject, tokens, observe)
     return [Sample(subject, rows) for rows in taken]
 
 

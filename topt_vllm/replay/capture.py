@@ -18,7 +18,6 @@ from topt_vllm.replay.long_contexts import attend_by_vllm
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
-from topt_vllm.table.identity import ModelIdentity
 
 NAME = "toptheta_capture"
 
@@ -89,48 +88,6 @@ class Asked:
 
 Attention = Callable[[Asked], torch.Tensor]
 """What attends: its output is [B, r, H, Dv]."""
-
-
-class _Capture:
-    """The attention function of one run."""
-
-    def __init__(self, identity: ModelIdentity, observe: Observer) -> None:
-        self._identity = identity
-        self._observe = observe
-        self._windowed = set(identity.sliding_window_layers)
-
-    def __call__(self, asked: Asked) -> torch.Tensor:
-        call = asked.call(mask=None if asked.mask is None else visible_keys(asked.mask))
-        self._check_heads(call)
-        windowed = call.layer in self._windowed
-        if not windowed:
-            check_plain_causal(asked, call, call.mask)
-            self._observe(call)
-        return whole_sequence(asked, call)
-
-    def _check_heads(self, call: LayerCall) -> None:
-        expected = (self._identity.num_query_heads, self._identity.num_kv_heads, self._identity.head_dim)
-        found = (call.query.shape[0], call.key.shape[0], call.query.shape[2])
-        # Gemma 4 and others give the two kinds of layer different heads; only calibrated ones must agree.
-        if found != expected and call.layer not in self._windowed:
-            raise ReplayError(
-                f"layer {call.layer} has {found[0]} query heads, {found[1]} KV heads and head_dim {found[2]}, "
-                f"but the configuration says {expected[0]}, {expected[1]} and {expected[2]}; "
-                "such models are not supported"
-            )
-
-
-@contextmanager
-def captured(model: Any, identity: ModelIdentity, observe: Observer) -> Iterator[None]:
-    """Within it, every full-attention layer of ``model`` is shown to ``observe`` before its output is computed.
-
-    Args:
-        model: A transformers model; run it with a batch of one sequence and no cache.
-        identity: Of the model; its layers with a sliding window are passed through unseen.
-        observe: Gets each layer's call, in order.
-    """
-    with selected(model, _Capture(identity, observe)):
-        yield
 
 
 def can_be_captured(model: Any) -> bool:

@@ -26,6 +26,7 @@ from topt_vllm.replay.model import Subject
 from topt_vllm.replay.options import ReplayError
 from topt_vllm.replay.rule import attend
 from topt_vllm.replay.scores import LayerCall
+from topt_vllm.table.layers import Heads
 
 
 class DensePass:
@@ -134,11 +135,14 @@ class DensePass:
             raise ReplayError(
                 f"layer {call.layer} attends more than once for each token; such models are not supported"
             )
-        expected = self.subject.kv_heads_of(call.layer)
-        if call.key.shape[0] != expected:
+        identity = self.subject.identity
+        expected = Heads(identity.num_query_heads, self.subject.kv_heads_of(call.layer), identity.head_dim)
+        found = Heads(call.query.shape[0], call.key.shape[0], call.query.shape[2])
+        # Windowed layers may have other heads, of which only the number of V rows matters.
+        if found.kv != expected.kv or (found != expected and not call.window):
             raise ReplayError(
-                f"layer {call.layer} has {call.key.shape[0]} KV heads, but its configuration says {expected}; such "
-                "models are not supported"
+                f"layer {call.layer} has {found}, but its configuration says {expected}; such models are not "
+                "supported"
             )
 
     def _keep(self, call: LayerCall) -> None:

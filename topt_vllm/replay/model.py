@@ -126,12 +126,11 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -> Subject:
+def examine(model: str, trust_remote_code: bool = False) -> Subject:
     """Checks from its configuration alone whether a model can be replayed.
 
     Args:
         model: Folder or hub id.
-        decoded: Whether rows will be decoded behind a dense prompt.
         trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
@@ -146,7 +145,7 @@ def examine(model: str, decoded: bool = True, trust_remote_code: bool = False) -
     if (own := _OWN_ATTENTION.get(text.model_type)) is not None:
         raise ReplayError(f"{model}: {own}; this architecture can't be calibrated")
     kinds = layer_kinds(text)
-    if decoded and "chunked_attention" in kinds:
+    if "chunked_attention" in kinds:
         raise ReplayError(
             f"{model}: layers of the kind chunked_attention attend within chunks of the context, which Top-Theta "
             "doesn't support; this architecture can't be calibrated"

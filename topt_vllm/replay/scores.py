@@ -31,7 +31,6 @@ class LayerCall:
         value: [Hkv, n, Dv].
         scale: Factor of q·k.
         softcap: Logits softcap, 0 for none.
-        mask: bool [n, n], true where a row sees a key; None for plain causal attention.
         first: Index in the sequence of the first query row.
         window: Keys that a row sees at most, counted back from its own; 0 for all.
         sinks: [H], the score of each head's attention sink, which takes probability and has no value; None without.
@@ -43,7 +42,6 @@ class LayerCall:
     value: torch.Tensor
     scale: float
     softcap: float = 0.0
-    mask: torch.Tensor | None = None
     first: int = 0
     window: int = 0
     sinks: torch.Tensor | None = None
@@ -56,8 +54,6 @@ class LayerCall:
     def visible(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Which keys from ``start`` on the rows see: bool [rows, m − start], m behind the last row's."""
         m = int(rows.max()) + 1
-        if self.mask is not None:
-            return self.mask[rows, start:m]
         keys = torch.arange(start, m, device=rows.device)
         seen = keys <= rows[:, None]
         return seen & (keys > rows[:, None] - self.window) if self.window else seen
@@ -75,7 +71,7 @@ class LayerCall:
         if self.softcap > 0:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
         # Before the first row's own key, only masks and windows hide anything.
-        start = 0 if self.mask is not None or self.window else int(rows[0])
+        start = 0 if self.window else int(rows[0])
         scores[..., start:].masked_fill_(~self.visible(rows, start), float("-inf"))
         return scores
 

@@ -56,3 +56,8 @@ def dense_pass(
 ) -> DensePass:
     """The dense pass of the model's kind; arguments as for :class:`DensePass`."""
     return (WholePass if subject.stateful else DensePass)(model, subject, tokens, spans, observe)
+
+
+def observed(model: Any, subject: Subject, tokens: list[int], observe: Observer) -> None:
+    """A dense pass of which nothing is kept: each layer without a window is shown to ``observe``, in order."""
+    WholePass(model, subject, tokens, observe=observe)
