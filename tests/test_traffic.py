@@ -20,7 +20,7 @@ from topt_vllm.attention.common import (
 )
 from topt_vllm.attention.triton import launch, launcher
 from topt_vllm.attention.triton.launch import LaunchShape
-from topt_vllm.attention.triton.workspace import Parts
+from topt_vllm.attention.triton.workspace import cut, words_of
 from topt_vllm.benchmarks.cases import Shape
 
 pytestmark = pytest.mark.slow
@@ -103,7 +103,7 @@ def test_model_is_what_the_kernel_moves_with_a_screen(monkeypatch: pytest.Monkey
     cache, statistics = replace(case.cache, key=key), new_statistics()
     bound = launcher.allocate(LargestBatch(2, 1, 6, 2, 80, torch.device("cpu")), programs=3)
     chosen = launch.choose(LaunchShape(1, 6, 2, 80, 2, screened=True), LIMITS, 3)
-    parts = Parts.of(chosen, 2, 6, 2, 80, 80).cut(bound.memory)
+    parts = cut(bound.memory, words_of(chosen, 2, 6, 2, 80, 80))
     tensors = {"key": key, "codes": screen.codes, "query": query, "out": out}
     # The last but one part of the workspace; behind it are the coefficients.
     meter = Meter(monkeypatch, tensors | {"queries": parts["query_codes"]})

@@ -11,7 +11,7 @@ import torch
 
 from topt_vllm.attention.common import Selection, Thetas
 from topt_vllm.attention.triton.calls import Call, DecodeStep
-from topt_vllm.attention.triton.launch import MIN_PROGRAM_TOKENS, Launch, limits_of
+from topt_vllm.attention.triton.launch import Launch, limits_of
 from topt_vllm.attention.triton.launcher import interpreted
 from topt_vllm.benchmarks.cases import Inputs
 from topt_vllm.benchmarks.compile import CHIPS, Chip, compile_call, resources
@@ -28,7 +28,6 @@ def candidates(chosen: Launch) -> list[Launch]:
         replace(
             chosen,
             tile=tile,
-            min_tiles=max(1, MIN_PROGRAM_TOKENS // tile),
             gather=gather,
             key_stages=key_stages,
             value_stages=value_stages,
@@ -112,7 +111,7 @@ def tune(
 
 
 def _try(launch: Launch, step: DecodeStep, gpu: Gpu, chip: Chip, used: Any, expected: Any) -> dict[str, Any]:
-    memory = torch.empty(step.parts(launch).words, device=gpu.device)
+    memory = torch.empty(sum(step.words(launch).values()), device=gpu.device)
     calls = step.calls(launch, memory, interpreted())
     *_, decode, _ = calls
     reason = why_not(used(decode), launch.num_warps, chip)

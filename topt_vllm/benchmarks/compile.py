@@ -236,7 +236,7 @@ def calls(configuration: Configuration, chip: Chip) -> tuple[Launch, dict[str, C
     """Launch parameters and the launches of a configuration by kernel name."""
     step = configuration.step()
     launch = step.choose(chip.limits, None)
-    memory = _empty(step.parts(launch).words, dtype=torch.float32)
+    memory = _empty(sum(step.words(launch).values()), dtype=torch.float32)
     *queries, decode, merge = step.calls(launch, memory, interpreted=False)
     if step.cache.value_sums is None:
         raise RuntimeError("a configuration has V sums; this is a bug")

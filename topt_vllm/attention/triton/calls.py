@@ -20,7 +20,7 @@ from topt_vllm.attention.triton.launch import (
 )
 from topt_vllm.attention.triton.merge_kernel import _topt_merge_kernel
 from topt_vllm.attention.triton.queries_kernel import _topt_queries_kernel
-from topt_vllm.attention.triton.workspace import Parts
+from topt_vllm.attention.triton.workspace import cut, words_of
 
 # Elements of V that the merge and the finish kernel add at a time, in this many rows at least.
 _VALUE_ELEMENTS, _VALUE_ROWS = 8192, 16
@@ -82,21 +82,21 @@ class DecodeStep(DecodeArguments):
         """Chunks of query rows of all sequences."""
         return self.batch.seq_lens.shape[0] * launch.chunks(self.max_query_rows)
 
-    def parts(self, launch: Launch) -> Parts:
+    def words(self, launch: Launch) -> dict[str, int]:
         """How the workspace is cut."""
         num_heads, head_dim = self.query.shape[1:]
         _, num_kv_heads, _, value_dim = self.cache.value.shape
-        return Parts.of(launch, self.items(launch), num_heads, num_kv_heads, head_dim, value_dim)
+        return words_of(launch, self.items(launch), num_heads, num_kv_heads, head_dim, value_dim)
 
     def calls(self, launch: Launch, memory: torch.Tensor, interpreted: bool) -> list[Call]:
         """The queries kernel, if there is a screen, the decode and the merge kernel.
 
         Args:
             launch: From :meth:`choose`.
-            memory: float32 [at least the words of :meth:`parts`].
+            memory: float32 [at least the words of :meth:`words`].
             interpreted: Whether Triton's interpreter runs the kernels.
         """
-        parts = self.parts(launch).cut(memory)
+        parts = cut(memory, self.words(launch))
         lists = {name: parts.pop(name) for name in ("listed_scores", "listed_slots", "listed_positions")}
         queries = {name: parts.pop(name) for name in ("query_codes", "coefficients")}
         shared = self._shared(launch, parts["partial_reached"]) | parts

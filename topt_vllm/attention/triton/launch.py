@@ -93,7 +93,6 @@ class Launch:
         programs: Programs of one KV head, which share the keys of the whole batch.
         screened: Whether there is a K screen: the loop over keys reads its codes then.
         tile: Keys per iteration.
-        min_tiles: Least tiles of a program.
         list_keys: Keys that are scored before the V rows among them are read.
         candidates: Candidates of a K screen per iteration of the loop that reads their K.
         gather: V rows per iteration.
@@ -111,7 +110,6 @@ class Launch:
     programs: int
     screened: bool
     tile: int
-    min_tiles: int
     list_keys: int
     candidates: int
     gather: int
@@ -122,6 +120,11 @@ class Launch:
     max_registers: int | None
     four_at_once: bool
     converts_fp8: bool
+
+    @property
+    def min_tiles(self) -> int:
+        """Least tiles of a program."""
+        return max(1, MIN_PROGRAM_TOKENS // self.tile)
 
     def chunks(self, max_query_rows: int) -> int:
         """Tiles that the query rows of one sequence are spread over."""
@@ -185,7 +188,6 @@ def choose(shape: LaunchShape, limits: GpuLimits, programs: int | None = None) -
         programs=programs,
         screened=screened,
         tile=tile,
-        min_tiles=max(1, MIN_PROGRAM_TOKENS // tile),
         list_keys=list_keys,
         candidates=candidates,
         gather=gather,

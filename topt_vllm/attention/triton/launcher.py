@@ -80,10 +80,11 @@ class Bound:
     memory: torch.Tensor
     programs: int | None = None
 
-    @property
-    def capabilities(self) -> Capabilities:
-        """Those of the module."""
-        return capabilities
+    # The module's.
+    capabilities = capabilities
+    finish = staticmethod(finish)
+    new_statistics = staticmethod(new_statistics)
+    screen_bytes = staticmethod(screen_bytes)
 
     def decode(self, given: DecodeArguments) -> None:
         """Every row of a batch over the paged cache, in any layout whose V rows are contiguous.
@@ -94,7 +95,7 @@ class Bound:
         step = DecodeStep(**vars(given))
         check(step)
         launch = step.choose(limits_of(step.query.device), self.programs)
-        words = step.parts(launch).words
+        words = sum(step.words(launch).values())
         if words > self.memory.numel():
             raise RuntimeError(
                 f"workspace: expected at least {words} words for {step.query.shape[0]} rows of "
@@ -103,18 +104,6 @@ class Bound:
             )
         for call in step.calls(launch, self.memory, interpreted()):
             call.launch()
-
-    def finish(self, cache: PagedCache, batch: DecodeBatch) -> None:
-        """As :func:`finish`."""
-        finish(cache, batch)
-
-    def new_statistics(self, device: torch.device | str) -> torch.Tensor:
-        """As :func:`new_statistics`."""
-        return new_statistics(device)
-
-    def screen_bytes(self, format: ScreenFormat, head_dim: int, block_size: int) -> int:
-        """As :func:`screen_bytes`."""
-        return screen_bytes(format, head_dim, block_size)
 
 
 def allocate(largest: LargestBatch, programs: int | None = None) -> Bound:
@@ -125,5 +114,5 @@ def allocate(largest: LargestBatch, programs: int | None = None) -> Bound:
 def decode(given: DecodeArguments, programs: int | None = None) -> None:
     """As :meth:`Bound.decode`, with a workspace of its own; ``programs`` fixes their number for a KV head."""
     step, device = DecodeStep(**vars(given)), given.query.device
-    words = step.parts(step.choose(limits_of(device), programs)).words
+    words = sum(step.words(step.choose(limits_of(device), programs)).values())
     Bound(torch.empty(words, dtype=torch.float32, device=device), programs).decode(given)

@@ -1,6 +1,5 @@
 """Memory that the decode kernel keeps lists and partial results in, allocated once for every batch."""
 
-from dataclasses import astuple, dataclass
 from itertools import product
 
 import torch
@@ -9,73 +8,52 @@ from topt_vllm.attention.common import LargestBatch
 from topt_vllm.attention.triton.launch import Launch, LaunchShape, choose, limits_of, power_of_two
 from topt_vllm.attention.triton.queries_kernel import COEFFICIENTS
 
+# Those that aren't float32.
+_DTYPES = {
+    "listed_slots": torch.int32,
+    "partial_reached": torch.int32,
+    "listed_positions": torch.int32,
+    "query_codes": torch.int8,
+}
 
-@dataclass(frozen=True)
-class Parts:
-    """Words of what the decode kernel keeps for itself, and of what it leaves for the merge kernel.
 
-    Attributes:
-        scores: float32 [Hkv, programs, list_keys, rows * group up to a power of two], scores of listed keys.
-        slots: int32 [Hkv, programs, list_keys], where they are in the cache.
-        outputs: float32 [Hkv, segments, rows * group, Dv].
-        softmax: float32 [Hkv, segments, rows * group, 3]: the score that the rest is relative to, mass, kept mass.
-        reached: int32 [Hkv, segments, rows * group], keys that reach θ.
-        positions: int32 [Hkv, programs, list_keys], candidates' positions; like what follows with a K screen only.
-        query_codes: int8 [R, H, 2, D / 2], q'.
-        coefficients: float32 [R, H, COEFFICIENTS], the queries kernel's.
+def words_of(
+    launch: Launch, items: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
+) -> dict[str, int]:
+    """Words of what the decode kernel keeps, and of what it leaves for the merge kernel, by the kernels' names.
+
+    ``items`` as :mod:`topt_vllm.attention.triton.schedule` has them.
     """
+    columns = launch.rows * num_heads // num_kv_heads
+    listed = num_kv_heads * launch.programs * launch.list_keys
+    segments = num_kv_heads * (launch.programs + items)
+    vectors = items * launch.rows * num_heads if launch.screened else 0
+    words = {
+        # [Hkv, programs, list_keys, rows * group up to a power of two], scores of listed keys.
+        "listed_scores": listed * power_of_two(columns),
+        # [Hkv, programs, list_keys], where they are in the cache.
+        "listed_slots": listed,
+        # [Hkv, segments, rows * group, Dv].
+        "partial_out": segments * columns * value_dim,
+        # [Hkv, segments, rows * group, 3]: the score that the rest is relative to, mass, kept mass.
+        "partial_softmax": segments * columns * 3,
+        # [Hkv, segments, rows * group], keys that reach θ.
+        "partial_reached": segments * columns,
+        # [Hkv, programs, list_keys], candidates' positions; like what follows with a K screen only.
+        "listed_positions": listed if launch.screened else 0,
+        # [R, H, 2, D / 2], q'.
+        "query_codes": vectors * head_dim // 4,
+        # [R, H, COEFFICIENTS], the queries kernel's.
+        "coefficients": vectors * COEFFICIENTS.value,
+    }
+    # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
+    return {name: -(-count // 4) * 4 for name, count in words.items()}
 
-    scores: int
-    slots: int
-    outputs: int
-    softmax: int
-    reached: int
-    positions: int
-    query_codes: int
-    coefficients: int
 
-    @classmethod
-    def of(
-        cls, launch: Launch, items: int, num_heads: int, num_kv_heads: int, head_dim: int, value_dim: int
-    ) -> "Parts":
-        """For one batch; ``items`` as :mod:`topt_vllm.attention.triton.schedule` has them."""
-        columns = launch.rows * num_heads // num_kv_heads
-        listed = num_kv_heads * launch.programs * launch.list_keys
-        segments = num_kv_heads * (launch.programs + items)
-        vectors = items * launch.rows * num_heads if launch.screened else 0
-        words = (
-            listed * power_of_two(columns),
-            listed,
-            segments * columns * value_dim,
-            segments * columns * 3,
-            segments * columns,
-            listed if launch.screened else 0,
-            vectors * head_dim // 4,
-            vectors * COEFFICIENTS.value,
-        )
-        # Triton compiles a kernel again for a pointer that isn't at a multiple of 16 bytes.
-        return cls(*(-(-count // 4) * 4 for count in words))
-
-    @property
-    def words(self) -> int:
-        """All of them."""
-        return sum(astuple(self))
-
-    def cut(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of ``memory`` by the kernels' names."""
-        scores, slots, outputs, softmax, reached, positions, codes, coefficients = memory[: self.words].split(
-            astuple(self)
-        )
-        return {
-            "listed_scores": scores,
-            "listed_slots": slots.view(torch.int32),
-            "partial_out": outputs,
-            "partial_softmax": softmax,
-            "partial_reached": reached.view(torch.int32),
-            "listed_positions": positions.view(torch.int32),
-            "query_codes": codes.view(torch.int8),
-            "coefficients": coefficients,
-        }
+def cut(memory: torch.Tensor, words: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The parts of ``memory`` by the kernels' names."""
+    parts = memory[: sum(words.values())].split(list(words.values()))
+    return {name: part.view(_DTYPES.get(name, memory.dtype)) for name, part in zip(words, parts, strict=True)}
 
 
 def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> torch.Tensor:
@@ -94,5 +72,5 @@ def allocate_workspace(largest: LargestBatch, programs: int | None = None) -> to
         shape = LaunchShape(query_rows, *heads, item_bytes, screened, batch, block_size)
         launch = choose(shape, limits, programs)
         items = largest.max_sequences * launch.chunks(query_rows)
-        words = max(words, Parts.of(launch, items, *heads, largest.head_dim).words)
+        words = max(words, sum(words_of(launch, items, *heads, largest.head_dim).values()))
     return torch.empty(words, dtype=torch.float32, device=largest.device)
