@@ -165,17 +165,15 @@ void set_thetas(topt::Problem& p, const Tensor& query, const optional<Tensor>& l
   p.law = data_of<float>(*law, "law", {p.num_heads, 2});
 }
 
-void run(const topt::Problem& p, topt::DType cache, topt::Counts& counts, double& dropped) {
+void run(const topt::Problem& p, const topt::Kernels& kernels, topt::Counts& counts, double& dropped) {
   // One workspace per calling thread; it grows to the largest call and stays.
   static thread_local topt::Shared shared;
-  topt::prepare_call(p, cache, at::get_num_threads(), shared);
+  kernels.prepare(p, at::get_num_threads(), shared);
   const int workers = shared.schedule.workers();
   // The lambda runs on other threads, whose own thread_local it must not name.
   topt::Shared* call = &shared;
-  at::parallel_for(0, workers, 1, [&p, call, cache](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      topt::run_call(p, cache, *call, static_cast<int>(worker));
-    }
+  at::parallel_for(0, workers, 1, [&p, call, &kernels](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) kernels.run(p, *call, static_cast<int>(worker));
   });
   for (const topt::Counts& unit : shared.counts) counts.kept += unit.kept, counts.read += unit.read, counts.keys += unit.keys, counts.candidates += unit.candidates;
   for (const double item : shared.dropped) dropped += item;
@@ -217,7 +215,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   p.vmean = vmean;
   p.keep_union = keep_union;
   set_cache(p, key, value, value_sums);
-  const topt::DType stored = stored_dtype_of(key, "key");
+  const topt::Kernels kernels = topt::kernels_for(stored_dtype_of(key, "key"));
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
   p.screen.hard = !screen_margin;
   p.screen.min_seq_len = static_cast<int>(screen_min_seq_len);
@@ -241,7 +239,7 @@ void decode(const Tensor& query, const Tensor& key, const Tensor& value, const o
   topt::Counts counts;
   if (reached) p.reached = data_of<int64_t>(*reached, "reached", {query.size(0), p.num_heads});
   double dropped = 0;
-  run(p, stored, counts, dropped);
+  run(p, kernels, counts, dropped);
   if (statistics) add_statistics(p, counts, dropped, *statistics);
 }
 
@@ -250,7 +248,7 @@ int64_t screen_bytes(int64_t head_dim, int64_t block_size) {
 }
 
 // A state ends wherever a block does. Most decode steps end none, and need no threads.
-void write_ending_states(const topt::Problem& p, topt::DType stored) {
+void write_ending_states(const topt::Problem& p, const topt::Kernels& kernels) {
   std::vector<int> ending;
   for (int sequence = 0; sequence < p.num_sequences; ++sequence) {
     const int end = p.seq_lens[sequence];
@@ -259,14 +257,14 @@ void write_ending_states(const topt::Problem& p, topt::DType stored) {
   at::parallel_for(0, static_cast<int64_t>(ending.size()) * p.num_kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int sequence = ending[i / p.num_kv_heads];
-      topt::finish_states(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), topt::first_written(p, sequence),
-                          p.seq_lens[sequence]);
+      kernels.write_states(p, sequence, static_cast<int>(i % p.num_kv_heads), topt::first_written(p, sequence),
+                           p.seq_lens[sequence]);
     }
   });
 }
 
 // Groups of 16 rows are independent, so threads share those of all sequences.
-void write_all_codes(topt::Problem& p, topt::DType stored) {
+void write_all_codes(topt::Problem& p, const topt::Kernels& kernels) {
   std::vector<float> factor(static_cast<size_t>(p.num_kv_heads) * p.head_dim);
   for (size_t i = 0; i < factor.size(); ++i) factor[i] = p.screen.signs[i % p.head_dim] * (1.0f / p.screen.scale[i]);
   p.screen.factor = factor.data();
@@ -281,8 +279,8 @@ void write_all_codes(topt::Problem& p, topt::DType stored) {
     std::vector<float> memory(topt::kLanes * p.head_dim);
     for (int64_t i = begin; i < end; ++i) {
       const auto [sequence, index] = groups[i / p.num_kv_heads];
-      topt::finish_codes(p, stored, sequence, static_cast<int>(i % p.num_kv_heads), index,
-                         topt::first_written(p, sequence), p.seq_lens[sequence], memory.data());
+      kernels.write_codes(p, sequence, static_cast<int>(i % p.num_kv_heads), index, topt::first_written(p, sequence),
+                          p.seq_lens[sequence], memory.data());
     }
   });
 }
@@ -294,12 +292,12 @@ void finish(const Tensor& key, const Tensor& value, optional<Tensor> value_sums,
             const Tensor& block_table, const optional<Tensor>& key_scale) {
   topt::Problem p{};
   set_cache(p, key, value, value_sums);
-  const topt::DType stored = stored_dtype_of(key, "key");
+  const topt::Kernels kernels = topt::kernels_for(stored_dtype_of(key, "key"));
   set_screen(p, screen_codes, screen_mean, screen_scale, screen_signs);
   set_batch(p, query_start_loc, seq_lens, block_table);
   p.key_scale = scale_of(key_scale, "key_scale");
-  if (p.value_sums) write_ending_states(p, stored);
-  if (p.screen.codes) write_all_codes(p, stored);
+  if (p.value_sums) write_ending_states(p, kernels);
+  if (p.screen.codes) write_all_codes(p, kernels);
 }
 
 // Copies blocks of K and V as vLLM's AMX kernels read them.

@@ -1,4 +1,4 @@
-// The kernel's entry points, one set for all dtypes of the cache: what binding.cpp calls and kernel.cpp builds.
+// The kernel's entry points for one dtype of the cache: what binding.cpp calls and kernel.cpp builds.
 #pragma once
 
 #include "problem.h"
@@ -7,14 +7,15 @@
 
 namespace topt {
 
-void prepare_call(const Problem& p, DType cache, int threads, Shared& shared);
-void run_call(const Problem& p, DType cache, Shared& shared, int worker);
+struct Kernels {
+  void (*prepare)(const Problem& p, int threads, Shared& shared);
+  void (*run)(const Problem& p, Shared& shared, int worker);
+  // Writes the V sums of one KV head of a sequence that end in its rows [begin, end), which were written.
+  void (*write_states)(const Problem& p, int sequence, int kv_head, int begin, int end);
+  // Writes the copy of K of those among the 16 rows from 16 `index` on; `memory` is float32 [D, 16], scratch.
+  void (*write_codes)(const Problem& p, int sequence, int kv_head, int index, int begin, int end, float* memory);
+};
 
-// Writes the V sums of one KV head of a sequence that end in its rows [begin, end), which were written.
-void finish_states(const Problem& p, DType cache, int sequence, int kv_head, int begin, int end);
-
-// Writes the copy of K of those among the 16 rows from 16 `index` on; `memory` is float32 [D, 16], scratch.
-void finish_codes(const Problem& p, DType cache, int sequence, int kv_head, int index, int begin, int end,
-                  float* memory);
+Kernels kernels_for(DType cache);
 
 }  // namespace topt
