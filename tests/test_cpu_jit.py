@@ -69,6 +69,14 @@ def test_failed_compile_shows_the_output_and_the_remedy(tiny: jit.Library) -> No
     assert [entry.name for entry in tiny.path.parent.iterdir() if entry.is_dir()] == []
 
 
+def test_a_compiler_that_is_no_program_is_said_to_be_none(tmp_path: Path):
+    text = tmp_path / "compiler"
+    text.write_text("nothing to run")
+    text.chmod(0o755)
+    with pytest.raises(RuntimeError, match=r"compiler can't be started: .*C\+\+20 compiler"):
+        jit.compiler_version((str(text),))
+
+
 def test_failed_compile_is_not_tried_again_in_the_process(
     tiny: jit.Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:

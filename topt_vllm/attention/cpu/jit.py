@@ -100,8 +100,15 @@ def find_compiler() -> tuple[str, ...]:
 
 @cache
 def compiler_version(compiler: tuple[str, ...]) -> str:
-    """First line of ``compiler --version``."""
-    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    """First line of ``compiler --version``.
+
+    Raises:
+        RuntimeError: It can't be started; the message has the remedy.
+    """
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{compiler[0]} can't be started: {error}. {_REMEDY}") from error
     return done.stdout.partition("\n")[0]
 
 
