@@ -41,6 +41,14 @@ def test_without_a_home_kernels_are_kept_in_a_folder_of_ones_own(
         kernel_cache.check_folder(envs.cache_dir())
 
 
+def test_a_cache_folder_of_nobody_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TOPT_CACHE_DIR", "~no-such-user/cache")
+    with pytest.raises(
+        RuntimeError, match=r"TOPT_CACHE_DIR is '~no-such-user/cache': .*Write the whole path"
+    ):
+        envs.cache_dir()
+
+
 def test_a_home_that_cannot_be_written_names_the_variable_to_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

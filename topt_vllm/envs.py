@@ -18,12 +18,18 @@ def get(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """The user's cache folder; not created here."""
+    """The user's cache folder; not created here.
+
+    Raises:
+        RuntimeError: It is named by a user that there isn't.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     if base and not os.environ.get("TOPT_CACHE_DIR"):
         return Path(base) / "topt_vllm"
     try:
         return Path(get("TOPT_CACHE_DIR")).expanduser()
-    except RuntimeError:
+    except RuntimeError as error:
+        if named := os.environ.get("TOPT_CACHE_DIR"):
+            raise RuntimeError(f"TOPT_CACHE_DIR is {named!r}: {error} Write the whole path.") from error
         # A container's user may have no entry in passwd, and no HOME.
         return Path(tempfile.gettempdir()) / f"topt_vllm-{os.getuid()}"
