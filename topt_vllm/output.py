@@ -1,7 +1,7 @@
 """Files that commands write: checked before the long work, and put in place in one step when it is done."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,22 +30,21 @@ def in_one_step(path: Path, force: bool = False) -> Iterator[Path]:
     refuse_overwrite(path, force)
     try:
         # Names may be as long as the file system allows.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".topt-vllm-", suffix=path.suffix[:9])
+        temporary = path.parent / f".topt-vllm-{secrets.token_hex(8)}{path.suffix[:9]}"
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise OSError(f"{path}: {not_writable(path) or error.strerror}") from error
-    os.close(handle)
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
+        yield temporary
         if force:
-            os.replace(name, path)
+            os.replace(temporary, path)
         else:
-            _link(name, path)
+            _link(temporary, path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _link(name: str, path: Path) -> None:
+def _link(name: Path, path: Path) -> None:
     """The file under its name, if nothing else has got that meanwhile."""
     try:
         os.link(name, path)
@@ -55,13 +54,6 @@ def _link(name: str, path: Path) -> None:
         # Not all file systems have hard links: then the name is taken before the file is put there.
         path.touch(exist_ok=False)
         os.replace(name, path)
-
-
-def _umask() -> int:
-    """There is no way to ask without setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
