@@ -33,12 +33,18 @@ def test_defaults_are_the_operators():
         ),
         ({"top-theta": {}}, 'it is written "toptheta"'),
         ({"topthetha": {}}, 'it is written "toptheta"'),
+        ({"top_t": {}}, 'it is written "toptheta"'),
     ],
     ids=str,
 )
 def test_settings_outside_of_their_level_are_refused(given, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(").replace(")", r"\)")):
         TopThetaConfig.from_additional_config(given)
+
+
+@pytest.mark.parametrize("key", ["opt", "top", "tot", "theta", "gpt"])
+def test_keys_of_others_are_theirs(key):
+    assert TopThetaConfig.from_additional_config({key: {}, "toptheta": {"budget": 64}}).budget == 64
 
 
 def test_settings_reach_the_policy():

@@ -87,7 +87,7 @@ _RULES = {
 
 
 # How people also write "toptheta", in letters alone.
-_NAMES = ("toptheta", "topt", "toptvllm")
+_NAMES = ("toptheta", "toptvllm")
 
 # What a configuration without thresholds contradicts, and why.
 _NEEDS_THRESHOLDS = {
@@ -131,7 +131,8 @@ def _refuse_outside(additional_config: Mapping[Any, Any]) -> None:
         )
     for key in additional_config:
         letters = re.sub("[^a-z]", "", str(key).lower())
-        if key != "toptheta" and get_close_matches(letters, _NAMES, cutoff=0.85):
+        # Short names of others are like a short one of ours: "opt".
+        if key != "toptheta" and (letters == "topt" or get_close_matches(letters, _NAMES, cutoff=0.85)):
             raise ConfigError(f'{key} is not the key of TOPTHETA\'s settings; it is written "toptheta"')
 
 
