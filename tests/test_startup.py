@@ -1,5 +1,6 @@
 """What stops start-up, and with which words: settings, tables, vLLM's own options."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -215,6 +216,18 @@ def test_a_budget_can_be_chosen_by_name(start: Any, table: ThresholdTable, model
     assert start({"implementation": "reference"}).description == chosen.description
     for name in ("budget", "k"):
         assert "budget 64" in start({"implementation": "reference", name: 64}).description
+
+
+def test_labels_of_the_metrics_are_text_and_name_the_model(
+    start: Any, table: ThresholdTable, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.yaml")
+    dump(table, odd)
+    monkeypatch.chdir(model)
+    settings: Any = {"implementation": "reference", "thresholds": str(odd)}
+    config = vllm_config(settings, Path("."), hf_config=LlamaConfig.from_pretrained(model))
+    labels = resolve(config).table_labels
+    assert (labels["name"], labels["model"]) == ("caf?.yaml", "a model")
 
 
 def test_a_table_of_another_model_is_refused(start: Any, table: ThresholdTable, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topt_vllm.attention.api import Implementation, load_implementation, require
@@ -15,6 +14,7 @@ from topt_vllm.table.identity import ModelIdentity, identify
 from topt_vllm.table.layers import FULL, layer_heads, layer_kinds
 from topt_vllm.table.schema import Budget
 from topt_vllm.table.search import chooses_no_table, find_table
+from topt_vllm.table.words import as_text, name_of_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -90,7 +90,7 @@ def resolve(vllm_config: "VllmConfig") -> Resolved:
         _refuse(vllm_config, config)
     model_config = vllm_config.model_config
     hf_config = compat.as_configured(model_config.hf_config)
-    identity = identify(hf_config, Path(model_config.model).name, model_config.revision)
+    identity = identify(hf_config, as_text(name_of_model(model_config.model)), model_config.revision)
     name, implementation = load_implementation(config.implementation, device_type)
     if device_type != "cpu" and not implementation.capabilities.graphs:
         raise ConfigError(
@@ -124,7 +124,7 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
         budget = table.budget(config.budget)
         thetas = budget.thetas(table.lengths)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        labels = _labels(identity, path.name, digest, str(budget.key))
+        labels = _labels(identity, as_text(path.name), digest, str(budget.key))
         rows = f"table {path}, budget {budget.key}, dense layers {budget.dense_layers or 'none'}"
         rows += f"; {budget.quality.sentence()}" if budget.quality is not None else ""
         if (longest := model_config.max_model_len) > table.lengths[-1]:
