@@ -175,3 +175,14 @@ def test_a_rank_counts_its_heads(make_rig: Any, host: Host):
     assert totals["toptheta:decode_rows_total"] == 2
     assert totals["toptheta:attention_elements_total"] == (24 + 20) * NUM_HEADS
     assert totals["toptheta:v_rows_total"] == (24 + 20) * NUM_KV_HEADS
+
+
+@pytest.mark.parametrize("host", EVERY_HOST)
+def test_a_rank_counts_its_heads_beside_a_draft_model(make_rig: Any, host: Host):
+    """The heads of which aren't known, and count as the rank's own."""
+    rig = make_rig(host, layers=2, prefixes=(layer_name(0), DRAFT), rank=(0, 4))
+    decode = BatchSpec("decode", [300, 20], [1, 1])
+    rig.write_contexts(decode)
+    added = counting()
+    rig.step(decode)
+    assert added()["toptheta:v_rows_total"] == (300 + 20) * NUM_KV_HEADS / 4

@@ -96,8 +96,8 @@ def test_layers_without_thresholds_do_not_adapt(make_rig: Any, host: Host):
     rig = make_rig(host, Table(dense_layers=(0,)), layers=3, settings=ADAPT)
     assert rig.thetas(0) is None
     assert rig.builder._bound.group.thresholds._controller.offset.shape == (2, NUM_HEADS)
-    assert rig.bound(0).thresholds.reached(1) is None
-    counters = rig.bound(2).thresholds.reached(3)
+    assert rig.bound(0).group.thresholds.reached(0, 1) is None
+    counters = rig.bound(2).group.thresholds.reached(2, 3)
     assert counters.shape == (3, NUM_HEADS)
     assert not counters.any()
 
@@ -138,14 +138,14 @@ def test_sift_finds_thresholds_by_request(make_rig: Any, named: Any, host: Host)
     assert not step.metadata.thresholds.warm.any()
     kept, elements = (rig.statistics() - before)[[Stat.KEPT_ELEMENTS, Stat.ELEMENTS]]
     assert 0.05 < kept / elements < 0.25  # a tenth, and the unfinished state
-    thresholds = rig.bound().thresholds
-    laws = thresholds.of_rows(step.metadata.thresholds, 4)
+    thresholds = rig.bound().group.thresholds
+    laws = thresholds.of_rows(0, step.metadata.thresholds, 4)
     torch.testing.assert_close(step.output.float(), rig.sparse(step, laws, rig.selection), **CLOSE)
     named("d", "e", "a", "b")
     requests.ended(["c"])
     step = rig.step(batch)
     assert step.metadata.thresholds.warm.tolist() == [False, True, False, False]
-    theta = thresholds.of_rows(step.metadata.thresholds, 4).theta
+    theta = thresholds.of_rows(0, step.metadata.thresholds, 4).theta
     assert torch.equal(theta[[0, 2, 3]], laws.theta[[3, 0, 1]])
     assert (theta[1] == -torch.inf).all()
 

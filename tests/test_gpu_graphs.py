@@ -263,7 +263,7 @@ def test_a_whole_step_reads_nothing_off_the_device(
     rig = make_rig(FLASH)
     (layer,), bound = rig.layers, rig.bound()
     meta = torch.device("meta")
-    bound.thresholds.thetas = bound.thresholds.thetas.to(meta)
+    bound.group.thresholds.thetas = [bound.group.thresholds.thetas[0].to(meta)]
     bound.statistics = bound.statistics.to(meta)
     sums = rig.states().value_sums
     sums.kv_cache = on_device(sums.kv_cache, meta)

@@ -72,7 +72,8 @@ def test_the_second_stage_has_its_own_layers_thresholds(second_stage: Any):
         layers[start].get_kv_cache_spec(engine), names, engine, torch.device("cpu")
     )
     for number, layer in enumerate(layers[start:], start):
-        thetas = layer.impl.bound.thresholds.thetas
+        bound = layer.impl.bound
+        thetas = bound.group.thresholds.thetas[bound.index]
         states = states_of(layer.layer_name, layer, engine)
         assert layer.impl.bound.states == states
         if number == DENSE:

@@ -100,7 +100,8 @@ class Rig:
 
     def thetas(self, index: int = 0) -> Thetas | None:
         """Thresholds of a layer as they are now."""
-        return self.bound(index).thresholds.thetas
+        bound = self.bound(index)
+        return bound.group.thresholds.thetas[bound.index]
 
     def states(self, index: int = 0) -> LayerStates:
         """What a layer has beside its cache."""

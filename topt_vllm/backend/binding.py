@@ -1,14 +1,14 @@
 """Binds the layers of one metadata builder to thresholds, counters, states and what they share."""
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 
-from topt_vllm.attention.common import KeyScreen, Thetas
+from topt_vllm.attention.common import KeyScreen
 from topt_vllm.backend.counters import HostCounters, PlatformLayer
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.layer import TopThetaLayer
@@ -18,35 +18,9 @@ from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
     AdaptingThresholds,
     DraftingThresholds,
-    LayerThresholds,
     SiftingThresholds,
     Thresholds,
 )
-
-
-@dataclass
-class _Sorted:
-    """A builder's layers by what attends in them.
-
-    Attributes:
-        layers: Those that decode with the operator.
-        thetas: Thresholds of each, None for θ = −inf.
-        sparse: Whether each may skip rows.
-        dense: Those that may not, by reason.
-        platform: Layers that stay with the platform's kernel.
-        draft_dense: Those of a draft model that decode with the operator, by reason.
-        draft_platform: Those of a draft model that stay with the platform's kernel.
-        replicas: Ranks that hold each KV head; all layers have the same heads.
-    """
-
-    layers: list[ModelLayer] = field(default_factory=list)
-    thetas: list[Thetas | None] = field(default_factory=list)
-    sparse: list[bool] = field(default_factory=list)
-    dense: Counter[str] = field(default_factory=Counter)
-    platform: Counter[PlatformLayer] = field(default_factory=Counter)
-    draft_dense: Counter[str] = field(default_factory=Counter)
-    draft_platform: Counter[PlatformLayer] = field(default_factory=Counter)
-    replicas: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,81 +66,73 @@ def bind_layers(
     """
     ranks = vllm_config.parallel_config.tensor_parallel_size
     known = [ModelLayer(layer, name, resolved, ranks) for name, layer in layers.items()]
-    found = _sort(known)
-    model = HostCounters(found.dense, sum(found.sparse), found.platform, resolved.dense_up_to)
-    drafts = HostCounters(found.draft_dense, 0, found.draft_platform, resolved.dense_up_to)
+    for each in known:
+        each.layer.impl.platform_reason = each.reason if each.on_platform else None
+    own = [each for each in known if not each.drafts]
+    model = _host_counters(own, resolved.dense_up_to)
+    drafts = _host_counters([each for each in known if each.drafts], resolved.dense_up_to)
     if resolved.drafts:
-        drafts = model
-        verifying = found.dense + Counter(verifies_drafts=sum(found.sparse))
-        model = HostCounters(verifying, 0, found.platform, resolved.dense_up_to)
-    if all(each.drafts for each in known):  # the draft model's own builder
+        drafts, model = model, _host_counters(own, resolved.dense_up_to, "verifies_drafts")
+    if not own:  # the draft model's own builder
         model = drafts
-    if not found.layers:
+    operated = [each for each in known if not each.on_platform]
+    if not operated:
         return BoundLayers(None, model, drafts, False)
-    first = found.layers[0].layer
+    sparse = any(each.reason is None for each in operated)
+    first = operated[0].layer
     bound = first.impl.bound
     if bound is not None and bound.group.block_size == block_size:
-        return BoundLayers(bound.group, model, drafts, any(found.sparse))
-    thresholds = _thresholds(found, resolved, first.num_heads, max_rows, device)
+        return BoundLayers(bound.group, model, drafts, sparse)
+    thresholds = _thresholds(operated, resolved, max_rows, device)
     group = LayerGroup(
         resolved,
         (first.num_heads, first.num_kv_heads, first.head_size),
         block_size,
-        [each.label for each in found.layers],
-        found.replicas,
+        [each.label for each in operated],
+        [each.kv_replicas for each in operated],
         thresholds,
         device,
     )
-    for each, own, statistics in zip(found.layers, thresholds.layers, group.counters.layers, strict=True):
+    for index, (each, statistics) in enumerate(zip(operated, group.counters.layers, strict=True)):
         each.layer.impl.bound = TopThetaLayer(
             group,
             resolved.config.selection,
-            own,
+            index,
             statistics,
             states_of(each.name, each.layer, vllm_config),
-            _key_screen(each, device) if own.skips else None,
+            _key_screen(each, device) if each.reason is None else None,
         )
-    return BoundLayers(group, model, drafts, any(found.sparse))
+    return BoundLayers(group, model, drafts, sparse)
 
 
-def _sort(layers: list[ModelLayer]) -> _Sorted:
-    found = _Sorted()
-    for each in layers:
-        found.replicas = each.kv_replicas
-        thetas, reason = each.thresholds()
-        if reason and each.dense_on_platform:
-            each.layer.impl.platform_reason = reason
-            kinds = found.draft_platform if each.drafts else found.platform
-            kinds[_platform_layer(each, reason)] += 1
-            continue
-        found.layers.append(each)
-        found.thetas.append(thetas)
-        found.sparse.append(reason is None)
-        if reason:
-            (found.draft_dense if each.drafts else found.dense)[reason] += 1
-    return found
+def _host_counters(
+    layers: Sequence[ModelLayer], dense_up_to: int, otherwise: str | None = None
+) -> HostCounters:
+    """What the host counts of layers; ``otherwise`` is why those are dense that have thresholds."""
+    reasons = [each.reason or otherwise for each in layers if not each.on_platform]
+    return HostCounters(
+        Counter(filter(None, reasons)),
+        reasons.count(None),
+        Counter(_platform_layer(each) for each in layers if each.on_platform),
+        dense_up_to,
+    )
 
 
 def _thresholds(
-    found: _Sorted,
-    resolved: Resolved,
-    num_heads: int,
-    max_rows: int,
-    device: torch.device,
+    layers: Sequence[ModelLayer], resolved: Resolved, max_rows: int, device: torch.device
 ) -> Thresholds:
     if resolved.config.sift is not None:
-        return SiftingThresholds(found.sparse, num_heads, resolved.config.sift, device)
-    thetas = [each and each.to(device) for each in found.thetas]
+        num_heads = layers[0].layer.num_heads
+        return SiftingThresholds(
+            [each.reason is None for each in layers], num_heads, resolved.config.sift, device
+        )
+    thetas = [found and found.to(device) for found, _ in map(ModelLayer.thresholds, layers)]
     if resolved.drafts:
         return DraftingThresholds(thetas)
-    keys = [
-        promised
-        for each, sparse in zip(found.layers, found.sparse, strict=True)
-        if sparse and (promised := each.promised_keys())
-    ]
+    keys = [promised for each in layers if each.reason is None and (promised := each.promised_keys())]
     if keys:
         return AdaptingThresholds(thetas, keys, resolved.dense_up_to, max_rows)
-    return Thresholds([LayerThresholds(each) for each in thetas])
+    return Thresholds(thetas)
 
 
 def _key_screen(layer: ModelLayer, device: torch.device) -> KeyScreen | None:
@@ -193,21 +159,17 @@ def count_platform_layers(
     Raises:
         RuntimeError: A layer has thresholds.
     """
-    platform: Counter[PlatformLayer] = Counter()
-    for name, layer in layers.items():
-        known = ModelLayer(layer, name, resolved, tensor_parallel_size)
-        _, reason = known.thresholds()
-        if reason is None:
-            raise RuntimeError(
-                f"{name} has thresholds, but an engine without any was made in this process before, and vLLM keeps "
-                "its choice of attention. Start this one in a process of its own."
-            )
-        platform[_platform_layer(known, reason)] += 1
-    return HostCounters(Counter(), 0, platform, 0)
+    known = [ModelLayer(layer, name, resolved, tensor_parallel_size) for name, layer in layers.items()]
+    if sparse := [each.name for each in known if each.reason is None]:
+        raise RuntimeError(
+            f"{sparse[0]} has thresholds, but an engine without any was made in this process before, and vLLM "
+            "keeps its choice of attention. Start this one in a process of its own."
+        )
+    return _host_counters(known, 0)
 
 
-def _platform_layer(known: ModelLayer, reason: str) -> PlatformLayer:
+def _platform_layer(known: ModelLayer) -> PlatformLayer:
     layer = known.layer
     return PlatformLayer(
-        reason, layer.sliding_window, layer.num_heads, layer.num_kv_heads / known.kv_replicas
+        str(known.reason), layer.sliding_window, layer.num_heads, layer.num_kv_heads / known.kv_replicas
     )

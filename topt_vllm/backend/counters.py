@@ -26,14 +26,14 @@ class DeviceCounters:
         layers: As below.
         labels: Names of the layers in the metrics.
         num_heads: Query heads of each layer on this rank.
-        kv_replicas: Ranks that hold each KV head.
+        kv_replicas: Of each layer, ranks that hold each KV head.
 
     Attributes:
         layers: float64 [layers, slots, 8] on the device.
     """
 
     def __init__(
-        self, layers: torch.Tensor, labels: Sequence[str], num_heads: int, kv_replicas: float
+        self, layers: torch.Tensor, labels: Sequence[str], num_heads: int, kv_replicas: Sequence[float]
     ) -> None:
         self.layers = layers
         # What is on the host already, and isn't spread over slots, needs no copy.
@@ -46,8 +46,8 @@ class DeviceCounters:
         if self._copies:
             self._host = torch.zeros(len(layers), len(Stat), dtype=torch.float64, pin_memory=layers.is_cuda)
         self._next_copy = 0.0
-        for host, label in zip(self._host, labels, strict=True):
-            recorder().add_layer(LayerAccumulators(host, num_heads, kv_replicas, label))
+        for host, label, replicas in zip(self._host, labels, kv_replicas, strict=True):
+            recorder().add_layer(LayerAccumulators(host, num_heads, replicas, label))
         recorder().on_settle(self._fetch)
 
     def hold(self) -> None:

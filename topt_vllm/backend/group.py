@@ -31,7 +31,7 @@ class LayerGroup:
         heads: Query heads and KV heads of each layer on this rank, and D.
         block_size: Slots of a cache block.
         labels: Names in the metrics of the layers that decode with the operator.
-        kv_replicas: Ranks that hold each KV head.
+        kv_replicas: Of each of them, ranks that hold each KV head.
         thresholds: Of these layers.
         device: Of the cache.
 
@@ -48,7 +48,7 @@ class LayerGroup:
         heads: tuple[int, int, int],
         block_size: int,
         labels: list[str],
-        kv_replicas: float,
+        kv_replicas: list[float],
         thresholds: Thresholds,
         device: torch.device,
     ) -> None:

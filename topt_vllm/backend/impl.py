@@ -111,7 +111,7 @@ class TopThetaImpl(_Platform):
         if bound is None:
             raise RuntimeError("TOPTHETA layer used before its metadata builder was made; this is a bug")
         cache = bound.paged_cache(kv_cache, lambda kv_cache: self.views(layer, kv_cache))
-        if bound.thresholds.skips:
+        if bound.skips:
             connectors.wait_for(bound.states.by_name)
             # The platform has written the cache in an operation of its own, before attention.
             bound.group.kernel.finish(cache, attn_metadata.written)
@@ -127,7 +127,8 @@ class TopThetaImpl(_Platform):
             # The platform's kernels take K and V of decoder layers from the cache.
             super().forward(layer, query[rows:], key, value, kv_cache, attn_metadata.prefill, output[rows:])
         if attn_metadata.decode is not None:
-            bound.thresholds.after(step, decode(query[:rows], attn_metadata.decode, output[:rows]))
+            given = decode(query[:rows], attn_metadata.decode, output[:rows])
+            bound.group.thresholds.after(bound.index, step, given)
         return output
 
     def _allocate(self, device: torch.device) -> None:
@@ -148,17 +149,18 @@ class TopThetaImpl(_Platform):
         batch: DecodeBatch,
         out: torch.Tensor,
     ) -> DecodeArguments:
+        thresholds = bound.group.thresholds
         given = DecodeArguments(
             query,
             cache,
             batch,
-            bound.thresholds.of_rows(step, len(query)),
+            thresholds.of_rows(bound.index, step, len(query)),
             bound.selection,
             self.scale,
             self.logits_soft_cap,
             out,
             bound.statistics,
-            bound.thresholds.reached(len(query)),
+            thresholds.reached(bound.index, len(query)),
             self.sinks,
         )
         api.decode(bound.group.kernel, given)
@@ -170,4 +172,4 @@ class TopThetaImpl(_Platform):
         small = cache.key.untyped_storage().nbytes() < 2**31
         # By step, for sift's rows of nobody and those that verify drafts are dense.
         by_step = step is not None
-        return bound.thresholds.skips, cache.key_screen is not None, self.sinks is not None, by_step, small
+        return bound.skips, cache.key_screen is not None, self.sinks is not None, by_step, small

@@ -9,7 +9,6 @@ import torch
 from topt_vllm.attention.common import KeyScreen, PagedCache, Selection
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.states import LayerStates
-from topt_vllm.backend.thresholds import LayerThresholds
 
 
 @dataclass
@@ -19,7 +18,7 @@ class TopThetaLayer:
     Attributes:
         group: What the layers of a metadata builder share, the operator among it.
         selection: Selection and compensation.
-        thresholds: Of this rank's query heads.
+        index: Its place in the group.
         statistics: Accumulators on the cache's device, float64 [slots, 8].
         states: What the layer has beside its cache.
         key_screen: The layer's K screen without its codes; None for none.
@@ -28,12 +27,17 @@ class TopThetaLayer:
 
     group: LayerGroup
     selection: Selection
-    thresholds: LayerThresholds
+    index: int
     statistics: torch.Tensor
     states: LayerStates
     key_screen: KeyScreen | None = None
     cache: PagedCache | None = None
     _source: weakref.ref[torch.Tensor] | None = None
+
+    @property
+    def skips(self) -> bool:
+        """Whether it may skip rows."""
+        return self.group.thresholds.skips(self.index)
 
     def paged_cache(self, kv_cache: torch.Tensor, views: Callable[[torch.Tensor], PagedCache]) -> PagedCache:
         """Views of vLLM's cache and of the layer's states.
@@ -58,7 +62,7 @@ class TopThetaLayer:
         return self.cache
 
     def _with_states(self, cache: PagedCache) -> PagedCache:
-        if not self.thresholds.skips:
+        if not self.skips:
             return cache
         sums, codes = self.states.value_sums, self.states.key_screen
         if sums is not None and self.selection.compensation == "vmean":

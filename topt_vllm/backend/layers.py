@@ -87,9 +87,15 @@ class ModelLayer:
         return (thetas if self.tensor_parallel_size == 1 else thetas.heads(heads.start, len(heads))), None
 
     @property
-    def dense_on_platform(self) -> bool:
-        """Whether the platform's kernel decodes in it where it has no thresholds."""
-        return self.resolved.dense_on_platform or self.layer.sliding_window is not None
+    def reason(self) -> str | None:
+        """Why there are no thresholds, as :meth:`thresholds` says; None where rows may be skipped."""
+        return self.thresholds()[1]
+
+    @property
+    def on_platform(self) -> bool:
+        """Whether the platform's kernel decodes in it."""
+        on_platform = self.resolved.dense_on_platform or self.layer.sliding_window is not None
+        return on_platform and self.reason is not None
 
     def promised_keys(self) -> list[int] | None:
         """Keys that each of this rank's query heads should keep, None unless thresholds adapt.

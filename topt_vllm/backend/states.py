@@ -234,10 +234,9 @@ def register(vllm_config: VllmConfig) -> None:
         if layer.impl.sees_all:
             layer.sliding_window = None
         known = ModelLayer(layer, name, resolved, tensor_parallel_size)
-        _, reason = known.thresholds()
-        if reason is None or not known.dense_on_platform:
+        if not known.on_platform:
             layer.impl.operator = resolved.implementation
-        if reason is None:
+        if known.reason is None:
             screened = known.screen() is not None
             owner = layer.kv_sharing_target_layer_name or name
             context.update(states_for(owner, layer, resolved, vllm_config, screened))

@@ -18,42 +18,30 @@ from topt_vllm.backend import requests
 from topt_vllm.sift import SiftLayer, SiftRequests, SiftSettings, SiftStep
 
 
-class LayerThresholds:
-    """Those of one layer, as they are.
-
-    Attributes:
-        thetas: On the cache's device; None for θ = −inf, or where each row has its own.
-    """
-
-    def __init__(self, thetas: Thetas | None) -> None:
-        self.thetas = thetas
-
-    @property
-    def skips(self) -> bool:
-        """Whether the layer may skip rows at all."""
-        return self.thetas is not None
-
-    def of_rows(self, step: Any, rows: int) -> Thetas | RowThetas | None:
-        """θ of a step's first decode rows; ``step`` is what :meth:`Thresholds.before` gave. None for θ = −inf."""
-        return self.thetas
-
-    def reached(self, rows: int) -> torch.Tensor | None:
-        """int64 [rows, H], where the operator counts keys that reach θ; None where nobody asks."""
-        return None
-
-    def after(self, step: Any, given: DecodeArguments) -> None:
-        """Sees the decode rows of a step once they have attended; arguments as the operator's."""
-
-
 class Thresholds:
     """Those of a builder's layers that decode with the operator, as they are.
 
-    Attributes:
-        layers: Those of each layer, in order.
+    Args:
+        thetas: Of each layer, on the cache's device; None for θ = −inf, or where each row has its own.
     """
 
-    def __init__(self, layers: Sequence[LayerThresholds]) -> None:
-        self.layers = layers
+    def __init__(self, thetas: Sequence[Thetas | None]) -> None:
+        self.thetas = thetas
+
+    def skips(self, layer: int) -> bool:
+        """Whether a layer may skip rows at all."""
+        return self.thetas[layer] is not None
+
+    def of_rows(self, layer: int, step: Any, rows: int) -> Thetas | RowThetas | None:
+        """θ of a step's first decode rows; ``step`` is what :meth:`before` gave. None for θ = −inf."""
+        return self.thetas[layer]
+
+    def reached(self, layer: int, rows: int) -> torch.Tensor | None:
+        """int64 [rows, H], where the operator counts keys that reach θ; None where nobody asks."""
+        return None
+
+    def after(self, layer: int, step: Any, given: DecodeArguments) -> None:
+        """Sees the decode rows of a step once they have attended; arguments as the operator's."""
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> Any:
         """Brings thresholds up to date for a step.
@@ -78,33 +66,15 @@ class Thresholds:
         """Forgets the rows that the layers saw since the last step, for they were none: a graph was captured."""
 
 
-class _DraftingLayer(LayerThresholds):
-    def of_rows(self, step: bool | None, rows: int) -> Thetas | None:
-        return self.thetas if step else None
-
-
 class DraftingThresholds(Thresholds):
-    """For steps that draft (:mod:`topt_vllm.backend.drafting`); in those of the model every row is kept.
-
-    Args:
-        thetas: Of each layer, as calibrated, on the cache's device; None for θ = −inf.
-    """
-
-    def __init__(self, thetas: Sequence[Thetas | None]) -> None:
-        super().__init__([_DraftingLayer(each) for each in thetas])
+    """For steps that draft (:mod:`topt_vllm.backend.drafting`); in those of the model every row is kept."""
 
     def of_drafts(self) -> bool:
         """True: the step drafts."""
         return True
 
-
-class _AdaptingLayer(LayerThresholds):
-    def __init__(self, thetas: Thetas, counters: torch.Tensor) -> None:
-        super().__init__(thetas)
-        self._counters = counters
-
-    def reached(self, rows: int) -> torch.Tensor:
-        return self._counters[:rows]
+    def of_rows(self, layer: int, step: bool | None, rows: int) -> Thetas | None:
+        return self.thetas[layer] if step else None
 
 
 class AdaptingThresholds(Thresholds):
@@ -120,20 +90,22 @@ class AdaptingThresholds(Thresholds):
     def __init__(
         self, thetas: Sequence[Thetas | None], keys: Sequence[list[int]], dense_up_to: int, max_rows: int
     ) -> None:
-        sparse = [each for each in thetas if each is not None]
+        sparse = {layer: each for layer, each in enumerate(thetas) if each is not None}
         stacked = Thetas(
-            sparse[0].lengths,
-            torch.stack([each.theta for each in sparse]),
-            torch.stack([each.law for each in sparse]),
+            next(iter(sparse.values())).lengths,
+            torch.stack([each.theta for each in sparse.values()]),
+            torch.stack([each.law for each in sparse.values()]),
         )
         self._controller = ThetaController(stacked, keys, dense_up_to)
         self._reached = self._controller.counters(max_rows)
+        self._of_layer = dict(zip(sparse, self._reached, strict=True))
         self._rows = 0
         self._contexts: torch.Tensor | None = None
-        moving = iter(zip(self._controller.of_layers(), self._reached, strict=True))
-        super().__init__(
-            [LayerThresholds(None) if each is None else _AdaptingLayer(*next(moving)) for each in thetas]
-        )
+        moving = dict(zip(sparse, self._controller.of_layers(), strict=True))
+        super().__init__([moving.get(layer) for layer in range(len(thetas))])
+
+    def reached(self, layer: int, rows: int) -> torch.Tensor | None:
+        return self._of_layer[layer][:rows] if layer in self._of_layer else None
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> None:
         """Takes what the last step's rows reached; rows of unknown length count for nothing."""
@@ -149,23 +121,6 @@ class AdaptingThresholds(Thresholds):
         self._rows = self._reached.shape[1]
 
 
-class _SiftingLayer(LayerThresholds):
-    def __init__(self, num_heads: int, settings: SiftSettings, device: torch.device) -> None:
-        super().__init__(None)
-        self._laws = SiftLayer(num_heads, settings, device)
-
-    @property
-    def skips(self) -> bool:
-        return True
-
-    def of_rows(self, step: SiftStep | None, rows: int) -> RowThetas | None:
-        return None if step is None else RowThetas(self._laws.thetas(step).theta[:rows])
-
-    def after(self, step: SiftStep | None, given: DecodeArguments) -> None:
-        if step is not None and step.recording:
-            self._laws.record(step, score_quantiles(given, step.first_rows, self._laws.tau))
-
-
 class SiftingThresholds(Thresholds):
     """Those that each request finds in its first decoded rows (:mod:`topt_vllm.sift`).
 
@@ -179,12 +134,22 @@ class SiftingThresholds(Thresholds):
     def __init__(
         self, sparse: Sequence[bool], num_heads: int, settings: SiftSettings, device: torch.device
     ) -> None:
+        super().__init__([None] * len(sparse))
         self._requests = SiftRequests(settings)
         requests.watch(self._requests)
         self._device = device
-        super().__init__(
-            [_SiftingLayer(num_heads, settings, device) if each else LayerThresholds(None) for each in sparse]
-        )
+        self._laws = [SiftLayer(num_heads, settings, device) if each else None for each in sparse]
+
+    def skips(self, layer: int) -> bool:
+        return self._laws[layer] is not None
+
+    def of_rows(self, layer: int, step: SiftStep | None, rows: int) -> RowThetas | None:
+        laws = self._laws[layer]
+        return None if step is None or laws is None else RowThetas(laws.thetas(step).theta[:rows])
+
+    def after(self, layer: int, step: SiftStep | None, given: DecodeArguments) -> None:
+        if (laws := self._laws[layer]) is not None and step is not None and step.recording:
+            laws.record(step, score_quantiles(given, step.first_rows, laws.tau))
 
     def before(self, common: Any, starts: torch.Tensor, lengths: torch.Tensor | None) -> SiftStep | None:
         """The step's rows by request; None where their lengths or requests aren't known: then all are dense."""

@@ -23,7 +23,7 @@ class TritonTopThetaBuilder(TopThetaBuilder, TritonAttentionMetadataBuilder):
 
 
 class TritonTopThetaBackend(GpuBackend, TritonAttentionBackend):
-    """For ROCm, for fp8 caches, and where vLLM has no FlashAttention."""
+    """For ROCm, and for fp8 caches."""
 
     supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 
