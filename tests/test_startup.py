@@ -74,6 +74,7 @@ def vllm_config(settings: object, model: Path, hf_config: Any, **options: Any) -
             dtype=torch.bfloat16,
             runner_type=options.get("runner_type", "generate"),
             is_multimodal_model=False,
+            is_hybrid=options.get("is_hybrid", False),
             uses_mrope=False,
         ),
         lora_config=options.get("lora_config"),
@@ -451,6 +452,9 @@ def test_sift_needs_a_worker_on_gpus_that_names_requests(start: Any):
     assert resolved.implementation is launcher
     with pytest.raises(ConfigError, match="--load-format tensorizer"):
         start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER, load_format="tensorizer")
+    with pytest.raises(ConfigError, match="names none in batches of a model with state-space layers"):
+        start({"policy": "sift"}, device_type="cuda", worker_cls=compat.GPU_WORKER, is_hybrid=True)
+    start({"policy": "sift"}, is_hybrid=True)
 
 
 def test_thresholds_follow_the_traffic_on_gpus_too(start: Any, table: ThresholdTable, model: Path):

@@ -165,13 +165,18 @@ def _with_sift(known: Resolved, vllm_config: "VllmConfig", name: str) -> Resolve
     """The outcome under ``policy: sift``, which has no table.
 
     Raises:
-        ConfigError: The speculator, the worker or microbatches don't go with it.
+        ConfigError: The speculator, the worker, the model or microbatches don't go with it.
     """
     worker = vllm_config.parallel_config.worker_cls
     if vllm_config.device_config.device_type != "cpu" and worker != compat.GPU_WORKER:
         raise ConfigError(
             f"toptheta.policy is 'sift', whose thresholds belong to requests, and vLLM's worker on GPUs "
             f"({worker}) doesn't name them. Add --worker-cls {compat.GPU_WORKER}, or use policy toptheta."
+        )
+    if vllm_config.device_config.device_type != "cpu" and vllm_config.model_config.is_hybrid:
+        raise ConfigError(
+            "toptheta.policy is 'sift', whose thresholds belong to requests, and vLLM's model runner on GPUs (0.31 "
+            "to 0.33) names none in batches of a model with state-space layers. Use policy toptheta."
         )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
