@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.worker.gpu.attn_utils import init_attn_backend
 
 from topt_vllm.attention.common import Stat
+from topt_vllm.backend.builder import _refuse
 from topt_vllm.backend.skipping import _warn
 
 __all__ = ["make_rig", "vllm_config"]
@@ -252,6 +254,12 @@ def test_heads_of_v_that_are_narrower_are_refused(make_rig: Any, host: Host):
     """Models with such heads name other backends of vLLM in their code, whose caches differ."""
     with pytest.raises(NotImplementedError, match="needs heads of K and V of one size, not 32 and 16"):
         make_rig(host, head_size_v=16)
+
+
+def test_caches_of_attention_that_is_not_causal_are_refused():
+    """Layers of vLLM 0.33 that see a prompt both ways ask for a decoder's backend, and say so in their spec."""
+    with pytest.raises(NotImplementedError, match="attention that is not causal"):
+        _refuse(SimpleNamespace(head_size=64, head_size_v=64, non_causal=True))
 
 
 @pytest.mark.parametrize("host", EVERY_HOST)

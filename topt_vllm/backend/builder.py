@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from topt_vllm.attention.common import DecodeBatch
+from topt_vllm.backend import compat
 from topt_vllm.backend.binding import bind_layers
 from topt_vllm.backend.counters import HostCounters
 from topt_vllm.backend.impl import TopThetaImpl
@@ -48,7 +49,7 @@ class TopThetaBuilder(_Platform):
         self._pools = vllm_config.model_config.runner_type == "pooling"
 
         resolved = resolve(vllm_config)
-        describe_rank(resolved, vllm_config.parallel_config.tensor_parallel_size)
+        describe_rank(resolved, compat.of_served_model(vllm_config).parallel_config.tensor_parallel_size)
         attention = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layers = {name: layer for name, layer in attention.items() if isinstance(layer.impl, TopThetaImpl)}
         max_rows = self._max_sequences * self._max_query_rows
@@ -206,6 +207,8 @@ def _refuse(spec: Any) -> None:
     """
     if getattr(spec, "attention_chunk_size", None) is not None:
         raise NotImplementedError("TOPTHETA doesn't support chunked local attention (attention_chunk_size)")
+    if getattr(spec, "non_causal", False):
+        raise NotImplementedError("TOPTHETA doesn't support attention that is not causal (non_causal)")
     if spec.head_size_v != spec.head_size:
         raise NotImplementedError(
             f"TOPTHETA needs heads of K and V of one size, not {spec.head_size} and {spec.head_size_v}; "
