@@ -45,7 +45,7 @@ def test_who_decodes_a_dense_layer_of_the_table(
     rig.builder._bound.group.warm_up = None
     finished: list[Any] = []
     finish = Bound.finish
-    monkeypatch.setattr(Bound, "finish", lambda *args: (finished.append(args), finish(*args)))
+    monkeypatch.setattr(Bound, "finish", staticmethod(lambda *args: (finished.append(args), finish(*args))))
     step = rig.step(MIXED)
     on_platform = implementation == "auto"
     assert rig.platform_rows == [92 if on_platform else 90]

@@ -34,7 +34,6 @@ from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend
 from vllm.v1.worker.utils import allocate_kv_cache, bind_kv_cache_to_layers
@@ -42,6 +41,11 @@ from vllm.v1.worker.utils import allocate_kv_cache, bind_kv_cache_to_layers
 from topt_vllm.backend.metrics import recorder
 from topt_vllm.backend.states import StatesLayer
 from topt_vllm.table.identity import identify
+
+try:
+    from vllm.v1.core import kv_cache_planning as planner  # 0.33
+except ImportError:
+    from vllm.v1.core import kv_cache_utils as planner
 
 
 def _write_cache(
@@ -197,7 +201,7 @@ def _plan(host: Host, config: VllmConfig, layers: list[Any]) -> Rig:
     specs = get_kv_cache_spec(config)
     layouts = get_supported_kv_cache_layouts(get_current_attn_backends(config))
     layout = resolve_kv_cache_layout(config, [[each.name for each in layouts]], specs.values())
-    plan = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, specs), 0)
+    plan = planner.get_kv_cache_config_from_groups(config, planner.get_kv_cache_groups(config, specs), 0)
     assert plan.num_blocks == NUM_BLOCKS
     groups, _, kernel_block_sizes = init_attn_backend(plan, config, host.device)
     caches = allocate_kv_cache(plan, host.device, layout, kernel_block_sizes)
