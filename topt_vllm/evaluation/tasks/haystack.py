@@ -87,7 +87,7 @@ class Haystack:
         )
 
     def cases(self, facts: list[str], questions: list[Question], depths: Sequence[float] = ()) -> list[Case]:
-        """Cases that share a prompt, in which the facts stand scattered and in their order.
+        """Cases that share a prompt, where the facts stand at ``depths``, 0 to 1; without any, scattered in order.
 
         Raises:
             EvaluationError: The prompt is too short for them.
