@@ -12,7 +12,7 @@ import pytest
 
 from topt_vllm.backend import compat
 from topt_vllm.cli.main import main
-from topt_vllm.engines.process import EngineError
+from topt_vllm.engines.process import EngineError, ask
 from topt_vllm.table.file import load
 from topt_vllm.verify import engine, forcing, installation, plan, verdicts
 from topt_vllm.verify.checks import CheckError
@@ -170,6 +170,23 @@ def test_an_engine_that_hangs_or_fails_is_an_answer(tmp_path: Path, monkeypatch:
         engine.run(request, 20)
     engine_script(tmp_path, monkeypatch, "cat >/dev/null; echo noise; echo 'RESULT {\"totals\": null}'")
     assert engine.run(request, 20) == {"totals": None}
+
+
+_SHARES_MEMORY = """
+import json, os, sys, time
+from multiprocessing.shared_memory import SharedMemory
+sys.stdin.read()
+memory = SharedMemory(create=True, size=64)
+print("RESULT", json.dumps([memory.name, os.environ.get("PROMETHEUS_MULTIPROC_DIR")]), flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_engine_leaves_no_shared_memory_and_counts_in_no_server_s_metrics(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+    name, metrics = ask(["-c", _SHARES_MEMORY], {}, False, 60)
+    assert metrics is None
+    assert not Path("/dev/shm", name).exists()
 
 
 class FakeEngine:

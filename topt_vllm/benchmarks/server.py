@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from topt_vllm.engines.process import EngineError
+from topt_vllm.engines.process import EngineError, environment
 
 # Until /health must answer.
 _START_SECONDS = 900
@@ -60,7 +60,8 @@ def serve(
     if toptheta is not None:
         command += ["--additional-config", json.dumps({"toptheta": toptheta})]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        outputs: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **outputs, env=environment(), start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, log)

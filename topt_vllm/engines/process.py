@@ -8,13 +8,26 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import psutil
+
+# Of the command line of a process that multiprocessing starts, which outlives all that have shared memory.
+_TRACKER = "multiprocessing.resource_tracker"
+# Of a group that is killed.
+_LONGEST_END, _POLL_SECONDS = 10.0, 0.05
+
 
 class EngineError(RuntimeError):
     """An engine that gave no result; the message has its own words."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, for an engine of its own: its counters belong in no running server's folder."""
+    return {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"} | more
 
 
 def ask(
@@ -32,7 +45,6 @@ def ask(
     Raises:
         EngineError: It failed or took too long.
     """
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(separate_core))}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             [sys.executable, *program],
@@ -40,7 +52,7 @@ def ask(
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env=environment,
+            env=environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(separate_core))),
             start_new_session=True,
         )
         late = threading.Event()
@@ -83,9 +95,27 @@ def _expire(process: subprocess.Popen[str], late: threading.Event) -> None:
 
 
 def _kill_group(process: subprocess.Popen[str]) -> None:
+    """Kills what the program started; multiprocessing's trackers remove its shared memory then, and leave."""
+    deadline = time.monotonic() + _LONGEST_END
+    while (found := _group(process.pid)) and time.monotonic() < deadline:
+        for each in found:
+            with suppress(psutil.NoSuchProcess):
+                if _TRACKER not in " ".join(each.cmdline()):
+                    each.kill()
+        time.sleep(_POLL_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _group(leader: int) -> list[psutil.Process]:
+    """Processes of a group that haven't ended."""
+    found = []
+    for each in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(each.pid) == leader and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each)
+    return found
 
 
 def _reason(words: str) -> str:
