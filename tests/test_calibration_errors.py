@@ -183,6 +183,18 @@ def test_a_damaged_result_is_made_anew(folder, kept):
 
 
 @pytest.mark.usefixtures("killed")
+def test_what_the_same_run_found_is_not_thrown_away_unasked(folder):
+    partial = Partial(prepare(options(folder, resume=True)))
+    partial.save("result", torch.ones(1))
+    with pytest.raises(
+        CalibrationError, match=r"out.yaml.partial has what .* add --resume to go on .* or remove"
+    ):
+        calibrate(prepare(options(folder)))
+    assert partial.load("result") is not None
+    calibrate(prepare(options(folder, seed=5)))
+
+
+@pytest.mark.usefixtures("killed")
 def test_resume_refuses_what_other_weights_left(folder):
     os.utime(folder / "model.safetensors", ns=(1, 1))
     with pytest.raises(CalibrationError, match=r"out.yaml.partial was left by a run with another model"):

@@ -90,8 +90,12 @@ def test_a_signal_at_any_stage_leaves_a_run_that_can_go_on(
         stopped_at(stage, number, patch)
         assert main(command(folder, output)) == 128 + number
     assert signal.getsignal(number) == before
-    assert capsys.readouterr().err.endswith("topt-vllm: interrupted\n")
+    said = capsys.readouterr().err
+    assert said.endswith("topt-vllm: interrupted\n")
     later = stage in STAGES[3:]
+    assert (
+        "täble.yaml.partial keeps what was found; the same command with --resume goes on" in said
+    ) == later
     assert [path.name for path in tmp_path.iterdir()] == (["täble.yaml.partial"] if later else [])
     if number == signal.SIGTERM:
         assert main(command(folder, output, "--resume")) == 0

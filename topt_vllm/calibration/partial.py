@@ -6,6 +6,7 @@ run with other options doesn't take them up.
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -36,7 +37,7 @@ class Partial:
         """Nothing is written before :meth:`held`.
 
         Raises:
-            CalibrationError: What is there comes from other options.
+            CalibrationError: What is there comes from other options, or from the same and wasn't asked for.
         """
         output = plan.options.output
         self.folder = output.with_name(output.name + ".partial")
@@ -44,14 +45,23 @@ class Partial:
         self._taken_up = self.folder.exists() and plan.options.resume
         if self._taken_up:
             self._check()
+        elif any(self.folder.glob("*.pt")) and self._known() == self._digest:
+            raise CalibrationError(
+                f"{self.folder} has what a run with the same options found before it ended; add --resume to go on "
+                "from there, or remove that folder to start over"
+            )
 
     def _check(self) -> None:
-        found = self.folder / "digest"
-        if not found.exists() or found.read_text(encoding="utf-8") != self._digest:
+        if self._known() != self._digest:
             raise CalibrationError(
                 f"--resume: {self.folder} was left by a run with another model, text or options; "
                 "repeat that run's command, or remove that folder to start over"
             )
+
+    def _known(self) -> str | None:
+        """The digest of the run that left the folder."""
+        path = self.folder / "digest"
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -77,6 +87,11 @@ class Partial:
                         path.unlink()
                 (self.folder / "digest").write_text(self._digest, encoding="utf-8")
             yield
+        except KeyboardInterrupt:
+            print(
+                f"{self.folder} keeps what was found; the same command with --resume goes on", file=sys.stderr
+            )
+            raise
         finally:
             lock.release()
 
