@@ -71,7 +71,7 @@ def choose_screens(
     found: tuple[ThresholdTable, Path] | None,
     budget: Budget | None,
     implementation: Implementation,
-    model: str,
+    vllm_config: "VllmConfig",
 ) -> dict[int, ScreenTransform]:
     """The sparse layers that a screen pays in, with what it knows of their K, over all KV heads.
 
@@ -82,20 +82,25 @@ def choose_screens(
         found: The threshold table, and where it was found.
         budget: Its budget.
         implementation: The operator.
-        model: Folder or hub id, for the message.
+        vllm_config: Of the engine.
 
     Raises:
-        ConfigError: There is no table, or it doesn't know the keys.
+        ConfigError: There is no table, it doesn't know the keys, or the screen would be larger than they are.
     """
     if found is None or budget is None:
         raise ConfigError(
             f"toptheta.k_screen is {format!r}, but there is no threshold table. Leave k_screen out, or name one."
         )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if format == "int4+4" and cache_dtype.startswith("fp8"):
+        raise ConfigError(
+            f"toptheta.k_screen is {format!r} and the cache {cache_dtype!r}: a copy of K in 4 + 4 bits is larger "
+            "than K itself then. Set k_screen to off, or --kv-cache-dtype to auto."
+        )
     table, path = found
     if table.key_statistics is None:
-        raise ConfigError(
-            f"toptheta.k_screen is {format!r}, but {lacks_key_statistics(model, path)}\nor leave k_screen out."
-        )
+        what_to_do = lacks_key_statistics(vllm_config.model_config.model, path)
+        raise ConfigError(f"toptheta.k_screen is {format!r}, but {what_to_do}\nor leave k_screen out.")
     limit = implementation.capabilities.screens[format].largest_share
     return {
         layer: transform

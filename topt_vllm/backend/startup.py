@@ -134,7 +134,7 @@ def _with_table(known: Resolved, vllm_config: "VllmConfig", name: str, dense_on_
     if config.k_screen == "auto" and found is not None:
         format, about_screen = unasked_format(known, found[0], vllm_config)
     if format is not None:
-        screens = choose_screens(format, found, budget, known.implementation, model_config.model)
+        screens = choose_screens(format, found, budget, known.implementation, vllm_config)
         about_screen = describe_screens(format, config, screens, thetas)
     rows += f"; {about_screen}" if about_screen else ""
     drafts = compat.drafts_sparsely(vllm_config)

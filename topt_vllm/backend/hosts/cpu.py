@@ -23,7 +23,6 @@ from topt_vllm.backend.hosts import amx
 from topt_vllm.backend.hosts.amx import Copies, CopyMetadata
 from topt_vllm.backend.impl import TopThetaImpl
 from topt_vllm.backend.states import has_other_layers
-from topt_vllm.config import ConfigError, TopThetaConfig
 
 # ISAs of vLLM's kernels whose cache layout is K [D, P], V [P, D] (0.32). AMX and NEON lay K out differently.
 _READABLE_ISAS = ("vec", "vec16")
@@ -48,15 +47,6 @@ class CpuTopThetaImpl(TopThetaImpl, _Prefill):
 
     # Asked when the first rows are written, for then all layers are made.
     _fills_new_blocks: bool | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config = TopThetaConfig.from_additional_config(self._vllm_config.additional_config)
-        if self.is_fp8_kv_cache and config.screen == "int4+4":
-            raise ConfigError(
-                f"toptheta.k_screen is {config.k_screen!r} and the cache {self.kv_cache_dtype!r}: a copy of "
-                "K in 4 + 4 bits is larger than K itself then. Set k_screen to off, or --kv-cache-dtype to auto."
-            )
 
     def do_kv_cache_update(
         self,
