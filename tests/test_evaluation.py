@@ -316,6 +316,8 @@ def test_needles_alone(folder, tmp_path):
         (["--depths", "2"], "--depths 2.0: 0 is the start"),
         (["--lengths", "-5"], "--lengths -5: contexts are longer"),
         (["--max-seq-length", "0"], "--max-seq-length is 0, but the table's first length is 64"),
+        (["--lengths", "128", "9999"], "--lengths 9999: the model's context is"),
+        (["--needles", "9999"], "--needles 9999: the model's context is"),
         (["--num-samples", "9"], "play.txt: the text has 1400 tokens"),
         (["--thresholds", "none"], "an evaluation needs thresholds"),
         (["--json", "/nowhere/at/all.json"], "the folder /nowhere/at does not exist"),

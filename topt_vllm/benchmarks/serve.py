@@ -106,7 +106,7 @@ class ServeBenchmark:
 
     def _prompts(self) -> list[list[int]]:
         tokenizer = load_tokenizer(self.model, self.trust_remote_code)
-        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(self.text, add_special_tokens=False, verbose=False)["input_ids"]
         needed = self.concurrency * self.prompt_tokens
         if len(ids) < needed:
             raise ValueError(

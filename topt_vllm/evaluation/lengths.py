@@ -14,14 +14,19 @@ def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
         ReplayError: The model's context is shorter.
     """
     # Said here, for its default may be too long.
-    beyond = [length for length in _task_lengths(options) if length > (subject.context or length)]
-    if beyond:
-        raise EvaluationError(
-            f"--task-lengths {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
-        )
-    lengths = (*options.lengths, *options.needles, *_task_lengths(options))
+    named = {
+        "--lengths": options.lengths,
+        "--needles": options.needles,
+        "--task-lengths": _task_lengths(options),
+    }
+    for flag, length in ((flag, length) for flag, lengths in named.items() for length in lengths):
+        if length > (subject.context or length):
+            raise EvaluationError(
+                f"{flag} {length}: the model's context is {subject.context} tokens; name shorter prompts"
+            )
     asked = options.max_seq_length
-    return subject.max_seq_length(max(lengths, default=None) if asked is None else asked)
+    longest = max(itertools.chain.from_iterable(named.values()), default=None)
+    return subject.max_seq_length(longest if asked is None else asked)
 
 
 def contexts_by_option(options: EvaluationOptions, longest: int) -> dict[str, tuple[int, ...]]:
