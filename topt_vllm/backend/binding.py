@@ -13,7 +13,7 @@ from topt_vllm.backend.counters import HostCounters, PlatformLayer
 from topt_vllm.backend.group import LayerGroup
 from topt_vllm.backend.layer import TopThetaLayer
 from topt_vllm.backend.layers import ModelLayer
-from topt_vllm.backend.startup import Resolved
+from topt_vllm.backend.resolved import Resolved
 from topt_vllm.backend.states import states_of
 from topt_vllm.backend.thresholds import (
     AdaptingThresholds,

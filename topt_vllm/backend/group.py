@@ -7,7 +7,7 @@ import torch
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.common import LargestBatch
 from topt_vllm.backend.counters import DeviceCounters
-from topt_vllm.backend.startup import Resolved
+from topt_vllm.backend.resolved import Resolved
 from topt_vllm.backend.thresholds import Thresholds
 from topt_vllm.backend.warm_up import WarmUp
 

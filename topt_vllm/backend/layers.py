@@ -8,7 +8,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from topt_vllm.attention.common import Thetas
 from topt_vllm.attention.screen import ScreenTransform
 from topt_vllm.backend.metrics import recorder
-from topt_vllm.backend.startup import Resolved
+from topt_vllm.backend.resolved import Resolved
 
 
 def describe_rank(resolved: Resolved, tensor_parallel_size: int) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from topt_vllm.attention.api import Implementation
 from topt_vllm.attention.screen import ScreenFormat, ScreenTransform
+from topt_vllm.backend.resolved import Resolved
 from topt_vllm.config import ConfigError, TopThetaConfig
 from topt_vllm.table.command import lacks_key_statistics
 from topt_vllm.table.schema import Budget, ThresholdTable
@@ -15,15 +16,13 @@ from topt_vllm.table.schema import Budget, ThresholdTable
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from topt_vllm.backend.startup import Resolved
-
 # Of the cache; above, layers with windows and others, which aren't counted, might not fit beside it.
 _LARGEST_REQUEST = 0.8
 _SLOTS = 64  # of a block, for sizes by the token
 
 
 def unasked_format(
-    known: "Resolved", table: ThresholdTable, vllm_config: "VllmConfig"
+    known: Resolved, table: ThresholdTable, vllm_config: "VllmConfig"
 ) -> tuple[ScreenFormat | None, str]:
     """The format under ``k_screen: auto``, which nobody has asked for: so it stops nothing that runs without.
 
@@ -54,7 +53,7 @@ def unasked_format(
     return (None, f"no K screen: {found[0]}") if found else (format, "")
 
 
-def _request_bytes(known: "Resolved", format: ScreenFormat, vllm_config: "VllmConfig") -> float:
+def _request_bytes(known: Resolved, format: ScreenFormat, vllm_config: "VllmConfig") -> float:
     """What the longest request takes of a rank's cache in layers of full attention, V sums and screen included."""
     parallel, dim = vllm_config.parallel_config, known.identity.head_dim
     ranks = parallel.tensor_parallel_size

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING
 
-from topt_vllm.backend.startup import Resolved
+from topt_vllm.backend.resolved import Resolved
 from topt_vllm.table.search import chooses_no_table
 
 if TYPE_CHECKING:

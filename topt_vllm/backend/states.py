@@ -29,7 +29,8 @@ from topt_vllm.attention.common import choose_rows_per_state
 from topt_vllm.attention.screen import ScreenFormat
 from topt_vllm.backend import compat, connectors
 from topt_vllm.backend.layers import ModelLayer
-from topt_vllm.backend.startup import Resolved, resolve
+from topt_vllm.backend.resolved import Resolved
+from topt_vllm.backend.startup import resolve
 
 # Of one state; what vLLM chooses where nobody sets a size. At 16 slots V sums would be a sixteenth of a bf16 cache.
 PREFERRED_BLOCK_SIZE = 64
