@@ -60,8 +60,9 @@ def serve(
     if toptheta is not None:
         command += ["--additional-config", json.dumps({"toptheta": toptheta})]
     with log.open("w") as output:
-        outputs: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, **outputs, env=environment(), start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(url, process, log)

@@ -14,15 +14,12 @@ def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
         ReplayError: The model's context is shorter.
     """
     # Said here, for its default may be too long.
-    named = {
-        "--lengths": options.lengths,
-        "--needles": options.needles,
-        "--task-lengths": _task_lengths(options),
-    }
-    for flag, length in ((flag, length) for flag, lengths in named.items() for length in lengths):
-        if length > (subject.context or length):
+    named = _by_option(options)
+    for flag, lengths in named.items():
+        beyond = [length for length in lengths if length > (subject.context or length)]
+        if beyond:
             raise EvaluationError(
-                f"{flag} {length}: the model's context is {subject.context} tokens; name shorter prompts"
+                f"{flag} {beyond[0]}: the model's context is {subject.context} tokens; name shorter prompts"
             )
     asked = options.max_seq_length
     longest = max(itertools.chain.from_iterable(named.values()), default=None)
@@ -32,7 +29,7 @@ def longest_sequence(options: EvaluationOptions, subject: Subject) -> int:
 def contexts_by_option(options: EvaluationOptions, longest: int) -> dict[str, tuple[int, ...]]:
     """Contexts that rules are tuned for, by what names them."""
     texts = (options.lengths or (longest,)) if options.generate or not options.skip_texts else ()
-    return {"--lengths": texts, "--needles": options.needles, "--task-lengths": _task_lengths(options)}
+    return _by_option(options) | {"--lengths": texts}
 
 
 def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTable) -> None:
@@ -43,8 +40,9 @@ def check_lengths(options: EvaluationOptions, longest: int, table: ThresholdTabl
                 f"--lengths {length}: contexts are longer than the table's first length, {table.lengths[0]}, "
                 f"and at most as long as --max-seq-length, {longest}"
             )
-    for flag, lengths in (("--needles", options.needles), ("--task-lengths", _task_lengths(options))):
-        wrong = [length for length in lengths if not table.lengths[0] < length <= longest]
+    named = _by_option(options)
+    for flag in ("--needles", "--task-lengths"):
+        wrong = [length for length in named[flag] if not table.lengths[0] < length <= longest]
         if wrong:
             raise EvaluationError(
                 f"{flag} {wrong[0]}: prompts are longer than the table's first length, {table.lengths[0]}, and "
@@ -82,6 +80,7 @@ def check_generate(options: EvaluationOptions, subject: Subject, longest: int, t
         )
 
 
-def _task_lengths(options: EvaluationOptions) -> tuple[int, ...]:
-    """Those that are asked for, which without tasks none are."""
-    return options.task_lengths if options.tasks else ()
+def _by_option(options: EvaluationOptions) -> dict[str, tuple[int, ...]]:
+    """Lengths that are asked for, by what names them; without tasks none of theirs are."""
+    tasks = options.task_lengths if options.tasks else ()
+    return {"--lengths": options.lengths, "--needles": options.needles, "--task-lengths": tasks}
