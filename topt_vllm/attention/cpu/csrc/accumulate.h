@@ -56,8 +56,9 @@ inline void accumulate(float* acc, int vectors, int head_dim, const float* weigh
     int d = 0;
     // The first pass asks for whole rows.
     const auto ask_dim = [&] { return ask_rows && m == 0 && d == 0 ? head_dim : 0; };
-    for (; d + kTileColumns * kLanes <= head_dim; d += kTileColumns * kLanes) {
-      accumulate_tile<tile(), kTileColumns>(target, head_dim, weight, weight_stride, rows, count, d, ask_dim());
+    constexpr int columns = kTileColumns<tile()>;
+    for (; d + columns * kLanes <= head_dim; d += columns * kLanes) {
+      accumulate_tile<tile(), columns>(target, head_dim, weight, weight_stride, rows, count, d, ask_dim());
     }
     for (; d < head_dim; d += kLanes) {
       accumulate_tile<tile(), 1>(target, head_dim, weight, weight_stride, rows, count, d, ask_dim());

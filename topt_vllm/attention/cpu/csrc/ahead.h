@@ -18,15 +18,18 @@ inline void ask(const void* line) {
 #endif
 }
 
-// Consecutive lines, some at every step.
+// Memory that is asked for evenly: at every step the lines that begin in the bytes due by then.
 struct Asks {
   const char* at = nullptr;
-  int lines = 0;  // a step
+  const char* due = nullptr;
+  int bytes = 0;  // a step
 
-  void step() { at += lines * kLineBytes; }
-  void ask_step() {
-    for (int i = 0; i < lines; ++i) ask(at + i * kLineBytes);
-    step();
+  Asks() = default;
+  explicit Asks(const void* begin, int64_t bytes = 0)
+      : at(static_cast<const char*>(begin)), due(at), bytes(static_cast<int>(bytes)) {}
+
+  void step() {
+    for (due += bytes; at < due; at += kLineBytes) ask(at);
   }
 };
 
@@ -39,8 +42,8 @@ template <typename T>
 Asks remaining_asks(const T* block, int64_t size, int steps) {
   if (!block) return {};
   const auto bytes = static_cast<int64_t>(size * sizeof(T) * kScoreShare);
-  const int64_t left = (size * sizeof(T) - bytes) / kLineBytes;
-  return {reinterpret_cast<const char*>(block) + bytes, static_cast<int>((left + steps - 1) / steps)};
+  const int64_t left = size * sizeof(T) - bytes;
+  return Asks(reinterpret_cast<const char*>(block) + bytes, (left + steps - 1) / steps);
 }
 
 }  // namespace topt

@@ -122,7 +122,7 @@ inline void score_by_tiles(const c10::BFloat16* query, int vectors, int dim, con
       for (int d = 0; d < dim; d += kTileDepth) {
         const c10::BFloat16* row = key + d * dim_stride + t;
         for (int i = 0; i < kTileDepth / 2; ++i, row += 2 * dim_stride) {
-          if (m == 0) asks.ask_step();
+          if (m == 0) asks.step();
           pairs.write(row, row + dim_stride, tiles, i);
         }
         load_tile<4>(query + static_cast<int64_t>(m) * dim + d, 2 * dim);

@@ -57,31 +57,32 @@ inline E4M3::operator float() const { return kValues<E4M3>[code]; }
 inline E5M2::operator float() const { return kValues<E5M2>[code]; }
 
 // Sixteen elements in the order of their addresses.
-#if TOPT_AVX512 || defined(CPU_CAPABILITY_AVX2)
+#if TOPT_AVX512 || TOPT_AVX2
 
 // float16 of as many codes: e5m2 lacks a zero byte. e4m3 has its exponent in place, too small by 8, after a shift;
 // its NaN would be 480 / 256 and becomes one of float16.
-inline __m128i half8(const E5M2* source) {
-  return _mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+inline __m256i half16(const E5M2* source) {
+  return _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))), 8);
 }
 
-inline __m128i half8(const E4M3* source) {
-  const __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
-  const __m128i shifted = _mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
-  const __m128i payload = _mm_and_si128(words, _mm_set1_epi16(0x7f));
-  const __m128i nan = _mm_cmpeq_epi16(payload, _mm_set1_epi16(0x7f));
-  return _mm_or_si128(shifted, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+inline __m256i half16(const E4M3* source) {
+  const __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  const __m256i shifted = _mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  const __m256i payload = _mm256_and_si256(words, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_cmpeq_epi16(payload, _mm256_set1_epi16(0x7f));
+  return _mm256_or_si256(shifted, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
 }
 
 template <typename T>
-  requires(std::is_same_v<T, E4M3> || std::is_same_v<T, E5M2>)
+  requires kIsByte<T>
 inline Vec16 load16(const T* source) {
   const Vec16 bias(std::is_same_v<T, E4M3> ? 256.0f : 1.0f);
+  const __m256i halves = half16(source);
 #if TOPT_AVX512
-  const __m256i halves = _mm256_set_m128i(half8(source + 8), half8(source));
   return Vec16(Vec(_mm512_cvtph_ps(halves))) * bias;
 #else
-  return Vec16::of([&](int i) { return Vec(_mm256_cvtph_ps(half8(source + 8 * i))); }) * bias;
+  const Vec16 wide(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+  return wide * bias;
 #endif
 }
 
@@ -107,6 +108,26 @@ struct Columns {
   }
   static void reorder(Vec16 (&)[C]) {}
 };
+
+#if TOPT_AVX2
+// Unpacking works inside 128-bit lanes: the first part of a column holds elements 0-3 and 8-11, the second the others.
+template <int C>
+struct Columns<c10::BFloat16, C> {
+  static void load(const c10::BFloat16* source, Vec16 (&out)[C]) {
+    const __m256i zero = _mm256_setzero_si256();
+    TOPT_UNROLL
+    for (int c = 0; c < C; ++c) {
+      const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + c * kLanes));
+      out[c] = {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, raw)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, raw))};
+    }
+  }
+  static void reorder(Vec16 (&columns)[C]) {
+    TOPT_UNROLL
+    for (Vec16& v : columns) v = {_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)};
+  }
+};
+#endif
 
 #if TOPT_AVX512 && defined(__AVX512VBMI__)
 #define TOPT_BYTE_TABLES 1

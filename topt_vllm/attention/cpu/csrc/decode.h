@@ -405,8 +405,9 @@ class Decoder {
     in_register_tiles(group, [&](auto heads, int g) { drop<heads()>(row, row * group + g, seen, softmax); });
   }
 
+  // This loop and those of `mark` and `weigh` are functions of their own, so that none competes with others for registers.
   template <int MT>
-  void drop(int row, int first, int seen, Softmax& softmax) {
+  [[gnu::noinline]] void drop(int row, int first, int seen, Softmax& softmax) {
     const int stride = largest_tile(p), words = (seen + kLanes - 1) / kLanes;
     const float* scores = this->scores + static_cast<int64_t>(first) * stride;
     // Twice where scores turn out to leave a reference behind: mostly in the first tile alone.
@@ -465,7 +466,7 @@ class Decoder {
     for (int row = first; row <= last; ++row) {
       in_register_tiles(group, [&](auto heads, int g) {
         // What scoring left of the next block to ask for.
-        const Asks asks = row || g ? Asks{} : remaining_asks(next_key, p.head_dim * p.block_size, words);
+        const Asks asks = row || g ? Asks() : remaining_asks(next_key, p.head_dim * p.block_size, words * heads());
         softmax.skipped[row] += weigh<heads()>(row, g, longest.scores, words, pending, asks, softmax);
       });
     }
@@ -474,7 +475,7 @@ class Decoder {
   // Scales the scores of MT heads from `g` on in place, marks what their rules keep, and raises their references. Scores of
   // keys that only later rows of the list see become -inf.
   template <int MT>
-  void mark(const Item& item, int row, int g, const Keys& keys, int words, Softmax& softmax, Counts& counts) {
+  [[gnu::noinline]] void mark(const Item& item, int row, int g, const Keys& keys, int words, Softmax& softmax, Counts& counts) {
     const int first = row * group + g, stride = largest_tile(p), count = keys.count;
     const KeepRule* rules = s.rules + first;
     uint32_t* marks = marks_of(row);
@@ -577,7 +578,7 @@ class Decoder {
   // Adds the exponentials of MT heads to their sums and writes the weights of the queued rows behind the `pending`
   // ones; returns whether a head drops a row that is read.
   template <int MT>
-  bool weigh(int row, int g, const float* of, int words, int pending, Asks asks, Softmax& softmax) {
+  [[gnu::noinline]] bool weigh(int row, int g, const float* of, int words, int pending, Asks asks, Softmax& softmax) {
     const int first = row * group + g, stride = largest_tile(p);
     const float* scores = of + static_cast<int64_t>(first) * stride;
     const uint32_t* marks = marks_of(row);
@@ -590,11 +591,11 @@ class Decoder {
       dropped_sum[m] = load16(softmax.dropped + (first + m) * kLanes);
     }
     bool drops = false;
-    for (int word = 0; word < words; ++word, asks.step()) {
+    for (int word = 0; word < words; ++word) {
       const uint32_t read = s.read[word];
       TOPT_UNROLL
       for (int m = 0; m < MT; ++m) {
-        for (int i = m; i < asks.lines; i += MT) ask(asks.at + i * kLineBytes);
+        asks.step();
         const uint32_t used = p.keep_union ? marks[word] : s.kept[(first + m) * (stride / kLanes) + word];
         drops |= used != marks[word];
         const Vec16 exponential = exp16(load16(scores + m * stride + word * kLanes) - reference[m]);

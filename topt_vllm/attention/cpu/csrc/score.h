@@ -24,9 +24,9 @@ struct Queries {
 // Passes over a block that ask for the next one.
 constexpr int kAskingPasses = 2;
 
-// Lines to ask for while `bytes` of K are scored in one of `passes` over the block.
-inline int lines_to_ask(int64_t bytes, int passes) {
-  return static_cast<int>(std::ceil(bytes * kScoreShare / kLineBytes / std::min(passes, kAskingPasses)));
+// Bytes to ask for while `bytes` of K are scored in one of `passes` over the block.
+inline int bytes_to_ask(int64_t bytes, int passes) {
+  return static_cast<int>(bytes * kScoreShare / std::min(passes, kAskingPasses));
 }
 
 // Visits `count` vectors in passes of up to `most`, of which the first few ask: visit(integral_constant of a size,
@@ -45,8 +45,6 @@ inline void in_passes(int count, Asks asks, F&& visit) {
 template <int MT, int C, typename T>
 inline void score_tile(const float* query, int dim, const T* key, int64_t dim_stride, float* scores,
                        int64_t score_stride, Asks& asks) {
-  // Rows of K that fill a line, which is what is asked for in one step.
-  constexpr int rows = std::max(1, kLineBytes / (C * kLanes * static_cast<int>(sizeof(T))));
   Vec16 acc[MT][C];
   TOPT_UNROLL
   for (int m = 0; m < MT; ++m) {
@@ -55,7 +53,7 @@ inline void score_tile(const float* query, int dim, const T* key, int64_t dim_st
   }
   const Columns<T, C> columns;
   for (int d = 0; d < dim; ++d) {
-    if (d % rows == 0) asks.ask_step();
+    asks.step();
     Vec16 column[C];
     columns.load(key + d * dim_stride, column);
     TOPT_UNROLL
@@ -136,7 +134,7 @@ inline void score_tile_pairs(const c10::BFloat16* query, int dim, const T* key, 
     for (int c = 0; c < 2 * C; ++c) acc[m][c] = _mm512_setzero_ps();
   }
   for (int d = 0; d < dim; d += 2) {
-    asks.ask_step();
+    asks.step();
     __m512i pairs[2 * C];
     columns.load(key + d * dim_stride, key + (d + 1) * dim_stride, pairs);
     TOPT_UNROLL
@@ -163,12 +161,13 @@ inline void score_vectors(const Queries& q, int first, const T* key, int64_t dim
                           float* scores, int64_t score_stride, int passes, Asks& asks) {
   const float* wide = q.wide + static_cast<int64_t>(first) * q.dim;
   float* out = scores + first * score_stride;
-  const int wide_bytes = kTileColumns * kLanes * static_cast<int>(sizeof(T));
-  if (asks.at) asks.lines = lines_to_ask(std::max(kLineBytes, wide_bytes), passes);
-  for (; t + kTileColumns * kLanes <= tokens; t += kTileColumns * kLanes) {
-    score_tile<MT, kTileColumns>(wide, q.dim, key + t, dim_stride, out + t, score_stride, asks);
+  constexpr int columns = kTileColumns<MT>;
+  constexpr int bytes = kLanes * static_cast<int>(sizeof(T));
+  if (asks.at) asks.bytes = bytes_to_ask(columns * bytes, passes);
+  for (; t + columns * kLanes <= tokens; t += columns * kLanes) {
+    score_tile<MT, columns>(wide, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
-  if (asks.at) asks.lines = lines_to_ask(kLineBytes, passes);
+  if (asks.at) asks.bytes = bytes_to_ask(bytes, passes);
   for (; t < tokens; t += kLanes) {
     score_tile<MT, 1>(wide, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
@@ -182,12 +181,12 @@ inline void score_pairs(const Queries& q, int first, const T* key, int64_t dim_s
   float* out = scores + first * score_stride;
   constexpr int bytes = 2 * static_cast<int>(sizeof(T));  // of a token's pair
   int t = 0;
-  if (asks.at) asks.lines = lines_to_ask(bytes * 32 * C, passes);
+  if (asks.at) asks.bytes = bytes_to_ask(bytes * 32 * C, passes);
   for (; t + 32 * C <= tokens; t += 32 * C) {
     score_tile_pairs<MT, C>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
   }
   if constexpr (!kIsByte<T>) {
-    if (asks.at) asks.lines = lines_to_ask(bytes * 32, passes);
+    if (asks.at) asks.bytes = bytes_to_ask(bytes * 32, passes);
     for (; t + 32 <= tokens; t += 32) {
       score_tile_pairs<MT, 1>(pairs, q.dim, key + t, dim_stride, out + t, score_stride, asks);
     }
@@ -210,11 +209,11 @@ inline void score_by_pairs(const Queries& q, const T* key, int64_t dim_stride, i
 template <typename T>
 inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int tokens, float* scores,
                         int64_t score_stride, const T* next, TileRegisters* tiles) {
-  Asks asks{reinterpret_cast<const char*>(next)};
+  Asks asks(next);
 #if TOPT_AMX
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     if (tiles) {
-      if (asks.at) asks.lines = lines_to_ask(4 * kLanes * tiles_of(tokens), 1);
+      if (asks.at) asks.bytes = bytes_to_ask(4 * kLanes * tiles_of(tokens), 1);
       return score_by_tiles(q.pairs, q.count, q.dim, key, dim_stride, tokens, scores, score_stride, asks, *tiles);
     }
   }
@@ -233,7 +232,7 @@ inline void score_block(const Queries& q, const T* key, int64_t dim_stride, int 
     if (q.pairs) return score_by_pairs<kTileRows, 2>(q, key, dim_stride, tokens, scores, score_stride, asks);
   }
 #endif
-  in_passes<kTileRows>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
+  in_passes<kScoreRows>(q.count, asks, [&](auto vectors, int m, int passes, Asks& asks) {
     score_vectors<vectors()>(q, m, key, dim_stride, 0, tokens, scores, score_stride, passes, asks);
   });
 }
