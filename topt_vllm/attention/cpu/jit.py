@@ -72,11 +72,12 @@ def capability_flags(name: str) -> tuple[str, ...]:
         return (*capability_flags("avx512"), "-mamx-tile", "-mamx-bf16")
     select = (f"-DCPU_CAPABILITY={name.upper()}", f"-DCPU_CAPABILITY_{name.upper()}")
     if name == "avx512":
-        # Every CPU with AVX512-BF16 has VNNI too.
-        bf16 = ("-mavx512bf16", "-mavx512vnni") if torch.cpu._is_avx512_bf16_supported() else ()
+        bf16 = ("-mavx512bf16",) if torch.cpu._is_avx512_bf16_supported() else ()
+        # Products of bytes in one instruction; every CPU with BF16 has them, and older ones may.
+        vnni = ("-mavx512vnni",) if bf16 or _known().get("avx512_vnni") else ()
         # Byte lookups in registers, or shifts.
         vbmi = ("-mavx512vbmi",) if _known().get("avx512_vbmi") else ()
-        return (*select, *_AVX512, *bf16, *vbmi)
+        return (*select, *_AVX512, *bf16, *vnni, *vbmi)
     return (*select, *_AVX2) if name == "avx2" else select
 
 
