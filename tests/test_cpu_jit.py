@@ -139,6 +139,19 @@ def test_amx_is_taken_where_linux_allows_it(
     assert jit.capability() == expected
 
 
+@pytest.mark.parametrize(
+    ("known", "bf16", "expected"),
+    [({}, False, set()), ({"avx512_vnni": True}, False, {"vnni"}), ({}, True, {"bf16", "vnni"})],
+)
+def test_avx512_has_what_the_cpu_has_besides(
+    known: dict[str, bool], bf16: bool, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    flags = jit.capability_flags("avx512")
+    assert {name for name in ("bf16", "vnni", "vbmi") if f"-mavx512{name}" in flags} == expected
+
+
 def test_capability_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TOPT_CPU_CAPABILITY", raising=False)
     keys = set()
