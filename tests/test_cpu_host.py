@@ -27,6 +27,15 @@ pytestmark = pytest.mark.skipif(CPU.backend is None, reason="vLLM's build here h
 __all__ = ["make_rig", "vllm_config"]
 
 
+def test_an_fp8_cache_is_refused_where_vllm_has_no_kernel_for_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    asked = (128, False, False, False, False, None)
+    assert CPU.backend.supports_combination(64, torch.bfloat16, "auto", *asked) is None
+    reason = CPU.backend.supports_combination(64, torch.bfloat16, "fp8", *asked)
+    assert "requires x86 with AVX-512 or AMX; leave --kv-cache-dtype out" in reason
+
+
 def test_a_screen_as_large_as_k_is_refused(make_rig: Any):
     with pytest.raises(ValueError, match=r"k_screen is 'int4\+4' and the cache 'fp8'"):
         make_rig(CPU, kv_cache_dtype="fp8", settings={"k_screen": "int4+4"})

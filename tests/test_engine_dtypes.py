@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_features import needs_fp8_caches
 from engine_runs import assert_same_tokens
 from matrix_scenarios import batch
 from scenario_runs import DENSE, STOCK, run, tokens_of, toptheta
@@ -32,7 +33,11 @@ def answered(
 @pytest.mark.parametrize(
     ("dtype", "cache_dtype"),
     # float32 with a cache of its own is what test_engine_matrix.py runs.
-    [("float16", "auto"), ("float32", "fp8_e4m3"), ("float32", "fp8_e5m2")],
+    [
+        ("float16", "auto"),
+        pytest.param("float32", "fp8_e4m3", marks=needs_fp8_caches),
+        pytest.param("float32", "fp8_e5m2", marks=needs_fp8_caches),
+    ],
 )
 def test_theta_minus_infinity_gives_stock_tokens(
     smollm2: Path, unseen_play: Path, dtype: str, cache_dtype: str
@@ -44,6 +49,7 @@ def test_theta_minus_infinity_gives_stock_tokens(
     assert ours["toptheta"]["toptheta:v_rows_read_total"] == ours["toptheta"]["toptheta:v_rows_total"] > 0
 
 
+@needs_fp8_caches
 def test_the_shipped_table_skips_rows_of_an_fp8_cache(smollm2: Path, unseen_play: Path):
     totals = answered(smollm2, unseen_play, "bfloat16", "fp8", toptheta(budget=64))["toptheta"]
     # Layers 0 and 2 of 30 are dense, and so is the short prompt.

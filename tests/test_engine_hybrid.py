@@ -20,6 +20,8 @@ MAX_TOKENS = 12
 ENGINE = {
     # vLLM's CPU kernels of the other layers take nothing else.
     "dtype": "bfloat16",
+    # As vLLM chooses where the CPU has AVX512-BF16: how large a block is depends on it.
+    "mamba_ssm_cache_dtype": "float32",
     "max_model_len": 2048,
     "max_num_batched_tokens": 512,
     "enable_prefix_caching": True,

@@ -107,7 +107,7 @@ class CpuAttention:
 def choose(
     dtype: torch.dtype, block_size: int, head_dim: int, cache_dtype: str = "auto"
 ) -> CpuAttention | None:
-    """CPU_ATTN as vLLM would run it on this CPU; None where vLLM's build has none, or none of this size."""
+    """CPU_ATTN as vLLM would run it on this CPU; None where it has none here, or none of this dtype and size."""
     if not _loaded():
         return None
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
@@ -116,7 +116,10 @@ def choose(
         return None
     if head_dim not in CPUAttentionBackend.get_supported_head_sizes():
         return None
-    return CpuAttention(_get_attn_isa(dtype, block_size, head_dim, cache_dtype), cache_dtype)
+    try:
+        return CpuAttention(_get_attn_isa(dtype, block_size, head_dim, cache_dtype), cache_dtype)
+    except NotImplementedError:  # fp8 on this CPU, or of this size
+        return None
 
 
 @cache

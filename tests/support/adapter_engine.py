@@ -26,6 +26,7 @@ from adapter_cases import (
     Table,
 )
 from adapter_rig import Rig, layer_name
+from cpu_features import HAS_FP8_CACHES, NO_FP8_CACHES
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
 from vllm.model_executor.layers.attention import Attention
@@ -116,6 +117,8 @@ def make_rig(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, tmp_path:
                 that it decodes dense layers too.
             options: Of vLLM's ``Attention``.
         """
+        if kv_cache_dtype.startswith("fp8") and not host.on_gpus and not HAS_FP8_CACHES:
+            pytest.skip(NO_FP8_CACHES)
         kernel = {"implementation": "triton"} if host.on_gpus else {}
         settings = {"k_screen": "off"} | kernel | (settings or {})
         if settings.get("policy") == "sift":

@@ -40,7 +40,7 @@ class Cpu:
     def rivals(self, layers: Sequence[Inputs]) -> tuple[list[Variant], dict[str, str]]:
         """The platform's dense kernels, and why others are left out, by name."""
         stock = platform_kernel(layers)
-        return ([stock], {}) if stock else ([], {"CPU_ATTN": "vLLM's build has none, or none of this size"})
+        return ([stock], {}) if stock else ([], {"CPU_ATTN": "vLLM has none here for this dtype and size"})
 
     def copies(self, layers: Sequence[Inputs]) -> int:
         """How many copies of the layers a call goes over, so that each has left the caches when its turn comes."""

@@ -20,7 +20,7 @@ _PROMPT_ROWS = 64
 
 
 def platform_kernel(layers: Sequence[Inputs]) -> Variant | None:
-    """vLLM's CPU_ATTN kernel as it would pick it here; None where its build has none, or none of this size."""
+    """vLLM's CPU_ATTN kernel as it would pick it here; None where it has none for this case."""
     shape = layers[0].shape
     stored = "auto" if shape.cache is None else _PLATFORM_FP8[shape.cache]
     attention = vllm_cpu_attention.choose(shape.dtype, shape.block_size, shape.head_dim, stored)

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
+    _get_attn_isa,
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
@@ -176,6 +177,23 @@ class CpuTopThetaBackend(TopThetaBackend, CPUAttentionBackend):
     def supports_sink(cls) -> bool:
         """Yes: vLLM's implementation hands them to its kernel, though its backend doesn't say so (0.32)."""
         return True
+
+    @classmethod
+    def supports_combination(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        *rest: Any,
+    ) -> str | None:
+        """As on every host, and no fp8 cache where vLLM has no kernel: it says so once the model is loaded."""
+        reason: str | None = super().supports_combination(head_size, dtype, kv_cache_dtype, block_size, *rest)
+        try:
+            _get_attn_isa(dtype, block_size or 0, head_size, kv_cache_dtype)
+        except NotImplementedError as error:
+            return f"{str(error).rstrip('.')}; leave --kv-cache-dtype out"
+        return reason
 
     @classmethod
     def explanations(cls, options: dict[str, Any]) -> dict[str, str]:
