@@ -212,7 +212,9 @@ def on_platform(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     gpu = SimpleNamespace(gcnArchName="gfx942")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    monkeypatch.setitem(sys.modules, "vllm._C_stable_libtorch", ModuleType("vllm._C_stable_libtorch"))
+    # Of GPUs; and by its first name vLLM's library for CPUs would be a second one where another fits the CPU.
+    for library in ("vllm._C", "vllm._C_stable_libtorch"):
+        monkeypatch.setitem(sys.modules, library, ModuleType(library))
 
     def on_platform(name: str, capability: tuple[int, int]) -> Any:
         platform = resolve_obj_by_qualname(
