@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cpu_features import HAS_FP8_CACHES, NO_FP8_CACHES
+from cpu_features import needs_fp8_caches
 
 from topt_vllm.attention.common import Selection
 from topt_vllm.benchmarks.cases import Shape
@@ -32,13 +32,12 @@ def test_cutting_off_is_the_largest_number_that_is_not_beyond(dtype: torch.dtype
     assert torch.equal(cut_off(values, dtype), numbers[distance.argmin(dim=1)])
 
 
+@needs_fp8_caches
 @pytest.mark.parametrize("dtype", FP8, ids=str)
 def test_cutting_off_is_what_vllm_writes(dtype: torch.dtype):
     ops = pytest.importorskip("vllm._custom_ops")
     if not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"):
         pytest.skip("vLLM for CPU is not installed")
-    if not HAS_FP8_CACHES:
-        pytest.skip(NO_FP8_CACHES)
     values = torch.randn(64, 1, 64) * torch.logspace(-5, 4, 64)[:, None, None]
     blocks = torch.zeros(2, 1, 64, 64, dtype=torch.uint8)
     name = "fp8_e5m2" if dtype == torch.float8_e5m2 else "fp8_e4m3"
