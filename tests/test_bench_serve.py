@@ -131,12 +131,14 @@ def test_stock_is_asked_for_no_backend_and_both_get_the_same_cache(
     tmp_path: Path, asked: list[tuple[str | None, list[str]]]
 ):
     model = save_model(tmp_path, LlamaConfig(**SMALL))
-    outcome = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"budget": 64}).run(lambda _: None)
+    benchmark = serve.ServeBenchmark(str(model), "ab " * 400, 2, 500, 8, 1, {"budget": 64}, dtype="float32")
+    outcome = benchmark.run(lambda _: None)
     (first, options), (second, others) = asked
     assert (first, second) == (None, "TOPTHETA")
     assert options == others
+    assert options[:2] == ["--dtype", "float32"]
     size = int(options[options.index("--kv-cache-memory-bytes") + 1])
-    assert size == cache_bytes(identify(LlamaConfig(**SMALL), ""), 2 * 508)
+    assert size == cache_bytes(identify(LlamaConfig(**SMALL), ""), 2 * 508, "float32")
     assert outcome["settings"]["platform_backend"] == "CPU_ATTN"
     assert outcome["ratio_decode"] == 1
 
@@ -212,5 +214,6 @@ def test_what_toptheta_would_refuse_is_refused_before_the_platform_is_measured(
 def test_a_cache_has_room_for_every_token_and_for_what_lies_beside_it():
     shape = identify(LlamaConfig(**SHAPES["llama-8b"]), "llama-8b")
     tokens = 8 * 32768
-    assert 1.25 < cache_bytes(shape, tokens) / (tokens * 131072) < 2
-    assert cache_bytes(shape, 1) == 256 << 20
+    assert 1.25 < cache_bytes(shape, tokens, "auto") / (tokens * 131072) < 2
+    assert cache_bytes(shape, tokens, "float32") == 2 * cache_bytes(shape, tokens, "bfloat16")
+    assert cache_bytes(shape, 1, "auto") == 256 << 20

@@ -7,7 +7,8 @@ _SLACK = 1.5
 _LEAST = 256 << 20
 
 
-def cache_bytes(identity: ModelIdentity, tokens: int) -> int:
-    """Bytes in which so many tokens of all sequences fit, in 16 bits an element."""
-    row = 2 * 2 * identity.num_layers * identity.num_kv_heads * identity.head_dim
+def cache_bytes(identity: ModelIdentity, tokens: int, dtype: str) -> int:
+    """Bytes in which so many tokens of all sequences fit; an element has 16 bits unless ``dtype`` is float32."""
+    element = 4 if dtype in ("float32", "float") else 2
+    row = 2 * element * identity.num_layers * identity.num_kv_heads * identity.head_dim
     return max(_LEAST, int(_SLACK * tokens * row))

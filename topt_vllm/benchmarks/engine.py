@@ -164,7 +164,9 @@ class EngineBenchmark:
     def _ask(
         self, ask_engine: Ask, contender: Contender, batch: int, engine: dict[str, Any], **wanted: Any
     ) -> dict[str, Any]:
-        size = cache_bytes(self._identity, batch * (self.context + self.tokens))
+        size = cache_bytes(
+            self._identity, batch * (self.context + self.tokens), self.engine.get("dtype", "auto")
+        )
         arguments = self._arguments(batch, size) | engine | _toptheta(contender.toptheta)
         sizes = {"batch": batch, "context": self.context, "tokens": self.tokens}
         try:

@@ -33,6 +33,7 @@ class ServeBenchmark:
         max_tokens: Tokens of each answer.
         rounds: How often both are served.
         toptheta: The plugin's settings.
+        dtype: Of both servers, as vLLM names it.
         trust_remote_code: Whether to run code that comes with the model.
         speculative: vLLM's speculative configuration of TOPTHETA's server; the other one drafts nothing.
     """
@@ -44,6 +45,7 @@ class ServeBenchmark:
     max_tokens: int
     rounds: int
     toptheta: dict[str, Any]
+    dtype: str = "bfloat16"
     trust_remote_code: bool = False
     speculative: dict[str, Any] | None = None
 
@@ -119,8 +121,8 @@ class ServeBenchmark:
         """Of both servers."""
         context = self.prompt_tokens + self.max_tokens
         identity = identify(read_config(self.model, self.trust_remote_code), self.model)
-        size = cache_bytes(identity, self.concurrency * context)
-        options = ["--dtype", "bfloat16", "--max-model-len", str(context), "--no-enable-prefix-caching"]
+        size = cache_bytes(identity, self.concurrency * context, self.dtype)
+        options = ["--dtype", self.dtype, "--max-model-len", str(context), "--no-enable-prefix-caching"]
         options += ["--trust-remote-code"] if self.trust_remote_code else []
         return [*options, "--max-num-seqs", str(self.concurrency), "--kv-cache-memory-bytes", str(size)]
 

@@ -28,6 +28,12 @@ def add_mode(modes: Any) -> None:
     add("--max-tokens", type=int, default=128, help="of each answer (default %(default)s)")
     add("--rounds", type=int, default=1, help="how often both are served (default %(default)s)")
     add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of both servers (default %(default)s)",
+    )
+    add(
         "--toptheta",
         type=json_object('{"budget": 128}'),
         default={},
@@ -59,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
         text,
         *sizes,
         args.toptheta,
+        dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
         speculative=args.speculative_config,
     )
