@@ -14,6 +14,7 @@
 
 #if TOPT_AVX512 && defined(__AVX512BF16__) && defined(__AMX_BF16__)
 #define TOPT_AMX 1
+#include "tile_registers.h"
 #else
 #define TOPT_AMX 0
 #endif
@@ -34,45 +35,22 @@ constexpr int kTiles = 4;
 class TileRegisters {
  public:
   ~TileRegisters() {
-    if (vectors) _tile_release();
+    if (vectors) release_tiles();
   }
   void shape(int wanted) {
     if (wanted == vectors) return;
     vectors = wanted;
-    alignas(64) Configuration c{};
-    c.palette = 1;
+    TileShapes shapes{};
+    shapes.palette = 1;
     for (int tile = 0; tile < 7; ++tile) {
-      c.row_bytes[tile] = 64, c.rows[tile] = static_cast<uint8_t>(tile < 6 ? vectors : kTileDepth / 2);
+      shapes.row_bytes[tile] = 64, shapes.rows[tile] = static_cast<uint8_t>(tile < 6 ? vectors : kTileDepth / 2);
     }
-    asm volatile("ldtilecfg %0" : : "m"(c));
+    configure_tiles(shapes);
   }
 
  private:
-  struct Configuration {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
   int vectors = 0;
 };
-
-// GCC's own intrinsics don't say that they read memory.
-template <int tile>
-inline void load_tile(const void* from, int64_t row_bytes) {
-  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(from), "r"(row_bytes) : "memory");
-}
-template <int tile>
-inline void store_tile(void* to, int64_t row_bytes) {
-  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(tile), "r"(to), "r"(row_bytes) : "memory");
-}
-template <int tile>
-inline void clear_tile() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
-}
-template <int c, int a, int b>
-inline void multiply_tiles() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
-}
 
 // Tiles that so many columns fill, or all.
 inline int tiles_of(int columns) { return std::min(kTiles, columns / kLanes); }
