@@ -1,19 +1,33 @@
 """Fixtures that several test files share: what scripts/prepare_demo.py puts into the cache folder."""
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import device  # first, for it decides whether Triton's interpreter is used
+import emulation
 import engine_runs
 import pytest
 
 from topt_vllm import envs
 
 
-def pytest_report_header() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulate", choices=emulation.INSTRUCTIONS, help="what the CPU kernel is compiled with")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if instructions := config.getoption("--emulate"):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        emulation.install(instructions, Path(folder.name))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """So that nobody takes a run in the interpreter for one on a GPU."""
-    return device.describe()
+    instructions = config.getoption("--emulate")
+    return [device.describe(), *([f"CPU kernel: {instructions}, emulated"] if instructions else [])]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
